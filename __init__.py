@@ -1,0 +1,25 @@
+"""tcsae: train and judge sparse autoencoders with temporal consistency on cached language-model activations.
+
+The public names are imported on first use, so that importing the package (and opening the command line's help) costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache.store import ActivationStore
+    from .train.sae import SAEOutput, TemporalSAE
+
+__version__ = "0.1.0"
+__all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__"]
+
+_HOMES = {"ActivationStore": ".cache.store", "TemporalSAE": ".train.sae", "SAEOutput": ".train.sae"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tcsae' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name], __name__), name)

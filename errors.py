@@ -1,0 +1,37 @@
+"""The failures a user can cause: one clear sentence each, naming both sides and the remedy.
+
+Anything else that escapes is a bug and shows a traceback. ``pipeline.main`` turns a :class:`TcsaeError` into its sentence and
+its exit status; ``--debug`` shows where it came from.
+"""
+
+
+class TcsaeError(Exception):
+    """A failure with a sentence for the user. Exit status 1."""
+
+    exit_code = 1
+
+
+class UsageError(TcsaeError):
+    """The command line or a configuration asks for something that cannot be. Exit status 2."""
+
+    exit_code = 2
+
+
+class StoreError(TcsaeError):
+    """An activation store is missing, unfinished, damaged, locked, or not the one that was expected."""
+
+
+class ModelError(TcsaeError):
+    """A language model cannot be had, or does not have what was asked of it."""
+
+
+class TextError(TcsaeError):
+    """A dataset or text file is missing, empty, or lacks the column that was named."""
+
+
+class RunError(TcsaeError):
+    """A training run is missing, unfinished, diverged, or does not fit what it is used with."""
+
+
+class ResourceError(TcsaeError):
+    """Disk or memory does not suffice for the plan."""

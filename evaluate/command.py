@@ -1,0 +1,5 @@
+"""The commands of stage three."""
+
+from __future__ import annotations
+
+COMMANDS = []

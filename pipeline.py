@@ -1,0 +1,130 @@
+"""The command line: every command parses, builds one config, calls one stage, prints one summary.
+
+The commands themselves live beside their stages (``extract/command.py`` …) and import torch and transformers only when they run,
+so that ``pipeline --help`` answers at once. This file holds what they share: lists written ``--layers 5 12 19``, failures as one
+sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ctrl-C, and ``--debug``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.core import TyperCommand
+
+from . import __version__
+from .cache import command as cache_command
+from .console import set_quiet
+from .errors import TcsaeError
+from .evaluate import command as evaluate_command
+from .extract import command as extract_command
+from .train import command as train_command
+
+
+# Typer ≥ 0.26 carries its own copy of click, earlier ones import it: this is the base of either's usage errors.
+_Misuse = typer.BadParameter.__bases__[0]
+
+
+class ListCommand(TyperCommand):
+    """A command whose repeatable options also take ``--layers 5 12 19``, ``--layers=5 12 19`` and ``--layers 5,12,19``.
+
+    Typer itself wants ``--layers 5 --layers 12``; the arguments are rewritten to that before it sees them. Options that are not
+    repeatable, positional arguments and everything after ``--`` are left as they were.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Spread the lists, then parse as ever."""
+        repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        return super().parse_args(ctx, spread_lists(args, repeatable))
+
+
+def spread_lists(args: Sequence[str], repeatable: set[str]) -> list[str]:
+    """Rewrite every list after a repeatable flag into repeated flags.
+
+    A list ends at the next option. ``KEY=V1,V2`` values (as ``--sweep`` takes) keep their commas.
+    """
+    spread: list[str] = []
+    flag = None
+    for at, arg in enumerate(args):
+        if arg == "--":
+            return spread + list(args[at:])
+        name, equals, value = arg.partition("=")
+        if arg.startswith("--") or (arg.startswith("-") and not arg[1:2].isdigit()):
+            flag = name if name in repeatable else None
+            if flag is None:
+                spread.append(arg)
+            elif equals:
+                spread += _repeat(flag, value)
+            elif at + 1 == len(args) or args[at + 1].startswith("-"):
+                spread.append(arg)  # no value follows: typer says so
+        elif flag is not None:
+            spread += _repeat(flag, arg)
+        else:
+            spread.append(arg)
+    return spread
+
+
+def _repeat(flag: str, value: str) -> list[str]:
+    values = [value] if "=" in value else [part for part in value.replace(",", " ").split() if part]
+    return [word for part in values for word in (flag, part)]
+
+
+app = typer.Typer(
+    name="pipeline",
+    help="Train and judge sparse autoencoders with temporal consistency: extract → train → evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (extract_command, train_command, evaluate_command, cache_command):
+    for function in module.COMMANDS:
+        app.command(cls=ListCommand)(function)
+
+
+@app.callback()
+def _options(
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars or notes."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback behind a failure."),
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
+    set_quiet(quiet)
+    if debug:
+        os.environ["TCSAE_DEBUG"] = "1"
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; the console script ``pipeline`` calls this."""
+    # Asked for anywhere on the line, since that is where people type them: `pipeline extract … --debug`.
+    args = list(sys.argv[1:] if argv is None else argv)
+    shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
+    args = shared + [arg for arg in args if arg not in shared]
+    try:
+        return app(args=args, prog_name="pipeline", standalone_mode=False) or 0
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except _Misuse as misuse:
+        misuse.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        print(f"\nstopped. {_last_words(stopped)}", file=sys.stderr)
+        return 130
+    except TcsaeError as failure:
+        if "--debug" in shared:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _last_words(stopped: BaseException) -> str:
+    return str(stopped) or "What was committed stays; the same command goes on from there."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The commands of stage two."""
+
+from __future__ import annotations
+
+COMMANDS = []
