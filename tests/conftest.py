@@ -1,0 +1,65 @@
+"""What every test shares: no network, deterministic torch, tiny models and text made once per session."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+sys.path.insert(0, str(Path(__file__).parent))  # tests say: from tiny import tiny_model
+
+import pytest
+import torch
+from tiny import KINDS, tiny_corpus, tiny_model
+
+_connect = socket.socket.connect
+
+
+def _connect_nearby(self: socket.socket, address: Any) -> Any:
+    """Loopback and local sockets only: a test that reaches for the network fails at once and says where to."""
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+        raise OSError(f"tests have no network: connect to {address[0]}:{address[1]} refused")
+    return _connect(self, address)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+socket.socket.connect = _connect_nearby  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+
+
+def _model_fixture(kind: str) -> Any:
+    @pytest.fixture(scope="session", name=f"tiny_{kind}")
+    def make(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tiny_model(kind, tmp_path_factory.mktemp("models") / kind)
+
+    return make
+
+
+for _kind in KINDS:
+    globals()[f"tiny_{_kind}"] = _model_fixture(_kind)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents, one .txt file each."""
+    return tiny_corpus(tmp_path_factory.mktemp("text") / "corpus")
