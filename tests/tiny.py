@@ -17,14 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 KINDS = ("gemma2", "gemma3", "llama", "gpt2", "gpt_neox")
 VOCABULARY = 400
 # Gemma 2's local layers see 6 tokens, less than any context used in tests; both softcaps are low enough to bite.
-_GEMMA = {
-    "head_dim": 8,
-    "sliding_window": 6,
-    "query_pre_attn_scalar": 8,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
+_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_GEMMA = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, **_IDS}
 _SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
     "gemma3": _GEMMA,
@@ -68,7 +62,7 @@ def _config(kind: str, n_layers: int, d_model: int) -> Any:
 
 
 def tiny_tokenizer(kind: str) -> Any:
-    """A trained BPE tokenizer in the manner of ``kind``: Gemma's with byte fallback and <bos>, GPT-2's with one special token."""
+    """A trained BPE tokenizer in the manner of ``kind``: Gemma's with byte fallback, GPT-2's with one special token."""
     text = [tiny_text(seed) for seed in range(40)]
     if kind in ("gpt2", "gpt_neox"):
         tokenizer = _byte_level(["<|endoftext|>"], text)
