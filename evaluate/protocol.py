@@ -1,0 +1,105 @@
+"""The contract between the evaluation's one pass over the text and everything that measures something on the way.
+
+Shapes: B rows, T positions, D model width, F features, N tokens, U units. A *unit* is at most about a thousand tokens of one
+document, numbered in order of appearance; intervals come from resampling units (or the documents they belong to), so whatever
+is an average over tokens or pairs is kept as two sums per unit and divided once, at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .results import Curve, Definition, Metric
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One batch of held-out rows as one layer sees it. All tensors lie on one device.
+
+    A position counts (``valid_BT``) when it is neither special nor padding nor of outlying norm; ``real_BT`` includes the
+    outliers. Two positions of a row form a valid pair when both count and their documents agree.
+    """
+
+    x_BTD: Tensor  # float32, the model's residual stream after the layer
+    tokens_BT: Tensor  # int64
+    documents_BT: Tensor  # int64, running document number over the whole text
+    units_BT: Tensor  # int64, running unit number over the whole text
+    valid_BT: Tensor  # bool
+    real_BT: Tensor  # bool
+    rows_B: Tensor  # int64, running row number over the whole text
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """A metric as a ratio of sums: ``offset + scale * Σ numerator / Σ denominator`` over units."""
+
+    numerator_U: np.ndarray  # float64
+    denominator_U: np.ndarray  # float64
+    unit: str
+    definition: str
+    offset: float = 0.0
+    scale: float = 1.0
+    n: int | None = None  # None: the denominators' sum, a count
+
+
+@dataclass
+class Findings:
+    """What an accumulator found. The driver turns ``sums`` into metrics with intervals and into paired differences."""
+
+    sums: dict[str, UnitSums] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)  # what no ratio of sums expresses: with its own interval or none
+    curves: dict[str, Curve] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Accumulator(Protocol):
+    """Measures one SAE (or reference) over the whole text, a batch at a time, in memory that does not grow with the text."""
+
+    definitions: dict[str, Definition]
+
+    def update(self, batch: TokenBatch, z_BTF: Tensor, x_hat_BTD: Tensor) -> None:
+        """Take one batch in: features and reconstruction (float32) at every position, the invalid ones included."""
+        ...
+
+    def result(self) -> Findings:
+        """All that was found; called once, after the last batch."""
+        ...
+
+
+class Ledger:
+    """Named float64 sums per unit, growing as units appear."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, units_N: Tensor, **values_N: Tensor) -> None:
+        """Add each named per-token value to its token's unit. Values may be of any real dtype, bool included."""
+        units = units_N.detach().cpu().numpy().reshape(-1)
+        for name, values in values_N.items():
+            weights = values.detach().to("cpu", torch.float64).numpy().reshape(-1)
+            self._grow(name, np.bincount(units, weights=weights) if len(units) else np.zeros(0))
+
+    def _grow(self, name: str, more: np.ndarray) -> None:
+        old = self._sums.get(name, np.zeros(0))
+        if len(more) > len(old):
+            old, more = more, old
+        total = old.astype(np.float64)
+        total[: len(more)] += more
+        self._sums[name] = total
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The sums [U] of a name; empty when nothing was added."""
+        return self._sums.get(name, np.zeros(0))
+
+    def total(self, name: str) -> float:
+        """The sum over all units."""
+        return float(self[name].sum())
+
+    def ratio(self, numerator: str, denominator: str, unit: str, *, offset: float = 0.0, scale: float = 1.0) -> UnitSums:
+        """Two names as a metric; the definition's key is the numerator's name until :func:`dataclasses.replace` says else."""
+        return UnitSums(self[numerator], self[denominator], unit, numerator, offset, scale)

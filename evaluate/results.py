@@ -1,0 +1,272 @@
+"""What an evaluation says: one frozen, typed document, written as ``results.json`` with a published JSON schema.
+
+Every number carries its unit, the count it was divided by, its 95 % interval and the key of its definition. Undefined is
+null: never −1, never left out. ``docs/results.schema.json`` is this file's schema; a test keeps the two in step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..errors import RunError
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
+
+
+class Frozen(BaseModel):
+    """A part of the document: immutable, and closed to fields nobody defined."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Definition(Frozen):
+    """What a metric means."""
+
+    text: str = Field(description="one or two sentences, with the formula")
+    unit: str = Field(description="nats, activation units, tokens, share, 1 (a pure number), …")
+    better: Literal["lower", "higher"] | None = Field(None, description="which direction is good; null where neither is")
+    label: str = Field("", description="a short name for tables; empty means the key itself")
+
+
+class Metric(Frozen):
+    """One number: its value, what it was averaged over, and a 95 % interval where there is one."""
+
+    value: Number = Field(description="null where undefined (no token to average over, 0 / 0)")
+    unit: str
+    n: int = Field(description="how many tokens, pairs or features the value is an average over")
+    low: Number = Field(None, description="lower end of the 95 % interval")
+    high: Number = Field(None, description="upper end of the 95 % interval")
+    definition: str = Field(description="key into the report's definitions")
+
+
+class Curve(Frozen):
+    """A line, a band or a histogram that the report draws."""
+
+    kind: Literal["line", "histogram"] = "line"
+    x: list[Number] = Field(description="abscissae; for a histogram the bin edges, one more than y")
+    y: list[Number]
+    low: list[Number] | None = None
+    high: list[Number] | None = None
+    x_label: str
+    y_label: str
+    x_scale: Literal["linear", "log"] = "linear"
+    definition: str = Field(description="key into the report's definitions")
+
+
+class SAEFacts(Frozen):
+    """What is known of an SAE apart from its measurements; a reference row has no such facts."""
+
+    path: str
+    source: Literal["run", "saelens", "gemma-scope", "dictionary-learning"]
+    architecture: str = Field(description="relu, topk, batchtopk, jumprelu, gated …")
+    d_model: int
+    n_features: int
+    settings: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict, description="of the training: temporal form, weight, k, seed, tokens …"
+    )
+
+
+class Record(Frozen):
+    """One row of the table: an SAE or a reference, at one layer."""
+
+    name: str = Field(description="unique in the report together with the layer")
+    kind: Literal["sae", "reference"]
+    layer: int
+    role: Literal["tc", "twin"] | None = Field(None, description="with the temporal term, or its twin without")
+    pair: str | None = Field(None, description="name of the other half: the twin of a tc, the tc of a twin")
+    sae: SAEFacts | None = None
+    metrics: dict[str, Metric]
+    curves: dict[str, Curve] = Field(default_factory=dict)
+    saebench_compat: dict[str, Number] = Field(
+        default_factory=dict, description="SAEBench 0.6.0 `core` names and conventions, for comparison with published tables"
+    )
+    notes: list[str] = Field(default_factory=list)
+
+
+class Paired(Frozen):
+    """Differences first − second between two SAEs, token by token on the same text, with paired intervals."""
+
+    first: str
+    second: str
+    layer: int
+    metrics: dict[str, Metric]
+    warning: str | None = Field(None, description="why the comparison is not on equal terms, e.g. another L0")
+
+
+class TrainingCurves(Frozen):
+    """What training logged: one list per series, all as long as ``steps``."""
+
+    steps: list[int]
+    series: dict[str, list[Number]] = Field(description="loss terms by name, as logged in metrics.jsonl")
+
+
+class Passage(Frozen):
+    """A stretch of held-out text around a feature's strong activation."""
+
+    tokens: list[str]
+    activations: list[Number] = Field(description="the feature at every token of the stretch")
+    peak: int = Field(description="index into tokens of the strongest")
+    position: int = Field(description="of the first shown token in its row")
+    document: int
+
+
+class Neighbour(Frozen):
+    """Another feature of the same SAE and the cosine between the two decoder rows."""
+
+    feature: int
+    cosine: float
+
+
+class LogitEffect(Frozen):
+    """A token and how far the feature's decoder row pushes its logit."""
+
+    token: str
+    effect: float
+
+
+class FeatureCard(Frozen):
+    """What the feature browser shows of one feature."""
+
+    feature: int
+    why: str = Field(description="why this one was chosen: most frequent, most temporal, position-locked, random …")
+    numbers: dict[str, Number] = Field(default_factory=dict, description="density, mean and maximum activation, η² …")
+    passages: list[Passage] = Field(default_factory=list)
+    position_profile: Curve | None = None
+    lag_curve: Curve | None = None
+    neighbours: list[Neighbour] = Field(default_factory=list)
+    raises: list[LogitEffect] = Field(default_factory=list)
+    lowers: list[LogitEffect] = Field(default_factory=list)
+
+
+class ModelFacts(Frozen):
+    """The language model that was evaluated in."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    attn_implementation: str
+    dtype: str
+
+
+class TextFacts(Frozen):
+    """The held-out text that was evaluated on."""
+
+    dataset: str
+    split: str | None = None
+    revision: str | None = None
+    fingerprint: str
+    packing: str
+    context: int
+    held_out: float
+
+
+class Failure(Frozen):
+    """An SAE that was asked for and could not be evaluated."""
+
+    path: str
+    message: str
+
+
+class EvaluationReport(Frozen):
+    """Everything one ``pipeline evaluate`` found."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    created: str = Field(description="ISO 8601, UTC")
+    machine: dict[str, str | int | float | None] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    model: ModelFacts
+    text: TextFacts
+    n_documents: int
+    n_rows: int
+    n_tokens: int = Field(description="valid tokens: not special, not padding; the n of a metric says what it used of them")
+    seed: int
+    layers: list[int]
+    resampling: str = Field(description="what the intervals resample: documents, or blocks of about a thousand tokens")
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    definitions: dict[str, Definition] = Field(default_factory=dict)
+    records: list[Record]
+    paired: list[Paired] = Field(default_factory=list)
+    training: dict[str, TrainingCurves] = Field(default_factory=dict, description="by record name")
+    features: dict[str, list[FeatureCard]] = Field(default_factory=dict, description="the browser, by record name")
+    failures: list[Failure] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    def record(self, name: str, layer: int) -> Record | None:
+        """The row of that name and layer, or None."""
+        return next((record for record in self.records if record.name == name and record.layer == layer), None)
+
+
+def write_results(report: EvaluationReport, folder: str | Path) -> Path:
+    """Write ``results.json`` whole or not at all; returns its path."""
+    return write_json(json.loads(report.model_dump_json()), Path(folder) / RESULTS_FILE)
+
+
+def read_results(path: str | Path) -> EvaluationReport:
+    """Read a results.json, or the one in a report's folder.
+
+    Raises:
+        RunError: there is none, it is damaged, or a newer version wrote it.
+
+    """
+    file = Path(path) / RESULTS_FILE if Path(path).is_dir() else Path(path)
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(f"no results at {file}; write them with `pipeline evaluate`") from None
+    except ValueError:
+        raise RunError(f"{file} is not JSON; evaluate again to replace it") from None
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; upgrade it")
+    try:
+        return EvaluationReport.model_validate(found)
+    except ValidationError as reasons:
+        first = reasons.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{file} is no evaluation result: {where}: {first['msg']}; evaluate again to replace it") from None
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> Path:
+    """Write JSON beside its place, then rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of ``results.json``, as published in ``docs/results.schema.json``."""
+    return EvaluationReport.model_json_schema()
+
+
+def publish_schema(path: str | Path) -> Path:
+    """Write the schema; run after a change of this file: ``python -m tcsae.evaluate.results docs/results.schema.json``."""
+    return write_json(json_schema(), Path(path))
+
+
+if __name__ == "__main__":
+    import sys
+
+    publish_schema(sys.argv[1])
