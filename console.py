@@ -31,6 +31,7 @@ def parse_count(text: str | int) -> int:
 
     Raises:
         UsageError: the text is not such a count.
+
     """
     match = _COUNT.match(str(text).strip())
     if not match:

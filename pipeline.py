@@ -1,8 +1,8 @@
 """The command line: every command parses, builds one config, calls one stage, prints one summary.
 
-The commands themselves live beside their stages (``extract/command.py`` …) and import torch and transformers only when they run,
-so that ``pipeline --help`` answers at once. This file holds what they share: lists written ``--layers 5 12 19``, failures as one
-sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ctrl-C, and ``--debug``.
+The commands themselves live beside their stages (``extract/command.py`` …) and import torch and transformers only when they
+run, so that ``pipeline --help`` answers at once. This file holds what they share: lists written ``--layers 5 12 19``, failures
+as one sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ctrl-C, and ``--debug``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from .evaluate import command as evaluate_command
 from .extract import command as extract_command
 from .train import command as train_command
 
-
 # Typer ≥ 0.26 carries its own copy of click, earlier ones import it: this is the base of either's usage errors.
-_Misuse = typer.BadParameter.__bases__[0]
+_Misuse: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class ListCommand(TyperCommand):
@@ -51,19 +50,23 @@ def spread_lists(args: Sequence[str], repeatable: set[str]) -> list[str]:
         if arg == "--":
             return spread + list(args[at:])
         name, equals, value = arg.partition("=")
-        if arg.startswith("--") or (arg.startswith("-") and not arg[1:2].isdigit()):
+        if _is_option(arg):
             flag = name if name in repeatable else None
             if flag is None:
                 spread.append(arg)
             elif equals:
                 spread += _repeat(flag, value)
-            elif at + 1 == len(args) or args[at + 1].startswith("-"):
+            elif at + 1 == len(args) or _is_option(args[at + 1]):
                 spread.append(arg)  # no value follows: typer says so
         elif flag is not None:
             spread += _repeat(flag, arg)
         else:
             spread.append(arg)
     return spread
+
+
+def _is_option(arg: str) -> bool:
+    return arg.startswith("-") and not arg[1:2].isdigit()
 
 
 def _repeat(flag: str, value: str) -> list[str]:
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     except _Misuse as misuse:
-        misuse.show()
+        misuse.show()  # pyright: ignore[reportAttributeAccessIssue]
         return 2
     except (KeyboardInterrupt, typer.Abort) as stopped:
         print(f"\nstopped. {_last_words(stopped)}", file=sys.stderr)

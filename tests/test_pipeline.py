@@ -1,0 +1,77 @@
+"""The command line's shell: lists of values, exit statuses, help that answers at once."""
+
+import subprocess
+import sys
+
+import pytest
+from tcsae import pipeline
+from tcsae.errors import StoreError, UsageError
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["--layers", "5", "12", "19"],
+        ["--layers", "5,12,19"],
+        ["--layers=5", "12", "19"],
+        ["--layers=5,12,19"],
+        ["--layers", "5,", "12", ",19"],
+        ["--layers", "5", "--layers", "12", "--layers", "19"],
+        ["--layers", "5", "12", "--layers=19"],
+    ],
+)
+def test_every_way_to_write_a_list(written):
+    assert pipeline.spread_lists(written, {"--layers"}) == ["--layers", "5", "--layers", "12", "--layers", "19"]
+
+
+def test_a_list_ends_at_the_next_option_and_leaves_the_rest_alone():
+    args = ["PATH", "--layers", "5", "12", "--tokens", "10M", "-q", "--layers", "19", "--", "--layers", "1", "2"]
+    spread = ["PATH", "--layers", "5", "--layers", "12", "--tokens", "10M", "-q", "--layers", "19", "--", "--layers", "1", "2"]
+    assert pipeline.spread_lists(args, {"--layers"}) == spread
+
+
+def test_key_value_lists_keep_their_commas():
+    args = ["--sweep", "temporal-weight=0,0.03", "seed=0,1"]
+    assert pipeline.spread_lists(args, {"--sweep"}) == ["--sweep", "temporal-weight=0,0.03", "--sweep", "seed=0,1"]
+
+
+def test_negative_numbers_are_values_and_a_flag_without_one_is_left_for_the_parser():
+    assert pipeline.spread_lists(["--layers", "-1", "2"], {"--layers"}) == ["--layers", "-1", "--layers", "2"]
+    assert pipeline.spread_lists(["--layers", "--tokens", "5"], {"--layers"}) == ["--layers", "--tokens", "5"]
+
+
+@pytest.mark.parametrize(("failure", "status"), [(StoreError("store gone"), 1), (UsageError("bad flag"), 2)])
+def test_a_named_failure_is_one_sentence_and_a_status(monkeypatch, capsys, failure, status):
+    def fail(**_):
+        raise failure
+
+    monkeypatch.setattr(pipeline, "app", fail)
+    assert pipeline.main(["extract"]) == status
+    assert capsys.readouterr().err == f"error: {failure}\n"
+    with pytest.raises(type(failure)):
+        pipeline.main(["extract", "--debug"])
+
+
+def test_ctrl_c_says_what_stays(monkeypatch, capsys):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "app", interrupt)
+    assert pipeline.main(["extract"]) == 130
+    assert "goes on from there" in capsys.readouterr().err
+
+
+def test_bad_usage_is_status_2(capsys):
+    assert pipeline.main(["no-such-command"]) == 2
+    assert "no-such-command" in capsys.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys\nfrom tcsae import pipeline\nstatus = pipeline.main(['extract', '--help'])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'zarr', 'dask', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--layers" in done.stdout
