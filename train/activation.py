@@ -6,14 +6,13 @@ Shapes: N tokens (any leading dimensions), F features. Pre-activations are x·W_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-
-Kind = Literal["relu", "topk", "batchtopk", "jumprelu"]
+from .config import ActivationKind
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,13 @@ class Activation:
 
     """
 
-    kind: Kind = "relu"
+    kind: ActivationKind = "relu"
     k: int | None = None
     bandwidth: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UsageError(f"activation '{self.kind}' is unknown: choose one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(ActivationKind):
+            raise UsageError(f"activation '{self.kind}' is unknown: choose one of {', '.join(get_args(ActivationKind))}")
         counted = self.kind in ("topk", "batchtopk")
         if counted and (self.k is None or self.k < 1):
             raise UsageError(f"activation '{self.kind}' needs k ≥ 1, but k is {self.k}: give --k")

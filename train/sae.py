@@ -62,7 +62,8 @@ class TemporalSAE(nn.Module):
         self.d_model, self.n_features = d_model, n_features
         self.activation, self.subtract_b_dec = activation, subtract_b_dec
         self.metadata = dict(metadata or {})
-        self.W_enc = nn.Parameter(torch.zeros(d_model, n_features))
+        # Feature-major in memory: the sparse step writes its gradient one feature at a time.
+        self.W_enc = nn.Parameter(torch.zeros(n_features, d_model).t())
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.zeros(n_features, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))

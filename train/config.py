@@ -1,0 +1,178 @@
+"""What a training run is made of: six small frozen groups. Their defaults are the ``modern`` preset.
+
+Neither torch nor a store is needed to check or print a configuration; what depends on the store (width, steps) is resolved by
+:mod:`.plan`, what the user wrote is laid over the presets by :mod:`.presets`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ActivationKind = Literal["relu", "topk", "batchtopk", "jumprelu"]
+TemporalForm = Literal["pairwise", "window_mean", "normalised", "cosine", "l1", "contrastive", "none"]
+Partner = Literal["next", "lag", "same_document", "other_document", "shuffled", "l2"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Group):
+    """Which tokens are seen, in what order, and how they are scaled."""
+
+    store: str = ""
+    """Activation store of one layer, such as cache/l12.zarr."""
+    window: int = Field(default=5, ge=1)
+    """Consecutive tokens per window (T of the paper)."""
+    batch_size: int = Field(default=2048, ge=1)
+    """Tokens per step; what is left over after whole windows is dropped (2048 tokens are 409 windows of 5)."""
+    pool: int = Field(default=0, ge=0)
+    """Tokens of the pool that windows are shuffled in; 0: sized by memory."""
+    seed: int = 0
+    """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
+    scale: Literal["rms", "none"] = "rms"
+    """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw."""
+    norm_filter: float = Field(default=10.0, ge=0)
+    """Tokens with a norm above so many times the median are left out; 0: none are."""
+
+
+class SAEConfig(_Group):
+    """The autoencoder."""
+
+    activation: ActivationKind = "topk"
+    """What turns pre-activations into codes."""
+    k: int = Field(default=64, ge=1)
+    """Active features per token (topk) or on average over the batch (batchtopk); unused by relu and jumprelu."""
+    width: int = Field(default=0, ge=0)
+    """Features; 0: expansion × d_model."""
+    expansion: float = Field(default=8.0, gt=0)
+    """Features per input dimension where width is 0."""
+    round_width: bool = True
+    """Whether expansion × d_model is rounded to a power of two."""
+    initial: Literal["tied", "paper"] = "tied"
+    """tied: random unit decoder rows, the encoder their transpose. paper: Kaiming-uniform encoder, orthogonal decoder."""
+    decoder: Literal["unit", "free"] = "unit"
+    """unit: decoder rows keep norm 1. free: they do not, and sparsity counts their norms unless loss.decoder_norms says no."""
+    b_dec: Literal["mean", "zero"] = "mean"
+    """Where the decoder's bias begins: the mean of the store or zero."""
+    bandwidth: float = Field(default=0.05, gt=0)
+    """jumprelu: width of the straight-through derivative."""
+    threshold: float = Field(default=0.01, ge=0)
+    """jumprelu: where the thresholds begin."""
+
+
+class LossConfig(_Group):
+    """Sparsity and dead features."""
+
+    l1: float = Field(default=-1.0, ge=-1)
+    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 2.0 for relu, 1.0 for jumprelu. Unused by topk and batchtopk."""
+    decoder_norms: bool = True
+    """Whether Σ z weighs every feature with its decoder row's norm (only matters where rows are free)."""
+    l1_warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the run over which λ1 grows from zero."""
+    aux_weight: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, by which dead features learn the residual (arXiv 2406.04093, appendix A.2); topk and batchtopk only."""
+    aux_k: int = Field(default=0, ge=0)
+    """Dead features per token in AuxK; 0: half of d_model."""
+    dead_after: int = Field(default=0, ge=0)
+    """Tokens without firing after which a feature counts as dead; 0: 5 % of the run, at least 20 steps, at most 10M tokens."""
+
+
+class TemporalConfig(_Group):
+    """The temporal term, λ2 L_temp, and its controls."""
+
+    form: TemporalForm = "pairwise"
+    """How two codes are compared."""
+    weight: float = Field(default=0.03, ge=0)
+    """λ2."""
+    partner: Partner = "next"
+    """Whom a token is compared with; everything but next is a control."""
+    lag: int = Field(default=1, ge=1)
+    """Distance for partner lag."""
+    scope: float = Field(default=1.0, gt=0, le=1)
+    """The first fraction of the dictionary that the term sees."""
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run over which λ2 grows from zero."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """contrastive: how codes are compared."""
+    temperature: float = Field(default=0.1, gt=0)
+    """contrastive: divides the similarities."""
+
+
+class OptimiserConfig(_Group):
+    """Gradient descent."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    """adamw decays weights apart from the gradient; adam does not decay."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """adamw's decay (0.01 is its default)."""
+    decay_decoder: bool = False
+    """Whether the decoder is decayed too."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm over all weights; 0: no clipping."""
+    warmup: int = Field(default=1000, ge=0)
+    """Steps over which the learning rate grows from zero …"""
+    warmup_share: float = Field(default=0.05, ge=0, le=1)
+    """… but at most this share of the run."""
+    decay_share: float = Field(default=0.2, ge=0, le=1)
+    """Last share of the run over which the learning rate falls linearly to zero."""
+
+
+class RunConfig(_Group):
+    """How long, where, and what is written."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimiser steps; 0: as many as tokens says."""
+    tokens: int = Field(default=0, ge=0)
+    """Tokens to train on; 0: each counted token of the store once."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    out: str = "runs"
+    """Folder of the run folders."""
+    name: str = ""
+    """Name of the run's folder; empty: made from the configuration."""
+    baseline: bool = True
+    """Whether the twin with λ2 = 0 trains on the same stream."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products; weights stay float32. auto: bfloat16 where the hardware has it."""
+    log: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where metrics go beside metrics.jsonl, which is always written."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between two checkpoints."""
+
+
+class TrainConfig(_Group):
+    """Everything about one SAE's training."""
+
+    preset: Literal["modern", "paper"] = "modern"
+    """Which preset the rest was laid over."""
+    data: DataConfig = DataConfig()
+    sae: SAEConfig = SAEConfig()
+    loss: LossConfig = LossConfig()
+    temporal: TemporalConfig = TemporalConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        form, partner = self.temporal.form, self.temporal.partner
+        if form == "none":
+            return self
+        lag = self.temporal.lag if partner == "lag" else 1
+        if self.data.window <= lag:
+            raise ValueError(
+                f"a window of {self.data.window} has no pairs at distance {lag}: make data.window at least {lag + 1}"
+            )
+        if form == "window_mean" and partner != "next":
+            raise ValueError(f"window_mean compares with the window's own mean, partner '{partner}' does not apply: use next")
+        if partner == "l2" and form != "pairwise":
+            raise ValueError(f"partner l2 is the pairwise term without its cross term: form '{form}' has none, use pairwise")
+        return self

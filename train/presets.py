@@ -1,0 +1,123 @@
+"""Presets, and the way of a configuration in and out of TOML: preset < file < flags.
+
+``modern`` is what the groups of :mod:`.config` default to; ``paper`` is the TC-SAE paper taken literally.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import UsageError
+from .config import TrainConfig
+
+PAPER: dict[str, Any] = {
+    "data.pool": 2048,
+    "data.scale": "none",
+    "data.norm_filter": 0.0,
+    "sae.activation": "relu",
+    "sae.expansion": 1.0,
+    "sae.round_width": False,
+    "sae.initial": "paper",
+    "sae.decoder": "free",
+    "sae.b_dec": "zero",
+    "loss.l1": 0.04,
+    "loss.decoder_norms": False,
+    "loss.l1_warmup": 0.0,
+    "loss.aux_weight": 0.0,
+    "temporal.weight": 0.1,
+    "optimiser.decay_decoder": True,
+    "optimiser.warmup_share": 1.0,
+    "optimiser.decay_share": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER}
+
+
+def build_config(
+    preset: str | None = None, file: str | Path | None = None, changes: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """A preset, a TOML file laid over it, and dotted changes (``{"sae.width": 4096}``) over both.
+
+    Raises:
+        UsageError: an unknown preset or key, a value that is not allowed, or a file that cannot be read.
+
+    """
+    written = read_toml(file) if file else {}
+    chosen = preset or written.get("preset", "modern")
+    if chosen not in PRESETS:
+        raise UsageError(f"preset '{chosen}' is unknown: choose one of {', '.join(PRESETS)}")
+    tree: dict[str, Any] = {"preset": chosen}
+    flat = {f"{group}.{key}": value for group, key, value in _fields(written)}
+    for name, value in {**PRESETS[chosen], **flat, **(changes or {})}.items():
+        group, _, key = name.partition(".")
+        tree.setdefault(group, {})[key] = value
+    return validated(tree)
+
+
+def validated(tree: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from nested plain values.
+
+    Raises:
+        UsageError: naming the first field that does not fit.
+
+    """
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {what} (got {first['input']!r})" if where else what) from failure
+
+
+def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The same configuration with dotted ``changes``, checked again.
+
+    Raises:
+        UsageError: as :func:`validated`.
+
+    """
+    tree = config.model_dump()
+    for name, value in changes.items():
+        group, _, key = name.partition(".")
+        tree.setdefault(group, {})[key] = value
+    return validated(tree)
+
+
+def read_toml(file: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UsageError: it is not there or is no TOML.
+
+    """
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except OSError as failure:
+        raise UsageError(f"the configuration {file} cannot be read: {failure.strerror}") from failure
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
+        raise UsageError(f"the configuration {file} is no TOML: {failure}") from failure
+
+
+def show_toml(config: TrainConfig) -> str:
+    """The configuration as TOML that :func:`build_config` reads back to the same."""
+    tree = config.model_dump(mode="json")
+    lines = [f"preset = {json.dumps(tree.pop('preset'))}"]
+    for group, fields in tree.items():
+        lines += ["", f"[{group}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _fields(written: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    for group, body in written.items():
+        if group == "preset":
+            continue
+        if not isinstance(body, dict):
+            groups = ", ".join(f"[{name}]" for name in TrainConfig.model_fields if name != "preset")
+            raise UsageError(f"'{group}' is no table of the configuration: write one of {groups}")
+        yield from ((group, key, value) for key, value in body.items())
