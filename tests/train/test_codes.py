@@ -1,0 +1,88 @@
+"""Active entries against whole matrices: selection, the three products, lookups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcsae.train.activation import Activation
+from tcsae.train.codes import DenseCodes, SparseCodes, codes_of, largest, product, true_positions
+
+settings.register_profile("codes", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("codes")
+
+
+def random_pre(seed: int, n: int, f: int, share: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Pre-activations with about ``share`` positive; 0 and 1 mean none and all."""
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = torch.rand(n, f, generator=generator, dtype=dtype) + 0.1
+    return torch.where(torch.rand(n, f, generator=generator, dtype=dtype) < share, magnitude, -magnitude)
+
+
+shapes = {"seed": st.integers(0, 99), "n": st.integers(1, 9), "f": st.integers(1, 40), "share": st.sampled_from([0.0, 0.05, 0.3, 1.0])}
+
+
+@given(**shapes, d=st.integers(1, 7))
+def test_both_kinds_of_codes_compute_the_same_products(seed: int, n: int, f: int, share: float, d: int) -> None:
+    pre = random_pre(seed, n, f, share)
+    z = torch.relu(pre)
+    generator = torch.Generator().manual_seed(seed + 1)
+    a, W = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (n, f))
+    values, per_feature = torch.randn(n, f, generator=generator, dtype=torch.float64) * (z > 0), a.new_tensor(range(f))
+    rows = torch.randint(-1, n, (n,), generator=generator)
+    for codes in (SparseCodes(pre, pre > 0), DenseCodes(pre, pre > 0)):
+        sparse = isinstance(codes, SparseCodes)
+        mine = codes.gathered(values)
+
+        def dense(entries: torch.Tensor, sparse: bool = sparse) -> torch.Tensor:
+            return torch.zeros_like(z).masked_scatter_(z > 0, entries) if sparse else entries
+
+        torch.testing.assert_close(codes.dense(), z)
+        torch.testing.assert_close(dense(codes.value), z)
+        torch.testing.assert_close(codes.decode(W), z @ W)
+        torch.testing.assert_close(dense(codes.sampled(a, W)), (a @ W.t()) * (z > 0))
+        torch.testing.assert_close(codes.accumulate(mine, a), values.t() @ a)
+        torch.testing.assert_close(codes.column_sums(mine), values.sum(0))
+        assert torch.equal(codes.column_counts(), (z > 0).sum(0))
+        torch.testing.assert_close(dense(codes.value * codes.of_columns(per_feature)), z * per_feature)
+        other, exists = codes.at_rows(rows)
+        expected = z[rows.clamp(min=0)] * (rows >= 0).unsqueeze(1)
+        torch.testing.assert_close(dense(codes.restricted(other)), expected * (z > 0))
+        torch.testing.assert_close(dense(codes.value * exists), z * (rows >= 0).unsqueeze(1))
+
+
+@given(**shapes, k=st.integers(1, 6), over_batch=st.booleans())
+def test_largest_keeps_what_topk_keeps(seed: int, n: int, f: int, share: float, k: int, over_batch: bool) -> None:
+    pre = random_pre(seed, n, f, share)
+    k = min(k, f)
+    mask, flat = largest(pre, k, over_batch=over_batch)
+    flattened = pre.view(1, -1) if over_batch else pre
+    kept = flattened.topk(k * n if over_batch else k)
+    expected = torch.zeros_like(flattened).scatter_(1, kept.indices, kept.values.clamp(min=0)).view(n, f)
+    assert torch.equal(pre * mask, expected)
+    assert torch.equal(flat, mask.view(-1).nonzero().view(-1))
+
+
+def test_largest_keeps_exactly_k_of_equal_values() -> None:
+    mask, flat = largest(torch.ones(3, 64), 4, over_batch=False)
+    assert mask.sum(1).tolist() == [4, 4, 4]
+    assert flat.numel() == 12
+    assert largest(torch.ones(3, 64), 4, over_batch=True)[0].sum() == 12
+
+
+@given(seed=st.integers(0, 99), length=st.integers(0, 300), share=st.sampled_from([0.0, 0.01, 0.1, 1.0]))
+def test_true_positions_are_those_of_nonzero(seed: int, length: int, share: float) -> None:
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(seed)) < share
+    assert torch.equal(true_positions(mask), mask.nonzero().view(-1))
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.05, SparseCodes), (0.5, DenseCodes)])
+def test_the_kind_of_codes_follows_their_density(share: float, kind: type) -> None:
+    assert isinstance(codes_of(random_pre(0, 50, 40, share), Activation("relu")), kind)
+
+
+def test_product_agrees_with_the_plain_one() -> None:
+    a, W, bias = torch.randn(5, 24), torch.randn(32, 24), torch.randn(32)
+    torch.testing.assert_close(product(a, W, bias), a @ W.t() + bias)
+    torch.testing.assert_close(product(a.double(), W.double()), a.double() @ W.t().double())

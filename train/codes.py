@@ -1,0 +1,251 @@
+"""Codes z [N, F] as their active entries, and the three products of a training step on nothing but those.
+
+An SAE's step is five matrix products of equal size. Only the encoder's has to be dense; the others touch z, which is almost
+all zeros:
+
+    decode      x̂ = z·W                one row of W added per active entry
+    sampled     (a·Wᵀ) where z > 0     one inner product per active entry
+    accumulate  vᵀ·a, v like z         one row of a added per active entry
+
+:class:`SparseCodes` does them on the entries, :class:`DenseCodes` on whole matrices; the two answer alike, so a step is
+written once. torch's embedding_bag and sampled_addmm do the work: of the ways torch offers they measured fastest on a CPU
+(``benchmarks/train.py --parts`` repeats the measurement), and they run on CUDA too.
+
+Shapes: N tokens, D model width, F features, E active entries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+
+# Share of active entries above which whole matrices are faster. Where the two steps cross, at D = 576 and F = 4608, depends on
+# the machine's ratio of arithmetic to memory. A constant, never a timing: a resumed run must take the turns of the first.
+DENSE_ABOVE = 0.2
+
+
+class SparseCodes:
+    """Codes by their active entries, in row-major order.
+
+    Args:
+        pre_NF: pre-activations; kept, never changed: neighbours' codes are looked up in them.
+        mask_NF: which of them are active, all of these positive.
+        flat_E: the active positions n·F + f, ascending (found from the mask when not given).
+
+    Attributes:
+        value: [E] the active codes.
+
+    """
+
+    def __init__(self, pre_NF: Tensor, mask_NF: Tensor, flat_E: Tensor | None = None):
+        self.shape, self._pre, self._mask = pre_NF.shape, pre_NF, mask_NF
+        n_tokens, n_features = self.shape
+        flat = true_positions(mask_NF) if flat_E is None else flat_E
+        self.value = pre_NF.view(-1).index_select(0, flat)
+        edges = torch.arange(n_tokens + 1, device=flat.device) * n_features
+        # int32 halves the traffic of everything below; E stays far under 2³¹ wherever pre_NF fits the memory.
+        self._row_starts = torch.searchsorted(flat, edges, out_int32=True)
+        rows = torch.arange(n_tokens, device=flat.device, dtype=torch.int32)
+        self._row = torch.repeat_interleave(rows, self._row_starts.diff(), output_size=flat.numel())
+        self._column = torch.sub(flat, self._row, alpha=n_features).int()
+
+    def decode(self, W_FD: Tensor) -> Tensor:
+        """z·W [N, D]."""
+        return _bags(W_FD, self._column, self._row_starts, self.value)
+
+    def sampled(self, a_ND: Tensor, W_FD: Tensor) -> Tensor:
+        """(a·Wᵀ) at the active entries, like ``value``."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(self._row_starts, self._column, self.value, self.shape, check_invariants=False)
+            return torch.sparse.sampled_addmm(pattern, a_ND, W_FD.t(), beta=0.0).values()
+
+    def accumulate(self, values: Tensor, a_ND: Tensor) -> Tensor:
+        """valuesᵀ·a [F, D] for ``values`` like ``value``: Σ_n values[n, f]·a[n]."""
+        order, rows, column_starts = self._by_column
+        return _bags(a_ND, rows, column_starts, values.index_select(0, order))
+
+    def column_sums(self, values: Tensor) -> Tensor:
+        """Σ_n of ``values`` [F]."""
+        return values.new_zeros(self.shape[1]).index_add_(0, self._column, values)
+
+    def column_counts(self) -> Tensor:
+        """On how many tokens each feature is active, int64 [F]."""
+        return torch.bincount(self._column, minlength=self.shape[1])
+
+    def of_columns(self, per_feature_F: Tensor) -> Tensor:
+        """A number per feature, brought to every active entry."""
+        return per_feature_F.index_select(0, self._column)
+
+    def at_rows(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+        """For every active entry (n, f): z[rows_N[n], f], and 1 where that row exists or 0 where rows_N[n] is negative."""
+        other = rows_N.index_select(0, self._row)
+        exists = other >= 0
+        flat = other.clamp_(min=0).mul_(self.shape[1]).add_(self._column)
+        kept = self._mask.view(-1).index_select(0, flat).logical_and_(exists)
+        return self._pre.view(-1).index_select(0, flat).mul_(kept), exists.to(self.value.dtype)
+
+    def restricted(self, values: Tensor) -> Tensor:
+        """``values`` with whatever lies outside the active entries set to zero: here nothing lies outside."""
+        return values
+
+    def gathered(self, dense_NF: Tensor) -> Tensor:
+        """The entries of a dense matrix at the active positions, like ``value``."""
+        return dense_NF.reshape(-1).index_select(0, torch.add(self._column, self._row.long(), alpha=self.shape[1]))
+
+    def dense(self) -> Tensor:
+        """Z [N, F] as a new matrix."""
+        return self._pre * self._mask
+
+    @cached_property
+    def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order that sorts the entries by column, their rows in that order, and where each column starts."""
+        columns, order = torch.sort(self._column, stable=True)
+        edges = torch.arange(self.shape[1] + 1, device=columns.device, dtype=torch.int32)
+        return order, self._row.index_select(0, order), torch.searchsorted(columns, edges, out_int32=True)
+
+
+class DenseCodes:
+    """The same answers from whole matrices, ``value`` being z [N, F] itself."""
+
+    def __init__(self, pre_NF: Tensor, mask_NF: Tensor):
+        self.shape, self._mask = pre_NF.shape, mask_NF
+        self.value = pre_NF * mask_NF
+
+    def decode(self, W_FD: Tensor) -> Tensor:
+        """z·W [N, D]."""
+        return self.value @ W_FD
+
+    def sampled(self, a_ND: Tensor, W_FD: Tensor) -> Tensor:
+        """(a·Wᵀ) at the active entries, zero elsewhere."""
+        return self.restricted(product(a_ND, W_FD))
+
+    def accumulate(self, values: Tensor, a_ND: Tensor) -> Tensor:
+        """valuesᵀ·a [F, D]."""
+        return values.t() @ a_ND
+
+    def column_sums(self, values: Tensor) -> Tensor:
+        """Σ_n of ``values`` [F]."""
+        return values.sum(0)
+
+    def column_counts(self) -> Tensor:
+        """On how many tokens each feature is active, int64 [F]."""
+        return self._mask.sum(0)
+
+    def of_columns(self, per_feature_F: Tensor) -> Tensor:
+        """A number per feature, to be broadcast over the tokens."""
+        return per_feature_F
+
+    def at_rows(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+        """z[rows_N], and 1 where that row exists or 0 where rows_N[n] is negative [N, 1]."""
+        exists = (rows_N >= 0).to(self.value.dtype).unsqueeze(1)
+        return self.value.index_select(0, rows_N.clamp(min=0)).mul_(exists), exists
+
+    def restricted(self, values: Tensor) -> Tensor:
+        """``values``, in place, with everything outside the active entries set to zero."""
+        return values.mul_(self._mask)
+
+    def gathered(self, dense_NF: Tensor) -> Tensor:
+        """``dense_NF`` at the active positions, zero elsewhere."""
+        return dense_NF * self._mask
+
+    def dense(self) -> Tensor:
+        """Z [N, F] itself."""
+        return self.value
+
+
+Codes = SparseCodes | DenseCodes
+
+
+def codes_of(pre_NF: Tensor, activation: Activation, *, dense_above: float = DENSE_ABOVE) -> Codes:
+    """The codes of contiguous pre-activations under relu, topk or batchtopk (training), dense or sparse by their own density."""
+    if activation.kind == "relu":
+        mask, flat = pre_NF > 0, None
+        active = int(mask.count_nonzero())
+    else:
+        mask, flat = largest(pre_NF, activation.k or 0, over_batch=activation.kind == "batchtopk")
+        active = flat.numel()
+    if active > dense_above * pre_NF.numel():
+        return DenseCodes(pre_NF, mask)
+    return SparseCodes(pre_NF, mask, flat)
+
+
+def largest(pre_NF: Tensor, k: int, *, over_batch: bool) -> tuple[Tensor, Tensor]:
+    """The positive ones among the k largest of every row, or among the k·N largest of all.
+
+    The maxima of 4k groups per row bound the k-th largest from below: k groups have a maximum at least that large. Only what
+    passes this bound, little more than k per row, is looked at again. Among equal values an arbitrary one is kept, as in torch.topk.
+
+    Returns:
+        A mask [N, F], and the positions n·F + f that it marks, ascending.
+
+    """
+    n_tokens, n_features = pre_NF.shape
+    n_groups = 4 * k
+    kept, rows = (k * n_tokens, 1) if over_batch else (k, n_tokens)
+    if n_groups * 2 > n_features:
+        bound = pre_NF.new_zeros(())
+    else:
+        groups = pre_NF[:, : n_features // n_groups * n_groups].unflatten(1, (-1, n_groups)).amax(1)
+        bound = groups.view(rows, -1).topk(kept, sorted=False).values.amin(1, keepdim=True)
+    smallest = torch.finfo(pre_NF.dtype).smallest_normal
+    mask = pre_NF >= bound.clamp(min=smallest)
+    flat = true_positions(mask)
+    surplus = _surplus(pre_NF.view(-1).index_select(0, flat), flat // (n_features * n_tokens // rows), rows, kept)
+    mask.view(-1)[flat[surplus]] = False
+    return mask, flat[~surplus]
+
+
+def _surplus(values_C: Tensor, rows_C: Tensor, n_rows: int, kept: int) -> Tensor:
+    """Which of the candidates, given with their ascending rows, are not among the ``kept`` largest of their row: a mask [C]."""
+    counts = torch.bincount(rows_C, minlength=n_rows)
+    widest = int(counts.max()) if n_rows else 0
+    if widest <= kept:
+        return torch.zeros_like(rows_C, dtype=torch.bool)
+    starts = counts.cumsum(0) - counts
+    place = rows_C * widest + torch.arange(rows_C.numel(), device=rows_C.device) - starts.index_select(0, rows_C)
+    padded = values_C.new_full((n_rows * widest,), -torch.inf).index_copy_(0, place, values_C).view(n_rows, widest)
+    surplus = torch.ones(n_rows, widest, dtype=torch.bool, device=values_C.device)
+    surplus.scatter_(1, padded.topk(kept, sorted=False).indices, value=False)
+    return surplus.view(-1).index_select(0, place)
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """Where a contiguous mask is true, as ascending positions in its flat form."""
+    flat = mask.view(-1)
+    if flat.is_cuda or flat.numel() % 8:
+        return flat.nonzero().view(-1)
+    # Eight flags at a time: in a sparse mask most words are zero. Measured three times faster than nonzero at a density of 1 %.
+    words = flat.view(torch.int64).nonzero().view(-1)
+    if words.numel() > flat.numel() // 32:
+        return flat.nonzero().view(-1)
+    inside = flat.view(-1, 8).index_select(0, words).view(-1).nonzero().view(-1)
+    return words.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
+
+
+def product(a_ND: Tensor, W_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """a·Wᵀ + bias [N, F], by the faster of the two libraries that torch carries for float32 on a CPU.
+
+    MKL has no AVX-512 path for processors that are not Intel's, oneDNN has: 34 ms against 54 for 2048 × 576 × 4608 on two
+    Zen 5 cores.
+    """
+    if _prefer_onednn(a_ND, W_FD):
+        return torch.ops.mkldnn._linear_pointwise(a_ND, W_FD, bias_F, "none", [], "")
+    return torch.nn.functional.linear(a_ND, W_FD, bias_F)
+
+
+def _prefer_onednn(a: Tensor, W: Tensor) -> bool:
+    if a.device.type != "cpu" or a.dtype != torch.float32 or W.dtype != torch.float32 or not a.numel():
+        return False
+    # What the choice rests on is fixed for a machine, so that two runs on it agree bit for bit.
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+def _bags(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:
+    """One weighted sum of rows of ``table`` per bag, bag b holding the entries starts[b] … starts[b + 1]."""
+    return torch.embedding_bag(table, index_E, starts, mode=0, per_sample_weights=weights_E, include_last_offset=True)[0]
