@@ -1,0 +1,174 @@
+"""Opening stores for writing: create or recognise them, bring all layers to their common last commit, check the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..console import format_bytes
+from ..errors import ResourceError, StoreError
+from .commits import LOG, Commit, common_prefix, latest, parse_log, rows_in
+from .layout import StoreLayout
+from .lock import LOCK, Lock, acquire
+from .manifest import StoreManifest, first_difference, group_document, manifest_at
+from .metadata import ARRAYS, array_document, shard_key, shard_of_name, to_json
+from .places import PARTIAL, LocalPlace, Place
+
+_SPARE_BYTES = 64_000_000  # left on the disk for everything else
+
+
+def lock_all(places: Mapping[int, Place], *, fresh: bool) -> list[Lock]:
+    """The writer's locks of every store, or none of them.
+
+    Raises:
+        StoreError: a folder holds other things, another writer is at work, or no permission.
+
+    """
+    locks: list[Lock] = []
+    try:
+        for _, place in sorted(places.items()):
+            _refuse_foreign(place, fresh=fresh)
+            place.make_folder("activations")
+            locks.append(acquire(place))
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+    return locks
+
+
+def _refuse_foreign(place: Place, *, fresh: bool) -> None:
+    """Never write into, and above all never wipe, a folder that is not ours."""
+    names = place.names("")
+    if "zarr.json" in names:
+        try:
+            manifest_at(place)
+        except StoreError:
+            if not fresh or not set(names) <= {*ARRAYS, "zarr.json"}:
+                raise
+    elif not set(names) <= {*ARRAYS, "zarr.json" + PARTIAL}:
+        raise StoreError(f"{place} is a folder with other things in it: name a new or empty one")
+
+
+def open_or_create(place: Place, manifest: StoreManifest, *, fresh: bool) -> StoreManifest:
+    """The manifest of the store as it lies there now, created from ``manifest`` when there was none.
+
+    Raises:
+        StoreError: the store holds something else; the first differing field is named.
+
+    """
+    if fresh or not place.exists("zarr.json"):
+        _wipe(place)
+        for name in ARRAYS:
+            place.make_folder(name)
+            place.replace(f"{name}/zarr.json", to_json(array_document(name, manifest.layout, 0)))
+        place.replace(LOG, b"")
+        created = manifest.model_copy(update={"finished": False})
+        place.replace("zarr.json", to_json(group_document(created)))
+        return created
+    stored = manifest_at(place)
+    difference = first_difference(stored, manifest)
+    if difference:
+        raise StoreError(f"{place} holds other rows ({difference}): choose another --out, or --fresh to begin it anew")
+    return stored
+
+
+def _wipe(place: Place) -> None:
+    place.remove("zarr.json")  # first, so that what is left after a crash here is no store
+    place.remove("zarr.json" + PARTIAL)
+    for folder in ARRAYS:
+        for name in place.names(folder):
+            if f"{folder}/{name}" != LOCK:
+                place.remove(f"{folder}/{name}")
+
+
+def recover(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout]) -> dict[int, list[Commit]]:
+    """Each layer's log, cut to what all layers committed; leftovers of a killed writer are removed.
+
+    Raises:
+        StoreError: a log is damaged beyond a torn last line, the layers are further apart than a crash leaves them, or a
+            committed file is missing or has another size.
+
+    """
+    logs = {layer: _sound_log(place) for layer, place in places.items()}
+    agreed = common_prefix(list(logs.values()))
+    longest = max(logs, key=lambda layer: len(logs[layer]))
+    if len(logs[longest]) > agreed + 1 or any(manifest_at(places[n]).finished and len(logs[n]) > agreed for n in logs):
+        shortest = min(logs, key=lambda layer: len(logs[layer]))
+        raise StoreError(
+            f"{places[longest]} holds {rows_in(logs[longest])} rows but {places[shortest]} {rows_in(logs[shortest])}: stores "
+            "written together grow together, so extract the missing layer by itself, or all of them with --fresh"
+        )
+    for layer, place in places.items():
+        if len(logs[layer]) > agreed:
+            logs[layer] = logs[layer][:agreed]
+            place.replace(LOG, b"".join(commit.to_line() for commit in logs[layer]))
+        _clean(place, logs[layer])
+        _repair_shapes(place, layouts[layer], rows_in(logs[layer]))
+    return logs
+
+
+def _sound_log(place: Place) -> list[Commit]:
+    try:
+        raw = place.read(LOG)
+    except FileNotFoundError:
+        raise StoreError(f"{place}/{LOG} is missing, so nothing says which rows are good: restore it or use --fresh") from None
+    commits, sound = parse_log(raw)
+    rest = raw[sound:]
+    if rest.count(b"\n") > 1 or (b"\n" in rest and not rest.endswith(b"\n")):
+        raise StoreError(f"{place}/{LOG} is damaged at line {len(commits) + 1}, before its end: restore it or use --fresh")
+    if rest:  # the line a crash tore; its shard is written again
+        place.replace(LOG, raw[:sound])
+    return commits
+
+
+def _clean(place: Place, commits: list[Commit]) -> None:
+    """Remove partial files and shards that no line vouches for; insist on the files that one does."""
+    known = {commit.shard for commit in commits}
+    for name in ("", *ARRAYS):
+        for file in place.names(name):
+            shard = shard_of_name(name, file) if name else None
+            if file.endswith(PARTIAL) or (shard is not None and shard not in known):
+                place.remove(f"{name}/{file}" if name else file)
+    if not isinstance(place, LocalPlace):
+        return  # a request per file; `verify` asks
+    newest = latest(commits)
+    for commit in newest:
+        for name, file in commit.files.items():
+            key = shard_key(name, commit.shard)
+            size = place.size(key) if place.exists(key) else None
+            # The last shard may have been replaced by a longer one whose line was lost with the process.
+            if size != file.bytes and not (size and commit is newest[-1]):
+                held = "is missing" if size is None else f"has {size} bytes where {file.bytes} were committed"
+                raise StoreError(f"{place}/{key} {held}: restore it or extract anew with --fresh")
+
+
+def _repair_shapes(place: Place, layout: StoreLayout, rows: int) -> None:
+    for name in ARRAYS:
+        wanted = to_json(array_document(name, layout, rows))
+        if not place.exists(f"{name}/zarr.json") or place.read(f"{name}/zarr.json") != wanted:
+            place.replace(f"{name}/zarr.json", wanted)
+
+
+def check_space(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout], planned: int, committed: int) -> None:
+    """Whether the rows still to come fit, uncompressed, with a little to spare; stores on one file system are added up.
+
+    Raises:
+        ResourceError: they do not; both numbers are in the sentence.
+
+    """
+    needed: dict[object, int] = {}
+    free: dict[object, int] = {}
+    for layer, place in places.items():
+        found = place.free_bytes()
+        if found is not None and planned > committed:
+            where = found[0]
+            free[where] = found[1]
+            layout = layouts[layer]
+            more = layout.store_bytes(planned) - layout.store_bytes(committed)
+            needed[where] = needed.get(where, 0) + more
+    for where, wanted in needed.items():
+        if wanted + _SPARE_BYTES > free[where]:
+            raise ResourceError(
+                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows of {len(places)} "
+                f"layers) and {format_bytes(free[where])} are free: free some space, or ask for fewer tokens or layers"
+            )

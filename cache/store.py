@@ -1,0 +1,253 @@
+"""One layer's activations, opened for reading: rows, chunks, tokens and what the store says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from ..errors import StoreError
+from .commits import LOG, Commit, fingerprint, latest, parse_log, rows_in
+from .layout import StoreLayout
+from .manifest import StoreManifest, manifest_at
+from .places import Place, place_of
+from .reader import ShardReader
+
+if TYPE_CHECKING:
+    from .statistics import StoreStatistics
+
+
+class ActivationStore:
+    """Committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with their tokens, documents and flags.
+
+    Every read verifies the chunk's CRC-32C. Thread-safe. Works on folders and on fsspec URLs alike.
+    """
+
+    def __init__(self, place: Place, manifest: StoreManifest, commits: Sequence[Commit]):
+        self._place, self._commits = place, list(commits)
+        self.manifest = manifest
+        self._latest = latest(commits)
+        self._reader = ShardReader(place, manifest.layout)
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_unfinished: bool = False) -> Self:
+        """Open a store for reading.
+
+        Args:
+            path: its folder, or a URL such as ``s3://bucket/l12.zarr``.
+            allow_unfinished: take the rows that are committed so far.
+
+        Raises:
+            StoreError: missing, no store, of a newer format, damaged, or not finished.
+
+        """
+        place = place_of(path)
+        manifest = manifest_at(place)
+        try:
+            raw = place.read(LOG)
+        except FileNotFoundError:
+            raise StoreError(f"{place}/{LOG} is missing, so nothing says which rows are good: restore it") from None
+        commits, sound = parse_log(raw)
+        rows = rows_in(commits)
+        if not manifest.finished and not allow_unfinished:
+            raise StoreError(
+                f"{place} holds {rows} of {manifest.planned_rows} rows, it is not finished: finish it with the same extract command"
+            )
+        if manifest.finished and (sound != len(raw) or rows != manifest.planned_rows):
+            raise StoreError(f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it")
+        return cls(place, manifest, commits)
+
+    def __repr__(self) -> str:
+        shape = f"{self.n_rows} × {self.context} × {self.d_model}"
+        return f"ActivationStore({self.path!r}, layer {self.layer}, {shape})"
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return str(self._place)
+
+    @property
+    def place(self) -> Place:
+        """Where it lies, as the cache's own modules read it."""
+        return self._place
+
+    @property
+    def commits(self) -> list[Commit]:
+        """The commit log."""
+        return list(self._commits)
+
+    @property
+    def layer(self) -> int:
+        """The transformer block whose output this is, counted from 0."""
+        return self.manifest.layer
+
+    @property
+    def layout(self) -> StoreLayout:
+        """Rows per chunk and shard."""
+        return self.manifest.layout
+
+    @property
+    def d_model(self) -> int:
+        """Width of an activation."""
+        return self.layout.d_model
+
+    @property
+    def context(self) -> int:
+        """Positions per row."""
+        return self.layout.context
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows."""
+        return rows_in(self._commits)
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions in all rows, special and padded ones included."""
+        return self.n_rows * self.context
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows per chunk; the last chunk of the store may be shorter."""
+        return self.layout.chunk_rows
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in the store."""
+        return self.layout.chunks_for(self.n_rows)
+
+    @property
+    def finished(self) -> bool:
+        """Whether extraction completed its plan."""
+        return self.manifest.finished
+
+    def fingerprint(self, rows: int | None = None) -> str:
+        """Hash of the identity and of the committed files of the first ``rows`` rows (all by default); growth leaves it valid.
+
+        Raises:
+            StoreError: the store has fewer rows.
+
+        """
+        rows = self.n_rows if rows is None else rows
+        self._check_rows(0, rows)
+        return fingerprint(self.manifest, self._commits, rows)
+
+    # --- activations ---------------------------------------------------------------------------------------------------
+
+    def chunk_range(self, chunk: int) -> range:
+        """The rows of one chunk."""
+        first = chunk * self.chunk_rows
+        return range(first, min(first + self.chunk_rows, self.n_rows))
+
+    def read_chunks(self, chunks: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Whole chunks, one after the other in the order given, as bfloat16 ``[rows, T, D]``; the fast path.
+
+        Args:
+            chunks: chunk numbers.
+            out: bfloat16 memory to fill, contiguous, at least as many rows as the chunks hold; reuse it, fresh memory costs
+                more than the read. Pinned memory works.
+
+        Raises:
+            StoreError: a chunk is not there, or its bytes are not what was written.
+
+        """
+        sizes = [len(self.chunk_range(self._check_chunk(chunk))) for chunk in chunks]
+        total = sum(sizes)
+        if out is None:
+            out = torch.empty((total, self.context, self.d_model), dtype=torch.bfloat16)
+        width = (self.context, self.d_model)
+        if out.dtype != torch.bfloat16 or not out.is_contiguous() or len(out) < total or out.shape[1:] != width:
+            raise ValueError(
+                f"out is {out.dtype} {tuple(out.shape)}: it must be contiguous bfloat16 {(total, *width)} or longer"
+            )
+        target = out.view(torch.uint16).numpy()
+        starts = np.cumsum([0, *sizes])
+        jobs = [partial(self._fill, c, 0, n, target[s : s + n]) for c, n, s in zip(chunks, sizes, starts, strict=False)]
+        self._reader.run(jobs)
+        return out[:total]
+
+    def rows(self, start: int, stop: int, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Rows ``start`` … ``stop`` as ``[rows, T, D]``.
+
+        Raises:
+            StoreError: out of range, or damaged.
+
+        """
+        self._check_rows(start, stop)
+        out = torch.empty((stop - start, self.context, self.d_model), dtype=torch.bfloat16)
+        target = out.view(torch.uint16).numpy()
+        size, jobs = self.chunk_rows, []
+        for chunk in range(start // size, -(-stop // size)):
+            low, high = max(start, chunk * size), min(stop, (chunk + 1) * size)
+            jobs.append(partial(self._fill, chunk, low - chunk * size, high - chunk * size, target[low - start : high - start]))
+        if jobs:
+            self._reader.run(jobs)
+        return out.to(dtype)
+
+    def _fill(self, chunk: int, low: int, high: int, into: np.ndarray) -> None:
+        """Rows ``low`` … ``high`` of a chunk into ``into``: directly when it is the whole chunk, else through scratch."""
+        commit = self._latest[chunk * self.chunk_rows // self.layout.shard_rows]
+        within = chunk % self.layout.shard_chunks
+        if high - low == self.chunk_rows:
+            self._reader.read_chunk(commit.shard, within, commit.rows, into)
+            return
+        scratch = self._reader.scratch()
+        self._reader.read_chunk(commit.shard, within, commit.rows, scratch)
+        into[:] = scratch[low:high]
+
+    def iter_rows(self, rows_per_step: int, *, dtype: torch.dtype = torch.bfloat16) -> Iterator[torch.Tensor]:
+        """All rows in order, ``rows_per_step`` at a time; the last step may be shorter."""
+        for start in range(0, self.n_rows, rows_per_step):
+            yield self.rows(start, min(start + rows_per_step, self.n_rows), dtype=dtype)
+
+    # --- text ----------------------------------------------------------------------------------------------------------
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids of rows ``start`` … ``stop``, int32 ``[rows, T]``."""
+        return self._text("tokens", start, stop)
+
+    def documents(self, start: int, stop: int) -> np.ndarray:
+        """Running document numbers, int32 ``[rows, T]``."""
+        return self._text("documents", start, stop)
+
+    def flags(self, start: int, stop: int) -> np.ndarray:
+        """Bits ``SPECIAL`` and ``PADDING``, uint8 ``[rows, T]``."""
+        return self._text("flags", start, stop)
+
+    def _text(self, name: str, start: int, stop: int) -> np.ndarray:
+        self._check_rows(start, stop)
+        parts, size = [], self.layout.shard_rows
+        for shard in range(start // size, -(-stop // size)):
+            first = shard * size
+            parts.append(self._reader.text(shard)[name][max(start - first, 0) : stop - first])
+        return np.concatenate(parts) if parts else np.empty((0, self.context), np.int32)
+
+    # --- statistics ----------------------------------------------------------------------------------------------------
+
+    def statistics(self, *, scheduler: str = "threads") -> StoreStatistics:
+        """Mean, variance, norms and profile over positions, computed once over Dask and kept in the store.
+
+        Args:
+            scheduler: ``threads``, ``synchronous``, or the address of a Dask cluster that reaches the store.
+
+        """
+        from .statistics import store_statistics
+
+        return store_statistics(self, scheduler=scheduler)
+
+    def close(self) -> None:
+        """Close files and drop what was remembered; the store can still be read."""
+        self._reader.forget()
+
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.n_rows:
+            raise StoreError(f"rows {start} to {stop} were asked for, {self.path} holds rows 0 to {self.n_rows}")
+
+    def _check_chunk(self, chunk: int) -> int:
+        if not 0 <= chunk < self.n_chunks:
+            raise StoreError(f"chunk {chunk} was asked for, {self.path} holds chunks 0 to {self.n_chunks - 1}")
+        return chunk
