@@ -1,0 +1,204 @@
+"""The report's words: what rows and metrics are called, how many digits a number gets, and what the headline may say.
+
+The headline says no more than the intervals do: where an interval includes zero, or there is none, the word is "undecided".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..console import format_bytes, format_duration
+from .chart import number, power_label
+from .results import EvaluationReport, Metric, Paired, Record
+
+REFERENCE_NAMES = {
+    "identity_bf16": "identity (bf16)",
+    "identity": "identity",
+    "zero_all": "zero, every position",
+    "zero": "zero",
+    "mean": "mean",
+    "previous_token": "previous token",
+    "untrained": "untrained SAE",
+    "zero_sae": "all-zero SAE",
+}
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+def role_of(record: Record) -> str:
+    """The style a record is drawn in: tc, twin, external or reference."""
+    if record.kind == "reference":
+        return "reference"
+    return record.role or "external"
+
+
+def short_name(record: Record, report: EvaluationReport) -> str:
+    """The record's name inside a panel of its layer: its role where that is enough, else its name without the layer."""
+    if record.kind == "reference":
+        return REFERENCE_NAMES.get(record.name, record.name)
+    same = [
+        other for other in report.records if other.layer == record.layer and other.kind == "sae" and other.role == record.role
+    ]
+    if record.role and len(same) == 1:
+        return {"tc": "TC-SAE", "twin": "twin"}[record.role]
+    return record.name.removeprefix(f"l{record.layer}-")
+
+
+def metric_label(key: str, report: EvaluationReport) -> str:
+    """A metric's short name: the definition's, else its key in words."""
+    found = report.definitions.get(key)
+    return (found.label if found else "") or key.replace("_", " ")
+
+
+def better_of(key: str, report: EvaluationReport) -> str | None:
+    """Which direction is good: lower, higher, or None."""
+    found = report.definitions.get(key)
+    return found.better if found else None
+
+
+def decimals(value: float, low: float | None = None, high: float | None = None) -> int:
+    """Digits after the point: two figures of the interval's half width, or three of the value; at most four."""
+    if low is not None and high is not None and high > low:
+        figures = 1 - math.floor(math.log10((high - low) / 2))
+    else:
+        figures = 2 - math.floor(math.log10(abs(value))) if value else 1
+    return min(4, max(0, figures))
+
+
+def show(value: float, digits: int) -> str:
+    """A number with these digits; what they would round to zero keeps one figure of its own."""
+    if value and abs(value) < 0.5 * 10.0**-digits:
+        exponent = math.floor(math.log10(abs(value)))
+        head = round(value / 10.0**exponent)
+        return f"{number(head, 0)}·{power_label(10.0**exponent)}" if exponent < -4 else number(value, -exponent)
+    return number(value, digits)
+
+
+def show_interval(metric: Metric, digits: int) -> str:
+    """The interval, or nothing."""
+    if metric.low is None or metric.high is None or metric.low == metric.high:
+        return ""
+    return f"{show(metric.low, digits)} … {show(metric.high, digits)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a difference first − second with its interval allows to say."""
+
+    decided: bool
+    difference: str
+    interval: str
+    word: str  # lower, higher, equal, undecided
+
+
+def verdict(metric: Metric) -> Verdict | None:
+    """None where the difference is undefined; "equal" only where it is zero without any spread."""
+    if metric.value is None:
+        return None
+    digits = decimals(metric.value, metric.low, metric.high)
+    shown = ("+" if metric.value > 0 else "") + show(metric.value, digits)
+    if metric.low is None or metric.high is None:
+        return Verdict(False, shown, "", "undecided, no interval")
+    interval = show_interval(metric, digits)
+    if metric.low == metric.high == 0:
+        return Verdict(True, "0", "", "equal")
+    if metric.low <= 0 <= metric.high:
+        return Verdict(False, shown, interval, "undecided")
+    return Verdict(True, shown, interval, "lower" if metric.value < 0 else "higher")
+
+
+def evaluated(report: EvaluationReport) -> str:
+    """One sentence: what was evaluated, on what, where."""
+    saes = [record for record in report.records if record.kind == "sae"]
+    what = f"{len(saes)} sparse autoencoder{'' if len(saes) == 1 else 's'}"
+    where = f"layer{'' if len(report.layers) == 1 else 's'} {listed(str(layer) for layer in report.layers)}"
+    machine = (
+        report.machine.get("gpu") or report.machine.get("device_name") or report.machine.get("device") or "an unnamed machine"
+    )
+    return (
+        f"{what} at {where} of {report.model.id} ({report.model.architecture}, {report.model.dtype}), spliced into the model "
+        f"on {report.n_tokens:,} held-out tokens from {report.n_documents:,} document{'' if report.n_documents == 1 else 's'} of "
+        f"{report.text.dataset}, {report.text.context} tokens of context, seed {report.seed}, on {machine}."
+    )
+
+
+def outcomes(report: EvaluationReport) -> list[str]:
+    """What came out, a sentence per pair; with more than four pairs, how many of them went which way."""
+    if not report.paired:
+        return ["No TC-SAE was evaluated beside a twin, so nothing can be said of the temporal term."]
+    if len(report.paired) > 4:
+        return [sentence for key in _HEADLINE if (sentence := _tally(report.paired, key))]
+    return [_outcome(pair) for pair in report.paired]
+
+
+_HEADLINE = {
+    "ce_score_mean": "the share of CE recovered",
+    "kl": "KL",
+    "l0": "L0",
+    "temporal_variation": "the variation of its features over time",
+    "temporal_variation_refit": "the same after refitting gains",
+}
+
+
+def _outcome(pair: Paired) -> str:
+    parts = []
+    for key, phrase in _HEADLINE.items():
+        found = verdict(pair.metrics[key]) if key in pair.metrics else None
+        if found is None:
+            continue
+        if found.word == "equal":
+            parts.append(f"{phrase} is equal")
+        elif not found.decided:
+            parts.append(f"{phrase} is undecided ({found.difference}{_bracket(found)})")
+        else:
+            parts.append(f"{phrase} is {found.word} ({found.difference}{_bracket(found)})")
+    if not parts:
+        return f"Layer {pair.layer}: {pair.first} and {pair.second} have no metric in common."
+    return f"Layer {pair.layer}, TC-SAE against its twin: {'; '.join(parts)}."
+
+
+def _bracket(found: Verdict) -> str:
+    return f", 95 % interval {found.interval}" if found.interval else ", no interval"
+
+
+def _tally(pairs: Iterable[Paired], key: str) -> str:
+    words = [found.word for pair in pairs if key in pair.metrics and (found := verdict(pair.metrics[key]))]
+    if not words:
+        return ""
+    counts = {word: sum(w == word for w in words) for word in ("higher", "lower", "equal")}
+    parts = [f"{n} {word}" for word, n in counts.items() if n]
+    rest = len(words) - sum(counts.values())
+    parts += [f"{rest} undecided"] if rest else []
+    return f"Over {len(words)} pairs, the TC-SAE against its twin: {_HEADLINE[key]} {listed(parts)}."
+
+
+def listed(items: Iterable[str]) -> str:
+    """a, b and c."""
+    *most, last = list(items) or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
+    """Name and value of everything that says how the report came about."""
+    model, text = report.model, report.text
+    facts = [
+        ("created", report.created),
+        ("model", f"{model.id}, revision {model.revision or '—'}, fingerprint {model.fingerprint}"),
+        ("", f"{model.architecture}, {model.n_layers} layers, width {model.d_model}, vocabulary {model.vocab_size:,}"),
+        ("arithmetic", f"{model.dtype}, {model.attn_implementation} attention; cross-entropy and KL in float32"),
+        ("text", f"{text.dataset}, split {text.split or '—'}, fingerprint {text.fingerprint}, packing {text.packing}"),
+        ("held out", f"{text.held_out:.1%} of the documents, by a hash of their text; none was trained on"),
+        (
+            "evaluated",
+            f"{report.n_tokens:,} tokens, {report.n_rows:,} rows, {report.n_documents:,} documents; seed {report.seed}",
+        ),
+        ("intervals", f"95 %, resampling {report.resampling}"),
+        (
+            "took",
+            format_duration(report.seconds) + (f", peak memory {format_bytes(m)}" if (m := report.peak_memory_bytes) else ""),
+        ),
+        ("machine", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.machine.items() if v is not None) or "—"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items()) or "—"),
+    ]
+    return facts
