@@ -29,8 +29,8 @@ def l1(z_NWF: Tensor, row_norms_F: Tensor | None = None) -> Tensor:
 def pairs(z_NWF: Tensor, lag: int = 1, partner_NP: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The codes to be compared, two tensors [P, F].
 
-    Without ``partner_NP``: every (t, t + lag) inside a window. With it ([N, W−1], the flat index n·W + t of a token of the batch,
-    −1 for none): token t of window n and its partner.
+    Without ``partner_NP``: every (t, t + lag) inside a window. With it ([N, W−1], flat index n·W + t of a token of the
+    batch, −1 for none): token t of window n and its partner.
     """
     n, w, f = z_NWF.shape
     if partner_NP is None:
