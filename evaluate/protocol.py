@@ -55,6 +55,7 @@ class Findings:
     metrics: dict[str, Metric] = field(default_factory=dict)  # what no ratio of sums expresses: with its own interval or none
     curves: dict[str, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # first axis F; for the feature browser, not written out
 
 
 class Accumulator(Protocol):

@@ -39,8 +39,10 @@ class Definition(Frozen):
 
     text: str = Field(description="one or two sentences, with the formula")
     unit: str = Field(description="nats, activation units, tokens, share, 1 (a pure number), …")
-    better: Literal["lower", "higher"] | None = Field(None, description="which direction is good; null where neither is")
-    label: str = Field("", description="a short name for tables; empty means the key itself")
+    better: Literal["lower", "higher"] | None = Field(
+        default=None, description="which direction is good; null where neither is"
+    )
+    label: str = Field(default="", description="a short name for tables; empty means the key itself")
 
 
 class Metric(Frozen):
@@ -49,8 +51,8 @@ class Metric(Frozen):
     value: Number = Field(description="null where undefined (no token to average over, 0 / 0)")
     unit: str
     n: int = Field(description="how many tokens, pairs or features the value is an average over")
-    low: Number = Field(None, description="lower end of the 95 % interval")
-    high: Number = Field(None, description="upper end of the 95 % interval")
+    low: Number = Field(default=None, description="lower end of the 95 % interval")
+    high: Number = Field(default=None, description="upper end of the 95 % interval")
     definition: str = Field(description="key into the report's definitions")
 
 
@@ -87,8 +89,8 @@ class Record(Frozen):
     name: str = Field(description="unique in the report together with the layer")
     kind: Literal["sae", "reference"]
     layer: int
-    role: Literal["tc", "twin"] | None = Field(None, description="with the temporal term, or its twin without")
-    pair: str | None = Field(None, description="name of the other half: the twin of a tc, the tc of a twin")
+    role: Literal["tc", "twin"] | None = Field(default=None, description="with the temporal term, or its twin without")
+    pair: str | None = Field(default=None, description="name of the other half: the twin of a tc, the tc of a twin")
     sae: SAEFacts | None = None
     metrics: dict[str, Metric]
     curves: dict[str, Curve] = Field(default_factory=dict)
@@ -105,7 +107,7 @@ class Paired(Frozen):
     second: str
     layer: int
     metrics: dict[str, Metric]
-    warning: str | None = Field(None, description="why the comparison is not on equal terms, e.g. another L0")
+    warning: str | None = Field(default=None, description="why the comparison is not on equal terms, e.g. another L0")
 
 
 class TrainingCurves(Frozen):

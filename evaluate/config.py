@@ -1,0 +1,74 @@
+"""What an evaluation is asked to do: one frozen record, checked when it is made. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae")
+QUICK_BATCHES = 10
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation: which SAEs, in which model, on how much of which text."""
+
+    runs: tuple[str, ...] = ()
+    """Run folders. None named here nor among ``saes``: every finished run in ``runs_folder``."""
+    saes: tuple[str, ...] = ()
+    """SAEs from elsewhere: a SAELens folder, a Gemma Scope ``.npz``, a dictionary_learning ``ae.pt``, or a hub id."""
+    layers: tuple[int, ...] = ()
+    """The layer of each of ``saes``, or one for all; empty where their own files say it."""
+    runs_folder: str = "runs"
+    """Where runs are looked for."""
+    model: str | None = None
+    """The language model; None takes the one that each run's store names."""
+    revision: str | None = None
+    """Its branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """A GGUF file inside the model's folder or repository."""
+    dataset: str | None = None
+    """The text; None takes the held-out documents of the text that each run's store names."""
+    split: str | None = None
+    """Its split; None means the store's, or ``train``."""
+    text_column: str | None = None
+    """Its column; None means the store's, or ``text``."""
+    batches: int = 200
+    """How many batches of text."""
+    batch_rows: int = 16
+    """Rows (model contexts) per batch."""
+    references: tuple[str, ...] = REFERENCES
+    """Reference rows measured at every layer."""
+    out: str = "reports"
+    """Where reports are written."""
+    name: str | None = None
+    """The report's folder under ``out``; None names it after the model."""
+    seed: int = 0
+    """Of the bootstrap, of the untrained SAE and of the permutation nulls."""
+    device: str = "auto"
+    """``cuda``, ``cpu`` …"""
+    dtype: str = "auto"
+    """Of the language model; every metric is computed in float32 or better."""
+    quick: bool = False
+    """Ten batches and no feature browser: a first look."""
+    fresh: bool = False
+    """Measure everything again, also what an earlier evaluation of the same text has measured."""
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise UsageError(f"--batches {self.batches} measures nothing: use 1 or more")
+        if self.batch_rows < 1:
+            raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
+        if self.layers and len(self.layers) not in (1, len(self.saes)):
+            raise UsageError(
+                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for each --sae, or one for all"
+            )
+        unknown = [name for name in self.references if name not in REFERENCES]
+        if unknown:
+            raise UsageError(f"there is no reference '{unknown[0]}': choose among {', '.join(REFERENCES)}")
+
+    @property
+    def rows(self) -> int:
+        """How many rows of text are wanted."""
+        return (min(self.batches, QUICK_BATCHES) if self.quick else self.batches) * self.batch_rows
