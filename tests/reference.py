@@ -84,3 +84,60 @@ def aux_k_loss(residual, pre, decoder, dead, k: int) -> float:
         rebuilt = [sum(max(row[i], 0.0) * float(decoder[i][d]) for i in chosen) for d in range(len(error))]
         total += sum((e - r) ** 2 for e, r in zip(error, rebuilt, strict=True))
     return total / len(residual) if dead else 0.0
+
+
+# --- train: one whole step by autograd in float64, every pair written out -------------------------------------------------------
+
+
+def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
+    """Terms of the loss and the gradients of the four weights, for relu, topk and batchtopk; ``x`` [windows, positions, width]."""
+    import torch
+
+    weights = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    x = x.double()
+    n, w, _ = x.shape
+    pre = (x - weights["b_dec"] if sae.subtract_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
+    z = _step_codes(pre, sae.activation)
+    residual = x - (z @ weights["W_dec"] + weights["b_dec"])
+    terms = {"reconstruction": (residual**2).sum() / (n * w)}
+    norms = (weights["W_dec"] ** 2).sum(1).sqrt() if objective.decoder_norms else 1.0
+    terms["sparsity"] = (z * norms).sum() / (n * w)
+    term = objective.temporal
+    if term.active:
+        pairs = [((a, b), (c, d)) for (a, b), (c, d) in loss_pairs(n, w, term.lag, partner)]
+        terms["temporal"] = _step_temporal(z[..., : term.n_features], term, pairs)
+    if objective.aux_weight > 0 and dead is not None and dead.any():
+        columns = [f for f in range(len(dead)) if dead[f]]
+        strongest = pre[..., columns].topk(min(objective.aux_k, len(columns)), dim=-1)
+        aux = torch.zeros_like(pre[..., columns]).scatter(-1, strongest.indices, strongest.values.clamp(min=0))
+        terms["auxiliary"] = ((residual.detach() - aux @ weights["W_dec"][columns]) ** 2).sum() / (n * w)
+    shares = {"reconstruction": 1.0, "sparsity": objective.sparsity_weight}
+    shares |= {"temporal": term.weight, "auxiliary": objective.aux_weight}
+    total = sum(shares[name] * value for name, value in terms.items())
+    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    return terms | {"total": total}, dict(zip(weights, gradients, strict=True)), (z > 0).sum((0, 1))
+
+
+def _step_codes(pre, activation):
+    if activation.kind == "relu":
+        return pre.clamp(min=0)
+    flat = pre.reshape(1, -1) if activation.kind == "batchtopk" else pre.flatten(0, 1)
+    k = activation.k * pre[..., 0].numel() if activation.kind == "batchtopk" else activation.k
+    bound = flat.detach().sort(1, descending=True).values[:, k - 1 : k]
+    return (flat * ((flat >= bound) & (flat > 0))).view_as(pre)
+
+
+def _step_temporal(z, term, pairs):
+    if term.form == "window_mean":
+        return ((z - z.mean(1, keepdim=True)) ** 2).sum() / z[..., 0].numel()
+    both = [(z[a], z[b]) for a, b in pairs]
+    if not both:
+        return z.sum() * 0
+    if term.partner == "l2":
+        return sum((a**2).sum() + (b**2).sum() for a, b in both) / len(both)
+    if term.form == "l1":
+        return sum((a - b).abs().sum() for a, b in both) / len(both)
+    if term.form == "cosine":
+        return sum(1 - (a * b).sum() / ((a**2).sum() * (b**2).sum() + 1e-24).sqrt() for a, b in both) / len(both)
+    squared = sum(((a - b) ** 2).sum() for a, b in both) / len(both)
+    return squared if term.form == "pairwise" else squared / ((z**2).sum() / z[..., 0].numel()).clamp(min=1e-12)

@@ -20,7 +20,12 @@ def random_pre(seed: int, n: int, f: int, share: float, dtype: torch.dtype = tor
     return torch.where(torch.rand(n, f, generator=generator, dtype=dtype) < share, magnitude, -magnitude)
 
 
-shapes = {"seed": st.integers(0, 99), "n": st.integers(1, 9), "f": st.integers(1, 40), "share": st.sampled_from([0.0, 0.05, 0.3, 1.0])}
+shapes = {
+    "seed": st.integers(0, 99),
+    "n": st.integers(1, 9),
+    "f": st.integers(1, 40),
+    "share": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+}
 
 
 @given(**shapes, d=st.integers(1, 7))
