@@ -3,8 +3,8 @@
 Facts of SAEBench 0.6.0, ``evals/core``: a position counts when its *input* token is not special (the target may be, and may
 belong to another document; KL also counts a row's last position); ``mse`` divides the squared error by the batch's token count
 once more; ``explained_variance`` takes E‖x‖² − (E x²)² as the variance, with E x² over tokens *and* dimensions; the legacy
-variance is a mean of per-token ratios about the batch's mean; L1 is Σ z; ablation is to zero at every position; the variance and
-the reconstruction bias weigh batches equally.
+variance is a mean of per-token ratios about the batch's mean; L1 is Σ z; ablation is to zero at every position; variance and
+reconstruction bias weigh batches equally.
 
 Shapes: B rows, T positions, D model width, F features, N counted positions.
 """

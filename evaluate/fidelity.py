@@ -28,7 +28,7 @@ _TEXTS: dict[str, tuple[str, str, Literal["lower", "higher"] | None, str]] = {
     "ce_clean": ("next-token cross-entropy of the untouched model, per token", "nats", None, "CE clean"),
     "kl": ("KL(p_original ‖ p_spliced) of the next-token distribution, per token", "nats", "lower", "KL"),
     "kl_noise_floor": ("the KL that rounding the activations to bfloat16 causes by itself", "nats", None, "KL floor"),
-    "ce_score_mean": ("(CE_mean − CE) / (CE_mean − CE_clean): share of mean ablation's loss recovered", "1", "higher", "CE rec."),
+    "ce_score_mean": ("(CE_mean − CE) / (CE_mean − CE_clean): share of that loss recovered", "1", "higher", "CE rec."),
     "ce_score_zero": ("(CE_zero − CE) / (CE_zero − CE_clean), special positions kept", "1", "higher", "CE rec. (zero)"),
     "kl_score_mean": ("(KL_mean − KL) / KL_mean", "1", "higher", "KL rec."),
     "kl_score_zero": ("(KL_zero − KL) / KL_zero, special positions kept", "1", "higher", "KL rec. (zero)"),

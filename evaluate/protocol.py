@@ -54,8 +54,27 @@ class Findings:
     sums: dict[str, UnitSums] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)  # what no ratio of sums expresses: with its own interval or none
     curves: dict[str, Curve] = field(default_factory=dict)
+    per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # [F] or [F, …]: for the feature browser, never written
     notes: list[str] = field(default_factory=list)
     per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # first axis F; for the feature browser, not written out
+
+
+class SparseCoder(Protocol):
+    """What is asked of an SAE here, whoever trained it: works in float32 on raw activations, any leading dimensions."""
+
+    W_enc: Tensor  # [D, F]
+    W_dec: Tensor  # [F, D]
+    b_dec: Tensor  # [D]
+    d_model: int
+    n_features: int
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """[.., D] → [.., F]."""
+        ...
+
+    def decode(self, z: Tensor, /) -> Tensor:
+        """[.., F] → [.., D]."""
+        ...
 
 
 class Accumulator(Protocol):

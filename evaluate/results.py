@@ -125,6 +125,9 @@ class Passage(Frozen):
     peak: int = Field(description="index into tokens of the strongest")
     position: int = Field(description="of the first shown token in its row")
     document: int
+    chosen: Literal["strongest", "random"] = Field(
+        default="strongest", description="why this passage: the strongest alone flatter a feature"
+    )
 
 
 class Neighbour(Frozen):

@@ -1,9 +1,10 @@
 """Replacing one layer's output without running the layers below it again.
 
 The clean pass runs once per batch and keeps the residual stream after every layer asked for. A spliced pass then replaces the
-blocks up to and including that layer by stand-ins (the lower ones hand on what they get, the last one gives the spliced tensor) and
-calls the model as ever, so that transformers itself builds masks, rotary embeddings, layer types and the final norm. Whatever
-the embedding makes of the tokens is thrown away by the stand-ins, so architectures that scale it or add positions to it need no special care.
+blocks up to and including that layer by stand-ins (the lower hand on what they get, the last gives the spliced tensor)
+and calls the model as ever, so that transformers itself builds masks, rotary embeddings, layer types and the final norm. Whatever
+the embedding makes of the tokens is thrown away by the stand-ins, so that architectures which scale it or add positions to it
+need no special care.
 
 Shapes: B rows, T positions, D model width, V vocabulary, N tokens.
 """
@@ -33,7 +34,6 @@ class SplicedModel:
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
-        self._base: nn.Module = lm.model.base_model
         self._by_hook: set[int] = set()
         self._tuples = False  # transformers 4 blocks answer with tuples, 5 with tensors; learnt from the first clean pass
 
@@ -71,8 +71,8 @@ class SplicedModel:
     def verify(self, tokens_BT: Tensor, layers: Sequence[int]) -> list[str]:
         """Try the shared prefix on a few rows; a layer where it disagrees with the hook uses the hook from here on.
 
-        Two trials per layer: the identity splice against the clean pass, and a visibly changed one against the hook (a stand-in that
-        the model ignored would pass the first). Returns a sentence for every layer that fell back.
+        Two trials per layer: the identity splice against the clean pass, and a visibly changed one against the hook (stand-ins
+        that the model ignored would pass the first). Returns a sentence for every layer that fell back.
         """
         residuals, final_BTD = self.clean(tokens_BT, layers)
         notes = []
@@ -90,8 +90,9 @@ class SplicedModel:
                     continue
                 reason = "its result differs from a full run with a hook"
             self._by_hook.add(layer)
+            who = self.lm.identity.architecture
             notes.append(
-                f"layer {layer}: the shared prefix does not work for {self.lm.identity.architecture} ({reason}); using hooks"
+                f"layer {layer}: the shared prefix does not work for {who} ({reason}); the whole model is run with hooks"
             )
         return notes
 
@@ -107,7 +108,7 @@ class SplicedModel:
 
     def _run(self, tokens_BT: Tensor) -> Tensor:
         # Without an attention mask on purpose: padding only ever follows the text, and attention is causal.
-        return self._base(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
     @contextmanager
     def _standing_in(self, layer: int, x_BTD: Tensor) -> Iterator[None]:
@@ -125,8 +126,8 @@ class SplicedModel:
 class Head:
     """The model's output layer in fp32, whatever the model's dtype: final states [N, D] → logits [N, V].
 
-    The matrix product, the softcap (Gemma) and logit scales (Cohere, Granite) are done here and compared once with the model's own
-    logits; a model whose head does something else uses its own, in its own dtype, and :attr:`note` says so.
+    The matrix product, the softcap (Gemma) and logit scales (Cohere, Granite) are done here and compared once with the model's
+    own logits; a model whose head does something else uses its own, in its own dtype, and :attr:`note` says so.
     """
 
     def __init__(self, lm: LanguageModel):

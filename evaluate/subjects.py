@@ -1,0 +1,201 @@
+"""Which SAEs are to be evaluated, in which model and on which text: runs and other people's SAEs, grouped so that each model
+is loaded once. Whatever cannot be loaded becomes a failure with its sentence, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cache.manifest import StoreManifest
+from ..errors import RunError, TcsaeError, UsageError
+from ..extract.config import ModelSource, TextSource
+from ..train.record import RunRecord, find_runs, load_run
+from ..train.sae import TemporalSAE
+from .config import EvaluateConfig
+from .external import load_external
+from .foreign import AnySAE
+from .results import Failure, SAEFacts
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE that is to be evaluated. Its weights are loaded when its turn comes."""
+
+    name: str
+    layer: int
+    facts: SAEFacts
+    load: Callable[[], AnySAE]
+    fingerprint: str
+    role: Literal["tc", "twin"] | None = None
+    pair: str | None = None
+
+
+@dataclass
+class Group:
+    """Subjects that share a language model and a text."""
+
+    model: ModelSource
+    text: TextSource
+    held_out: bool
+    """Whether only held-out documents may be read; false for a text that no run was trained on."""
+    model_fingerprint: str | None
+    subjects: list[Subject] = field(default_factory=list)
+
+
+def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]:
+    """Everything asked for, by model and text.
+
+    Raises:
+        UsageError: nothing was asked for and there is no finished run.
+
+    """
+    paths = list(config.runs)
+    if not paths and not config.saes:
+        paths = [str(path) for path in find_runs(config.runs_folder)]
+        if not paths:
+            raise UsageError(
+                f"there is no finished run under {config.runs_folder}/: train one, or name an SAE with --run or --sae"
+            )
+    groups: dict[tuple[Any, ...], Group] = {}
+    failures: list[Failure] = []
+    for path in paths:
+        _attempt(path, failures, lambda path=path: _add_run(groups, config, path))
+    for at, path in enumerate(config.saes):
+        layer = config.layers[at if len(config.layers) > 1 else 0] if config.layers else None
+        _attempt(path, failures, lambda path=path, layer=layer: _add_external(groups, config, path, layer))
+    return list(groups.values()), failures
+
+
+def _attempt(path: str, failures: list[Failure], add: Callable[[], None]) -> None:
+    try:
+        add()
+    except TcsaeError as failure:
+        failures.append(Failure(path=path, message=str(failure)))
+
+
+def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str) -> None:
+    record = load_run(path)
+    if not record.finished:
+        raise RunError(
+            f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with pipeline train --resume"
+        )
+    manifest = StoreManifest.model_validate(record.store_manifest)
+    group = _group(groups, config, manifest)
+    weights = Path(path) / WEIGHTS
+    if not weights.exists():
+        raise RunError(f"{path} says it is finished but has no {WEIGHTS}: train it again")
+    group.subjects.append(
+        Subject(
+            name=_free_name(record.name, record.layer, group),
+            layer=record.layer,
+            facts=_facts_of_run(path, record, manifest),
+            load=lambda: TemporalSAE.load(path),
+            fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
+            role=record.role,
+            pair=record.twin,
+        )
+    )
+
+
+def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, layer: int | None) -> None:
+    found = load_external(path, layer)
+    group = next(iter(groups.values()), None)  # beside runs it is measured in their model, on their text
+    if group is None or len(groups) > 1:
+        if config.model is None and found.model_name is None:
+            raise UsageError(f"{path} does not say which language model it belongs to: give --model")
+        group = _group(groups, config, None, found.model_name)
+    digest = sha256()
+    for name, value in sorted(found.sae.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    group.subjects.append(
+        Subject(
+            name=_free_name(found.name, found.layer, group),
+            layer=found.layer,
+            facts=SAEFacts(
+                path=path,
+                source=found.source,
+                architecture=found.sae.activation.kind if isinstance(found.sae, TemporalSAE) else "gated",
+                d_model=found.sae.d_model,
+                n_features=found.sae.n_features,
+            ),
+            load=lambda: found.sae,
+            fingerprint=digest.hexdigest()[:16],
+        )
+    )
+
+
+def _group(
+    groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, manifest: StoreManifest | None, model_name: str | None = None
+) -> Group:
+    model, text, held_out = _model(config, manifest, model_name), _text(config, manifest), True
+    if config.dataset is not None and (manifest is None or config.dataset != manifest.text.dataset):
+        held_out = False  # a text no run has seen: all of it may be read
+    fingerprint = manifest.model.fingerprint if manifest is not None else None
+    key = (model, text, held_out)
+    return groups.setdefault(key, Group(model, text, held_out, fingerprint))
+
+
+def _model(config: EvaluateConfig, manifest: StoreManifest | None, model_name: str | None) -> ModelSource:
+    common = {"device": config.device, "dtype": config.dtype}
+    if config.model is not None:
+        return ModelSource(id=config.model, revision=config.revision, gguf_file=config.gguf_file, **common)
+    if manifest is not None:
+        known = manifest.model
+        return ModelSource(id=known.id, revision=known.revision, gguf_file=known.gguf_file, **common)
+    return ModelSource(id=model_name or ModelSource.id, **common)
+
+
+def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
+    if manifest is None or (config.dataset is not None and config.dataset != manifest.text.dataset):
+        known = TextSource(dataset=config.dataset or TextSource.dataset)
+        context = manifest.text.context if manifest is not None else known.context
+        packing = manifest.text.packing if manifest is not None else known.packing
+        seed, share = known.seed, 0.0 if config.dataset is not None else known.held_out
+    else:
+        known = manifest.text
+        context, packing, seed, share = known.context, known.packing, known.seed, known.held_out
+    return TextSource(
+        dataset=known.dataset,
+        split=config.split or known.split,
+        text_column=config.text_column or known.text_column,
+        packing=packing,
+        context=context,
+        seed=seed,
+        held_out=share,
+    )
+
+
+def _facts_of_run(path: str, record: RunRecord, manifest: StoreManifest) -> SAEFacts:
+    sae = TemporalSAE.load(path)
+    return SAEFacts(
+        path=path,
+        source="run",
+        architecture=sae.activation.kind,
+        d_model=manifest.d_model,
+        n_features=sae.n_features,
+        settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens},
+    )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested settings by dotted name; lists as text."""
+    found: dict[str, str | int | float | bool | None] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, str | int | float | bool | None) else ", ".join(map(str, value))
+    return found
+
+
+def _free_name(name: str, layer: int, group: Group) -> str:
+    taken = {subject.name for subject in group.subjects if subject.layer == layer}
+    if name not in taken:
+        return name
+    return next(f"{name} ({n})" for n in range(2, len(taken) + 3) if f"{name} ({n})" not in taken)
