@@ -10,17 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from .chart import Axis, Line, Mark, Panel, Rule
-from .results import Curve, EvaluationReport, Metric, Record, TrainingCurves
+from .loss_panels import training_panels
+from .results import Curve, EvaluationReport, Metric, Record
 from .wording import decimals, metric_label, role_of, short_name, show, show_interval
-
-LOSS_POINTS = 160  # more than a panel has pixels for
-SHARE_PANELS = 6
-TERM_WORDS = {
-    "reconstruction": ("reconstruction", "mse"),
-    "sparsity": ("sparsity", "l1"),
-    "temporal": ("temporal",),
-    "auxiliary": ("aux",),
-}
 
 
 def sections(report: EvaluationReport) -> dict[str, list[Panel]]:
@@ -44,7 +36,7 @@ def _each_layer(report: EvaluationReport, *builders: Builder) -> list[Panel]:
 
 def plane(report: EvaluationReport, layer: int) -> Panel | None:
     """L0 against CE recovered, the reference rows included."""
-    marks, rules = _plane(report, layer, "ce_score_mean", _records(report, layer))
+    marks, rules = _plane(report, "ce_score_mean", _records(report, layer))
     if not marks:
         return None
     return Panel(
@@ -61,7 +53,7 @@ def plane(report: EvaluationReport, layer: int) -> Panel | None:
 
 def plane_zoomed(report: EvaluationReport, layer: int) -> Panel | None:
     """The same without the reference rows, so that SAEs can be told apart."""
-    marks, _ = _plane(report, layer, "ce_score_mean", _saes(report, layer))
+    marks, _ = _plane(report, "ce_score_mean", _saes(report, layer))
     if not marks:
         return None
     return Panel(
@@ -77,7 +69,7 @@ def plane_zoomed(report: EvaluationReport, layer: int) -> Panel | None:
 
 def variance_plane(report: EvaluationReport, layer: int) -> Panel | None:
     """L0 against explained variance, SAEs alone: an untrained one lies far below."""
-    marks, _ = _plane(report, layer, "explained_variance", _saes(report, layer))
+    marks, _ = _plane(report, "explained_variance", _saes(report, layer))
     if not marks:
         return None
     return Panel(
@@ -99,9 +91,7 @@ def _l0_axis(marks: Sequence[Mark]) -> Axis:
     return Axis(label) if max(sizes) > 1.3 * min(sizes) else Axis(label, low=0, high=1.5 * max(sizes) or 1.0)
 
 
-def _plane(
-    report: EvaluationReport, layer: int, key: str, records: Iterable[Record]
-) -> tuple[tuple[Mark, ...], tuple[Rule, ...]]:
+def _plane(report: EvaluationReport, key: str, records: Iterable[Record]) -> tuple[tuple[Mark, ...], tuple[Rule, ...]]:
     marks, rules = [], []
     for record in records:
         value, size = record.metrics.get(key), record.metrics.get("l0")
@@ -227,7 +217,7 @@ def time_plane(report: EvaluationReport, layer: int) -> Panel | None:
         Axis("share of CE recovered"),
         tuple(marks),
         links=_links(report, layer, marks),
-        caption="Left is steadier, up is more faithful. The temporal term is trained to go left; the question is what it costs.",
+        caption="Left is steadier, up is more faithful. The temporal term is trained to go left; the question is the cost.",
     )
 
 
@@ -300,73 +290,3 @@ def _line(curve: Curve, role: str, label: str) -> Line | None:
     banded = len(rows) == len(curve.x) and None not in low and None not in high and len(low) == len(high) == len(rows)
     xs, ys = zip(*rows, strict=True)
     return Line(xs, ys, role, label, low if banded else (), high if banded else ())  # pyright: ignore[reportArgumentType]
-
-
-def training_panels(report: EvaluationReport) -> list[Panel]:
-    """The total loss per layer, then each term's share for the TC-SAEs."""
-    totals = [panel for layer in report.layers if (panel := _totals(report, layer))]
-    tc = [record for record in report.records if record.role == "tc" and record.name in report.training]
-    shares = [panel for record in tc[:SHARE_PANELS] if (panel := _shares(report, record))]
-    return totals + shares
-
-
-def _totals(report: EvaluationReport, layer: int) -> Panel | None:
-    lines = []
-    for record in _saes(report, layer):
-        curves = report.training.get(record.name)
-        total = _total(curves) if curves else None
-        points = [(s, t) for s, t in zip(curves.steps, total, strict=True) if t and t > 0] if curves and total else []
-        if points:
-            xs, ys = zip(*points[:: math.ceil(len(points) / LOSS_POINTS)], strict=True)
-            lines.append(Line(tuple(map(float, xs)), ys, role_of(record), short_name(record, report)))
-    if not lines:
-        return None
-    return Panel(
-        f"loss-{layer}",
-        f"Training loss, layer {layer}",
-        Axis("step", low=0),
-        Axis("total loss (log scale)", log=True),
-        lines=tuple(lines),
-        caption="A TC-SAE's total holds one term more than its twin's, so their levels do not compare.",
-    )
-
-
-def _total(curves: TrainingCurves) -> list[float | None] | None:
-    for name in ("total", "loss"):
-        if name in curves.series:
-            return curves.series[name]
-    terms = list(_terms(curves).values())
-    return [sum(v or 0.0 for v in values) for values in zip(*terms, strict=True)] if terms else None
-
-
-def _terms(curves: TrainingCurves) -> dict[str, list[float | None]]:
-    """Term → its series, by the words in the names of what was logged."""
-    found = {}
-    for term, words in TERM_WORDS.items():
-        name = next((n for n in curves.series if any(word in n.lower() for word in words)), None)
-        if name and any(curves.series[name]):
-            found[term] = curves.series[name]
-    return found
-
-
-def _shares(report: EvaluationReport, record: Record) -> Panel | None:
-    curves = report.training[record.name]
-    terms = _terms(curves)
-    if len(terms) < 2:
-        return None
-    keep = range(0, len(curves.steps), math.ceil(len(curves.steps) / LOSS_POINTS))
-    sums = {i: sum(values[i] or 0.0 for values in terms.values()) for i in keep}
-    used = [i for i in keep if sums[i] > 0]
-    lines = tuple(
-        Line(tuple(float(curves.steps[i]) for i in used), tuple(100 * (values[i] or 0.0) / sums[i] for i in used), term, term)
-        for term, values in terms.items()
-    )
-    final = "; ".join(f"{line.label} {line.y[-1]:.1f} %" for line in lines if line.y)
-    return Panel(
-        f"shares-{record.name}",
-        f"Share of each loss term: {short_name(record, report)}, layer {record.layer}",
-        Axis("step", low=0),
-        Axis("share of the total loss (%)", low=0, high=100),
-        lines=lines,
-        caption=f"At the end: {final}.",
-    )

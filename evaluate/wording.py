@@ -116,9 +116,10 @@ def evaluated(report: EvaluationReport) -> str:
     machine = (
         report.machine.get("gpu") or report.machine.get("device_name") or report.machine.get("device") or "an unnamed machine"
     )
+    documents = f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
     return (
         f"{what} at {where} of {report.model.id} ({report.model.architecture}, {report.model.dtype}), spliced into the model "
-        f"on {report.n_tokens:,} held-out tokens from {report.n_documents:,} document{'' if report.n_documents == 1 else 's'} of "
+        f"on {report.n_tokens:,} held-out tokens from {documents} of "
         f"{report.text.dataset}, {report.text.context} tokens of context, seed {report.seed}, on {machine}."
     )
 

@@ -1,0 +1,184 @@
+"""The report's charts for papers, by matplotlib: the same panels as the page's, as PNG and SVG, and the one README picture.
+
+Deterministic: no date, no version and no random identifier goes into a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .chart import STYLES, Axis, Line, Mark, Panel
+from .panels import plane_zoomed, time_plane
+from .results import EvaluationReport
+
+SIZE = (4.4, 3.3)  # inches
+DPI = 160
+_MARKERS = {"circle": "o", "square": "s", "triangle": "^", "cross": "x"}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#5c5f66",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e1da",
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tcsae",
+}
+
+
+def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
+    """Write every panel as ``KEY.png`` and ``KEY.svg``; returns the paths. The folder's older figures are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
+        old.unlink()
+    written = []
+    for panel in panels:
+        with _figure(1, _height(panel)) as (figure, axes):
+            draw(axes[0], panel)
+            written += _save(figure, folder / _file_name(panel.key))
+    return written
+
+
+def write_picture(report: EvaluationReport, path: Path, layer: int | None = None) -> Path:
+    """The README's picture: fidelity against sparsity, and steadiness against fidelity, TC-SAE beside twin, at one layer.
+
+    Args:
+        report: of an evaluation, e.g. ``read_results("reports/demo")``.
+        path: a .png; legible at a width of 800 pixels.
+        layer: of the report's; the deepest if None.
+
+    Raises:
+        ValueError: nothing at that layer can be drawn.
+
+    """
+    layer = max(report.layers) if layer is None else layer
+    found = [panel for panel in (plane_zoomed(report, layer), time_plane(report, layer)) if panel]
+    if not found:
+        raise ValueError(f"no SAE of layer {layer} has both L0 and CE recovered; the report has layers {report.layers}")
+    with _figure(len(found), SIZE[1]) as (figure, axes):
+        for ax, panel in zip(axes, found, strict=True):
+            draw(ax, panel)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI * 1.25, metadata={"Software": None})
+    return path
+
+
+def draw(ax: Any, panel: Panel) -> None:
+    """Draw a panel into matplotlib axes."""
+    x_ends, y_ends = panel.ends()
+    for rule in panel.rules:
+        if rule.y is not None:
+            ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
+            ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), **_NOTE, ha="right")
+        if rule.x is not None:
+            ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
+    for a, b in panel.links:
+        one, two = panel.marks[a], panel.marks[b]
+        ax.plot([one.x, two.x], [one.y, two.y], color="#5c5f66", linewidth=0.7, zorder=1)
+    for line in panel.lines:
+        _line(ax, line)
+    for mark in panel.marks:
+        _mark(ax, mark, panel)
+    _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
+    _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
+    ax.set(xlabel=panel.x.label, title=panel.title if panel.y.categories else f"{panel.title}\n{panel.y.label}")
+    ax.title.set_fontweight("normal")
+    _legend(ax, panel)
+
+
+_NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": "#5c5f66", "style": "italic"}
+
+
+def _line(ax: Any, line: Line) -> None:
+    style = STYLES[line.role]
+    dashes: dict[str, Any] = {"linestyle": (0, style.dash)} if style.dash else {}
+    if line.step:
+        ax.stairs(line.y, line.x, color=style.paper, linewidth=1.4, **dashes)
+        ax.stairs(line.y, line.x, color=style.paper, fill=True, alpha=0.1)
+        return
+    if line.low and line.high:
+        ax.fill_between(line.x, line.low, line.high, color=style.paper, alpha=0.13, linewidth=0)
+    marker = _MARKERS[style.marker] if len(line.x) <= 16 else None
+    ax.plot(line.x, line.y, color=style.paper, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
+
+
+def _mark(ax: Any, mark: Mark, panel: Panel) -> None:
+    style = STYLES[mark.role]
+    if mark.x_interval:
+        ax.plot(mark.x_interval, [mark.y] * 2, color=style.paper, linewidth=1.1, marker="|", markersize=5)
+    if mark.y_interval:
+        ax.plot([mark.x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
+    face = "white" if style.marker == "square" else style.paper
+    ax.plot(
+        mark.x, mark.y, _MARKERS[style.marker], color=style.paper, markerfacecolor=face, markersize=5.5, markeredgewidth=1.4
+    )
+    if mark.label and (panel.y.categories or len(panel.marks) <= 12):
+        right = mark.x_interval[1] if mark.x_interval and panel.y.categories else mark.x
+        ax.annotate(mark.label, (right, mark.y), xytext=(6, -2.5), textcoords="offset points", fontsize=7.5, color=style.paper)
+
+
+def _axis(axis: Any, set_scale: Any, set_limits: Any, spec: Axis, ends: tuple[float, float]) -> None:
+    if spec.log:
+        set_scale("log")
+    set_limits(*ends)
+    ticks = spec.ticks((min(ends), max(ends)))
+    axis.set_ticks([value for value, _ in ticks], [label for _, label in ticks])
+    axis.set_minor_locator(_no_locator())
+
+
+def _no_locator() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _legend(ax: Any, panel: Panel) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for role in panel.roles():
+        style = STYLES[role]
+        dashes: dict[str, Any] = {"linestyle": ((0, style.dash) if style.dash else "-") if panel.lines else "none"}
+        marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
+        face = "white" if style.marker == "square" else style.paper
+        handles.append(Line2D([], [], color=style.paper, marker=marker, markerfacecolor=face, label=style.name, **dashes))
+    if len(handles) > 1:
+        ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")
+
+
+def _height(panel: Panel) -> float:
+    return 0.9 + 0.26 * len(panel.y.categories) if panel.y.categories else SIZE[1]
+
+
+@contextmanager
+def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure without a window, in the report's style, closed afterwards."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(SIZE[0] * columns, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    figure.savefig(png, dpi=DPI, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg]
+
+
+def _file_name(key: str) -> str:
+    """A key as a safe file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", key).strip(".-") or "figure"

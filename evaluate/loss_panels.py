@@ -1,0 +1,93 @@
+"""The charts of training: the total loss of every run, and what share of it each term has.
+
+The shares assume that terms were recorded as they enter the total, weights included.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .chart import Axis, Line, Panel
+from .results import EvaluationReport, Record, TrainingCurves
+from .wording import role_of, short_name
+
+LOSS_POINTS = 160  # more than a panel has pixels for
+SHARE_PANELS = 6
+TERM_WORDS = {
+    "reconstruction": ("reconstruction", "mse"),
+    "sparsity": ("sparsity", "l1"),
+    "temporal": ("temporal",),
+    "auxiliary": ("aux",),
+}
+
+
+def training_panels(report: EvaluationReport) -> list[Panel]:
+    """The total loss per layer, then each term's share for the TC-SAEs."""
+    totals = [panel for layer in report.layers if (panel := _totals(report, layer))]
+    tc = [record for record in report.records if record.role == "tc" and record.name in report.training]
+    shares = [panel for record in tc[:SHARE_PANELS] if (panel := _shares(report, record))]
+    return totals + shares
+
+
+def _totals(report: EvaluationReport, layer: int) -> Panel | None:
+    lines = []
+    for record in report.records:
+        if record.layer != layer:
+            continue
+        curves = report.training.get(record.name)
+        total = _total(curves) if curves else None
+        points = [(s, t) for s, t in zip(curves.steps, total, strict=True) if t and t > 0] if curves and total else []
+        if points:
+            xs, ys = zip(*points[:: math.ceil(len(points) / LOSS_POINTS)], strict=True)
+            lines.append(Line(tuple(map(float, xs)), ys, role_of(record), short_name(record, report)))
+    if not lines:
+        return None
+    return Panel(
+        f"loss-{layer}",
+        f"Training loss, layer {layer}",
+        Axis("step", low=0),
+        Axis("total loss (log scale)", log=True),
+        lines=tuple(lines),
+        caption="A TC-SAE's total holds one term more than its twin's, so their levels do not compare.",
+    )
+
+
+def _total(curves: TrainingCurves) -> list[float | None] | None:
+    for name in ("total", "loss"):
+        if name in curves.series:
+            return curves.series[name]
+    terms = list(_terms(curves).values())
+    return [sum(v or 0.0 for v in values) for values in zip(*terms, strict=True)] if terms else None
+
+
+def _terms(curves: TrainingCurves) -> dict[str, list[float | None]]:
+    """Term → its series, by the words in the names of what was logged."""
+    found = {}
+    for term, words in TERM_WORDS.items():
+        name = next((n for n in curves.series if any(word in n.lower() for word in words)), None)
+        if name and any(curves.series[name]):
+            found[term] = curves.series[name]
+    return found
+
+
+def _shares(report: EvaluationReport, record: Record) -> Panel | None:
+    curves = report.training[record.name]
+    terms = _terms(curves)
+    if len(terms) < 2:
+        return None
+    keep = range(0, len(curves.steps), math.ceil(len(curves.steps) / LOSS_POINTS))
+    sums = {i: sum(values[i] or 0.0 for values in terms.values()) for i in keep}
+    used = [i for i in keep if sums[i] > 0]
+    lines = tuple(
+        Line(tuple(float(curves.steps[i]) for i in used), tuple(100 * (values[i] or 0.0) / sums[i] for i in used), term, term)
+        for term, values in terms.items()
+    )
+    final = "; ".join(f"{line.label} {line.y[-1]:.1f} %" for line in lines if line.y)
+    return Panel(
+        f"shares-{record.name}",
+        f"Share of each loss term: {short_name(record, report)}, layer {record.layer}",
+        Axis("step", low=0),
+        Axis("share of the total loss (%)", low=0, high=100),
+        lines=lines,
+        caption=f"At the end: {final}.",
+    )
