@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from crc32c import crc32c
-from numcodecs import blosc, zstd
+from numcodecs import blosc, zstd  # pyright: ignore[reportAttributeAccessIssue] — compiled modules
 
 from .layout import Compression
 

@@ -141,7 +141,7 @@ class damage:  # noqa: N801 — reads as a statement: `with damage(place, key):`
     def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> bool:
         if isinstance(problem, DamageError):
             raise StoreError(
-                f"{self._file} is damaged: {problem}; `pipeline verify` lists all damage, restore the file or extract with --fresh"
+                f"{self._file} is damaged: {problem}; `pipeline verify` lists all damage; restore the file or extract again"
             ) from problem
         if isinstance(problem, FileNotFoundError):
             raise StoreError(f"{self._file} is missing: restore it, or extract the store again with --fresh") from problem

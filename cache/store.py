@@ -55,7 +55,7 @@ class ActivationStore:
         rows = rows_in(commits)
         if not manifest.finished and not allow_unfinished:
             raise StoreError(
-                f"{place} holds {rows} of {manifest.planned_rows} rows, it is not finished: finish it with the same extract command"
+                f"{place} holds {rows} of {manifest.planned_rows} rows, not finished: finish it with the same extract command"
             )
         if manifest.finished and (sound != len(raw) or rows != manifest.planned_rows):
             raise StoreError(f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it")

@@ -12,6 +12,7 @@ from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextId
 from tcsae.cache.writer import StoreSetWriter
 
 BOS, VOCAB = 0, 300
+Packing = Literal["document", "concat"]
 Bits = Mapping[int, np.ndarray]  # layer → uint16 [B, T, D]
 VERSIONS = {"tcsae": "0", "torch": "0"}
 
@@ -106,7 +107,7 @@ def write_rows(
 
 def make_stores(
     folder: Path, layers: Sequence[int] = (3,), *, rows: int = 64, context: int = 16, d_model: int = 8, seed: int = 0,
-    documents: int | None = None, packing: Literal["document", "concat"] = "document", chunk_rows: int = 4, shard_rows: int = 16,
+    documents: int | None = None, packing: Packing = "document", chunk_rows: int = 4, shard_rows: int = 16,
     compression: Compression = "none", finish: bool = True, step: int = 3, model_id: str = "tiny",
 ) -> dict[int, Path]:  # fmt: skip
     """Finished stores ``folder/l3.zarr`` … that hold :func:`make_block` and :func:`make_activations`; layer → path."""
