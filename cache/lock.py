@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from ..errors import StoreError
 from .errnos import plain_errors
-from .places import LocalPlace, Place
+from .local import LocalPlace
+from .places import Place
 
 LOCK = "activations/writer.lock"
 HEARTBEAT, STALE = 20.0, 90.0  # seconds between renewals of a lease, and after which it counts as dead

@@ -78,9 +78,7 @@ class RemotePlace:
     def names(self, folder: str) -> list[str]:  # noqa: D102
         with _plain(f"list {self}/{folder}"):
             try:
-                return sorted(
-                    str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._path(folder), detail=False)
-                )
+                paths = self._fs.ls(self._path(folder), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)

@@ -8,10 +8,11 @@ from ..console import format_bytes
 from ..errors import ResourceError, StoreError
 from .commits import LOG, Commit, common_prefix, latest, parse_log, rows_in
 from .layout import StoreLayout
+from .local import PARTIAL, LocalPlace
 from .lock import LOCK, Lock, acquire
 from .manifest import StoreManifest, first_difference, group_document, manifest_at
 from .metadata import ARRAYS, array_document, shard_key, shard_of_name, to_json
-from .places import PARTIAL, LocalPlace, Place
+from .places import Place
 
 _SPARE_BYTES = 64_000_000  # left on the disk for everything else
 
