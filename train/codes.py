@@ -24,35 +24,37 @@ from torch import Tensor
 
 from .activation import Activation
 
-# Share of active entries above which whole matrices are faster. Where the two steps cross, at D = 576 and F = 4608, depends on
-# the machine's ratio of arithmetic to memory. A constant, never a timing: a resumed run must take the turns of the first.
-DENSE_ABOVE = 0.2
+# Share of active entries above which whole matrices are faster. Constants, never a timing: a resumed run must take the turns of
+# the first. CPU: the steps cross at 0.30 on two Zen 5 cores (2048 × 576 × 4608, float32). CUDA: an estimate, since tensor cores
+# multiply about 50 times faster than a gather brings rows.
+DENSE_ABOVE = {"cpu": 0.25, "cuda": 0.01}
 
 
 class SparseCodes:
     """Codes by their active entries, in row-major order.
 
     Args:
-        pre_NF: pre-activations; kept, never changed: neighbours' codes are looked up in them.
+        pre_NF: pre-activations; kept, never changed: other tokens' codes are looked up in them.
         mask_NF: which of them are active, all of these positive.
-        flat_E: the active positions n·F + f, ascending (found from the mask when not given).
+        flat_E: the active positions n·F + f, ascending.
+        all_positive: whether the mask is just pre_NF > 0, which makes a lookup cheaper.
 
     Attributes:
         value: [E] the active codes.
 
     """
 
-    def __init__(self, pre_NF: Tensor, mask_NF: Tensor, flat_E: Tensor | None = None):
-        self.shape, self._pre, self._mask = pre_NF.shape, pre_NF, mask_NF
+    def __init__(self, pre_NF: Tensor, mask_NF: Tensor, flat_E: Tensor, *, all_positive: bool):
+        self.shape, self._pre, self._mask, self._flat = pre_NF.shape, pre_NF, mask_NF, flat_E
+        self._all_positive = all_positive
         n_tokens, n_features = self.shape
-        flat = true_positions(mask_NF) if flat_E is None else flat_E
-        self.value = pre_NF.view(-1).index_select(0, flat)
-        edges = torch.arange(n_tokens + 1, device=flat.device) * n_features
+        self.value = pre_NF.view(-1).index_select(0, flat_E)
+        edges = torch.arange(n_tokens + 1, device=flat_E.device) * n_features
         # int32 halves the traffic of everything below; E stays far under 2³¹ wherever pre_NF fits the memory.
-        self._row_starts = torch.searchsorted(flat, edges, out_int32=True)
-        rows = torch.arange(n_tokens, device=flat.device, dtype=torch.int32)
-        self._row = torch.repeat_interleave(rows, self._row_starts.diff(), output_size=flat.numel())
-        self._column = torch.sub(flat, self._row, alpha=n_features).int()
+        self._row_starts = torch.searchsorted(flat_E, edges, out_int32=True)
+        rows = torch.arange(n_tokens, device=flat_E.device, dtype=torch.int32)
+        self._row = torch.repeat_interleave(rows, self._row_starts.diff(), output_size=flat_E.numel())
+        self._column = torch.sub(flat_E, self._row, alpha=n_features).int()
 
     def decode(self, W_FD: Tensor) -> Tensor:
         """z·W [N, D]."""
@@ -90,13 +92,12 @@ class SparseCodes:
         """A number per token, brought to every active entry."""
         return per_token_N.index_select(0, self._row)
 
-    def at_rows(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
-        """For every active entry (n, f): z[rows_N[n], f], and 1 where that row exists or 0 where rows_N[n] is negative."""
-        other = rows_N.index_select(0, self._row)
-        exists = other >= 0
-        flat = other.clamp_(min=0).mul_(self.shape[1]).add_(self._column)
-        kept = self._mask.view(-1).index_select(0, flat).logical_and_(exists)
-        return self._pre.view(-1).index_select(0, flat).mul_(kept), exists.to(self.value.dtype)
+    def at_rows(self, rows_N: Tensor) -> Tensor:
+        """z[rows_N[n], f] for every active entry (n, f)."""
+        shift_N = (rows_N - torch.arange(self.shape[0], device=rows_N.device)) * self.shape[1]
+        flat = shift_N.index_select(0, self._row).add_(self._flat)
+        other = self._pre.view(-1).index_select(0, flat)
+        return other.clamp_(min=0) if self._all_positive else other.mul_(self._mask.view(-1).index_select(0, flat))
 
     def restricted(self, values: Tensor) -> Tensor:
         """``values`` with whatever lies outside the active entries set to zero: here nothing lies outside."""
@@ -104,7 +105,7 @@ class SparseCodes:
 
     def gathered(self, dense_NF: Tensor) -> Tensor:
         """The entries of a dense matrix at the active positions, like ``value``."""
-        return dense_NF.reshape(-1).index_select(0, torch.add(self._column, self._row.long(), alpha=self.shape[1]))
+        return dense_NF.reshape(-1).index_select(0, self._flat)
 
     def dense(self) -> Tensor:
         """Z [N, F] as a new matrix."""
@@ -145,22 +146,9 @@ class DenseCodes:
         """On how many tokens each feature is active, int64 [F]."""
         return self._mask.sum(0)
 
-    def row_sums(self, values: Tensor) -> Tensor:
-        """Σ_f of ``values`` [N]."""
-        return values.sum(1)
-
     def of_columns(self, per_feature_F: Tensor) -> Tensor:
         """A number per feature, to be broadcast over the tokens."""
         return per_feature_F
-
-    def of_rows(self, per_token_N: Tensor) -> Tensor:
-        """A number per token, to be broadcast over the features."""
-        return per_token_N.unsqueeze(1)
-
-    def at_rows(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
-        """z[rows_N], and 1 where that row exists or 0 where rows_N[n] is negative [N, 1]."""
-        exists = (rows_N >= 0).to(self.value.dtype).unsqueeze(1)
-        return self.value.index_select(0, rows_N.clamp(min=0)).mul_(exists), exists
 
     def restricted(self, values: Tensor) -> Tensor:
         """``values``, in place, with everything outside the active entries set to zero."""
@@ -182,25 +170,29 @@ Codes = SparseCodes | DenseCodes
 
 
 def codes_of(
-    pre_NF: Tensor, activation: Activation, *, dense_above: float = DENSE_ABOVE, compute_dtype: torch.dtype | None = None
+    pre_NF: Tensor, activation: Activation, *, dense_above: float | None = None, compute_dtype: torch.dtype | None = None
 ) -> Codes:
-    """The codes of contiguous pre-activations under relu, topk or batchtopk (training), dense or sparse by their own density."""
+    """The codes of contiguous pre-activations under relu, topk or batchtopk (in training).
+
+    Dense or sparse by their own density: ``dense_above`` is the share of active entries where that changes (DENSE_ABOVE unless
+    given), ``compute_dtype`` that of the dense products' factors.
+    """
     if activation.kind == "relu":
         mask, flat = pre_NF > 0, None
-        active = int(mask.count_nonzero())
     else:
         mask, flat = largest(pre_NF, activation.k or 0, over_batch=activation.kind == "batchtopk")
-        active = flat.numel()
-    if active > dense_above * pre_NF.numel():
+    active = int(mask.count_nonzero()) if flat is None else flat.numel()
+    if active > (DENSE_ABOVE[pre_NF.device.type] if dense_above is None else dense_above) * pre_NF.numel():
         return DenseCodes(pre_NF, mask, compute_dtype)
-    return SparseCodes(pre_NF, mask, flat)
+    return SparseCodes(pre_NF, mask, true_positions(mask) if flat is None else flat, all_positive=flat is None)
 
 
 def largest(pre_NF: Tensor, k: int, *, over_batch: bool) -> tuple[Tensor, Tensor]:
     """The positive ones among the k largest of every row, or among the k·N largest of all.
 
     The maxima of 4k groups per row bound the k-th largest from below: k groups have a maximum at least that large. Only what
-    passes this bound, little more than k per row, is looked at again. Among equal values an arbitrary one is kept, as in torch.topk.
+    passes this bound, little more than k per row, is looked at again. Among equal values torch.topk keeps an arbitrary one, and
+    so does this.
 
     Returns:
         A mask [N, F], and the positions n·F + f that it marks, ascending.

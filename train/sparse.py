@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import consistency
 from .activation import Activation
-from .codes import DENSE_ABOVE, Codes, codes_of, product
+from .codes import Codes, codes_of, product
 from .objective import Objective, StepResult
 from .sae import TemporalSAE
 from .step import track_threshold
@@ -43,7 +43,7 @@ def sparse_step(
     partner_NP: Tensor | None = None,
     dead_F: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    dense_above: float = DENSE_ABOVE,
+    dense_above: float | None = None,
 ) -> StepResult:
     """Loss of a batch of windows and its gradients, added to ``.grad`` of the parameters.
 
@@ -55,7 +55,7 @@ def sparse_step(
         dead_F: bool [F], the features AuxK revives.
         compute_dtype: of the dense products' factors, bfloat16 or the weights' own; sums and everything else stay in the
             weights' dtype.
-        dense_above: share of active entries from which whole matrices are used; a constant, so that runs repeat.
+        dense_above: share of active entries from which whole matrices are used; None: as measured (``codes.DENSE_ABOVE``).
 
     """
     n_windows, w, d_model = x_NWD.shape
@@ -123,7 +123,7 @@ def _add_auxiliary(
     dead_K: Tensor,
     objective: Objective,
 ) -> Tensor:
-    """AuxK: the strongest dead features reconstruct what is left (see :func:`.losses.aux_k`): a step on their sub-dictionary."""
+    """AuxK, a step on the sub-dictionary of dead features: the strongest reconstruct what is left (:func:`.losses.aux_k`)."""
     strongest = Activation("topk", k=min(objective.aux_k, dead_K.numel()))
     codes = codes_of(pre_MF.index_select(1, dead_K), strongest)
     W_dec = sae.W_dec.index_select(0, dead_K)

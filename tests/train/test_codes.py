@@ -35,8 +35,8 @@ def test_both_kinds_of_codes_compute_the_same_products(seed: int, n: int, f: int
     generator = torch.Generator().manual_seed(seed + 1)
     a, W = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (n, f))
     values, per_feature = torch.randn(n, f, generator=generator, dtype=torch.float64) * (z > 0), a.new_tensor(range(f))
-    rows = torch.randint(-1, n, (n,), generator=generator)
-    for codes in (SparseCodes(pre, pre > 0), DenseCodes(pre, pre > 0)):
+    kinds = (SparseCodes(pre, pre > 0, true_positions(pre > 0), all_positive=seed % 2 == 0), DenseCodes(pre, pre > 0))
+    for codes in kinds:
         sparse = isinstance(codes, SparseCodes)
         mine = codes.gathered(values)
 
@@ -51,10 +51,20 @@ def test_both_kinds_of_codes_compute_the_same_products(seed: int, n: int, f: int
         torch.testing.assert_close(codes.column_sums(mine), values.sum(0))
         assert torch.equal(codes.column_counts(), (z > 0).sum(0))
         torch.testing.assert_close(dense(codes.value * codes.of_columns(per_feature)), z * per_feature)
-        other, exists = codes.at_rows(rows)
-        expected = z[rows.clamp(min=0)] * (rows >= 0).unsqueeze(1)
-        torch.testing.assert_close(dense(codes.restricted(other)), expected * (z > 0))
-        torch.testing.assert_close(dense(codes.value * exists), z * (rows >= 0).unsqueeze(1))
+
+
+@given(**shapes)
+def test_other_tokens_codes_are_found(seed: int, n: int, f: int, share: float) -> None:
+    pre = random_pre(seed, n, f, share)
+    mask = pre > 0.5  # some positive entries are not active, as in topk
+    rows = torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))
+    selected = SparseCodes(pre, mask, true_positions(mask), all_positive=False)
+    torch.testing.assert_close(selected.at_rows(rows), (pre * mask)[rows][mask])
+    mask = pre > 0
+    positive = SparseCodes(pre, mask, true_positions(mask), all_positive=True)
+    torch.testing.assert_close(positive.at_rows(rows), torch.relu(pre)[rows][mask])
+    per_token = torch.arange(float(n), dtype=pre.dtype)
+    torch.testing.assert_close(positive.row_sums(positive.of_rows(per_token)), per_token * mask.sum(1))
 
 
 @given(**shapes, k=st.integers(1, 6), over_batch=st.booleans())
