@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import StoreError, UsageError
+from .cuts import cut_windows, shuffle_windows
 from .moments import counted, token_norms
 from .statistics import cached_statistics, kept_norms
 from .store import ActivationStore
@@ -60,6 +61,7 @@ class WindowStream:
         norm_limit: tokens of a larger norm are left out, and windows end at them.
         rows: use only the first so many rows (all by default), so that a store may grow without changing the stream.
         prefetch: read the next pool in a thread.
+        together: so many windows of one row and document stay side by side, for pairs that are no neighbours.
 
     Raises:
         UsageError: the rows hold no whole batch of such windows.
@@ -78,14 +80,15 @@ class WindowStream:
         norm_limit: float | None = None,
         rows: int | None = None,
         prefetch: bool = True,
+        together: int = 1,
     ):
-        if not 1 <= window <= store.context or tokens_per_batch < window:
+        if not 1 <= window <= store.context or tokens_per_batch < window * together:
             raise UsageError(
                 f"windows of {window} tokens in batches of {tokens_per_batch}: the store's rows have {store.context} "
                 "positions, and a batch takes at least one window"
             )
-        self._store, self.window, self._seed = store, window, seed
-        self.windows_per_batch = tokens_per_batch // window
+        self._store, self.window, self._seed, self._together = store, window, seed, together
+        self.windows_per_batch = tokens_per_batch // (window * together) * together
         self._rows = store.n_rows if rows is None else rows
         if not 0 < self._rows <= store.n_rows:
             raise StoreError(f"{self._rows} rows are to be streamed, {store.path} holds {store.n_rows}")
@@ -156,6 +159,7 @@ class WindowStream:
             "windows_per_batch": self.windows_per_batch,
             "pools": self._pools,
             "seed": self._seed,
+            "together": self._together,
             "norm_limit": self._limit,
         }
 
@@ -226,7 +230,8 @@ class WindowStream:
         usable_RT = self._usable(x_RTD, ranges) & (rows_R < self._rows)[:, None]
         rng = np.random.default_rng([self._seed, epoch, pool])
         at, unused = cut_windows(usable_RT, documents_RT, self.window, rng)
-        at = rng.permutation(at)
+        at, alone = shuffle_windows(at, documents_RT, self._together, rng)
+        unused += alone * self.window
         row, start = np.divmod(at, store.context)
         documents = documents_RT.reshape(-1)[at].astype(np.int64)
         numbers = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (at, documents, rows_R[row], start)]
@@ -257,33 +262,3 @@ class WindowStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def cut_windows(
-    usable_RT: np.ndarray, documents_RT: np.ndarray, window: int, rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """Cut every run of usable tokens of one document in one row into windows, from a random offset.
-
-    A run of n tokens gives n // window windows side by side; where among its n % window spare tokens they begin is uniform.
-
-    Args:
-        usable_RT: bool, rows × positions.
-        documents_RT: document of every token.
-        window: tokens per window.
-        rng: decides the offsets.
-
-    Returns:
-        Flat index (row · T + position) of every window's first token, in order; and the usable tokens in no window.
-
-    """
-    first_RT = usable_RT.copy()
-    first_RT[:, 1:] &= ~usable_RT[:, :-1] | (documents_RT[:, 1:] != documents_RT[:, :-1])
-    begins = first_RT.reshape(-1).nonzero()[0]
-    # A run's length: the usable tokens from its beginning to the next one's.
-    before = np.concatenate([[0], np.cumsum(usable_RT.reshape(-1))])
-    lengths = np.diff(np.append(before[begins], before[-1]))
-    counts = lengths // window
-    offsets = rng.integers(0, lengths % window + 1)
-    at_run = np.repeat(begins + offsets, counts)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return at_run + within * window, int((lengths - counts * window).sum())

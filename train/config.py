@@ -32,6 +32,8 @@ class DataConfig(_Group):
     """Tokens of the pool that windows are shuffled in; 0: sized by memory."""
     seed: int = 0
     """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
+    siblings: bool = False
+    """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it."""
     scale: Literal["rms", "none"] = "rms"
     """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw."""
     norm_filter: float = Field(default=10.0, ge=0)

@@ -115,7 +115,8 @@ def test_meaningless_activations_are_refused(bad):
 def a_record(name: str, **changes) -> RunRecord:
     fields = {
         "name": name, "role": "tc", "twin": None, "layer": 3, "store": "cache/l3.zarr", "store_fingerprint": "f",
-        "store_rows": 4, "store_manifest": {}, "config": {}, "input_scale": 1.0, "seed": 0, "steps": 5, "planned_steps": 5, "tokens": 10,
+        "store_rows": 4, "store_manifest": {}, "config": {}, "input_scale": 1.0, "seed": 0,
+        "steps": 5, "planned_steps": 5, "tokens": 10,
         "finished": True, "metrics": {"l0": 3.0, "cosine": None}, "versions": {}, "created": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     return RunRecord(**(fields | changes))

@@ -1,0 +1,97 @@
+"""Who may write into which run folder: new ones freely, finished ones never by accident, unfinished ones to go on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cache.store import ActivationStore
+from ..errors import RunError
+from .checkpoint import checkpoints, drop_checkpoints
+from .config import TrainConfig
+from .formats import CONFIG, WEIGHTS
+from .journal import METRICS
+from .plan import MemberPlan
+from .record import RECORD, RunRecord, load_run
+
+# What may differ when a run goes on: where and how it is written, not what it computes.
+_FREE = {"run.out", "run.name", "run.baseline", "run.device", "run.log", "run.checkpoint_every", "run.log_every", "data.store"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A member and what is known of its folder: ``done`` if finished, ``record`` if it was begun, both empty if new."""
+
+    plan: MemberPlan
+    folder: Path
+    record: RunRecord | None = None
+    done: bool = False
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a step to go on from."""
+        return self.record is not None and bool(checkpoints(self.folder))
+
+
+def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, resume: bool, fresh: bool) -> list[Claim]:
+    """Decide for every member whether it begins, goes on or is done; nothing is changed unless all of them may.
+
+    Raises:
+        RunError: a run is there and neither ``resume`` nor ``fresh`` was said, or it was begun with another configuration or
+            another store.
+
+    """
+    claims = [_claim(plan, store, resume=resume, fresh=fresh) for plan in plans]
+    for each in claims:
+        if each.record is None:
+            _clear(each.folder)
+    return claims
+
+
+def _claim(plan: MemberPlan, store: ActivationStore, *, resume: bool, fresh: bool) -> Claim:
+    folder = Path(plan.config.run.out) / plan.name
+    if not (folder / RECORD).exists() or fresh:
+        return Claim(plan, folder)
+    record = load_run(folder)
+    if record.finished:
+        if not resume:
+            raise RunError(
+                f"{folder} holds a finished run: give another --name or --out, keep it with --resume or replace it with --fresh"
+            )
+        _same(plan.config, record, store, folder)
+        return Claim(plan, folder, record, done=True)
+    if not resume:
+        at = max(checkpoints(folder), default=0)
+        where = f"{folder} holds a run stopped at step {at} of {record.planned_steps}"
+        raise RunError(f"{where}: go on with --resume, or begin anew with --fresh")
+    _same(plan.config, record, store, folder)
+    return Claim(plan, folder, record)
+
+
+def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder: Path) -> None:
+    difference = first_difference(record.config, config.model_dump(mode="json"))
+    if difference:
+        raise RunError(f"{folder} cannot go on: {difference}; ask for the same, or begin anew with --fresh")
+    if store.n_rows < record.store_rows or store.fingerprint(record.store_rows) != record.store_fingerprint:
+        what = f"the first {record.store_rows} rows of {store.path} are not those that {folder} was trained on"
+        raise RunError(f"{what}: give the store it began with, or begin anew with --fresh")
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first field in which two configurations would compute something else, as words."""
+    for group, fields in new.items():
+        if not isinstance(fields, dict):
+            continue
+        for key, value in fields.items():
+            before = old.get(group, {}).get(key)
+            if f"{group}.{key}" not in _FREE and before != value:
+                return f"{group}.{key} was {before!r} and is now {value!r}"
+    return None
+
+
+def _clear(folder: Path) -> None:
+    for name in (RECORD, METRICS, CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    drop_checkpoints(folder)

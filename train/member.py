@@ -1,0 +1,156 @@
+"""A member: one SAE with its optimiser, schedule and dead-feature counters, stepped batch by batch.
+
+Members know nothing of each other, of the disk, or of how batches come about; that is why a member of a sweep is bit for bit
+what it would be alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+from .config import TrainConfig
+from .initial import initialise
+from .objective import StepResult, objective_of
+from .plan import MemberPlan, tokens_per_step
+from .sae import TemporalSAE
+from .schedule import learning_rate, warmup_factor
+from .sparse import sparse_step, supports
+from .step import dense_step
+from .world import World
+
+_MOST_DEAD_AFTER, _FEWEST_DEAD_STEPS, _DEAD_SHARE = 10_000_000, 20, 0.05
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did: its terms, the gradient's norm before clipping, and the learning rate."""
+
+    result: StepResult
+    grad_norm: Tensor
+    lr: float
+
+
+class Member:
+    """One SAE in training.
+
+    Args:
+        plan: what it is.
+        mean_D: mean of the scaled inputs, for the decoder's bias.
+        device: where it trains.
+        compute_dtype: of the products.
+        world: the processes that share every batch.
+
+    """
+
+    def __init__(
+        self,
+        plan: MemberPlan,
+        mean_D: Tensor,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        world: World = World(),  # noqa: B008
+    ):
+        self.plan, self.config, self.world = plan, plan.config, world
+        self.compute_dtype = compute_dtype
+        self.sae = _new_sae(plan, mean_D).to(device).train()
+        self.objective = objective_of(self.config, plan.d_model, self.sae.n_features)
+        self.optimiser = _new_optimiser(self.sae, self.config)
+        self.idle_F = torch.zeros(self.sae.n_features, dtype=torch.int64, device=device)  # tokens since each feature fired
+        self.dead_after = dead_after(self.config)
+        self.step = 0
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool [F]: features that have not fired for ``dead_after`` tokens."""
+        return self.idle_F >= self.dead_after
+
+    def train_step(self, x_NWD: Tensor, partner_NP: Tensor | None = None, *, share: float = 1.0) -> Update:
+        """One step on scaled windows, which are ``share`` of the batch's; nothing changes if loss or gradient is not finite."""
+        config, steps = self.config, self.config.run.steps
+        lr = learning_rate(self.step, steps, config.optimiser)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        objective = self.objective.warmed(
+            warmup_factor(self.step, steps, config.loss.l1_warmup), warmup_factor(self.step, steps, config.temporal.warmup)
+        )
+        self.optimiser.zero_grad(set_to_none=True)
+        dead = self.dead if objective.aux_weight > 0 else None
+        step = sparse_step if supports(self.sae, objective) else dense_step
+        result = step(self.sae, x_NWD, objective, partner_NP=partner_NP, dead_F=dead, compute_dtype=self.compute_dtype)
+        result = self.world.combine(self.sae, result, share)
+        norm = self._finish_gradient()
+        if x_NWD.device.type == "cpu" and not (math.isfinite(result.total) and math.isfinite(norm)):
+            return Update(result, norm, lr)
+        self.optimiser.step()
+        self._constrain()
+        self.idle_F += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        self.idle_F[result.fired_F > 0] = 0
+        self.step += 1
+        return Update(result, norm, lr)
+
+    @torch.no_grad()
+    def _finish_gradient(self) -> Tensor:
+        W_dec = self.sae.W_dec
+        if self.config.sae.decoder == "unit" and W_dec.grad is not None:
+            # What points along a row of unit norm would only be undone by the renormalisation.
+            W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+        clip = self.config.optimiser.clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip)
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        if self.config.sae.decoder == "unit":
+            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        if self.sae.activation.kind == "jumprelu" and self.sae.threshold is not None:
+            self.sae.threshold.clamp_(min=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed member needs to go on bit for bit."""
+        state = {"sae": self.sae.state_dict(), "optimiser": self.optimiser.state_dict(), "idle": self.idle_F}
+        return state | {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.idle_F.copy_(state["idle"])
+        self.step = state["step"]
+
+
+def dead_after(config: TrainConfig) -> int:
+    """Tokens without firing after which a feature counts as dead."""
+    per_step = tokens_per_step(config)
+    share = max(_FEWEST_DEAD_STEPS * per_step, round(_DEAD_SHARE * config.run.steps * per_step))
+    return config.loss.dead_after or min(_MOST_DEAD_AFTER, share)
+
+
+def activation_of(config: TrainConfig) -> Activation:
+    """The activation of a configuration."""
+    kind = config.sae.activation
+    return Activation(kind, k=config.sae.k if kind in ("topk", "batchtopk") else None, bandwidth=config.sae.bandwidth)
+
+
+def _new_sae(plan: MemberPlan, mean_D: Tensor) -> TemporalSAE:
+    sae = TemporalSAE(plan.d_model, plan.config.sae.width, activation_of(plan.config))
+    initialise(sae, plan.config.sae, plan.config.run.seed, mean_D)
+    return sae
+
+
+def _new_optimiser(sae: TemporalSAE, config: TrainConfig) -> torch.optim.Optimizer:
+    chosen = config.optimiser
+    decayed = [sae.W_enc, sae.b_enc]
+    kept = [sae.W_dec, sae.b_dec]
+    if isinstance(sae.threshold, torch.nn.Parameter):
+        kept.append(sae.threshold)
+    if chosen.decay_decoder:
+        decayed, kept = decayed + kept, []
+    if chosen.name == "adam":
+        return torch.optim.Adam([*decayed, *kept], lr=chosen.lr, fused=True)
+    groups = [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=chosen.lr, fused=True)

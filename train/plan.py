@@ -1,0 +1,187 @@
+"""From a configuration and a sweep to the members that will train: names, twins, widths, steps. Pure; touches no disk.
+
+A member is one SAE. Members with the same data configuration share one stream; every member is exactly what the same
+configuration trained alone would be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..console import parse_count
+from ..errors import UsageError
+from .config import SAEConfig, TrainConfig
+from .objective import objective_of
+from .presets import changed
+
+# What `--sweep` and the flags call the fields of the configuration.
+OPTIONS = {
+    "store": "data.store", "window": "data.window", "batch-size": "data.batch_size", "pool": "data.pool", "scale": "data.scale",
+    "norm-filter": "data.norm_filter", "data-seed": "data.seed", "width": "sae.width", "activation": "sae.activation",
+    "k": "sae.k", "decoder": "sae.decoder", "l1": "loss.l1", "temporal": "temporal.form", "temporal-weight": "temporal.weight",
+    "temporal-partner": "temporal.partner", "temporal-lag": "temporal.lag", "temporal-scope": "temporal.scope",
+    "steps": "run.steps", "tokens": "run.tokens", "lr": "optimiser.lr", "warmup": "optimiser.warmup", "seed": "run.seed",
+    "out": "run.out", "name": "run.name", "baseline": "run.baseline", "device": "run.device", "dtype": "run.dtype",
+    "log": "run.log", "log-every": "run.log_every", "checkpoint-every": "run.checkpoint_every",
+}  # fmt: skip
+_COUNTS = {"sae.width", "run.steps", "run.tokens", "data.batch_size", "data.pool", "sae.k"}
+_NAMED = {"sae.activation", "sae.k", "loss.l1", "run.seed"}  # always part of a run's name
+_SWEPT_GROUPS = ("data", "sae", "loss", "temporal", "optimiser")
+_NOT_SWEPT = {"data.store"}
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """One SAE to be trained: its folder's name, full configuration with width and steps resolved, role, and its other half."""
+
+    name: str
+    config: TrainConfig
+    role: str
+    twin: str | None
+    d_model: int
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that are trained."""
+        thresholds = self.config.sae.width if self.config.sae.activation == "jumprelu" else 0
+        return 2 * self.d_model * self.config.sae.width + self.config.sae.width + self.d_model + thresholds
+
+
+def parse_sweep(settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """``["temporal-weight=0,0.1", "seed=0,1"]`` as dotted fields and their values, as written.
+
+    Raises:
+        UsageError: not of that form, an unknown key, or one that a sweep cannot vary.
+
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for setting in settings:
+        key, equals, values = setting.partition("=")
+        field = OPTIONS.get(key.strip(), key.strip())
+        chosen = tuple(value.strip() for value in values.split(",") if value.strip())
+        if not equals or not chosen:
+            raise UsageError(f"'{setting}' is no sweep: write --sweep KEY=V1,V2, such as --sweep temporal-weight=0,0.03,0.1")
+        if field not in OPTIONS.values() and "." not in field:
+            raise UsageError(f"'{key}' cannot be swept, there is no such option: choose one of {', '.join(OPTIONS)}")
+        if field != "run.seed" and (field.split(".")[0] not in _SWEPT_GROUPS or field in _NOT_SWEPT):
+            raise UsageError(f"'{key}' is the same for a whole sweep: run 'pipeline train' once for each of its values")
+        grid[field] = chosen
+    return grid
+
+
+def as_count(field: str, value: Any) -> Any:
+    """``200k`` as 200000 where the field counts something; any other value as it is."""
+    return parse_count(value) if field in _COUNTS and isinstance(value, str) else value
+
+
+def plan_members(
+    config: TrainConfig, grid: Mapping[str, Sequence[str]], *, layer: int, d_model: int, n_tokens: int
+) -> list[MemberPlan]:
+    """All members of a run: every point of the grid and, where asked for, its twin with λ2 = 0; each only once.
+
+    Args:
+        config: the base configuration.
+        grid: dotted field → values.
+        layer: layer of the store, for the names.
+        d_model: width of the store.
+        n_tokens: tokens of the store that count, for the default number of steps.
+
+    Raises:
+        UsageError: a combination that makes no sense, or two members of one name.
+
+    """
+    members: dict[str, MemberPlan] = {}
+    for values in itertools.product(*grid.values()):
+        point = changed(config, {field: as_count(field, value) for field, value in zip(grid, values, strict=True)})
+        point = resolve(point, d_model=d_model, n_tokens=n_tokens)
+        temporal, alone = _without_term(point), point.temporal.form == "none" or point.temporal.weight == 0
+        if alone:
+            _add(members, MemberPlan(_name(temporal, layer, grid), temporal, "tc", None, d_model))
+            continue
+        name = _name(point, layer, grid)
+        twin = _name(temporal, layer, grid, twin=True) if point.run.baseline else None
+        _add(members, MemberPlan(name, point, "tc", twin, d_model))
+        if twin:
+            _add(members, MemberPlan(twin, temporal, "twin", name, d_model))
+    return list(members.values())
+
+
+def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
+    """The same configuration with width and steps as numbers.
+
+    Raises:
+        UsageError: a batch smaller than a window, or k larger than the dictionary.
+
+    """
+    width = config.sae.width or default_width(config.sae, d_model)
+    if config.sae.activation in ("topk", "batchtopk") and config.sae.k > width:
+        raise UsageError(f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width")
+    if config.data.batch_size < config.data.window:
+        sizes = f"a batch of {config.data.batch_size} tokens holds no window of {config.data.window}"
+        raise UsageError(f"{sizes}: give a larger --batch-size")
+    steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // tokens_per_step(config))
+    return changed(config, {"sae.width": width, "run.steps": steps})
+
+
+def default_width(config: SAEConfig, d_model: int) -> int:
+    """``expansion`` × ``d_model``, rounded to a power of two if the configuration says so."""
+    width = config.expansion * d_model
+    return 2 ** round(math.log2(width)) if config.round_width else max(1, round(width))
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Tokens of a batch after what fills no window (or pair of siblings) is dropped."""
+    unit = config.data.window * (2 if config.data.siblings else 1)
+    return config.data.batch_size // unit * unit
+
+
+def _without_term(config: TrainConfig) -> TrainConfig:
+    fields = type(config.temporal)().model_dump()
+    return changed(config, {f"temporal.{key}": value for key, value in (fields | {"form": "none", "weight": 0.0}).items()})
+
+
+def _add(members: dict[str, MemberPlan], plan: MemberPlan) -> None:
+    known = members.get(plan.name)
+    if known is None:
+        members[plan.name] = plan
+    elif known.config != plan.config:
+        raise UsageError(f"two runs of this sweep would both be called {plan.name}: sweep fewer keys at once")
+    elif plan.role == "twin" and known.twin is None:
+        members[plan.name] = plan  # it stood alone in the grid, now it has another half
+
+
+def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *, twin: bool = False) -> str:
+    """``l12-topk64-pairwise0.1-w5-s0`` and whatever else was swept; ``run.name`` replaces it, or goes before it in a sweep."""
+    temporal, kind = config.temporal, config.sae.activation
+    sparsity = f"{config.sae.k}" if kind in ("topk", "batchtopk") else f"{objective_of(config, 1, 1).sparsity_weight:g}"
+    parts = [f"l{layer}", f"{kind}{sparsity}"]
+    shown = set(_NAMED)
+    if temporal.form == "none":
+        parts.append("none")
+        shown |= {field for field in grid if field.startswith("temporal.")}
+    else:
+        parts += [f"{temporal.form}{temporal.weight:g}", *_variant(config), f"w{config.data.window}"]
+        shown |= {"temporal.form", "temporal.weight", "temporal.partner", "temporal.lag", "temporal.scope", "data.window"}
+    parts += [f"{field.split('.')[1]}{_value(config, field)}" for field in grid if field not in shown]
+    own = "-".join([*parts, f"s{config.run.seed}"])
+    if not config.run.name:
+        return own
+    if grid:
+        return f"{config.run.name}-{own}"
+    return f"{config.run.name}-twin" if twin else config.run.name
+
+
+def _variant(config: TrainConfig) -> list[str]:
+    temporal = config.temporal
+    partner = {"next": [], "lag": [f"lag{temporal.lag}"]}.get(temporal.partner, [temporal.partner])
+    return partner + ([f"scope{temporal.scope:g}"] if temporal.scope < 1 else [])
+
+
+def _value(config: TrainConfig, field: str) -> str:
+    group, _, key = field.partition(".")
+    value = getattr(getattr(config, group), key)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,208 @@
+"""Stage two as one function: a store and a configuration become run folders.
+
+The members of a sweep and their twins train side by side on one stream; what memory cannot hold at once is split into passes
+over the same stream. A run folder is complete when its record says so, and the record is written last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors
+import torch
+
+from .. import __version__
+from ..cache.store import ActivationStore
+from ..console import format_bytes, format_count, note, progress
+from ..errors import UsageError
+from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
+from .claims import Claim, claim
+from .config import TrainConfig
+from .diagnostics import Metrics
+from .inputs import Inputs, resolve_device, resolve_dtype
+from .member import Member
+from .memory import available_bytes, estimate, split_passes
+from .plan import MemberPlan, plan_members, tokens_per_step
+from .presets import changed
+from .record import RunRecord
+from .trainer import Pass, needs_siblings
+from .world import World, joined
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What :func:`train` did."""
+
+    runs: list[Path]  # every run folder asked for, finished now
+    skipped: list[Path]  # those of them that were finished before
+    steps: int  # of each run
+    tokens: int  # each run has seen
+    seconds: float
+    metrics: dict[str, Metrics]  # the last ones of every run trained now, by folder name
+
+
+def train(
+    config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, resume: bool = False, fresh: bool = False
+) -> TrainSummary:
+    """Train an SAE, its twin with λ2 = 0, and every other point of a sweep.
+
+    Args:
+        config: the base configuration; ``data.store`` names the store.
+        sweep: dotted field → values; every combination is trained.
+        resume: go on with runs that were stopped, keep those that are finished.
+        fresh: replace what is there.
+
+    Raises:
+        StoreError, UsageError, RunError, ResourceError: see the modules that check.
+        KeyboardInterrupt: Ctrl-C; checkpoints are written, and its message says how to go on.
+
+    """
+    began = time.perf_counter()
+    if not config.data.store:
+        raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
+    device = resolve_device(config.run)
+    dtype = resolve_dtype(config.run, device)
+    store = ActivationStore.open(config.data.store)
+    statistics = store.statistics()
+    members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
+    members = _with_siblings(members)
+    with joined(device) as world:
+        claims = claim(members, store, resume=resume, fresh=fresh and world.writes)
+        world.wait()
+        metrics: dict[str, Metrics] = {}
+        for group in _groups([each for each in claims if not each.done]):
+            for plans in split_passes([each.plan for each in group], available_bytes(device)):
+                part = [each for each in group if each.plan in plans]
+                metrics |= _train_pass(part, store, Inputs.of(group[0].plan.config.data, statistics), device, dtype, world)
+    first = members[0].config
+    return TrainSummary(
+        runs=[each.folder for each in claims],
+        skipped=[each.folder for each in claims if each.done],
+        steps=first.run.steps,
+        tokens=first.run.steps * tokens_per_step(first),
+        seconds=time.perf_counter() - began,
+        metrics=metrics,
+    )
+
+
+def _with_siblings(members: list[MemberPlan]) -> list[MemberPlan]:
+    """Give all members the same stream where one of them needs windows in pairs, so that they stay comparable."""
+    if not any(map(needs_siblings, members)) or all(plan.config.data.siblings for plan in members):
+        return members
+    note("batches hold windows in pairs of one document (data.siblings), for the partners that were asked for")
+    return [replace(plan, config=changed(plan.config, {"data.siblings": True})) for plan in members]
+
+
+def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Members that share a stream and a point of departure."""
+    groups: dict[tuple[object, ...], list[Claim]] = {}
+    for each in claims:
+        rows = each.record.store_rows if each.record and each.has_checkpoint else 0
+        groups.setdefault((each.plan.config.data, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(each)
+    return list(groups.values())
+
+
+def _train_pass(
+    claims: Sequence[Claim], store: ActivationStore, inputs: Inputs, device: torch.device, dtype: torch.dtype, world: World
+) -> dict[str, Metrics]:
+    folders = [each.folder for each in claims]
+    step = latest_common(folders) if claims[0].has_checkpoint else None
+    if step is not None:
+        inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
+    plans = [each.plan for each in claims]
+    work = Pass(plans, store, inputs, device, dtype, world)
+    if step is not None:
+        work.restore(step)
+    config = plans[0].config
+    records = {each.plan.name: each.record or new_record(each.plan, store, inputs) for each in claims}
+    if world.writes:
+        _announce(plans, inputs, store, step)
+        for each in claims:
+            records[each.plan.name].save(each.folder)
+    total, done = (n * tokens_per_step(config) for n in (work.steps, work.step))
+    with progress(f"training {len(plans)} SAE{'s' if len(plans) > 1 else ''}", total, done=done) as bar:
+        work.run(bar)
+    if world.writes:
+        for member, each in zip(work.members, claims, strict=True):
+            finish(member, records[each.plan.name], each.folder, work)
+    world.wait()
+    return {each.plan.name: work.last_metrics.get(each.plan.name, {}) for each in claims}
+
+
+def _announce(plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStore, step: int | None) -> None:
+    config = plans[0].config
+    per_step = tokens_per_step(config)
+    dropped = config.data.batch_size - per_step
+    remainder = f", {dropped} tokens of {config.data.batch_size} left out" if dropped else ""
+    tokens, windows = (
+        format_count(config.run.steps * per_step),
+        f"{per_step // config.data.window} windows of {config.data.window}",
+    )
+    note(f"layer {store.layer}: {', '.join(plan.name for plan in plans)}")
+    note(f"{config.run.steps} steps of {per_step} tokens ({windows}{remainder}), {tokens} in all")
+    note(f"memory {estimate(plans)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}")
+    if step is not None:
+        note(f"going on from step {step}")
+
+
+def new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs) -> RunRecord:
+    """The record of a run that is about to begin."""
+    return RunRecord(
+        name=plan.name,
+        role="twin" if plan.role == "twin" else "tc",
+        twin=plan.twin,
+        layer=store.layer,
+        store=plan.config.data.store,
+        store_fingerprint=store.fingerprint(inputs.rows),
+        store_rows=inputs.rows,
+        store_manifest=store.manifest.model_dump(mode="json"),
+        config=plan.config.model_dump(mode="json"),
+        input_scale=inputs.scale,
+        seed=plan.config.run.seed,
+        steps=0,
+        planned_steps=plan.config.run.steps,
+        tokens=0,
+        finished=False,
+        metrics={},
+        versions={
+            "tcsae": __version__,
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def finish(member: Member, record: RunRecord, folder: Path, work: Pass) -> None:
+    """Write the weights in raw units, then the record that says so, then drop the checkpoints."""
+    sae = member.sae.rescaled(work.inputs.scale).eval()
+    sae.metadata = metadata_of(record)
+    sae.save(folder)
+    done = {"steps": member.step, "tokens": member.step * tokens_per_step(member.config), "finished": True}
+    record.model_copy(update=done | {"metrics": work.last_metrics.get(record.name, {})}).save(folder)
+    drop_checkpoints(folder)
+
+
+def metadata_of(record: RunRecord) -> dict[str, object]:
+    """What a run's SAE says of its place, under the names SAELens uses."""
+    manifest = record.store_manifest
+    model, text = manifest["model"], manifest["text"]
+    return {
+        "model_name": model["id"],
+        "hook_name": manifest["hook_name"],
+        "layer": record.layer,
+        "context_size": text["context"],
+        "prepend_bos": text["bos_token_id"] is not None,
+        "dataset_path": text["dataset"],
+        "model_revision": model["revision"],
+        "tcsae_run": record.name,
+        "tcsae_activation": record.config["sae"]["activation"],
+        "tcsae_temporal": record.config["temporal"],
+        "tcsae_tokens": record.planned_steps * tokens_per_step(TrainConfig.model_validate(record.config)),
+    }

@@ -1,0 +1,230 @@
+"""One pass: a stream of windows, the members it feeds, their journals and checkpoints.
+
+Every batch is read once and given to each member in turn. All state that matters is in the checkpoints; whatever else there is
+can be thrown away at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.store import ActivationStore
+from ..cache.windows import WindowBatch, WindowStream
+from ..console import Progress, warn
+from .alarms import check_divergence, check_finite, collapse
+from .checkpoint import load_checkpoint, save_checkpoint
+from .diagnostics import Metrics, diagnose
+from .inputs import Inputs
+from .journal import Journal
+from .member import Member, Update
+from .partners import NEED_SIBLINGS, draw_partners
+from .plan import MemberPlan, tokens_per_step
+from .world import World
+
+_CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
+
+
+class Pass:
+    """Members that train on one stream.
+
+    Args:
+        plans: what they are; all of one data configuration and number of steps.
+        store: where the windows come from.
+        inputs: scale and limits.
+        device: where members train.
+        dtype: of their products.
+        world: the processes that share every batch.
+
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[MemberPlan],
+        store: ActivationStore,
+        inputs: Inputs,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World,
+    ):
+        self.inputs, self.device, self.world = inputs, device, world
+        self.config = plans[0].config
+        self.members = [Member(plan, inputs.mean_D, device, dtype, world) for plan in plans]
+        self.mean_D = inputs.mean_D.to(device)
+        self.stream = open_stream(store, self.config, inputs)
+        self.step, self.steps = 0, self.config.run.steps
+        self.last_metrics: dict[str, Metrics] = {}
+        self._alarmed: set[str] = set()
+        self._rate = _Rate()
+
+    def restore(self, step: int) -> None:
+        """Go to the checkpoint of ``step`` that every member has."""
+        for member in self.members:
+            state = load_checkpoint(self.folder(member), step)
+            member.load_state_dict(state["member"])
+            self.stream.load_state_dict(json.loads(state["stream"]))
+        self.step = step
+
+    def folder(self, member: Member) -> Path:
+        """Run folder of a member."""
+        return Path(self.config.run.out) / member.plan.name
+
+    def run(self, bar: Progress) -> None:
+        """Train to the last step.
+
+        Raises:
+            RunError: a number that is not finite, or divergence.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint.
+
+        """
+        journals = self._open_journals()
+        self._rate.start(self.step, self.stream.seconds_waiting)
+        try:
+            with interruptible() as stop:
+                while self.step < self.steps:
+                    self._train_batch(journals, bar)
+                    if self.world.any(stop.is_set()):
+                        self.checkpoint()
+                        raise KeyboardInterrupt(
+                            f"Checkpoint written at step {self.step}; the same command with --resume goes on."
+                        )
+                    if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
+                        self.checkpoint()
+        finally:
+            self.stream.close()
+            for journal in journals.values():
+                journal.close()
+
+    def _train_batch(self, journals: dict[str, Journal], bar: Progress) -> None:
+        batch = self.stream.next_batch()
+        share = self.world.share(len(batch.x_NWD), pairs=self.config.data.siblings)
+        part = WindowBatch(batch.x_NWD[share], batch.documents_N[share], batch.rows_N[share], batch.starts_N[share])
+        x_NWD = self.inputs.prepare(part.x_NWD, self.device)
+        logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
+        for member in self.members:
+            update = member.train_step(x_NWD, self._partners(member, part), share=len(part.x_NWD) / len(batch.x_NWD))
+            if self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged:
+                check_finite(member, update, part)
+            if logged:
+                self._log(member, update, x_NWD, journals)
+        self.step += 1
+        bar.advance(tokens_per_step(self.config), self._status() if logged else "")
+
+    def _partners(self, member: Member, batch: WindowBatch) -> torch.Tensor | None:
+        term = member.objective.temporal
+        if not term.active:
+            return None
+        partners = draw_partners(
+            term.partner, batch.documents_N, self.stream.window, seed=self.config.data.seed, step=self.step
+        )
+        return None if partners is None else partners.to(self.device)
+
+    def _log(self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal]) -> None:
+        check_divergence(member, float(update.result.reconstruction), self.inputs.spread)
+        metrics = diagnose(member, update, x_NWD, self.mean_D)
+        self.last_metrics[member.plan.name] = metrics
+        if not self.world.writes:
+            return
+        step = self.step + 1
+        rate = self._rate.since(step, tokens_per_step(self.config), self.stream.seconds_waiting)
+        journal = journals[member.plan.name]
+        journal.write(step, {"tokens": step * tokens_per_step(self.config), "epoch": self.stream.epoch, **metrics, **rate})
+        message = collapse(metrics, self.steps, step)
+        if message and member.plan.name not in self._alarmed:
+            self._alarmed.add(member.plan.name)
+            journal.alarm(step, message)
+            warn(f"{member.plan.name}: {message}")
+
+    def checkpoint(self) -> None:
+        """Write the state of every member, all of the same step."""
+        if self.world.writes:
+            for member in self.members:
+                save_checkpoint(self.folder(member), self.step, self._state(member))
+        self.world.wait()
+
+    def _state(self, member: Member) -> dict[str, Any]:
+        return {
+            "member": member.state_dict(),
+            "stream": json.dumps(self.stream.state_dict()),
+            "inputs": self.inputs.state_dict(),
+        }
+
+    def _open_journals(self) -> dict[str, Journal]:
+        if not self.world.writes:
+            return {}
+        kinds = self.config.run.log
+        return {
+            m.plan.name: Journal(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
+            for m in self.members
+        }
+
+    def _status(self) -> str:
+        metrics = self.last_metrics[self.members[0].plan.name]
+        explained, l0 = metrics.get("explained_variance"), metrics.get("l0")
+        shown = "—" if explained is None else f"{explained:.3f}"
+        return f"explained {shown}, L0 {l0:.0f}" if l0 is not None else f"explained {shown}"
+
+
+def open_stream(store: ActivationStore, config: Any, inputs: Inputs) -> WindowStream:
+    """The windows of a data configuration."""
+    data = config.data
+    return WindowStream(
+        store,
+        window=data.window,
+        tokens_per_batch=data.batch_size,
+        pool_tokens=data.pool or None,
+        seed=data.seed,
+        norm_limit=inputs.norm_limit,
+        rows=inputs.rows,
+        together=2 if data.siblings else 1,
+    )
+
+
+def needs_siblings(plan: MemberPlan) -> bool:
+    """Whether a member's partners come from another window of the same document."""
+    return plan.config.temporal.partner in NEED_SIBLINGS and plan.config.temporal.form != "none"
+
+
+class _Rate:
+    """Tokens per second and seconds spent waiting for the disk, between two logged steps."""
+
+    def start(self, step: int, waited: float) -> None:
+        self._now, self._step, self._waited = time.perf_counter(), step, waited
+        self._last: Metrics = {}
+
+    def since(self, step: int, tokens: int, waited: float) -> Metrics:
+        if step != self._step:
+            now = time.perf_counter()
+            self._last = {
+                "tokens_per_second": (step - self._step) * tokens / max(now - self._now, 1e-9),
+                "seconds_waiting": waited - self._waited,
+            }
+            self._now, self._step, self._waited = now, step, waited
+        return self._last
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of interrupting in the middle of a step; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note_it(_signal: int, _frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note_it)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
