@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from .manifest import StoreManifest, checksum
+from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 
 LOG = "activations/commits.jsonl"  # inside an array's folder, where Zarr readers do not look for nodes
@@ -99,6 +99,11 @@ def _follows(commits: Sequence[Commit], new: Commit) -> bool:
 def latest(commits: Sequence[Commit]) -> list[Commit]:
     """The line that counts for each shard, in order."""
     return list({commit.shard: commit for commit in commits}.values())
+
+
+def execution_of(commit: Commit, manifest: StoreManifest) -> Execution:
+    """How the forward passes of a shard were run."""
+    return manifest.execution if commit.execution is None else Execution(**commit.execution)
 
 
 def rows_in(commits: Sequence[Commit]) -> int:

@@ -7,6 +7,7 @@ in the commit log (``cache/commits.py``), never here.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,13 +117,23 @@ def first_difference(stored: StoreManifest, asked: StoreManifest) -> str | None:
     Compared: layer, width, model, text and compression. Not compared: the plan, the execution, versions, chunk and shard
     sizes (an existing store keeps its own).
     """
-    pairs: list[tuple[str, Any, Any]] = [("layer", stored.layer, asked.layer), ("d_model", stored.d_model, asked.d_model)]
-    for part in ("model", "text"):
-        old, new = getattr(stored, part), getattr(asked, part)
-        pairs += [(f"{part}.{name}", getattr(old, name), getattr(new, name)) for name in type(old).model_fields]
-    pairs.append(("compression", stored.layout.compression, asked.layout.compression))
-    for name, old, new in pairs:
+    for name, old, new in (("layer", stored.layer, asked.layer), ("d_model", stored.d_model, asked.d_model)):
         if old != new:
+            return f"{name}: store has {old!r}, you asked for {new!r}"
+    for part in ("model", "text"):
+        difference = identity_difference(getattr(stored, part), getattr(asked, part))
+        if difference:
+            return f"{part}.{difference}"
+    if stored.layout.compression != asked.layout.compression:
+        return f"compression: store has {stored.layout.compression!r}, you asked for {asked.layout.compression!r}"
+    return None
+
+
+def identity_difference(stored: _Record, asked: _Record, *, leave_out: Collection[str] = ()) -> str | None:
+    """The first field in which two records of one kind differ, with both values; None when they agree."""
+    for name in type(stored).model_fields:
+        old, new = getattr(stored, name), getattr(asked, name)
+        if old != new and name not in leave_out:
             return f"{name}: store has {old!r}, you asked for {new!r}"
     return None
 

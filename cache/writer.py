@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import StoreError
 from .background import BackgroundWorker
-from .commits import LOG, Commit, ShardRecord, latest, rows_in
+from .commits import LOG, Commit, ShardRecord, execution_of, latest, rows_in
 from .layout import RowBlock, StoreLayout
 from .lock import Lock
 from .manifest import Execution, StoreManifest, group_document
@@ -46,7 +46,7 @@ class StoreSetWriter:
         self._tail_queued = False
         self._bytes = 0
         self._worker = BackgroundWorker("store-writer", _QUEUE_BYTES)
-        self.execution = manifests[self._one].execution
+        self.execution = execution_of(self._log[-1], manifests[self._one]) if self._log else manifests[self._one].execution
         check_space(places, self._layouts, self._planned, self.rows_committed)
 
     @classmethod
