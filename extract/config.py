@@ -1,0 +1,152 @@
+"""What an extraction is asked to do: three frozen records, checked when they are made. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..cache.manifest import ModelIdentity, TextIdentity
+
+Packing = Literal["document", "concat"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which language model, and how to run it."""
+
+    id: str = "google/gemma-2-2b"
+    """A hub id, a folder that ``save_pretrained`` wrote, a ``.gguf`` file, or ``demo``."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """A GGUF file inside the folder or hub repository."""
+    device: str = "auto"
+    """``cuda``, ``cuda:1``, ``cpu`` …; ``auto`` takes the GPU if there is one."""
+    dtype: str = "auto"
+    """``bfloat16`` or ``float32`` for weights and arithmetic; ``auto`` takes bfloat16 where it is fast. Stores are bfloat16."""
+
+    def __post_init__(self):
+        if not self.id:
+            raise UsageError("--model is empty: give a hub id, a folder or a .gguf file")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise UsageError(f"--dtype {self.dtype} is unknown: choose auto, bfloat16 or float32")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Which text, and how it is cut into rows."""
+
+    dataset: str = "Skylion007/openwebtext"
+    """A hub id (``id:subset`` where the dataset has several), a local file or folder, or ``demo``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset; local files have only ``train``."""
+    text_column: str = "text"
+    """The column that holds the text, in anything but ``.txt`` files."""
+    packing: Packing = "document"
+    """``document``: a row never mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
+    context: int = 128
+    """Tokens per row, the beginning-of-sequence token included."""
+    seed: int = 0
+    """Orders the documents."""
+    held_out: float = 0.01
+    """Share of documents never extracted, chosen by a hash of their text; evaluation draws from these."""
+
+    def __post_init__(self):
+        if not self.dataset:
+            raise UsageError("--dataset is empty: give a hub id, a file, a folder or 'demo'")
+        if self.packing not in ("document", "concat"):
+            raise UsageError(f"--packing {self.packing} is unknown: choose document or concat")
+        if self.context < 2:
+            raise UsageError(f"--context {self.context} leaves no room for a token after the first: use at least 2")
+        if not 0 <= self.held_out < 1:
+            raise UsageError(f"--held-out {self.held_out} is no share: use a number from 0 up to, not including, 1")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative: use 0 or more")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """One extraction: a model, a text, and the stores to fill."""
+
+    layers: tuple[int, ...]
+    """Blocks whose output residual stream is stored, counted from 0."""
+    model: ModelSource = field(default_factory=ModelSource)
+    text: TextSource = field(default_factory=TextSource)
+    tokens: int = 10_000_000
+    """Tokens per layer, rounded up to whole rows; more than a finished store holds extends it."""
+    batch_size: int | None = None
+    """Rows per forward pass; None chooses by device and records the choice."""
+    out: str = "cache"
+    """Folder or object-store URL that gets ``lL.zarr`` for each layer L."""
+    compression: Literal["none", "lz4", "zstd"] = "none"
+    """How the stores are compressed on disk."""
+    shard_bytes: int = 256_000_000
+    """About how many bytes of activations are committed at a time."""
+    fresh: bool = False
+    """Delete stores that are already there instead of resuming them."""
+    workers: int | None = None
+    """Processes of a local Dask cluster; None runs in this process."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers run the forward passes."""
+
+    def __post_init__(self):
+        if not self.layers:
+            raise UsageError("no layers were named: say for instance --layers 5 12 19")
+        if len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise UsageError(f"--layers {' '.join(map(str, self.layers))} must be different numbers from 0 up")
+        if self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens} asks for nothing: use 1 or more")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size} must be at least 1, or auto")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers} must be at least 1")
+        if self.workers and self.scheduler:
+            raise UsageError("--workers starts a cluster of its own and --scheduler names one: give only one of them")
+
+    @property
+    def rows(self) -> int:
+        """Rows that the asked tokens fill."""
+        return -(-self.tokens // self.text.context)
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """Where each layer's store lies, by layer in ascending order."""
+        return {layer: f"{self.out.rstrip('/')}/l{layer}.zarr" for layer in sorted(self.layers)}
+
+
+def model_source(identity: ModelIdentity, *, device: str = "auto") -> ModelSource:
+    """The model that a store's manifest names, at the recorded commit and in the recorded dtype."""
+    return ModelSource(identity.id, identity.revision, identity.gguf_file, device, identity.dtype)
+
+
+def text_source(identity: TextIdentity) -> TextSource:
+    """The text that a store's manifest names, cut and ordered as it was."""
+    return TextSource(**{f.name: getattr(identity, f.name) for f in fields(TextSource)})
+
+
+def command_line(config: ExtractConfig) -> str:
+    """The shell command that goes on with this extraction: every setting that is not a default, without ``--fresh``."""
+    words = ["pipeline", "extract", "--layers", *map(str, config.layers)]
+    for part, default in ((config.model, ModelSource()), (config.text, TextSource()), (config, ExtractConfig((0,)))):
+        for name in (f.name for f in fields(part)):
+            value = getattr(part, name)
+            if name not in ("layers", "model", "text", "fresh") and value != getattr(default, name):
+                words += [_flag(part, name), _word(value)]
+    return shlex.join(words)
+
+
+def _flag(part: Any, name: str) -> str:
+    if name == "id":
+        return "--model"
+    prefix = "dataset-" if isinstance(part, TextSource) and name == "revision" else ""
+    return f"--{prefix}{name.replace('_', '-')}"
+
+
+def _word(value: Any) -> str:
+    return "auto" if value is None else str(value)

@@ -1,0 +1,198 @@
+"""What an extraction will do, settled before it does it: identities, rows, bytes, what is already there.
+
+What a stored extraction recorded and the command leaves open (commit, dtype, batch size, threads) is taken from the record.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..cache.layout import StoreLayout, plan_layout
+from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, read_manifest
+from ..cache.places import place_of
+from ..cache.resume import check_space
+from ..cache.store import ActivationStore
+from ..console import format_bytes, format_count, note
+from ..errors import ModelError
+from .config import ExtractConfig
+from .documents import Documents
+from .models import ModelOutline, check_layers, outline_model
+from .rows import Cursor, read_rows
+from .text import open_documents, resolve_text
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the stores at the asked paths hold now."""
+
+    manifest: StoreManifest
+    execution: Execution
+    """Of the last commit."""
+    rows: int
+    """In the store that has fewest; 0 when one is missing."""
+    finished: bool
+    cursor: Cursor
+    """After the last commit."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A settled extraction."""
+
+    config: ExtractConfig
+    """With everything filled in that was left to choose, but the batch size."""
+    outline: ModelOutline
+    documents: Documents
+    text: TextIdentity
+    layout: StoreLayout
+    stored: Stored | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        there = self.stored
+        return there is not None and there.finished and (there.rows >= self.config.rows or there.cursor.end)
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of one finished store, uncompressed."""
+        return self.layout.store_bytes(self.config.rows)
+
+    @property
+    def bytes_free(self) -> int | None:
+        """On the disk that gets the first store; None on object storage."""
+        free = place_of(next(iter(self.config.paths.values()))).free_bytes()
+        return free[1] if free else None
+
+    def manifests(self, model: ModelIdentity, execution: Execution) -> dict[int, StoreManifest]:
+        """Layer → manifest of its store."""
+        return {
+            layer: StoreManifest(
+                layer=layer,
+                hook_name=f"blocks.{layer}.hook_resid_post",
+                d_model=self.layout.d_model,
+                model=model,
+                text=self.text,
+                execution=execution,
+                layout=self.layout,
+                planned_rows=self.config.rows,
+            )
+            for layer in self.config.paths
+        }
+
+
+def make_plan(config: ExtractConfig) -> Plan:
+    """Open model and text, look at what is stored, and check that the rest fits on the disk. Reads no weights.
+
+    Raises:
+        ModelError, TextError: as ``outline_model`` and ``open_documents``; or no such layer.
+        StoreError: a path holds something else than a store.
+        ResourceError: the disk is too small; both numbers are in the sentence.
+
+    """
+    stored = None if config.fresh else look(config)
+    config = _recall(config, stored)
+    outline = outline_model(config.model)
+    check_layers(outline, config.layers)
+    _check_context(outline, config.text.context)
+    documents = open_documents(config.text)
+    config = replace(config, model=outline.source, text=replace(config.text, revision=documents.revision))
+    layout = stored.manifest.layout if stored else _layout(config, outline)
+    plan = Plan(config, outline, documents, resolve_text(config.text, outline, documents), layout, stored)
+    rows = stored.rows if stored else 0
+    announce(plan)
+    check_space(
+        {layer: place_of(path) for layer, path in config.paths.items()},
+        dict.fromkeys(config.paths, layout),
+        config.rows,
+        min(rows, config.rows),
+    )
+    if not rows:
+        next(read_rows(config.text, outline, documents, Cursor()))  # raises what is wrong with the text before a store is made
+    return plan
+
+
+def look(config: ExtractConfig) -> Stored | None:
+    """What is stored at the config's paths; None when there is nothing at any of them."""
+    present = [path for path in config.paths.values() if place_of(path).exists("zarr.json")]
+    if not present:
+        return None
+    manifests = [read_manifest(path) for path in present]
+    stores = [ActivationStore.open(path, allow_unfinished=True) for path in present]
+    shortest = min(stores, key=lambda store: store.n_rows)
+    last = shortest.commits[-1] if shortest.commits else None
+    execution = Execution(**last.execution) if last and last.execution else manifests[0].execution
+    whole = len(present) == len(config.paths)
+    return Stored(
+        manifest=manifests[0],
+        execution=execution,
+        rows=shortest.n_rows if whole else 0,
+        finished=whole and all(manifest.finished for manifest in manifests),
+        cursor=Cursor.read(last.cursor if last else None),
+    )
+
+
+def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:
+    if stored is None:
+        return config
+    model, text = stored.manifest.model, stored.manifest.text
+    dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
+    return replace(
+        config,
+        model=replace(config.model, dtype=dtype, revision=config.model.revision or model.revision),
+        text=replace(config.text, revision=config.text.revision or text.revision),
+        batch_size=config.batch_size or stored.execution.batch_size,
+    )
+
+
+def _layout(config: ExtractConfig, outline: ModelOutline) -> StoreLayout:
+    return plan_layout(
+        outline.d_model,
+        config.text.context,
+        compression=config.compression,
+        shard_bytes=config.shard_bytes,
+        planned_rows=config.rows,
+    )
+
+
+def _check_context(outline: ModelOutline, context: int) -> None:
+    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
+    if longest and context > longest:
+        raise ModelError(f"{outline.files.name} reads at most {longest} tokens at a time; you asked for --context {context}")
+
+
+def announce(plan: Plan) -> None:
+    """Print the plan: rows, bytes per layer, what is there already, what is free."""
+    config, rows = plan.config, plan.config.rows
+    tokens = f"{rows:,} rows of {config.text.context} tokens ({format_count(rows * config.text.context)})"
+    layers = f"layers {' '.join(map(str, config.paths))} of {plan.outline.n_layers}"
+    note(f"plan: {tokens} of {plan.text.dataset} through {plan.outline.files.name}, {layers}")
+    space = f"; {format_bytes(plan.bytes_free)} free" if plan.bytes_free is not None else ""
+    total = plan.store_bytes * len(config.paths)
+    note(f"      {format_bytes(plan.store_bytes)} per layer, {format_bytes(total)} together under {config.out}{space}")
+    if plan.stored and plan.stored.rows:
+        note(f"      {plan.stored.rows:,} rows are there already")
+
+
+def resolve_execution(plan: Plan, batch_size: int) -> Execution:
+    """Device, threads and batch of this run: the recorded threads where this machine has them."""
+    device = torch.device(plan.outline.source.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    threads = torch.get_num_threads()
+    if plan.stored and plan.stored.execution.threads <= (os.cpu_count() or 1):
+        threads = plan.stored.execution.threads
+    return Execution(batch_size=batch_size, threads=threads, device=device.type, device_name=name)
+
+
+def _processor() -> str:
+    import platform
+    from pathlib import Path
+
+    info: Any = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,240 @@
+"""Stage one: plan, resume, one truncated forward pass for all layers, commit by commit until the plan or the text ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..cache.manifest import Execution
+from ..cache.writer import StoreSetWriter
+from ..console import Progress, format_bytes, format_count, format_duration, note, progress, warn
+from .config import ExtractConfig, command_line
+from .feed import Batch, RowFeed, batches
+from .forward import Flight, ForwardPass, check_finite, choose_batch_size, halved
+from .models import LanguageModel, identify_model, load_language_model
+from .plan import Plan, make_plan, resolve_execution
+from .rows import Cursor, read_rows
+
+_ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estimate is printed
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What an extraction left behind. ``tokens`` and ``bytes_written`` are of this run, ``rows`` of the whole stores."""
+
+    stores: tuple[str, ...]
+    rows: int
+    tokens_stored: int
+    tokens: int
+    seconds: float
+    bytes_written: int
+    batch_size: int | None
+    dtype: str
+    device: str
+    dropped_tokens: int
+    short_documents: int
+    held_out_documents: int
+    text_ended: bool
+    already_complete: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this run; 0 when nothing was left to do."""
+        return self.tokens / self.seconds if self.tokens else 0.0
+
+    def facts(self, *, as_json: bool) -> dict[str, Any]:
+        """For the closing summary: every number for machines, in words for people."""
+        if as_json:
+            return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+        facts: dict[str, Any] = {"stores": " ".join(self.stores)}
+        facts["rows"] = f"{self.rows:,} ({format_count(self.tokens_stored)} tokens a layer)"
+        if self.tokens:
+            speed = f"{self.tokens_per_second:,.0f} tokens/s, {format_bytes(self.bytes_written)} written"
+            facts["this run"] = f"{format_count(self.tokens)} tokens in {format_duration(self.seconds)}, {speed}"
+        facts["computed"] = f"in {self.dtype} on {self.device}, {self.batch_size} rows at a time"
+        facts["left out"] = (
+            f"{self.held_out_documents:,} documents held out, {self.short_documents:,} shorter than a row, "
+            f"{format_count(self.dropped_tokens)} tokens of tails"
+        )
+        if self.text_ended:
+            facts["note"] = "the text ended before the plan did; give more text for more tokens"
+        return facts
+
+
+def extract(config: ExtractConfig) -> ExtractSummary:
+    """Fill one store per layer, or go on filling them; see :class:`ExtractConfig`.
+
+    Raises:
+        ModelError, TextError, StoreError, ResourceError: one sentence each; what was committed before stays.
+        KeyboardInterrupt: on SIGINT and SIGTERM, with the command that goes on.
+
+    """
+    plan = make_plan(config)
+    if plan.complete:
+        return _already_complete(plan)
+    with _interruptible():
+        if config.workers or config.scheduler:
+            from .distributed import extract_distributed
+
+            return extract_distributed(plan)
+        return _extract_here(plan)
+
+
+def _extract_here(plan: Plan) -> ExtractSummary:
+    config = plan.config
+    identity = identify_model(plan.outline)
+    lm = load_language_model(plan.outline, deepest_layer=max(config.layers), identity=identity)
+    batch_size = min(config.batch_size or choose_batch_size(lm, plan.layout, config.rows), plan.layout.shard_rows)
+    execution = resolve_execution(plan, batch_size)
+    torch.set_num_threads(execution.threads)
+    if config.fresh:
+        note(f"      --fresh: what is at {' '.join(config.paths.values())} is replaced")
+    writer = StoreSetWriter.open(config.paths, plan.manifests(identity, execution), fresh=config.fresh)
+    start, began = writer.rows_stored, time.perf_counter()
+    try:
+        with writer:
+            filling = _Filling(plan, lm, writer)
+            filling.run(execution)
+            writer.finish()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(plan, writer.rows_stored)) from None
+    return summarise(plan, writer, start, time.perf_counter() - began)
+
+
+class _Filling:
+    """The loop of one process: batches in flight, shard by shard, with a smaller batch after running out of memory."""
+
+    def __init__(self, plan: Plan, lm: LanguageModel, writer: StoreSetWriter):
+        self.plan, self.lm, self.writer = plan, lm, writer
+        self._began = time.perf_counter()
+        self._tokens = 0
+        self._estimated = False
+
+    def run(self, execution: Execution) -> None:
+        """Extract until the plan is full or the text ends."""
+        config, context = self.plan.config, self.plan.config.text.context
+        record_execution(self.writer, execution)
+        done = self.writer.rows_committed * context
+        with progress("extracting", config.rows * context, done=done) as bar:
+            while True:
+                try:
+                    return self._until_out_of_memory(execution.batch_size, bar)
+                except torch.OutOfMemoryError:
+                    execution = execution.model_copy(update={"batch_size": halved(execution.batch_size, self.lm)})
+                warn(f"out of memory on {self.lm.device}: going on with {execution.batch_size} rows at a time")
+                before = self.writer.rows_committed
+                self.writer.restart_shard(execution)
+                bar.advance((self.writer.rows_committed - before) * context - self._since_commit)
+
+    def _until_out_of_memory(self, batch_size: int, bar: Progress) -> None:
+        plan, writer = self.plan, self.writer
+        forward = ForwardPass(self.lm, plan.config.layers, batch_size)
+        self._since_commit = 0
+        rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
+        with RowFeed(rows, plan.outline.special_token_ids) as feed:
+            ahead: tuple[Batch, Flight] | None = None
+            for batch in batches(feed, writer.rows_committed, plan.config.rows, writer.layout.shard_rows, batch_size):
+                launched = forward.launch(batch.block)
+                if ahead:
+                    self._deliver(*ahead, bar)
+                ahead = (batch, launched)
+            if ahead:
+                self._deliver(*ahead, bar)
+            writer.drain()
+
+    def _deliver(self, batch: Batch, flight: Flight, bar: Progress) -> None:
+        bits = flight.land()
+        check_finite(bits, batch.block, batch.first_row, self.lm)
+        self.writer.append(batch.block, bits)
+        tokens = len(batch.block) * self.plan.config.text.context
+        self._since_commit += tokens
+        if batch.cursor is not None:
+            self.writer.commit(batch.cursor)
+            self._since_commit = 0
+        self._tokens += tokens
+        seconds = time.perf_counter() - self._began
+        bar.advance(tokens, f"{format_bytes(self.writer.bytes_written / seconds)}/s to disk")
+        if not self._estimated and seconds > _ESTIMATE_AFTER:
+            self._estimate(batch, seconds)
+
+    def _estimate(self, batch: Batch, seconds: float) -> None:
+        self._estimated = True
+        speed = self._tokens / seconds
+        left = (self.plan.config.rows - batch.first_row) * self.plan.config.text.context / speed
+        note(f"      {speed:,.0f} tokens/s: about {format_duration(left)} to go")
+
+
+def record_execution(writer: StoreSetWriter, execution: Execution) -> None:
+    """Have the next commits record how they were run, if that is another way than the last ones."""
+    if execution != writer.execution:
+        writer.restart_shard(execution)
+
+
+def summarise(plan: Plan, writer: StoreSetWriter, rows_before: int, seconds: float) -> ExtractSummary:
+    """The summary of a finished extraction."""
+    cursor = Cursor.read(writer.last_cursor)
+    context = plan.config.text.context
+    return ExtractSummary(
+        stores=tuple(plan.config.paths.values()),
+        rows=writer.rows_stored,
+        tokens_stored=writer.rows_stored * context,
+        tokens=(writer.rows_stored - rows_before) * context,
+        seconds=seconds,
+        bytes_written=writer.bytes_written,
+        batch_size=writer.execution.batch_size,
+        dtype=plan.outline.source.dtype,
+        device=writer.execution.device,
+        dropped_tokens=cursor.dropped_tokens,
+        short_documents=cursor.short_documents,
+        held_out_documents=cursor.held_out_documents,
+        text_ended=cursor.end and writer.rows_stored < plan.config.rows,
+        already_complete=False,
+    )
+
+
+def _already_complete(plan: Plan) -> ExtractSummary:
+    stored: Any = plan.stored
+    return ExtractSummary(
+        stores=tuple(plan.config.paths.values()),
+        rows=stored.rows,
+        tokens_stored=stored.rows * plan.config.text.context,
+        tokens=0,
+        seconds=0.0,
+        bytes_written=0,
+        batch_size=stored.execution.batch_size,
+        dtype=stored.manifest.model.dtype,
+        device=stored.execution.device,
+        dropped_tokens=stored.cursor.dropped_tokens,
+        short_documents=stored.cursor.short_documents,
+        held_out_documents=stored.cursor.held_out_documents,
+        text_ended=stored.cursor.end and stored.rows < plan.config.rows,
+        already_complete=True,
+    )
+
+
+def _how_to_go_on(plan: Plan, rows: int) -> str:
+    return f"{rows:,} of {plan.config.rows:,} rows are committed under {plan.config.out}. To go on: {command_line(plan.config)}"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does; only the main thread can arrange for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
