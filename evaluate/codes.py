@@ -59,12 +59,10 @@ class Codes:
         """Tokens of the batch, counted or not."""
         return self.n_rows * self.context
 
-    @property
     def positions(self) -> Tensor:
         """Position of every entry within its row."""
         return self.token_E % self.context
 
-    @property
     def rows(self) -> Tensor:
         """Row of every entry within the batch."""
         return self.token_E // self.context

@@ -88,8 +88,7 @@ def _ratio(change: Tensor, step: Tensor, valid: Tensor) -> Tensor:
 def _mean_of_largest(codes: Codes, jump_E: Tensor) -> tuple[Tensor, Tensor]:
     """Largest jump of each (feature, row), averaged over the features of a row; −1 stands for none."""
     group = codes.feature_E * codes.n_rows + codes.rows()
-    found: tuple[Tensor, Tensor] = torch.unique_consecutive(group, return_inverse=True)  # pyright: ignore[reportCallIssue]
-    names, index = found
+    names, index = torch.unique_consecutive(group, return_inverse=True)
     largest = torch.full((len(names),), -1.0, dtype=torch.float64, device=jump_E.device)
     largest.scatter_reduce_(0, index, jump_E, "amax")
     some = largest >= 0

@@ -90,14 +90,14 @@ DEFINITIONS = {
         label="smoothness S",
     ),
     "same_token": Definition(
-        text="mean cosine of the codes of one token at two places in different rows, at least half a context apart in position; "
+        text="mean cosine of the codes of one token at two places in different rows, at least half a context apart; "
         "mean over kinds of token (a sample)",
         unit="1",
         better="higher",
         label="same token, far position",
     ),
     "same_token_near": Definition(
-        text="the same for positions at most an eighth of a context apart: what other words around cost when the position stays",
+        text="the same at most an eighth of a context apart: what other words around cost when the position stays",
         unit="1",
     ),
     "same_token_activation": Definition(text="same_token for the raw activations, centred: the ceiling", unit="1"),

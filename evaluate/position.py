@@ -1,0 +1,214 @@
+"""Position: how much of a feature depends on where in the row a token stands.
+
+Shapes: F features, T positions, N tokens. Position 0 never enters (it holds BOS, or sees nothing before it). Memory O(F·T): two
+sums per feature and position, and the bounded sample of :mod:`rotation`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codes import Codes
+from .protocol import Findings, SparseCoder, TokenBatch
+from .results import Curve, Definition, Metric
+from .rotation import ROTATIONS, RotationSample, false_discovery_rate
+
+FALSE_DISCOVERY_RATE = 0.05
+LOCKED = 0.5
+"""η² from which a significant feature counts as locked to the position: most of its variance is the position's."""
+_EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual information is computed exactly
+
+DEFINITIONS = {
+    "eta_squared": Definition(
+        text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for bias "
+        "(ε²); positions 1 … T − 1, mean over alive features",
+        unit="share",
+        label="position dependence η²",
+    ),
+    "position_specific_share": Definition(
+        text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within each row "
+        f"give, at a false-discovery rate of {FALSE_DISCOVERY_RATE:.0%} (Benjamini–Hochberg); features active in fewer than 10 rows "
+        "or 20 tokens are not tested",
+        unit="share",
+        better="lower",
+        label="position-specific",
+    ),
+    "position_locked_share": Definition(
+        text=f"share of the tested features that are position-specific and have an η² of at least {LOCKED}",
+        unit="share",
+        better="lower",
+        label="position-locked",
+    ),
+    "position_tested_share": Definition(text="share of alive features active enough for the rotation test", unit="share"),
+    "position_mutual_information": Definition(
+        text="mutual information between firing and position, less its expectation if as many firings fell at random; "
+        "mean over alive features",
+        unit="nats",
+        label="firing–position information",
+    ),
+    "position_profile": Definition(
+        text="E[z_i | position] / E[z_i], mean over alive features; 1 everywhere without position dependence",
+        unit="1",
+    ),
+    "eta_squared_distribution": Definition(text="histogram over alive features of η² (bias-corrected)", unit="share"),
+}
+
+
+class PositionStatistics:
+    """Sums per feature and position, and the rotation test."""
+
+    definitions = DEFINITIONS
+
+    def __init__(self, sae: SparseCoder, *, context: int, seed: int):
+        device, shape = sae.W_dec.device, (sae.n_features, context)
+        self._sum_FT = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._active_FT = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._square_F = torch.zeros(sae.n_features, dtype=torch.float64, device=device)
+        self._tokens_T = torch.zeros(context, dtype=torch.float64, device=device)
+        self._rotation = RotationSample(sae.n_features, context, seed)
+
+    def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - all parts are fed alike
+        """Take one batch in."""
+        context = codes.context
+        self._tokens_T += batch.valid_BT.double().sum(0)
+        position_E = codes.positions()
+        place = codes.feature_E * context + position_E
+        self._sum_FT.view(-1).index_add_(0, place, codes.value_E)
+        self._active_FT.view(-1).index_add_(0, place, torch.ones_like(codes.value_E))
+        self._square_F += codes.per_feature(codes.value_E**2 * (position_E > 0))
+        self._rotation.update(batch, codes)
+
+    def result(self) -> Findings:
+        """Position dependence of every feature, tested, and its summaries."""
+        sum_FT, active_FT, tokens_T = (s[..., 1:].cpu() for s in (self._sum_FT, self._active_FT, self._tokens_T))
+        eta_F = eta_squared(sum_FT, self._square_F.cpu(), tokens_T).numpy()
+        information_F = position_information(active_FT, tokens_T).numpy()
+        p_F = self._rotation.p_values()
+        q_F = false_discovery_rate(p_F)
+        alive_F = active_FT.sum(1).numpy() > 0
+        mean_FT = (self._sum_FT / self._tokens_T).cpu().numpy()
+        return Findings(
+            metrics=_summaries(eta_F, information_F, q_F, alive_F),
+            curves=_curves(eta_F, mean_FT[:, 1:], (sum_FT.sum(1) / tokens_T.sum()).numpy(), tokens_T.numpy()),
+            per_feature={
+                "eta_squared": eta_F,
+                "position_p": p_F,
+                "position_q": q_F,
+                "position_information": information_F,
+                "position_mean": mean_FT,
+            },
+        )
+
+
+def eta_squared(sum_FP: Tensor, square_F: Tensor, tokens_P: Tensor) -> Tensor:
+    """Bias-corrected η² (ε²) from sums of z per position, sums of z² and token counts: float64 [F], NaN for a constant feature.
+
+    ε² = (SS_between − (P − 1) SS_within / (N − P)) / SS_total; its mean is 0 for independent tokens that do not know their
+    position, 1 for a feature that the position determines.
+    """
+    used = tokens_P > 0
+    sum_FP, tokens_P = sum_FP[:, used], tokens_P[used]
+    positions, n = len(tokens_P), tokens_P.sum()
+    mean_F = sum_FP.sum(1) / n
+    total_F = square_F - n * mean_F**2
+    between_F = (tokens_P * (sum_FP / tokens_P - mean_F[:, None]) ** 2).sum(1)
+    within_F = (total_F - between_F).clamp(min=0)
+    corrected_F = (between_F - (positions - 1) * within_F / (n - positions)) / total_F
+    return torch.where((total_F > 1e-12 * square_F) & (n > positions), corrected_F, torch.nan)
+
+
+def position_information(active_FP: Tensor, tokens_P: Tensor) -> Tensor:
+    """Bias-corrected mutual information of firing and position in nats: float64 [F], NaN for a feature that never fires.
+
+    The bias is the expectation under independence with both margins fixed (the numerator of adjusted mutual information, Vinh,
+    Epps & Bailey 2010): exactly for rare features, (P − 1) / 2N (Miller) for frequent ones.
+    """
+    used = tokens_P > 0
+    active_FP, tokens_P = active_FP[:, used], tokens_P[used]
+    n, active_F = tokens_P.sum(), active_FP.sum(1)
+    joint_F = _entropies(active_FP, tokens_P).sum(1)
+    information_F = (joint_F - _entropies(active_F, n)) / n
+    bias_F = (len(tokens_P) - 1) / (2 * n) * torch.ones_like(active_F)
+    rare = (active_F > 0) & (active_F <= _EXACT_UP_TO) & (active_F < n)
+    counts, where = torch.unique(active_F[rare], return_inverse=True)
+    bias_F[rare] = _expected_information(counts, tokens_P)[where] if len(counts) else bias_F[rare]
+    return torch.where(active_F > 0, torch.where(active_F < n, information_F - bias_F, 0.0), torch.nan)
+
+
+def _entropies(active: Tensor, tokens: Tensor) -> Tensor:
+    """Σ over firing or not of count · ln(count / tokens), negative: minus tokens times the entropy of firing."""
+    rest = tokens - active
+    return torch.special.xlogy(active, active / tokens) + torch.special.xlogy(rest, rest / tokens)
+
+
+def _expected_information(active_K: Tensor, tokens_P: Tensor) -> Tensor:
+    """Mean mutual information if ``active_K`` firings fell on the tokens at random: hypergeometric at every position."""
+    n = tokens_P.sum()
+    sizes, repeats = torch.unique(tokens_P, return_counts=True)
+    total_K = torch.zeros_like(active_K)
+    for size, repeat in zip(sizes, repeats, strict=True):
+        mean_K = active_K * size / n
+        top = int(min(float(size), float(active_K.max()), float(mean_K.max()) + 12 * math.sqrt(float(mean_K.max())) + 12))
+        c_C = torch.arange(top + 1, dtype=torch.float64)
+        log_p = _log_choose(size, c_C) + _log_choose(n - size, active_K[:, None] - c_C) - _log_choose(n, active_K)[:, None]
+        total_K += repeat * (log_p.exp() * _entropies(c_C, size)).sum(1)
+    return (total_K - _entropies(active_K, n)) / n
+
+
+def _log_choose(n: Tensor, k: Tensor) -> Tensor:
+    """Logarithm of the binomial coefficient; −∞ where k is negative or exceeds n."""
+    inside = (k >= 0) & (k <= n)
+    safe = torch.where(inside, k, 0.0)
+    found = torch.lgamma(n + 1) - torch.lgamma(safe + 1) - torch.lgamma(n - safe + 1)
+    return torch.where(inside, found, -torch.inf)
+
+
+def _summaries(eta_F: np.ndarray, information_F: np.ndarray, q_F: np.ndarray, alive_F: np.ndarray) -> dict[str, Metric]:
+    tested = np.isfinite(q_F)
+    specific = tested & (q_F <= FALSE_DISCOVERY_RATE)
+    locked = specific & (eta_F >= LOCKED)
+    defined = np.isfinite(eta_F)
+    return {
+        "eta_squared": _mean("eta_squared", eta_F[defined]),
+        "position_specific_share": _mean("position_specific_share", specific[tested]),
+        "position_locked_share": _mean("position_locked_share", locked[tested]),
+        "position_tested_share": _mean("position_tested_share", tested[alive_F]),
+        "position_mutual_information": _mean("position_mutual_information", information_F[alive_F]),
+    }
+
+
+def _mean(key: str, values: np.ndarray) -> Metric:
+    value = float(values.mean()) if len(values) else None
+    return Metric(value=value, unit=DEFINITIONS[key].unit, n=len(values), definition=key)
+
+
+def _curves(eta_F: np.ndarray, mean_FP: np.ndarray, overall_F: np.ndarray, tokens_P: np.ndarray) -> dict[str, Curve]:
+    found = eta_F[np.isfinite(eta_F)]
+    if not len(found):
+        return {}
+    edges = np.linspace(-0.05, 1.0, 43)
+    counts = np.histogram(np.clip(found, -0.05, 1), edges)[0]
+    alive, used = overall_F > 0, tokens_P > 0
+    profile = (mean_FP[alive] / overall_F[alive, None]).mean(0)
+    positions = np.arange(1, len(tokens_P) + 1)
+    return {
+        "eta_squared": Curve(
+            kind="histogram",
+            x=edges.tolist(),
+            y=counts.astype(float).tolist(),
+            x_label="η², bias-corrected",
+            y_label="features",
+            definition="eta_squared_distribution",
+        ),
+        "position_profile": Curve(
+            x=positions[used].astype(float).tolist(),
+            y=profile[used].tolist(),
+            x_label="position in the row",
+            y_label="mean activation / overall mean",
+            definition="position_profile",
+        ),
+    }
