@@ -7,7 +7,7 @@ too, so that a TC-SAE looks the same in every picture, and is told from its twin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 PAPER, NIGHT = "#fffefb", "#15171a"  # the page's two grounds; every ink below has contrast >= 4.5 on its own
 
@@ -56,6 +56,9 @@ class Axis:
         if not usable:
             return (0.1, 1.0) if self.log else (0.0, 1.0)
         low, high = min(usable), max(usable)
+        if not self.log:  # a fixed end counts when the margin at the other is measured
+            low = low if self.low is None else min(low, self.low)
+            high = high if self.high is None else max(high, self.high)
         if self.log:
             pad = max(0.06 * math.log(high / low), 0.15)
             low, high = low * math.exp(-pad), high * math.exp(pad)
@@ -119,7 +122,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. ``caption`` says how to read it, ``about`` which section of the report it belongs to."""
+    """One chart. ``key`` names its files, ``caption`` says how to read it."""
 
     key: str
     title: str
@@ -129,7 +132,8 @@ class Panel:
     lines: tuple[Line, ...] = ()
     rules: tuple[Rule, ...] = ()
     caption: str = ""
-    links: tuple[tuple[int, int], ...] = field(default=())  # pairs of marks joined by a thin line: a TC-SAE and its twin
+    links: tuple[tuple[int, int], ...] = ()  # pairs of marks joined by a thin line: a TC-SAE and its twin
+    layer: int | None = None
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes."""

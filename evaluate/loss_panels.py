@@ -6,6 +6,7 @@ The shares assume that terms were recorded as they enter the total, weights incl
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .chart import Axis, Line, Panel
 from .results import EvaluationReport, Record, TrainingCurves
@@ -22,11 +23,13 @@ TERM_WORDS = {
 
 
 def training_panels(report: EvaluationReport) -> list[Panel]:
-    """The total loss per layer, then each term's share for the TC-SAEs."""
-    totals = [panel for layer in report.layers if (panel := _totals(report, layer))]
-    tc = [record for record in report.records if record.role == "tc" and record.name in report.training]
-    shares = [panel for record in tc[:SHARE_PANELS] if (panel := _shares(report, record))]
-    return totals + shares
+    """Layer by layer the total loss, then each term's share for the first few TC-SAEs."""
+    tc = [record for record in report.records if record.role == "tc" and record.name in report.training][:SHARE_PANELS]
+    panels = []
+    for layer in report.layers:
+        found = [_totals(report, layer), *[_shares(report, record) for record in tc if record.layer == layer]]
+        panels += [replace(panel, layer=layer) for panel in found if panel]
+    return panels
 
 
 def _totals(report: EvaluationReport, layer: int) -> Panel | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from .chart import Axis, Line, Mark, Panel, Rule
 from .loss_panels import training_panels
@@ -18,7 +19,7 @@ from .wording import decimals, metric_label, role_of, short_name, show, show_int
 def sections(report: EvaluationReport) -> dict[str, list[Panel]]:
     """Section → its panels, in reading order; a section without panels is an empty list."""
     return {
-        "fidelity": [*_each_layer(report, plane, plane_zoomed, variance_plane), *_each_layer(report, ce_rows, kl_rows)],
+        "fidelity": _each_layer(report, plane, plane_zoomed, variance_plane, ce_rows, kl_rows),
         "time": _each_layer(report, time_plane, lag_curves, variation_rows),
         "position": _each_layer(report, eta_histogram, norm_by_position, specific_rows),
         "features": _each_layer(report, density_histogram),
@@ -30,8 +31,8 @@ Builder = Callable[[EvaluationReport, int], Panel | None]
 
 
 def _each_layer(report: EvaluationReport, *builders: Builder) -> list[Panel]:
-    built = [builder(report, layer) for layer in report.layers for builder in builders]
-    return [panel for panel in built if panel is not None]
+    built = [(layer, builder(report, layer)) for layer in report.layers for builder in builders]
+    return [replace(panel, layer=layer) for layer, panel in built if panel is not None]
 
 
 def plane(report: EvaluationReport, layer: int) -> Panel | None:
@@ -43,7 +44,7 @@ def plane(report: EvaluationReport, layer: int) -> Panel | None:
         f"plane-{layer}",
         f"Fidelity against sparsity, layer {layer}",
         Axis("L0: active features per token", low=0),
-        Axis("share of CE recovered (1 = the model, 0 = mean ablation)"),
+        Axis("CE recovered (1: the model, 0: mean ablation)"),
         marks,
         rules=rules,
         links=_links(report, layer, marks),
@@ -63,7 +64,7 @@ def plane_zoomed(report: EvaluationReport, layer: int) -> Panel | None:
         Axis("share of CE recovered"),
         marks,
         links=_links(report, layer, marks),
-        caption="The same plane, enlarged; whiskers are 95 % intervals, a thin line joins a TC-SAE and its twin.",
+        caption="The same, enlarged. A thin line joins a TC-SAE and its twin; where they coincide they are drawn apart.",
     )
 
 
@@ -74,7 +75,7 @@ def variance_plane(report: EvaluationReport, layer: int) -> Panel | None:
         return None
     return Panel(
         f"variance-{layer}",
-        f"Explained variance against sparsity, layer {layer}",
+        f"Explained variance, layer {layer}",
         _l0_axis(marks),
         Axis("explained variance"),
         marks,
@@ -147,7 +148,7 @@ def ce_rows(report: EvaluationReport, layer: int) -> Panel | None:
     clean = next((m.value for r in _records(report, layer) if (m := r.metrics.get("ce_clean")) and m.value is not None), None)
     rules = [uniform] if clean is None else [Rule(f"clean model {clean:.2f}", x=clean), uniform]
     caption = "Lower is better. Intervals are of the level: texts differ more among themselves than SAEs do."
-    axis = Axis("cross-entropy with the splice (nats per token)")
+    axis = Axis("cross-entropy, nats per token")
     return _rows(report, _records(report, layer), "ce", f"Cross-entropy, layer {layer}", axis, caption, rules)
 
 
@@ -156,7 +157,7 @@ def kl_rows(report: EvaluationReport, layer: int) -> Panel | None:
     floors = [m.value for r in _saes(report, layer) if (m := r.metrics.get("kl_noise_floor")) and m.value]
     rules = [Rule("bf16 rounding", x=floors[0])] if floors else []
     caption = "Lower is better; each step to the left of a tenfold. Nothing can be told apart at the level of rounding."
-    axis = Axis("KL(original ‖ spliced) (nats per token, log scale)", log=True)
+    axis = Axis("KL, nats per token (log scale)", log=True)
     return _rows(report, _records(report, layer), "kl", f"KL divergence, layer {layer}", axis, caption, rules)
 
 
@@ -190,9 +191,10 @@ def _rows(
     if not any(record.kind == "sae" for record, _ in found):
         return None
     marks = []
+    digits = max(decimals(m.value or 0.0, m.low, m.high) for record, m in found if record.kind == "sae")
     for i, (record, metric) in enumerate(found):
         value = metric.value or 0.0
-        text = show(value, decimals(value, metric.low, metric.high))
+        text = show(value, decimals(value) if axis.log else digits)
         title_ = f"{record.name}: {_said(metric)}"
         marks.append(Mark(value, i, role_of(record), text, title_, x_interval=_interval(metric)))
     names = tuple(short_name(record, report) for record, _ in found)
@@ -213,7 +215,7 @@ def time_plane(report: EvaluationReport, layer: int) -> Panel | None:
     return Panel(
         f"time-plane-{layer}",
         f"Steadiness against fidelity, layer {layer}",
-        Axis("temporal variation Σ(z_t − z_{t+1})² / Σ z²", low=0),
+        Axis("temporal variation, Σ(zₜ − zₜ₊₁)² / Σ z²", low=0),
         Axis("share of CE recovered"),
         tuple(marks),
         links=_links(report, layer, marks),

@@ -16,14 +16,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .chart import NIGHT, PAPER, STYLES, Panel
+from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
 from .figures import write_figures
 from .panels import sections
 from .payload import embedded, payload
 from .results import EvaluationReport, Metric
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables
-from .wording import evaluated, outcomes, provenance
+from .wording import evaluated, named, outcomes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -72,7 +72,10 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         comparisons=comparisons(report),
         main_tables=main_tables(report),
         full_tables=full_tables(report),
-        panels={key: [{"panel": panel, "svg": render(panel)} for panel in group] for key, group in panels.items()},
+        panels={key: _drawn(group) for key, group in panels.items()},
+        keys={key: _roles(group) for key, group in panels.items()},
+        roles=list(ROLES),
+        model_name=named(report.model.id, "model"),
         forensic=forensic_table,
         ln_vocabulary=math.log(report.model.vocab_size),
         compat=_compat(report),
@@ -83,6 +86,19 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         browser_note=_browser_note(browser),
         contents=_contents(report, panels, browser, forensic_table is not None),
     )
+
+
+def _drawn(panels: Sequence[Panel]) -> list[list[dict[str, Any]]]:
+    """Panels with their drawings, in rows by layer; one row where every layer has but one panel."""
+    rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.layer)]
+    if all(len(row) == 1 for row in rows):
+        rows = [list(panels)] if panels else []
+    return [[{"panel": panel, "svg": render(panel)} for panel in row] for row in rows]
+
+
+def _roles(panels: Sequence[Panel]) -> list[str]:
+    """The roles a section's panels show; the terms of a loss are no roles and are named at their own panel."""
+    return [role for role in ROLES if any(role in panel.roles() for panel in panels)]
 
 
 def _contents(

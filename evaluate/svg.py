@@ -1,21 +1,23 @@
 """A panel as inline SVG: no script, no font, no colour of its own (classes ``ink-ROLE`` take theirs from the page's style).
 
-Drawn 400 units wide, so that on a phone it shrinks by a fifth at most and its text stays readable; shapes and dashes carry
+Drawn 320 units wide, the width of a small phone, so that text is never shrunk below what can be read; shapes and dashes carry
 what colour carries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .chart import STYLES, Line, Mark, Panel, Rule, number
+from .chart import STYLES, Line, Mark, Panel, number
 
-WIDTH, HEIGHT = 400, 270
-ROW = 24  # height of one named category
-GLYPH = 6.3  # mean width of a character at the 12-unit label size
+WIDTH, HEIGHT = 320, 236
+ROW = 22  # height of one named category
+GLYPH = 6.0  # mean width of a character at the 11.5-unit label size
+SET_APART = 9  # units between points that would lie on one another
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ def render(panel: Panel) -> Markup:
     """The panel as an ``<svg>`` element, with its title and a description for those who hear the page."""
     frame = _frame(panel)
     height = frame.bottom + 40
-    body = [*_grid(frame), *_rules(frame), *_links(frame)]
+    places = _places(frame)
+    boxes = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    boxes += [box for mark, place in zip(panel.marks, places, strict=True) for box in _reach(frame, mark, *place)]
+    body = [*_grid(frame), *_rules(frame, boxes), *_links(frame, places)]
     for line in panel.lines:
         body += _line(frame, line)
-    body += _marks(frame)
+    body += _marks(frame, places, boxes)
     name, title = escape(f"chart-{panel.key}"), escape(panel.title)
     head = (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-labelledby="{name}-t {name}-d">'
@@ -76,10 +81,11 @@ def describe(panel: Panel) -> str:
 def _frame(panel: Panel) -> _Frame:
     x_ends, y_ends = panel.ends()
     if panel.y.categories:
-        left = 12 + max(len(name) for name in panel.y.categories) * GLYPH
-        return _Frame(panel, min(left, 190), 8, WIDTH - 14, 8 + ROW * len(panel.y.categories), x_ends, y_ends)
-    left = 14 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH
-    return _Frame(panel, max(left, 34), 24, WIDTH - 14, HEIGHT - 40, x_ends, y_ends)
+        left = 10 + max(len(_short(name)) for name in panel.y.categories) * GLYPH
+        top = 4 + 13 * sum(rule.x is not None for rule in panel.rules)  # a line of words over the rows for each level
+        return _Frame(panel, left, top, WIDTH - 8, top + ROW * len(panel.y.categories), x_ends, y_ends)
+    left = 10 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH
+    return _Frame(panel, max(left, 30), 24, WIDTH - 8, HEIGHT - 40, x_ends, y_ends)
 
 
 def _grid(frame: _Frame) -> Iterator[str]:
@@ -97,43 +103,58 @@ def _grid(frame: _Frame) -> Iterator[str]:
         if x - half > last:
             yield f'<text class="tick" x="{x:.1f}" y="{frame.bottom + 17}" text-anchor="middle">{escape(text)}</text>'
             last = x + half + 4
-    middle = (frame.left + frame.right) / 2
+    half = len(panel.x.label) * GLYPH / 2
+    middle = max(half, min(WIDTH - half, (frame.left + frame.right) / 2))
     yield f'<text class="name" x="{middle:.1f}" y="{frame.bottom + 34}" text-anchor="middle">{escape(panel.x.label)}</text>'
     if not panel.y.categories:
         yield f'<text class="name" x="2" y="13">{escape(panel.y.label)}</text>'
 
 
-def _short(text: str, length: int = 28) -> str:
+def _short(text: str, length: int = 22) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _rules(frame: _Frame) -> Iterator[str]:
-    taken: list[float] = []
+def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:
+    """The levels, each with its words where they cover no point and no other words; ``boxes`` grows by them."""
+    for line, rule in enumerate(rule for rule in frame.panel.rules if rule.x is not None):
+        x, wide = frame.x(rule.x or 0.0), len(rule.label) * GLYPH
+        text_x = max(0.0, min(WIDTH - wide, x - wide / 2))
+        y = 10 + 13 * line if frame.panel.y.categories else frame.top + 10
+        yield f'<path class="rule" d="M{x:.1f} {y + 3:.1f}V{frame.bottom}"/>'
+        yield f'<text class="note" x="{text_x:.1f}" y="{y:.1f}">{escape(rule.label)}</text>'
     for rule in frame.panel.rules:
-        yield from _rule(frame, rule, taken)
-
-
-def _rule(frame: _Frame, rule: Rule, taken: list[float]) -> Iterator[str]:
-    if rule.y is not None:
-        y = frame.y(rule.y)
+        if rule.y is None:
+            continue
+        y, wide = frame.y(rule.y), len(rule.label) * GLYPH
         yield f'<path class="rule" d="M{frame.left:.1f} {y:.1f}H{frame.right}"/>'
-        text_y = y - 4 if y - 4 > frame.top + 8 else y + 13
-        while any(abs(text_y - other) < 12 for other in taken):
-            text_y += 12
-        taken.append(text_y)
-        yield f'<text class="note" x="{frame.right - 2}" y="{text_y:.1f}" text-anchor="end">{escape(rule.label)}</text>'
-    if rule.x is not None:
-        x = frame.x(rule.x)
-        yield f'<path class="rule" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
-        side, shift = ("end", -4) if x > (frame.left + frame.right) / 2 else ("start", 4)
-        yield f'<text class="note" x="{x + shift:.1f}" y="{frame.top + 10}" text-anchor="{side}">{escape(rule.label)}</text>'
+        starts = (frame.right - wide - 2, frame.left + 4, (frame.left + frame.right - wide) / 2)
+        places = [(start, start_y) for start_y in (y - 4, y + 11) for start in starts]
+        spots = [(x, base, (x, base - 9, x + wide, base + 2)) for x, base in places if frame.top < base < frame.bottom]
+        spot = next((s for s in spots if not any(_overlap(s[2], box) for box in boxes)), spots[0] if spots else None)
+        if spot:
+            boxes.append(spot[2])
+            yield f'<text class="note" x="{spot[0]:.1f}" y="{spot[1]:.1f}">{escape(rule.label)}</text>'
 
 
-def _links(frame: _Frame) -> Iterator[str]:
+def _places(frame: _Frame) -> list[tuple[float, float]]:
+    """Where each mark is drawn; marks with intervals that share an abscissa are set apart, or one would hide the other."""
+    xs = [frame.x(mark.x) for mark in frame.panel.marks]
+    if not frame.panel.y.categories:
+        order = sorted((i for i, mark in enumerate(frame.panel.marks) if mark.y_interval), key=lambda i: xs[i])
+        runs: list[list[int]] = []
+        for i in order:
+            close = runs and xs[i] - xs[runs[-1][-1]] < SET_APART - 2
+            runs[-1].append(i) if close else runs.append([i])
+        for run in runs:
+            centre = sum(xs[i] for i in run) / len(run)
+            for rank, i in enumerate(sorted(run)):
+                xs[i] = centre + (rank - (len(run) - 1) / 2) * SET_APART
+    return [(x, frame.y(mark.y)) for x, mark in zip(xs, frame.panel.marks, strict=True)]
+
+
+def _links(frame: _Frame, places: Sequence[tuple[float, float]]) -> Iterator[str]:
     for a, b in frame.panel.links:
-        one, two = frame.panel.marks[a], frame.panel.marks[b]
-        start, stop = f"{frame.x(one.x):.1f} {frame.y(one.y):.1f}", f"{frame.x(two.x):.1f} {frame.y(two.y):.1f}"
-        yield f'<path class="link" d="M{start}L{stop}"/>'
+        yield f'<path class="link" d="M{places[a][0]:.1f} {places[a][1]:.1f}L{places[b][0]:.1f} {places[b][1]:.1f}"/>'
 
 
 def _line(frame: _Frame, line: Line) -> list[str]:
@@ -162,28 +183,14 @@ def _steps(frame: _Frame, line: Line) -> str:
     return "M" + "L".join(points)
 
 
-def _marks(frame: _Frame) -> list[str]:
-    places = _label_places(frame) if not frame.panel.y.categories else {}
+def _marks(frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box]) -> list[str]:
+    labels = _labels(frame, places, boxes) if not frame.panel.y.categories else {}
     out = []
-    for i, mark in enumerate(frame.panel.marks):
-        x, y = frame.x(mark.x), frame.y(mark.y)
+    for i, (mark, (x, y)) in enumerate(zip(frame.panel.marks, places, strict=True)):
         out.append(f'<g class="ink-{mark.role}"><title>{escape(mark.title or mark.label)}</title>')
-        if mark.x_interval:
-            low, high = (frame.x(v) for v in mark.x_interval)
-            out.append(
-                f'<path class="whisker" d="M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8"/>'
-            )
-        if mark.y_interval:
-            low, high = (frame.y(v) for v in mark.y_interval)
-            out.append(
-                f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8"/>'
-            )
-        out.append(_marker(mark.role, x, y))
-        if i in places:
-            text_x, text_y, anchor = places[i]
-            out.append(
-                f'<text class="label" x="{text_x:.1f}" y="{text_y:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
-            )
+        out += [*_whiskers(frame, mark, x, y), _marker(mark.role, x, y)]
+        if i in labels:
+            out.append(_text("label", *labels[i], mark.label))
         elif frame.panel.y.categories and mark.label:
             after = frame.x(mark.x_interval[1]) if mark.x_interval else x
             out.append(_row_label(frame, max(x, after), y, mark))
@@ -191,33 +198,54 @@ def _marks(frame: _Frame) -> list[str]:
     return out
 
 
+def _whiskers(frame: _Frame, mark: Mark, x: float, y: float) -> Iterator[str]:
+    if mark.x_interval:
+        low, high = (frame.x(v) + x - frame.x(mark.x) for v in mark.x_interval)
+        yield f'<path class="whisker" d="M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8"/>'
+    if mark.y_interval:
+        low, high = (frame.y(v) for v in mark.y_interval)
+        yield f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8"/>'
+
+
+def _reach(frame: _Frame, mark: Mark, x: float, y: float) -> Iterator[Box]:
+    """Where a mark's whiskers lie, so that no words go there."""
+    if mark.x_interval:
+        shift = x - frame.x(mark.x)
+        yield (frame.x(mark.x_interval[0]) + shift - 1, y - 3, frame.x(mark.x_interval[1]) + shift + 1, y + 3)
+    if mark.y_interval:
+        yield (x - 3, frame.y(mark.y_interval[1]), x + 3, frame.y(mark.y_interval[0]))
+
+
+def _text(kind: str, x: float, y: float, anchor: str, words: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
 def _row_label(frame: _Frame, x: float, y: float, mark: Mark) -> str:
     """The number at the end of a row's interval, or before it where there is no room."""
-    if x + 12 + len(mark.label) * GLYPH < WIDTH:
-        return f'<text class="label" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(mark.label)}</text>'
+    if x + 10 + len(mark.label) * GLYPH < WIDTH:
+        return _text("label", x + 8, y + 4, "start", mark.label)
     before = min(frame.x(mark.x), frame.x(mark.x_interval[0]) if mark.x_interval else frame.x(mark.x))
-    return f'<text class="label" x="{before - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(mark.label)}</text>'
+    return _text("label", before - 8, y + 4, "end", mark.label)
 
 
-def _label_places(frame: _Frame) -> dict[int, tuple[float, float, str]]:
+def _labels(frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box]) -> dict[int, tuple[float, float, str]]:
     """Where each point's label goes: right, left, above or below, the first place that is free; crowded labels are left out."""
-    boxes = [(frame.x(m.x) - 5, frame.y(m.y) - 5, frame.x(m.x) + 5, frame.y(m.y) + 5) for m in frame.panel.marks]
-    places = {}
-    for i, mark in enumerate(frame.panel.marks):
-        x, y, wide = frame.x(mark.x), frame.y(mark.y), len(mark.label) * 6.0
+    found = {}
+    for i, (mark, (x, y)) in enumerate(zip(frame.panel.marks, places, strict=True)):
+        wide = len(mark.label) * GLYPH
         choices = [(x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y - 9, "middle"), (x, y + 17, "middle")]
         for text_x, text_y, anchor in choices if mark.label else []:
             start = text_x - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
             box = (start, text_y - 10, start + wide, text_y + 2)
             inside = box[0] > frame.left and box[2] < WIDTH and box[1] > frame.top - 6 and box[3] < frame.bottom
             if inside and not any(_overlap(box, other) for j, other in enumerate(boxes) if j != i):
-                places[i] = (text_x, text_y, anchor)
+                found[i] = (text_x, text_y, anchor)
                 boxes.append(box)
                 break
-    return places
+    return found
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

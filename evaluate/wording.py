@@ -91,6 +91,11 @@ class Verdict:
     interval: str
     word: str  # lower, higher, equal, undecided
 
+    @property
+    def bracket(self) -> str:
+        """The interval for running text."""
+        return f" [{self.interval.replace(' … ', ', ')}]" if self.interval else ""
+
 
 def verdict(metric: Metric) -> Verdict | None:
     """None where the difference is undefined; "equal" only where it is zero without any spread."""
@@ -98,11 +103,11 @@ def verdict(metric: Metric) -> Verdict | None:
         return None
     digits = decimals(metric.value, metric.low, metric.high)
     shown = ("+" if metric.value > 0 else "") + show(metric.value, digits)
-    if metric.low is None or metric.high is None:
-        return Verdict(False, shown, "", "undecided, no interval")
-    interval = show_interval(metric, digits)
-    if metric.low == metric.high == 0:
+    if metric.value == 0 and not metric.low and not metric.high:
         return Verdict(True, "0", "", "equal")
+    if metric.low is None or metric.high is None:
+        return Verdict(False, shown, "", "undecided (no interval)")
+    interval = show_interval(metric, digits)
     if metric.low <= 0 <= metric.high:
         return Verdict(False, shown, interval, "undecided")
     return Verdict(True, shown, interval, "lower" if metric.value < 0 else "higher")
@@ -117,10 +122,11 @@ def evaluated(report: EvaluationReport) -> str:
         report.machine.get("gpu") or report.machine.get("device_name") or report.machine.get("device") or "an unnamed machine"
     )
     documents = f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
+    model = f"{named(report.model.id, 'model')} ({report.model.architecture}, {report.model.dtype})"
     return (
-        f"{what} at {where} of {report.model.id} ({report.model.architecture}, {report.model.dtype}), spliced into the model "
-        f"on {report.n_tokens:,} held-out tokens from {documents} of "
-        f"{report.text.dataset}, {report.text.context} tokens of context, seed {report.seed}, on {machine}."
+        f"{what} at {where} of {model}, spliced into the model on"
+        f" {report.n_tokens:,} held-out tokens from {documents} of "
+        f"{named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed {report.seed}, on {machine}."
     )
 
 
@@ -130,37 +136,30 @@ def outcomes(report: EvaluationReport) -> list[str]:
         return ["No TC-SAE was evaluated beside a twin, so nothing can be said of the temporal term."]
     if len(report.paired) > 4:
         return [sentence for key in _HEADLINE if (sentence := _tally(report.paired, key))]
-    return [_outcome(pair) for pair in report.paired]
+    return [_outcome(pair, report) for pair in report.paired]
 
 
 _HEADLINE = {
-    "ce_score_mean": "the share of CE recovered",
+    "ce_score_mean": "share of CE recovered",
     "kl": "KL",
     "l0": "L0",
-    "temporal_variation": "the variation of its features over time",
-    "temporal_variation_refit": "the same after refitting gains",
+    "temporal_variation": "variation over time",
+    "temporal_variation_refit": "the same with gains refitted",
 }
 
 
-def _outcome(pair: Paired) -> str:
+def _outcome(pair: Paired, report: EvaluationReport) -> str:
     parts = []
     for key, phrase in _HEADLINE.items():
         found = verdict(pair.metrics[key]) if key in pair.metrics else None
-        if found is None:
-            continue
-        if found.word == "equal":
-            parts.append(f"{phrase} is equal")
-        elif not found.decided:
-            parts.append(f"{phrase} is undecided ({found.difference}{_bracket(found)})")
-        else:
-            parts.append(f"{phrase} is {found.word} ({found.difference}{_bracket(found)})")
+        if found and found.word == "equal":
+            parts.append(f"{phrase} equal")
+        elif found:
+            good = "" if not found.decided else {None: "", found.word: " (better)"}.get(better_of(key, report), " (worse)")
+            parts.append(f"{phrase} {found.word}{good}, {found.difference}{found.bracket}")
     if not parts:
         return f"Layer {pair.layer}: {pair.first} and {pair.second} have no metric in common."
-    return f"Layer {pair.layer}, TC-SAE against its twin: {'; '.join(parts)}."
-
-
-def _bracket(found: Verdict) -> str:
-    return f", 95 % interval {found.interval}" if found.interval else ", no interval"
+    return f"Layer {pair.layer}, TC-SAE minus twin: {'; '.join(parts)}."
 
 
 def _tally(pairs: Iterable[Paired], key: str) -> str:
@@ -171,7 +170,12 @@ def _tally(pairs: Iterable[Paired], key: str) -> str:
     parts = [f"{n} {word}" for word, n in counts.items() if n]
     rest = len(words) - sum(counts.values())
     parts += [f"{rest} undecided"] if rest else []
-    return f"Over {len(words)} pairs, the TC-SAE against its twin: {_HEADLINE[key]} {listed(parts)}."
+    return f"{len(words)} pairs, TC-SAE minus twin: {_HEADLINE[key]} {listed(parts)}."
+
+
+def named(identity: str, kind: str) -> str:
+    """What a model or text is called in a sentence: the built-in ones are recorded as "demo"."""
+    return f"the demo {kind}" if identity == "demo" else identity
 
 
 def listed(items: Iterable[str]) -> str:

@@ -8,7 +8,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   const state = { sae: 0, id: null, order: "id", text: "" };
   const label = (name) => NAMES[name] || name.replaceAll("_", " ");
-  const figures = (v) => v === undefined || v === null ? "—" : v === 0 ? "0" : Math.abs(v) < 0.001 ? v.toExponential(1).replace("-", "−") : String(Number(v.toPrecision(3))).replace("-", "−");
+  const figures = (v) => v === undefined || v === null ? "—" : v === 0 ? "0" : String(Number(v.toPrecision(Math.abs(v) < 0.01 ? 2 : 3))).replace("-", "−");
 
   function el(tag, attributes = {}, ...children) {
     const node = document.createElement(tag);
@@ -152,11 +152,11 @@
     if (!real.length) return null;
     const xs = real.map(([x]) => x), ys = real.map(([, y]) => y);
     const x0 = Math.min(...xs), x1 = Math.max(...xs), y0 = Math.min(0, ...ys), y1 = Math.max(...ys, y0 + 1e-12);
-    const L = 46, R = 390, T = 12, B = 104, X = (x) => L + (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5) * (R - L), Y = (y) => B - (y - y0) / (y1 - y0) * (B - T);
+    const L = 42, R = 292, T = 12, B = 96, X = (x) => L + (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5) * (R - L), Y = (y) => B - (y - y0) / (y1 - y0) * (B - T);
     let path = "", open = true;
     for (const [x, y] of points) { if (y === null || x === null) { open = true; continue; } path += (open ? "M" : "L") + X(x).toFixed(1) + " " + Y(y).toFixed(1); open = false; }
     const words = (x, y, anchor, text, kind) => svg("text", { x, y, "text-anchor": anchor, class: kind }, text);
-    const drawing = svg("svg", { class: "chart ink-" + sae().role, viewBox: "0 0 400 142", role: "img", "aria-label": title + ": " + curve.yl + " against " + curve.xl },
+    const drawing = svg("svg", { class: "chart ink-" + sae().role, viewBox: "0 0 300 132", role: "img", "aria-label": title + ": " + curve.yl + " against " + curve.xl },
       svg("path", { class: "grid", d: "M" + L + " " + Y(y1) + "H" + R + "M" + L + " " + Y(y0) + "H" + R }), svg("path", { class: "axis", d: "M" + L + " " + Y(0) + "H" + R }),
       words(L - 5, Y(y1) + 4, "end", figures(y1), "tick"), words(L - 5, Y(0) + 4, "end", "0", "tick"),
       words(L, B + 16, "start", figures(x0), "tick"), words(R, B + 16, "end", figures(x1), "tick"), words((L + R) / 2, B + 32, "middle", curve.xl, "name"),
