@@ -24,15 +24,15 @@ _EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual informat
 
 DEFINITIONS = {
     "eta_squared": Definition(
-        text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for bias "
-        "(ε²); positions 1 … T − 1, mean over alive features",
+        text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for "
+        "bias (ε²); positions 1 … T − 1, mean over alive features",
         unit="share",
         label="position dependence η²",
     ),
     "position_specific_share": Definition(
-        text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within each row "
-        f"give, at a false-discovery rate of {FALSE_DISCOVERY_RATE:.0%} (Benjamini–Hochberg); features active in fewer than 10 rows "
-        "or 20 tokens are not tested",
+        text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within "
+        f"each row give, at a false-discovery rate of {FALSE_DISCOVERY_RATE:.0%} (Benjamini–Hochberg); features active in "
+        "fewer than 10 rows or 20 tokens are not tested",
         unit="share",
         better="lower",
         label="position-specific",
