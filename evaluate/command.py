@@ -2,4 +2,76 @@
 
 from __future__ import annotations
 
-COMMANDS = []
+import typer
+
+
+def evaluate(
+    run: list[str] = typer.Option([], "--run", help="A run folder; repeatable. Default: every finished run under runs/."),
+    sae: list[str] = typer.Option(
+        [], "--sae", help="An SAE from elsewhere: SAELens folder, Gemma Scope npz, dictionary_learning ae.pt, or hub id/path."
+    ),
+    layer: list[int] = typer.Option([], "--layer", help="Layer of each --sae, or one for all, where they do not say it."),
+    runs: str = typer.Option("runs", "--runs", help="Where finished runs are looked for."),
+    model: str | None = typer.Option(None, "--model", help="Language model. Default: the one each run's store names."),
+    revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit of --model on the hub."),
+    gguf_file: str | None = typer.Option(None, "--gguf-file", help="A GGUF file inside --model."),
+    dataset: str | None = typer.Option(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
+    split: str | None = typer.Option(None, "--split", help="Split of the dataset."),
+    text_column: str | None = typer.Option(None, "--text-column", help="Column that holds the text."),
+    batches: int = typer.Option(200, "--batches", help="Batches of text."),
+    batch_size: int = typer.Option(16, "--batch-size", help="Rows (model contexts) per batch."),
+    out: str = typer.Option("reports", "--out", help="Where reports are written."),
+    name: str | None = typer.Option(None, "--name", help="Folder of the report under --out. Default: the model's name."),
+    seed: int = typer.Option(0, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."),
+    device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
+    dtype: str = typer.Option("auto", "--dtype", help="Of the language model: auto, bfloat16 or float32."),
+    quick: bool = typer.Option(False, "--quick", help="Ten batches, no feature browser: a first look."),
+    resume: bool = typer.Option(True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."),
+    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+) -> None:
+    """Splice SAEs into their language model and report what is lost, what features do, and how they behave in time.
+
+    Reference rows (identity, zero, mean and previous-token ablation, untrained and empty SAEs) are measured beside them. Ends
+    with status 1 when an SAE could not be evaluated, after the others were.
+
+    Examples:
+        pipeline evaluate
+
+        pipeline evaluate --run runs/l12-topk64-pairwise0.1-w5-s0 --batches 50
+
+        pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
+
+    """
+    from .config import EvaluateConfig
+    from .table import print_outcomes
+
+    config = EvaluateConfig(
+        runs=tuple(run),
+        saes=tuple(sae),
+        layers=tuple(layer),
+        runs_folder=runs,
+        model=model,
+        revision=revision,
+        gguf_file=gguf_file,
+        dataset=dataset,
+        split=split,
+        text_column=text_column,
+        batches=batches,
+        batch_rows=batch_size,
+        out=out,
+        name=name,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quick=quick,
+        fresh=not resume,
+    )
+    from .run import evaluate as run_evaluation
+
+    outcomes = run_evaluation(config)
+    print_outcomes(outcomes, as_json=json_output)
+    if any(outcome.report.failures for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+COMMANDS = [evaluate]

@@ -63,11 +63,12 @@ def predictions(tokens_BT: Tensor, documents_BT: Tensor, real_BT: Tensor) -> tup
 
 @torch.no_grad()
 def token_losses(
-    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor], targets_N: Tensor, *, slab_bytes: int = SLAB_BYTES
+    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor | None], targets_N: Tensor, *, slab_bytes: int = SLAB_BYTES
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Cross-entropy of the clean states, and (cross-entropy, KL) of every spliced one, per token in nats.
 
-    KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal.
+    KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal. None among the
+    spliced stands for logits that are all zero, whose head product is spared.
     """
     n, V = len(clean_ND), head.vocab_size
     slab = max(1, min(n, slab_bytes // (16 * V)))
@@ -81,7 +82,7 @@ def token_losses(
         lse_a = _softmax(a, p)
         ce_N[part] = lse_a - _at(a, targets_N[part])
         for final_ND, (ces_N, kls_N) in zip(spliced, losses, strict=True):
-            b = head(final_ND[part], out=b)
+            b = b.zero_() if final_ND is None else head(final_ND[part], out=b)
             lse_b = _softmax(b, scratch)
             ces_N[part] = lse_b - _at(b, targets_N[part])
             kls_N[part] = lse_b - lse_a - torch.sub(b, a, out=scratch).mul_(p).sum(-1)

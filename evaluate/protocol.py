@@ -56,7 +56,6 @@ class Findings:
     curves: dict[str, Curve] = field(default_factory=dict)
     per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # [F] or [F, …]: for the feature browser, never written
     notes: list[str] = field(default_factory=list)
-    per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # first axis F; for the feature browser, not written out
 
 
 class SparseCoder(Protocol):

@@ -1,10 +1,9 @@
 """Replacing one layer's output without running the layers below it again.
 
 The clean pass runs once per batch and keeps the residual stream after every layer asked for. A spliced pass then replaces the
-blocks up to and including that layer by stand-ins (the lower hand on what they get, the last gives the spliced tensor)
-and calls the model as ever, so that transformers itself builds masks, rotary embeddings, layer types and the final norm. Whatever
-the embedding makes of the tokens is thrown away by the stand-ins, so that architectures which scale it or add positions to it
-need no special care.
+blocks up to that layer by stand-ins (the lower hand on what they get, the last gives the spliced tensor) and calls the model as
+ever, so that transformers itself builds masks, rotary embeddings, layer types and the final norm. Whatever the embedding makes
+of the tokens is thrown away by the stand-ins, so that architectures which scale it or add positions to it need no special care.
 
 Shapes: B rows, T positions, D model width, V vocabulary, N tokens.
 """
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 # How far the two paths may differ, relative to the largest final state. They do the same operations on the same numbers and
 # are bit-equal wherever kernels are deterministic; the slack is for kernels that choose their order of summation by themselves.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
 class SplicedModel:
@@ -174,6 +175,21 @@ class Head:
         if self._softcap:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits
+
+    @torch.no_grad()
+    def effects(self, directions_ND: Tensor) -> Tensor:
+        """What adding each direction to the residual stream does to the logits [N, V], up to the norm's scale and the softcap.
+
+        The final norm's gain is applied (and a LayerNorm's mean removed): norm(d) − norm(0) is linear in d up to its length.
+        """
+        directions_ND = directions_ND.float()
+        norm = next((getattr(self.lm.decoder, name) for name in FINAL_NORMS if hasattr(self.lm.decoder, name)), None)
+        if isinstance(norm, nn.Module):
+            length_N1 = directions_ND.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            unit_ND = directions_ND / length_N1 * 1e3  # far above the norm's epsilon
+            origin_D = norm(torch.zeros_like(unit_ND[:1], dtype=self.lm.dtype)).float()
+            directions_ND = (norm(unit_ND.to(self.lm.dtype)).float() - origin_D) * length_N1 / directions_ND.shape[-1] ** 0.5
+        return directions_ND @ self._W_VD.T
 
     def _own_logits(self, final_ND: Tensor) -> Tensor:
         """The model's own forward with a base that answers these states at once."""

@@ -1,0 +1,148 @@
+"""From measured rows to the report: scores against the references, intervals, paired differences, training curves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache.manifest import TextIdentity
+from ..errors import TcsaeError
+from ..train.journal import read_metrics
+from .bootstrap import Resampler
+from .compat import SAEBenchSums
+from .fidelity import OUTLIERS, definitions
+from .heldout import HeldOutText
+from .protocol import UnitSums
+from .results import Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
+from .row import MeasuredRow
+
+L0_TOLERANCE = 0.05  # a pair whose L0 differs by more is not compared on equal terms
+_TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
+
+
+def compose(
+    rows: Sequence[MeasuredRow], text: HeldOutText, *, identity: TextIdentity, seed: int, **facts: Any
+) -> EvaluationReport:
+    """The report of these rows, all measured on ``text``; ``facts`` are its remaining fields."""
+    resampler = Resampler.of(text.unit_documents, seed)
+    records = [record_of(row, rows, resampler) for row in rows]
+    known: dict[str, Definition] = definitions()
+    for row in rows:
+        known |= row.definitions
+    used = {metric.definition for record in records for metric in record.metrics.values()}
+    used |= {curve.definition for record in records for curve in record.curves.values()}
+    return EvaluationReport(
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        text=TextFacts(**{name: getattr(identity, name) for name in TextFacts.model_fields}),
+        n_documents=text.n_documents,
+        n_rows=len(text),
+        n_tokens=text.n_tokens,
+        seed=seed,
+        resampling=resampler.what,
+        definitions={key: one for key, one in sorted(known.items()) if key in used},
+        records=records,
+        paired=paired(rows, resampler),
+        training={row.name: curves for row in rows if (curves := training_curves(row)) is not None},
+        features={row.name: row.cards for row in rows if row.cards},
+        **facts,
+    )
+
+
+def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSums]:
+    """A row's sums with its scores against the ``mean`` and ``zero`` references of its layer, and the noise floor."""
+    sums = dict(row.sums)
+    for suffix in ("", OUTLIERS):
+        own = {name: row.sums[name + suffix] for name in ("ce", "ce_clean", "kl")}
+        for reference in ("mean", "zero"):
+            other = _reference(others, row.layer, reference)
+            if other is None:
+                continue
+            ce, kl = other.sums["ce" + suffix], other.sums["kl" + suffix]
+            for name, above, below in (
+                ("ce", ce.numerator_U - own["ce"].numerator_U, ce.numerator_U - own["ce_clean"].numerator_U),
+                ("kl", kl.numerator_U - own["kl"].numerator_U, kl.numerator_U),
+            ):
+                key = f"{name}_score_{reference}{suffix}"
+                counted = round(float(own["ce"].denominator_U.sum()))
+                sums[key] = UnitSums(above, below, "1", key, n=counted)
+        floor = _reference(others, row.layer, "identity_bf16")
+        if floor is not None:
+            key = "kl_noise_floor" + suffix
+            sums[key] = replace(floor.sums["kl" + suffix], definition=key)
+    return sums
+
+
+def _reference(rows: Sequence[MeasuredRow], layer: int, name: str) -> MeasuredRow | None:
+    return next((row for row in rows if row.kind == "reference" and row.layer == layer and row.name == name), None)
+
+
+def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resampler) -> Record:
+    """The finished record, with intervals."""
+    metrics: dict[str, Metric] = {name: resampler.metric(sums) for name, sums in scored(row, rows).items()}
+    zero_all = _reference(rows, row.layer, "zero_all")
+    compat = SAEBenchSums.from_state(row.compat)
+    return Record(
+        name=row.name,
+        kind=row.kind,
+        layer=row.layer,
+        role=row.role,
+        pair=row.pair,
+        sae=row.facts,
+        metrics=metrics | row.metrics,
+        curves=row.curves,
+        saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
+        notes=row.notes,
+    )
+
+
+def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
+    """TC-SAE − twin for every pair that is there whole, on whatever both were measured by."""
+    found = []
+    for first in rows:
+        second = next((row for row in rows if row.name == first.pair and row.layer == first.layer and row.kind == "sae"), None)
+        if first.role != "tc" or second is None:
+            continue
+        a, b = scored(first, rows), scored(second, rows)
+        shared = [name for name in a if name in b and not name.startswith(("ce_clean", "kl_noise_floor"))]
+        differences = {name: resampler.difference(a[name], b[name]) for name in shared}
+        found.append(
+            Paired(first=first.name, second=second.name, layer=first.layer, metrics=differences, warning=_unequal(a, b))
+        )
+    return found
+
+
+def _unequal(a: dict[str, UnitSums], b: dict[str, UnitSums]) -> str | None:
+    l0 = [float(np.sum(one["l0"].numerator_U) / max(1.0, np.sum(one["l0"].denominator_U))) for one in (a, b)]
+    if abs(l0[0] - l0[1]) <= L0_TOLERANCE * max(l0):
+        return None
+    return f"L0 differs ({l0[0]:.1f} against {l0[1]:.1f}): part of every difference is sparsity, not the temporal term"
+
+
+def training_curves(row: MeasuredRow) -> TrainingCurves | None:
+    """What the run logged; the terms of the loss weighted as in their total."""
+    if row.facts is None or row.facts.source != "run":
+        return None
+    try:
+        entries = read_metrics(Path(row.facts.path))
+    except (OSError, TcsaeError):
+        return None
+    if not entries:
+        return None
+    names = [name for name in dict.fromkeys(key for entry in entries for key in entry) if name != "step"]
+    series: dict[str, list[float | None]] = {name: [_number(entry.get(name)) for entry in entries] for name in names}
+    if "loss" in series:
+        series["total"] = series.pop("loss")
+        for term in _TERMS:
+            if term in series and f"{term}_share" in series:
+                pairs = zip(series[f"{term}_share"], series["total"], strict=True)
+                series[term] = [None if share is None or total is None else share * total for share, total in pairs]
+    return TrainingCurves(steps=[int(entry["step"]) for entry in entries], series=series)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
