@@ -16,13 +16,16 @@ Shapes: N tokens, D model width, F features, E active entries.
 
 from __future__ import annotations
 
+import os
 import warnings
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .activation import Activation
+from .products import matmul, product
 
 # Share of active entries above which whole matrices are faster. Constants, never a timing: a resumed run must take the turns of
 # the first. CPU: the steps cross at 0.30 on two Zen 5 cores (2048 × 576 × 4608, float32). CUDA: an estimate, since tensor cores
@@ -62,6 +65,9 @@ class SparseCodes:
 
     def sampled(self, a_ND: Tensor, W_FD: Tensor) -> Tensor:
         """(a·Wᵀ) at the active entries, like ``value``."""
+        kernels = kernels_for(a_ND)
+        if kernels is not None:
+            return kernels.inner_products(a_ND, W_FD, self._column, self._row_starts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             pattern = torch.sparse_csr_tensor(self._row_starts, self._column, self.value, self.shape, check_invariants=False)
@@ -128,7 +134,7 @@ class DenseCodes:
 
     def decode(self, W_FD: Tensor) -> Tensor:
         """z·W [N, D]."""
-        return self._matmul(self.value, W_FD)
+        return matmul(self.value, W_FD, self._compute)
 
     def sampled(self, a_ND: Tensor, W_FD: Tensor) -> Tensor:
         """(a·Wᵀ) at the active entries, zero elsewhere."""
@@ -136,7 +142,7 @@ class DenseCodes:
 
     def accumulate(self, values: Tensor, a_ND: Tensor) -> Tensor:
         """valuesᵀ·a [F, D]."""
-        return self._matmul(values.t(), a_ND)
+        return matmul(values.t(), a_ND, self._compute)
 
     def column_sums(self, values: Tensor) -> Tensor:
         """Σ_n of ``values`` [F]."""
@@ -161,9 +167,6 @@ class DenseCodes:
     def dense(self) -> Tensor:
         """Z [N, F] itself."""
         return self.value
-
-    def _matmul(self, one: Tensor, other: Tensor) -> Tensor:
-        return (one.to(self._compute) @ other.to(self._compute)).to(self.value.dtype)
 
 
 Codes = SparseCodes | DenseCodes
@@ -241,27 +244,25 @@ def true_positions(mask: Tensor) -> Tensor:
     return words.index_select(0, inside >> 3).mul_(8).add_(inside & 7)
 
 
-def product(a_ND: Tensor, W_FD: Tensor, bias_F: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """a·Wᵀ + bias [N, F], by the faster of the two libraries that torch carries for float32 on a CPU.
-
-    MKL has no AVX-512 path for processors that are not Intel's, oneDNN has: 34 ms against 54 for 2048 × 576 × 4608 on two
-    Zen 5 cores.
-    """
-    if compute_dtype not in (None, a_ND.dtype):
-        bias = None if bias_F is None else bias_F.to(compute_dtype)
-        return torch.nn.functional.linear(a_ND.to(compute_dtype), W_FD.to(compute_dtype), bias).to(a_ND.dtype)
-    if _prefer_onednn(a_ND, W_FD):
-        return torch.ops.mkldnn._linear_pointwise(a_ND, W_FD, bias_F, "none", [], "")
-    return torch.nn.functional.linear(a_ND, W_FD, bias_F)
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """Triton's kernels where they can run: Triton is installed, and the tensor in float32 on CUDA (or Triton interprets)."""
+    if tensor.dtype != torch.float32 or not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return _kernels()
 
 
-def _prefer_onednn(a: Tensor, W: Tensor) -> bool:
-    if a.device.type != "cpu" or a.dtype != torch.float32 or W.dtype != torch.float32 or not a.numel():
-        return False
-    # What the choice rests on is fixed for a machine, so that two runs on it agree bit for bit.
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import kernels
+    except ImportError:  # torch's builds for CPUs come without Triton
+        return None
+    return kernels
 
 
 def _bags(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:
     """One weighted sum of rows of ``table`` per bag, bag b holding the entries starts[b] … starts[b + 1]."""
+    kernels = kernels_for(table)
+    if kernels is not None:
+        return kernels.weighted_rows(table, index_E, starts, weights_E)
     return torch.embedding_bag(table, index_E, starts, mode=0, per_sample_weights=weights_E, include_last_offset=True)[0]

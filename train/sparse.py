@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from . import consistency
 from .activation import Activation
-from .codes import Codes, codes_of, product
+from .codes import Codes, codes_of
+from .fused import FusedCodes, can_fuse, fused_codes
 from .objective import Objective, StepResult
+from .products import product
 from .sae import TemporalSAE
 from .step import track_threshold
 
@@ -58,33 +60,86 @@ def sparse_step(
         dense_above: share of active entries from which whole matrices are used; None: as measured (``codes.DENSE_ABOVE``).
 
     """
-    n_windows, w, d_model = x_NWD.shape
-    x = x_NWD.reshape(-1, d_model)
+    x = x_NWD.flatten(0, 1)
     centred = x - sae.b_dec if sae.subtract_b_dec else x
     pre = product(centred, sae.W_enc.t(), sae.b_enc, compute_dtype)
-    codes = codes_of(pre, sae.activation, dense_above=dense_above, compute_dtype=compute_dtype)
+    codes = _codes(sae, pre, objective, x_NWD.shape[1], dense_above, compute_dtype)
     residual = codes.decode(sae.W_dec).add_(sae.b_dec).sub_(x)
     # A feature whose weights are NaN is never positive; its pre-activation must still poison the loss, or it would go unseen.
     terms = {"reconstruction": residual.square().sum() / len(x) + 0 * pre[:1].sum()}
     to_reconstruction = residual * (2 / len(x))
-    to_codes = codes.sampled(to_reconstruction, sae.W_dec)
     norms = sae.W_dec.norm(dim=-1) if objective.decoder_norms else None
-    terms["sparsity"] = _add_sparsity(codes, to_codes, norms, objective.sparsity_weight / len(x)) / len(x)
-    if objective.temporal.active:
-        terms["temporal"], slope = consistency.temporal(codes, objective.temporal, (n_windows, w), partner_NP)
-        to_codes.add_(slope, alpha=objective.temporal.weight)
-    gradients = _gradients(codes, codes.restricted(to_codes), to_reconstruction, centred)
+    if isinstance(codes, FusedCodes):
+        to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, sae.W_dec, objective, norms)
+    else:
+        windows = (x_NWD.shape[0], x_NWD.shape[1])
+        to_codes, to_b_enc, more = _slope(codes, to_reconstruction, sae.W_dec, objective, norms, windows, partner_NP)
+    gradients = _Gradients(
+        W_enc=codes.accumulate(to_codes, centred), b_enc=to_b_enc, W_dec=codes.accumulate(codes.value, to_reconstruction)
+    )
     if norms is not None:
         # Σ z ‖W_dec‖ pulls on the rows themselves.
-        shrink = codes.column_sums(codes.value) * (objective.sparsity_weight / len(x)) / norms.clamp(min=1e-30)
+        sums = codes.sums if isinstance(codes, FusedCodes) else codes.column_sums(codes.value)
+        shrink = sums * (objective.sparsity_weight / len(x)) / norms.clamp(min=1e-30)
         gradients.W_dec.addcmul_(sae.W_dec, shrink.unsqueeze(1))
     if objective.aux_weight > 0 and dead_F is not None and bool(dead_F.any()):
         dead_K = dead_F.nonzero().view(-1)
-        terms["auxiliary"] = _add_auxiliary(gradients, sae, pre, centred, residual, dead_K, objective)
+        more["auxiliary"] = _add_auxiliary(gradients, sae, pre, centred, residual, dead_K, objective)
     _deposit(sae, gradients, to_reconstruction)
     if sae.activation.kind == "batchtopk":
         track_threshold(sae, codes.value)
-    return _result(terms, objective, codes.column_counts())
+    return _result(terms | more, objective, codes.column_counts())
+
+
+def _codes(
+    sae: TemporalSAE,
+    pre_MF: Tensor,
+    objective: Objective,
+    w: int,
+    dense_above: float | None,
+    compute_dtype: torch.dtype | None,
+) -> Codes:
+    if sae.activation.kind == "relu" and can_fuse(pre_MF, objective):
+        return fused_codes(pre_MF, w, dense_above=dense_above, compute_dtype=compute_dtype)
+    return codes_of(pre_MF, sae.activation, dense_above=dense_above, compute_dtype=compute_dtype)
+
+
+def _slope(
+    codes: Codes,
+    to_reconstruction_MD: Tensor,
+    W_dec: Tensor,
+    objective: Objective,
+    norms_F: Tensor | None,
+    windows: tuple[int, int],
+    partner_NP: Tensor | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """∂L/∂z at the active entries, its sum over tokens [F], and the terms of the loss that codes have to themselves."""
+    to_codes = codes.sampled(to_reconstruction_MD, W_dec)
+    weight = objective.sparsity_weight / codes.shape[0]
+    if norms_F is None:
+        to_codes.add_(weight)
+        total = codes.value.sum()
+    else:
+        per_entry = codes.of_columns(norms_F)
+        to_codes.add_(per_entry, alpha=weight)
+        total = (codes.value * per_entry).sum()
+    terms = {"sparsity": total / codes.shape[0]}
+    if objective.temporal.active:
+        terms["temporal"], pull = consistency.temporal(codes, objective.temporal, windows, partner_NP)
+        to_codes.add_(pull, alpha=objective.temporal.weight)
+    to_codes = codes.restricted(to_codes)
+    return to_codes, codes.column_sums(to_codes), terms
+
+
+def _fused_slope(
+    codes: FusedCodes, to_reconstruction_MD: Tensor, W_dec: Tensor, objective: Objective, norms_F: Tensor | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same in one pass."""
+    to_codes, to_b_enc = codes.slopes(to_reconstruction_MD, W_dec, objective, norms_F)
+    terms = {"sparsity": (codes.sums if norms_F is None else codes.sums * norms_F).sum() / codes.shape[0]}
+    if objective.temporal.active:
+        terms["temporal"] = codes.changes[: objective.temporal.n_features].sum() / max(1, codes.n_pairs)
+    return to_codes, to_b_enc, terms
 
 
 @dataclass
@@ -94,24 +149,6 @@ class _Gradients:
     W_enc: Tensor  # [F, D]
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, D]
-
-
-def _gradients(codes: Codes, to_codes: Tensor, to_reconstruction_MD: Tensor, centred_MD: Tensor) -> _Gradients:
-    return _Gradients(
-        W_enc=codes.accumulate(to_codes, centred_MD),
-        b_enc=codes.column_sums(to_codes),
-        W_dec=codes.accumulate(codes.value, to_reconstruction_MD),
-    )
-
-
-def _add_sparsity(codes: Codes, to_codes: Tensor, norms_F: Tensor | None, weight: float) -> Tensor:
-    """Add weight · ∂(Σ z)/∂z, or that of Σ z ‖W_dec‖, to ``to_codes``; return the sum over all tokens."""
-    if norms_F is None:
-        to_codes.add_(weight)
-        return codes.value.sum()
-    per_entry = codes.of_columns(norms_F)
-    to_codes.add_(per_entry, alpha=weight)
-    return (codes.value * per_entry).sum()
 
 
 def _add_auxiliary(
@@ -130,10 +167,10 @@ def _add_auxiliary(
     error = codes.decode(W_dec).add_(residual_MD)
     loss = error.square().sum() / len(error)
     to_reconstruction = error.mul_(2 * objective.aux_weight / len(error))
-    added = _gradients(codes, codes.sampled(to_reconstruction, W_dec), to_reconstruction, centred_MD)
-    gradients.W_enc.index_add_(0, dead_K, added.W_enc)
-    gradients.b_enc.index_add_(0, dead_K, added.b_enc)
-    gradients.W_dec.index_add_(0, dead_K, added.W_dec)
+    to_codes = codes.sampled(to_reconstruction, W_dec)
+    gradients.W_enc.index_add_(0, dead_K, codes.accumulate(to_codes, centred_MD))
+    gradients.b_enc.index_add_(0, dead_K, codes.column_sums(to_codes))
+    gradients.W_dec.index_add_(0, dead_K, codes.accumulate(codes.value, to_reconstruction))
     return loss
 
 

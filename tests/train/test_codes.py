@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.train.activation import Activation
-from tcsae.train.codes import DenseCodes, SparseCodes, codes_of, largest, product, true_positions
+from tcsae.train.codes import DenseCodes, SparseCodes, codes_of, largest, true_positions
+from tcsae.train.products import matmul, product
 
 settings.register_profile("codes", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("codes")
@@ -101,3 +102,14 @@ def test_product_agrees_with_the_plain_one() -> None:
     a, W, bias = torch.randn(5, 24), torch.randn(32, 24), torch.randn(32)
     torch.testing.assert_close(product(a, W, bias), a @ W.t() + bias)
     torch.testing.assert_close(product(a.double(), W.double()), a.double() @ W.t().double())
+
+
+def test_factors_may_be_bfloat16_while_results_are_not() -> None:
+    a, W, bias = torch.randn(5, 24), torch.randn(32, 24), torch.randn(32)
+    rounded = a.bfloat16().double() @ W.bfloat16().double().t()
+    for result, expected in (
+        (product(a, W, bias, torch.bfloat16), rounded + bias),
+        (matmul(a, W.t(), torch.bfloat16), rounded),
+    ):
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=0.02)

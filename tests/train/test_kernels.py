@@ -1,0 +1,154 @@
+"""Triton's kernels against float64, by Triton's interpreter, which has to be switched on before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreting process that the first test starts")
+
+if INTERPRETED:
+    pytest.importorskip("triton")
+    from reference import step_terms_and_gradients
+    from tcsae.train import kernels
+    from tcsae.train.activation import Activation
+    from tcsae.train.fused import FusedCodes, fused_codes
+    from tcsae.train.objective import Objective, TemporalTerm
+    from tcsae.train.sae import TemporalSAE
+    from tcsae.train.sparse import sparse_step
+
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.stdout.count(".") > 25, f"skipped instead of run: {done.stdout}"
+
+
+def rounded(pre: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """ReLU in float64 of what a kernel may have stored."""
+    return pre.relu().to(dtype).double()
+
+
+@inside
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("n", "w", "f"), [(1, 1, 1), (19, 5, 200), (16, 2, 128), (3, 7, 130)])
+def test_forward_codes(n: int, w: int, f: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(n * w, f, generator=torch.Generator().manual_seed(n))
+    z, sums, counts, changes = kernels.forward_codes(pre, w, dtype)
+    # The interpreter cuts bfloat16 where hardware rounds: one unit in the last place is its own doing.
+    torch.testing.assert_close(z.double(), rounded(pre, dtype), rtol=0 if dtype == F32 else 2**-7, atol=0)
+    z = z.double()
+    torch.testing.assert_close(sums.double(), z.sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts, (z > 0).sum(0))
+    by_window = z.view(n, w, f)
+    change = (by_window[:, 1:] - by_window[:, :-1]).square().sum((0, 1))
+    torch.testing.assert_close(changes.double(), change, rtol=1e-5, atol=1e-5)
+
+
+@inside
+def test_nan_survives_the_forward_pass() -> None:
+    pre = torch.randn(10, 8)
+    pre[3, 2] = torch.nan
+    z, sums, _, _ = kernels.forward_codes(pre, 5, F32)
+    assert torch.isnan(z[3, 2])
+    assert torch.isnan(sums[2])
+    assert not torch.isnan(sums[[0, 1, 3, 4, 5, 6, 7]]).any()
+
+
+@inside
+@pytest.mark.parametrize(("n", "w", "f", "scope"), [(1, 1, 3, 3), (19, 5, 200, 77), (16, 2, 128, 128), (3, 7, 130, 0)])
+def test_backward_codes(n: int, w: int, f: int, scope: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    z = torch.randn(n * w, f, generator=generator).relu()
+    slope, sparsity = torch.randn(n * w, f, generator=generator), torch.rand(f, generator=generator)
+    leaf = z.double().requires_grad_()
+    by_window = leaf.view(n, w, f)[..., :scope]
+    loss = (leaf * slope).sum() + (leaf * sparsity).sum() + 0.3 * (by_window[:, 1:] - by_window[:, :-1]).square().sum()
+    (expected,) = torch.autograd.grad(loss, leaf)
+    expected *= z > 0
+    mine, total = kernels.backward_codes(z, slope.clone(), w, sparsity, 0.3, scope)
+    torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), expected.sum(0), rtol=1e-4, atol=1e-4)
+
+
+@inside
+@pytest.mark.parametrize("width", [1, 40, 256, 300])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_sparse_products(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+    table = torch.randn(50, width, generator=generator).to(dtype)
+    edges = [0, 0, 3, 11, 11, 40, 40]  # empty bags first, in the middle and last
+    starts, index = torch.tensor(edges, dtype=torch.int32), torch.randint(50, (40,), generator=generator, dtype=torch.int32)
+    weights, rows = torch.randn(40, generator=generator), torch.randn(6, width, generator=generator)
+    bags = kernels.weighted_rows(table, index, starts, weights)
+    products = kernels.inner_products(rows, table, index, starts)
+    for bag, (first, last) in enumerate(pairwise(edges)):
+        picked = table.double()[index[first:last].long()]
+        torch.testing.assert_close(bags[bag].double(), weights[first:last].double() @ picked, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(products[first:last].double(), picked @ rows[bag].double(), rtol=1e-5, atol=1e-4)
+
+
+def sae_and_windows(activation: Activation, w: int) -> tuple[TemporalSAE, torch.Tensor]:
+    generator = torch.Generator().manual_seed(w)
+    sae = TemporalSAE(12, 40, activation).train()
+    with torch.no_grad():
+        for name in WEIGHTS:
+            getattr(sae, name).copy_(torch.randn(getattr(sae, name).shape, generator=generator) * 0.5)
+    return sae, torch.randn(6, w, 12, generator=generator)
+
+
+@inside
+@pytest.mark.parametrize("above", [1.0, -1.0])
+@pytest.mark.parametrize(
+    ("kind", "form", "norms", "w"),
+    [
+        ("relu", "none", False, 5),
+        ("relu", "pairwise", False, 5),
+        ("relu", "pairwise", True, 1),
+        ("relu", "window_mean", True, 3),
+        ("topk", "pairwise", False, 5),
+    ],
+)
+def test_whole_step_on_kernels_equals_autograd(kind: str, form: str, norms: bool, above: float, w: int) -> None:
+    sae, x = sae_and_windows(Activation("topk", k=4) if kind == "topk" else Activation("relu"), w)
+    objective = Objective(0.2, norms, TemporalTerm(form=form, weight=0.3, n_features=25))  # type: ignore[arg-type]
+    terms, gradients, fired = step_terms_and_gradients(sae, x, objective)
+    result = sparse_step(sae, x, objective, dense_above=above)
+    for name, value in terms.items():
+        torch.testing.assert_close(getattr(result, name), value.detach().float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(result.fired_F, fired)
+    for name in WEIGHTS:
+        torch.testing.assert_close(getattr(sae, name).grad.double(), gradients[name], rtol=1e-4, atol=1e-5)
+
+
+@inside
+def test_bfloat16_factors_cost_only_their_rounding() -> None:
+    sae, x = sae_and_windows(Activation("relu"), 5)
+    objective = Objective(0.2, False, TemporalTerm(form="pairwise", weight=0.3, n_features=40))
+    _, gradients, _ = step_terms_and_gradients(sae, x, objective)
+    result = sparse_step(sae, x, objective, dense_above=-1.0, compute_dtype=BF16)
+    assert result.total.dtype == F32
+    for name in WEIGHTS:
+        mine = getattr(sae, name).grad.double()
+        assert torch.linalg.vector_norm(mine - gradients[name]) < 0.03 * torch.linalg.vector_norm(gradients[name])
+
+
+@inside
+def test_fused_codes_are_dense_or_sparse_by_density() -> None:
+    pre = torch.randn(10, 64)
+    assert isinstance(fused_codes(pre, 5), FusedCodes)
+    assert not isinstance(fused_codes(pre - 10, 5), FusedCodes)

@@ -1,0 +1,42 @@
+"""Products of whole matrices, each by the fastest library at hand, with a choice of precision for the factors.
+
+``compute_dtype`` is that of the factors (bfloat16 puts them on tensor cores, which sum in float32); results are in the dtype of
+the first factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(a_ND: Tensor, W_FD: Tensor, bias_F: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """a·Wᵀ + bias [N, F].
+
+    In float32 on a CPU this takes the better of the two libraries that torch carries. MKL has no AVX-512 path for processors
+    that are not Intel's, oneDNN has: 34 ms against 54 for 2048 × 576 × 4608 on two Zen 5 cores.
+    """
+    if compute_dtype not in (None, a_ND.dtype):
+        out = matmul(a_ND, W_FD.t(), compute_dtype)
+        return out if bias_F is None else out.add_(bias_F)
+    if _prefer_onednn(a_ND, W_FD):
+        return torch.ops.mkldnn._linear_pointwise(a_ND, W_FD, bias_F, "none", [], "")
+    return torch.nn.functional.linear(a_ND, W_FD, bias_F)
+
+
+def matmul(
+    one: Tensor, other: Tensor, compute_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """one·other with factors in ``compute_dtype``; the result in ``out_dtype``, the dtype of ``one`` unless given."""
+    compute_dtype, out_dtype = compute_dtype or one.dtype, out_dtype or one.dtype
+    one, other = one.to(compute_dtype), other.to(compute_dtype)
+    if one.is_cuda and compute_dtype == torch.bfloat16 and out_dtype == torch.float32:
+        return torch.mm(one, other, out_dtype=torch.float32)  # the sums as tensor cores have them, not rounded on the way out
+    return (one @ other).to(out_dtype)
+
+
+def _prefer_onednn(a: Tensor, W: Tensor) -> bool:
+    if a.device.type != "cpu" or a.dtype != torch.float32 or W.dtype != torch.float32 or not a.numel():
+        return False
+    # What the choice rests on is fixed for a machine, so that two runs on it agree bit for bit.
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
