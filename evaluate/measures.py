@@ -17,12 +17,6 @@ _ALIVE_ALARM = 0.05
 class Measures:
     """Feature, temporal and position statistics of one SAE. The dense features become sparse codes once for all three."""
 
-    definitions: ClassVar = {
-        **FeatureStatistics.definitions,
-        **TemporalStatistics.definitions,
-        **PositionStatistics.definitions,
-    }
-
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):
         parts = (FeatureStatistics, TemporalStatistics, PositionStatistics)
         self.definitions = {key: text for part in parts for key, text in part.definitions.items()}
