@@ -7,6 +7,7 @@ too, so that a TC-SAE looks the same in every picture, and is told from its twin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 PAPER, NIGHT = "#fffefb", "#15171a"  # the page's two grounds; every ink below has contrast >= 4.5 on its own
@@ -77,6 +78,11 @@ class Axis:
                 return 0.0
             low, high, value = math.log(low), math.log(high), math.log(value)
         return min(1.0, max(0.0, (value - low) / (high - low)))
+
+    def value(self, fraction: float, ends: tuple[float, float]) -> float:
+        """The inverse of :meth:`fraction`."""
+        low, high = ends
+        return low * (high / low) ** fraction if self.log else low + fraction * (high - low)
 
     def ticks(self, ends: tuple[float, float], about: int = 5) -> list[tuple[float, str]]:
         """(value, label) of the ticks inside the ends."""
@@ -168,6 +174,21 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     keep = max(1, math.ceil(span / 6)) if span > 2.2 else 1
     values = [m * 10.0**d for d in decades for m in steps if d % keep == 0]
     return [(v, power_label(v)) for v in values if low <= v <= high]
+
+
+def set_apart(places: Mapping[int, float], gap: float) -> dict[int, float]:
+    """Places (of marks, by index) along a line; those closer than 0.8 gaps are spread about their middle, a gap apart."""
+    runs: list[list[int]] = []
+    for i in sorted(places, key=lambda i: (places[i], i)):
+        if runs and places[i] - places[runs[-1][-1]] < 0.8 * gap:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    moved = {}
+    for run in runs:
+        middle = sum(places[i] for i in run) / len(run)
+        moved |= {i: middle + (rank - (len(run) - 1) / 2) * gap for rank, i in enumerate(sorted(run))}
+    return moved
 
 
 def power_label(value: float) -> str:

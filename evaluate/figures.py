@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .chart import STYLES, Axis, Line, Mark, Panel
+from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart
 from .panels import plane_zoomed, time_plane
 from .results import EvaluationReport
 
@@ -76,23 +76,35 @@ def draw(ax: Any, panel: Panel) -> None:
     """Draw a panel into matplotlib axes."""
     x_ends, y_ends = panel.ends()
     for rule in panel.rules:
-        if rule.y is not None:
-            ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
-            ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), **_NOTE, ha="right")
-        if rule.x is not None:
-            ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
+        _rule(ax, rule)
+    xs = _abscissae(panel, x_ends)
     for a, b in panel.links:
-        one, two = panel.marks[a], panel.marks[b]
-        ax.plot([one.x, two.x], [one.y, two.y], color="#5c5f66", linewidth=0.7, zorder=1)
+        ax.plot([xs[a], xs[b]], [panel.marks[a].y, panel.marks[b].y], color="#5c5f66", linewidth=0.7, zorder=1)
     for line in panel.lines:
         _line(ax, line)
-    for mark in panel.marks:
-        _mark(ax, mark, panel)
+    for mark, x in zip(panel.marks, xs, strict=True):
+        _mark(ax, mark, x, panel, x_ends)
     _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
     _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
-    ax.set(xlabel=panel.x.label, title=panel.title if panel.y.categories else f"{panel.title}\n{panel.y.label}")
-    ax.title.set_fontweight("normal")
+    ax.set(xlabel=panel.x.label, ylabel=panel.y.label, title=panel.title)
     _legend(ax, panel)
+
+
+def _abscissae(panel: Panel, ends: tuple[float, float]) -> list[float]:
+    """Where the marks are drawn, those that would hide one another set apart as on the page."""
+    free = {i: panel.x.fraction(m.x, ends) for i, m in enumerate(panel.marks) if m.y_interval and not panel.y.categories}
+    moved = set_apart(free, 0.025)
+    return [panel.x.value(moved[i], ends) if i in moved else mark.x for i, mark in enumerate(panel.marks)]
+
+
+def _rule(ax: Any, rule: Rule) -> None:
+    if rule.y is not None:
+        ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
+        ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right", **_NOTE)
+    if rule.x is not None:
+        ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
+        up: dict[str, Any] = {"ha": "right", "va": "bottom", "rotation": 90}
+        ax.annotate(rule.label, (rule.x, 0), xycoords=("data", "axes fraction"), xytext=(-2, 3), **up, **_NOTE)
 
 
 _NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": "#5c5f66", "style": "italic"}
@@ -111,19 +123,28 @@ def _line(ax: Any, line: Line) -> None:
     ax.plot(line.x, line.y, color=style.paper, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
 
 
-def _mark(ax: Any, mark: Mark, panel: Panel) -> None:
+def _mark(ax: Any, mark: Mark, x: float, panel: Panel, ends: tuple[float, float]) -> None:
     style = STYLES[mark.role]
     if mark.x_interval:
         ax.plot(mark.x_interval, [mark.y] * 2, color=style.paper, linewidth=1.1, marker="|", markersize=5)
     if mark.y_interval:
-        ax.plot([mark.x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
+        ax.plot([x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
     face = "white" if style.marker == "square" else style.paper
-    ax.plot(
-        mark.x, mark.y, _MARKERS[style.marker], color=style.paper, markerfacecolor=face, markersize=5.5, markeredgewidth=1.4
-    )
+    kind = _MARKERS[style.marker]
+    ax.plot(x, mark.y, kind, color=style.paper, markerfacecolor=face, markersize=5.5, markeredgewidth=1.4)
     if mark.label and (panel.y.categories or len(panel.marks) <= 12):
-        right = mark.x_interval[1] if mark.x_interval and panel.y.categories else mark.x
-        ax.annotate(mark.label, (right, mark.y), xytext=(6, -2.5), textcoords="offset points", fontsize=7.5, color=style.paper)
+        left = panel.x.fraction(x, ends) > 0.75
+        edge = mark.x_interval[0 if left else 1] if mark.x_interval and panel.y.categories else x
+        where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
+        words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=style.paper, **where)
+        words.set_path_effects(_halo())
+
+
+def _halo() -> list[Any]:
+    """A white edge, so that words stay readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.2, foreground="white")]
 
 
 def _axis(axis: Any, set_scale: Any, set_limits: Any, spec: Axis, ends: tuple[float, float]) -> None:

@@ -128,7 +128,6 @@ def _card(card: FeatureCard, n_passages: int, words: _Words) -> dict[str, Any]:
 def _passage(passage: Passage, top: float, words: _Words) -> dict[str, Any]:
     """Tokens by index; activations in hundredths of ``top``: what is not zero never rounds to it, null stays null."""
     levels = [None if a is None else math.ceil(LEVELS * max(a, 0.0) / top) if top else 0 for a in passage.activations]
-    chosen = getattr(passage, "chosen", "strongest")
     out = {
         "d": passage.document,
         "s": passage.position,
@@ -136,7 +135,7 @@ def _passage(passage: Passage, top: float, words: _Words) -> dict[str, Any]:
         "t": [words(t) for t in passage.tokens],
         "a": levels,
     }
-    return out if chosen == "strongest" else out | {"c": chosen}
+    return out if passage.chosen == "strongest" else out | {"c": passage.chosen}
 
 
 def _curve(curve: Curve | None) -> dict[str, Any] | None:

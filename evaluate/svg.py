@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .chart import STYLES, Line, Mark, Panel, number
+from .chart import STYLES, Line, Mark, Panel, number, set_apart
 
 WIDTH, HEIGHT = 320, 236
 ROW = 22  # height of one named category
@@ -138,18 +138,10 @@ def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:
 
 def _places(frame: _Frame) -> list[tuple[float, float]]:
     """Where each mark is drawn; marks with intervals that share an abscissa are set apart, or one would hide the other."""
-    xs = [frame.x(mark.x) for mark in frame.panel.marks]
-    if not frame.panel.y.categories:
-        order = sorted((i for i, mark in enumerate(frame.panel.marks) if mark.y_interval), key=lambda i: xs[i])
-        runs: list[list[int]] = []
-        for i in order:
-            close = runs and xs[i] - xs[runs[-1][-1]] < SET_APART - 2
-            runs[-1].append(i) if close else runs.append([i])
-        for run in runs:
-            centre = sum(xs[i] for i in run) / len(run)
-            for rank, i in enumerate(sorted(run)):
-                xs[i] = centre + (rank - (len(run) - 1) / 2) * SET_APART
-    return [(x, frame.y(mark.y)) for x, mark in zip(xs, frame.panel.marks, strict=True)]
+    marks = frame.panel.marks
+    free = {i: frame.x(mark.x) for i, mark in enumerate(marks) if mark.y_interval and not frame.panel.y.categories}
+    moved = set_apart(free, SET_APART)
+    return [(moved.get(i, frame.x(mark.x)), frame.y(mark.y)) for i, mark in enumerate(marks)]
 
 
 def _links(frame: _Frame, places: Sequence[tuple[float, float]]) -> Iterator[str]:
