@@ -49,8 +49,8 @@ class RunCounts:
 
     def survival(self) -> Tensor:
         """Kaplan–Meier estimate of P(a run lasts longer than l tokens), l = 1 … T: runs that were cut count while seen."""
-        both = self.ended_T + self.cut_T
-        at_risk = both.flip(0).cumsum(0).flip(0)[1:]
+        # A run that was cut after l tokens had no chance to end there: it was at risk only before.
+        at_risk = (self.ended_T + self.cut_T).flip(0).cumsum(0).flip(0)[1:] - self.cut_T[1:]
         return torch.cumprod(torch.where(at_risk > 0, 1 - self.ended_T[1:] / at_risk, torch.nan), 0)
 
     def geometric_survival(self, density_F: Tensor) -> Tensor:
