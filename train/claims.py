@@ -35,48 +35,36 @@ class Claim:
         return self.record is not None and bool(checkpoints(self.folder))
 
 
-def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, resume: bool, fresh: bool) -> list[Claim]:
+def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool) -> list[Claim]:
     """Decide for every member whether it begins, goes on or is done; nothing is changed unless all of them may.
 
     Raises:
-        RunError: a run is there and neither ``resume`` nor ``fresh`` was said, or it was begun with another configuration or
-            another store.
+        RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said.
 
     """
-    claims = [_claim(plan, store, resume=resume, fresh=fresh) for plan in plans]
+    claims = [_claim(plan, store, fresh=fresh) for plan in plans]
     for each in claims:
         if each.record is None:
             _clear(each.folder)
     return claims
 
 
-def _claim(plan: MemberPlan, store: ActivationStore, *, resume: bool, fresh: bool) -> Claim:
+def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool) -> Claim:
     folder = Path(plan.config.run.out) / plan.name
-    if not (folder / RECORD).exists() or fresh:
+    if fresh or not (folder / RECORD).exists():
         return Claim(plan, folder)
     record = load_run(folder)
-    if record.finished:
-        if not resume:
-            raise RunError(
-                f"{folder} holds a finished run: give another --name or --out, keep it with --resume or replace it with --fresh"
-            )
-        _same(plan.config, record, store, folder)
-        return Claim(plan, folder, record, done=True)
-    if not resume:
-        at = max(checkpoints(folder), default=0)
-        where = f"{folder} holds a run stopped at step {at} of {record.planned_steps}"
-        raise RunError(f"{where}: go on with --resume, or begin anew with --fresh")
     _same(plan.config, record, store, folder)
-    return Claim(plan, folder, record)
+    return Claim(plan, folder, record, done=record.finished)
 
 
 def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder: Path) -> None:
     difference = first_difference(record.config, config.model_dump(mode="json"))
     if difference:
-        raise RunError(f"{folder} cannot go on: {difference}; ask for the same, or begin anew with --fresh")
+        raise RunError(f"{folder} holds another run: {difference}; give another --name or --out, or replace it with --fresh")
     if store.n_rows < record.store_rows or store.fingerprint(record.store_rows) != record.store_fingerprint:
         what = f"the first {record.store_rows} rows of {store.path} are not those that {folder} was trained on"
-        raise RunError(f"{what}: give the store it began with, or begin anew with --fresh")
+        raise RunError(f"{what}: give the store it began with, another --name, or replace it with --fresh")
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ no step is there twice.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,6 @@ class Journal:
         config: shown by Weights & Biases.
 
     Raises:
-        UsageError: a logger that is not installed.
         RunError: the folder cannot be written.
 
     """
@@ -67,6 +67,20 @@ class Journal:
             sink.close()
 
 
+def check_loggers(kinds: Sequence[str]) -> None:
+    """Fail before anything is begun.
+
+    Raises:
+        UsageError: a logger whose package is not installed.
+
+    """
+    for kind in kinds:
+        if kind != "jsonl" and importlib.util.find_spec(kind) is None:
+            raise UsageError(
+                f"--log {kind} needs the package {kind}, which is not installed: pip install {kind}, or leave it out"
+            )
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's metrics, alarms left out."""
     path = run / METRICS
@@ -93,10 +107,8 @@ def _truncate(path: Path, step: int) -> None:
 
 class _TensorBoard:
     def __init__(self, run: Path, _config: dict[str, Any], from_step: int):
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as failure:
-            raise UsageError("--log tensorboard needs a package: pip install tensorboard, or leave it out") from failure
+        from torch.utils.tensorboard.writer import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -110,10 +122,8 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, run: Path, config: dict[str, Any], _from_step: int):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports] - optional
-        except ImportError as failure:
-            raise UsageError("--log wandb needs a package: pip install wandb, or leave it out") from failure
+        import wandb  # pyright: ignore[reportMissingImports] - optional
+
         self._run = wandb.init(project="tcsae", name=run.name, id=run.name, dir=str(run), config=config, resume="allow")
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:

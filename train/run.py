@@ -10,21 +10,23 @@ import datetime
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 
 from .. import __version__
 from ..cache.store import ActivationStore
-from ..console import format_bytes, format_count, note, progress
+from ..console import format_bytes, format_count, format_duration, note, progress
 from ..errors import UsageError
 from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .claims import Claim, claim
 from .config import TrainConfig
 from .diagnostics import Metrics
 from .inputs import Inputs, resolve_device, resolve_dtype
+from .journal import check_loggers
 from .member import Member
 from .memory import available_bytes, estimate, split_passes
 from .plan import MemberPlan, plan_members, tokens_per_step
@@ -45,16 +47,21 @@ class TrainSummary:
     seconds: float
     metrics: dict[str, Metrics]  # the last ones of every run trained now, by folder name
 
+    def facts(self, *, as_json: bool) -> dict[str, Any]:
+        """For the closing summary: plain values for machines, words for people."""
+        if as_json:
+            return asdict(self) | {"runs": list(map(str, self.runs)), "skipped": list(map(str, self.skipped))}
+        facts: dict[str, Any] = {path.name: _in_words(self.metrics.get(path.name)) for path in self.runs}
+        facts |= {"steps": self.steps, "tokens": format_count(self.tokens), "time": format_duration(self.seconds)}
+        return facts | {"folder": self.runs[0].parent}
 
-def train(
-    config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, resume: bool = False, fresh: bool = False
-) -> TrainSummary:
-    """Train an SAE, its twin with λ2 = 0, and every other point of a sweep.
+
+def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False) -> TrainSummary:
+    """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is finished.
 
     Args:
         config: the base configuration; ``data.store`` names the store.
         sweep: dotted field → values; every combination is trained.
-        resume: go on with runs that were stopped, keep those that are finished.
         fresh: replace what is there.
 
     Raises:
@@ -65,6 +72,7 @@ def train(
     began = time.perf_counter()
     if not config.data.store:
         raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
+    check_loggers(config.run.log)
     device = resolve_device(config.run)
     dtype = resolve_dtype(config.run, device)
     store = ActivationStore.open(config.data.store)
@@ -72,7 +80,7 @@ def train(
     members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
     members = _with_siblings(members)
     with joined(device) as world:
-        claims = claim(members, store, resume=resume, fresh=fresh and world.writes)
+        claims = claim(members, store, fresh=fresh and world.writes)
         world.wait()
         metrics: dict[str, Metrics] = {}
         for group in _groups([each for each in claims if not each.done]):
@@ -88,6 +96,13 @@ def train(
         seconds=time.perf_counter() - began,
         metrics=metrics,
     )
+
+
+def _in_words(metrics: Metrics | None) -> str:
+    if not metrics:
+        return "was finished before"
+    shown = {"explained": "explained_variance", "L0": "l0", "temporal variation": "temporal_variation", "dead": "dead_share"}
+    return ", ".join(f"{name} {value:.3g}" for name, key in shown.items() if (value := metrics.get(key)) is not None)
 
 
 def _with_siblings(members: list[MemberPlan]) -> list[MemberPlan]:

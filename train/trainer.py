@@ -93,9 +93,7 @@ class Pass:
                     self._train_batch(journals, bar)
                     if self.world.any(stop.is_set()):
                         self.checkpoint()
-                        raise KeyboardInterrupt(
-                            f"Checkpoint written at step {self.step}; the same command with --resume goes on."
-                        )
+                        raise KeyboardInterrupt(f"Checkpoint written at step {self.step}; the same command goes on from there.")
                     if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
                         self.checkpoint()
         finally:

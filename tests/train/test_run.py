@@ -1,0 +1,331 @@
+"""Training is a pure function of store, configuration and seed: golden, resumed, swept and twinned alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stores import make_store
+from tcsae.cache.store import ActivationStore
+from tcsae.errors import ResourceError, RunError, StoreError, UsageError
+from tcsae.train import memory, run, trainer
+from tcsae.train.checkpoint import checkpoints
+from tcsae.train.journal import read_metrics
+from tcsae.train.presets import build_config
+from tcsae.train.record import find_runs, load_run
+from tcsae.train.sae import TemporalSAE
+
+WEIGHTS = "sae_weights.safetensors"
+BASE = {
+    "data.batch_size": 60, "data.pool": 256, "sae.k": 4, "sae.width": 32, "run.steps": 20, "run.log_every": 5,
+    "run.checkpoint_every": 7, "run.device": "cpu", "run.dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("cache"), rows=64, context=16, d_model=8, documents=12)
+
+
+def config_for(store, out, preset=None, **changes):
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return build_config(preset, None, BASE | {"data.store": str(store), "run.out": str(out)} | dotted)
+
+
+def weights(folder) -> bytes:
+    return (Path(folder) / WEIGHTS).read_bytes()
+
+
+def curve(folder, key="loss"):
+    return [entry[key] for entry in read_metrics(Path(folder))]
+
+
+# 20 steps, logged every 5, on the store above; float32 on one thread
+GOLDEN = {
+    "modern": ("l3-topk4-pairwise0.03-w5-s0", [4.23276, 4.09052, 4.85597, 3.58557]),
+    "paper": ("l3-relu0.04-pairwise0.1-w5-s0", [68.11105, 65.5928, 60.0881, 60.10437]),
+}
+
+
+@pytest.mark.parametrize("preset", GOLDEN)
+def test_golden_curve(store, tmp_path, preset):
+    run.train(config_for(store, tmp_path, preset))
+    name, expected = GOLDEN[preset]
+    assert curve(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_folder_holds_sae_record_and_metrics_and_nothing_else(store, tmp_path):
+    done = run.train(config_for(store, tmp_path))
+    tc, twin = done.runs
+    assert [path.name for path in find_runs(tmp_path)] == sorted([tc.name, twin.name])
+    assert {file.name for file in tc.iterdir()} == {"cfg.json", WEIGHTS, "train.json", "metrics.jsonl"}
+    record = load_run(tc)
+    assert (record.role, record.twin, load_run(twin).role, load_run(twin).twin) == ("tc", twin.name, "twin", tc.name)
+    assert (record.steps, record.tokens, record.finished, record.layer) == (20, 20 * 60, True, 3)
+    opened = ActivationStore.open(store)
+    assert record.store_fingerprint == opened.fingerprint()
+    assert record.store_manifest["model"]["id"] == opened.manifest.model.id
+    metadata = json.loads((tc / "cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"], metadata["layer"]) == ("tiny", "blocks.3.hook_resid_post", 3)
+    assert (metadata["context_size"], metadata["prepend_bos"]) == (16, True)
+    assert record.metrics["explained_variance"] == read_metrics(tc)[-1]["explained_variance"]
+
+
+def test_the_saved_sae_takes_raw_activations(store, tmp_path):
+    done = run.train(config_for(store, tmp_path, run__steps=300, optimiser__lr=3e-3, run__log_every=300))
+    sae = TemporalSAE.load(done.runs[0])
+    statistics = ActivationStore.open(store).statistics()
+    assert load_run(done.runs[0]).input_scale == pytest.approx(statistics.rms_scale)
+    x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
+    mean = torch.from_numpy(statistics.mean_D).float()
+    unexplained = (x - sae(x).reconstruction).pow(2).sum() / (x - mean).pow(2).sum()
+    assert 1 - unexplained > 0.5
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((32,), 1 / statistics.rms_scale), rtol=1e-4, atol=0)
+
+
+def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
+    counted = ActivationStore.open(store).statistics().n_tokens
+    done = run.train(config_for(store, tmp_path / "a", run__steps=0, run__baseline=False))
+    assert done.steps == counted // 60
+    done = run.train(config_for(store, tmp_path / "b", run__steps=0, run__tokens=600, run__baseline=False))
+    assert done.steps == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sae__activation": "topk", "loss__dead_after": 300},
+        {"sae__activation": "batchtopk"},
+        {"sae__activation": "jumprelu", "temporal__form": "cosine"},
+        {"sae__activation": "relu", "loss__l1": 0.1, "optimiser__name": "adam", "temporal__partner": "shuffled"},
+        {"preset": "paper"},
+    ],
+    ids=["topk-aux", "batchtopk", "jumprelu", "relu-adam", "paper"],
+)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, monkeypatch, changes):
+    whole = run.train(config_for(store, tmp_path / "whole", **changes))
+    halted = config_for(store, tmp_path / "parts", **changes)
+    for batches in (9, 10):  # after steps 9 and 17, between checkpoints (7, 14): the steps since are done again
+        pull_the_plug(halted, monkeypatch, after=batches)
+    resumed = run.train(halted)
+    for a, b in zip(whole.runs, resumed.runs, strict=True):
+        assert weights(a) == weights(b)
+        assert [entry["step"] for entry in read_metrics(b)] == [5, 10, 15, 20]
+        assert curve(a) == curve(b)
+        assert not (b / "checkpoint").exists()
+
+
+def pull_the_plug(config, monkeypatch, *, after):
+    """Train until so many batches were read, then fail as a power cut would: nothing is cleaned up or written."""
+    real, calls = trainer.WindowStream.next_batch, []
+
+    def next_batch(self):
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError("pulled the plug")
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.WindowStream, "next_batch", next_batch)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run.train(config)
+
+
+def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
+    whole = run.train(config_for(store, tmp_path / "whole", run__steps=400, run__log_every=1, run__checkpoint_every=23))
+    config = config_for(store, tmp_path / "parts", run__steps=400, run__log_every=1, run__checkpoint_every=23)
+    code = (
+        "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
+        "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
+        "train(validated(json.loads(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, config.model_dump_json()]
+    metrics = tmp_path / "parts" / whole.runs[0].name / "metrics.jsonl"
+    for target in (40, 170):  # lines of metrics to wait for, so that the kill falls at a random step after it
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < target:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert checkpoints(metrics.parent)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    for path in whole.runs:
+        other = tmp_path / "parts" / path.name
+        assert weights(path) == weights(other)
+        assert curve(path) == curve(other)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch):
+    real = trainer.WindowStream.next_batch
+    calls = []
+
+    def next_batch(self):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(trainer.WindowStream, "next_batch", next_batch)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
+        run.train(config_for(store, tmp_path))
+    assert signal.getsignal(signal.SIGINT) is before
+    folders = sorted(tmp_path.iterdir())
+    assert [checkpoints(folder) for folder in folders] == [[5], [5]]
+    assert find_runs(tmp_path) == []
+
+
+def test_at_most_two_checkpoints_are_kept(store, tmp_path, monkeypatch):
+    pull_the_plug(config_for(store, tmp_path, run__checkpoint_every=5), monkeypatch, after=18)
+    assert checkpoints(tmp_path / "l3-topk4-none-s0") == [10, 15]
+
+
+def test_members_killed_between_two_checkpoint_files_go_on_from_the_common_one(store, tmp_path, monkeypatch):
+    whole = run.train(config_for(store, tmp_path / "whole"))
+    config = config_for(store, tmp_path / "parts")
+    pull_the_plug(config, monkeypatch, after=15)
+    twin = tmp_path / "parts" / "l3-topk4-none-s0"
+    (twin / "checkpoint" / "step-0000000014.pt").unlink()
+    resumed = run.train(config)
+    assert [weights(a) for a in whole.runs] == [weights(b) for b in resumed.runs]
+
+
+def test_the_twin_equals_a_run_without_the_term(store, tmp_path):
+    pair = run.train(config_for(store, tmp_path / "pair"))
+    alone = run.train(config_for(store, tmp_path / "alone", temporal__form="none"))
+    assert [path.name for path in alone.runs] == [pair.runs[1].name]
+    assert weights(pair.runs[1]) == weights(alone.runs[0])
+    assert weights(pair.runs[0]) != weights(alone.runs[0])
+    assert load_run(alone.runs[0]).role == "tc"
+
+
+def test_every_member_of_a_sweep_equals_its_configuration_alone(store, tmp_path):
+    grid = {"temporal.weight": ("0", "0.1"), "run.seed": ("0", "1"), "sae.width": ("16", "32")}
+    swept = run.train(config_for(store, tmp_path / "sweep"), sweep=grid)
+    names = {path.name for path in swept.runs}
+    assert len(names) == 8
+    alone = config_for(store, tmp_path / "alone", temporal__weight=0.1, run__seed=1, sae__width=16)
+    for path in run.train(alone).runs:
+        other = path.name.replace("-s1", "-width16-s1")
+        assert weights(path) == weights(tmp_path / "sweep" / other)
+
+
+def test_a_sweep_that_does_not_fit_is_split_and_gives_the_same(store, tmp_path, monkeypatch):
+    grid = {"run.seed": ("0", "1", "2")}
+    whole = run.train(config_for(store, tmp_path / "whole"), sweep=grid)
+    plans = []
+    real = run.split_passes
+    monkeypatch.setattr(run, "available_bytes", lambda _: 80_000)
+    monkeypatch.setattr(run, "split_passes", lambda *args: plans.append(real(*args)) or plans[-1])
+    split = run.train(config_for(store, tmp_path / "split"), sweep=grid)
+    assert len(plans[0]) > 1
+    assert [weights(path) for path in whole.runs] == [weights(path) for path in split.runs]
+    monkeypatch.setattr(run, "available_bytes", lambda _: 10_000)
+    with pytest.raises(ResourceError, match=r"needs .* are free: give a smaller --width"):
+        run.train(config_for(store, tmp_path / "never"))
+
+
+def test_windows_of_several_lengths_get_a_stream_each(store, tmp_path):
+    swept = run.train(config_for(store, tmp_path / "sweep"), sweep={"data.window": ("2", "5")})
+    alone = run.train(config_for(store, tmp_path / "alone", data__window=2))
+    assert weights(tmp_path / "sweep" / alone.runs[0].name) == weights(alone.runs[0])
+    assert len(swept.runs) == 4
+
+
+def test_finished_runs_are_kept_and_replaced_only_when_asked(store, tmp_path):
+    first = run.train(config_for(store, tmp_path))
+    before = (first.runs[0] / WEIGHTS).stat().st_mtime_ns
+    again = run.train(config_for(store, tmp_path))
+    assert again.skipped == first.runs
+    assert (first.runs[0] / WEIGHTS).stat().st_mtime_ns == before
+    with pytest.raises(RunError, match=r"optimiser.lr was 0.0003 and is now 0.01; give another --name"):
+        run.train(config_for(store, tmp_path, optimiser__lr=0.01))
+    run.train(config_for(store, tmp_path, optimiser__lr=0.01), fresh=True)
+    assert load_run(first.runs[0]).config["optimiser"]["lr"] == 0.01
+
+
+def test_another_store_under_the_same_name_is_refused(store, tmp_path):
+    run.train(config_for(store, tmp_path / "runs"))
+    other = make_store(tmp_path / "cache", rows=64, context=16, d_model=8, documents=12, seed=1)
+    with pytest.raises(RunError, match=r"are not those that .* was trained on"):
+        run.train(config_for(other, tmp_path / "runs"))
+
+
+def test_damaged_checkpoints_are_named(store, tmp_path, monkeypatch):
+    config = config_for(store, tmp_path)
+    pull_the_plug(config, monkeypatch, after=9)
+    file = next((tmp_path / "l3-topk4-none-s0" / "checkpoint").iterdir())
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RunError, match="is damaged: delete it"):
+        run.train(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_term_and_step(store, tmp_path):
+    with pytest.raises(RunError, match=r"the reconstruction term of .* is not finite at step \d+ .*use a smaller --lr"):
+        run.train(
+            config_for(store, tmp_path, optimiser__lr=1e30, optimiser__warmup=0, optimiser__clip=0.0, sae__decoder="free")
+        )
+
+
+def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, monkeypatch):
+    real = trainer.WindowStream.next_batch
+
+    def poisoned(self):
+        batch = real(self)
+        batch.x_NWD[3, 1, 2] = float("nan")
+        poisoned.row = int(batch.rows_N[3])
+        return batch
+
+    monkeypatch.setattr(trainer.WindowStream, "next_batch", poisoned)
+    with pytest.raises(RunError, match=r"rows .* of the store hold NaN") as caught:
+        run.train(config_for(store, tmp_path))
+    assert f"rows {poisoned.row} of" in str(caught.value)
+
+
+def test_a_dictionary_that_dies_is_reported_once(store, tmp_path, capsys):
+    run.train(
+        config_for(store, tmp_path, sae__activation="relu", loss__l1=1e4, optimiser__lr=0.1, run__baseline=False, run__steps=60)
+    )
+    assert capsys.readouterr().err.count("collapse at step") == 1
+    lines = next(tmp_path.iterdir()).joinpath("metrics.jsonl").read_text().splitlines()
+    assert sum("alarm" in json.loads(line) for line in lines) == 1
+
+
+def test_missing_things_are_one_sentence(store, tmp_path):
+    with pytest.raises(UsageError, match="give --store"):
+        run.train(build_config())
+    with pytest.raises(StoreError):
+        run.train(config_for(tmp_path / "nothing", tmp_path))
+    with pytest.raises(UsageError, match="no usable CUDA device"):
+        run.train(config_for(store, tmp_path, run__device="cuda:7"))
+    with pytest.raises(RunError, match="cannot be written"):
+        run.train(config_for(store, "/proc/nowhere"))
+
+
+def test_memory_is_estimated_from_what_a_member_keeps(store):
+    from tcsae.train.plan import plan_members
+
+    (plan,) = plan_members(config_for(store, "x", run__baseline=False), {}, layer=3, d_model=8, n_tokens=100)
+    assert plan.n_parameters == sum(p.numel() for p in TemporalSAE(8, 32).parameters())
+    assert memory.member_bytes(plan) == 16 * plan.n_parameters
+    assert memory.available_bytes(torch.device("cpu")) > 0
+
+
+def test_training_needs_no_language_model_library(store, tmp_path):
+    code = (
+        "import sys; from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
+        "train(validated(json.loads(sys.argv[1])))\n"
+        "assert not {'transformers', 'datasets'} & set(sys.modules), 'loaded'"
+    )
+    config = config_for(store, tmp_path, run__steps=2)
+    subprocess.run([sys.executable, "-c", code, config.model_dump_json()], check=True, stderr=subprocess.DEVNULL)
