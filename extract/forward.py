@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..cache.layout import RowBlock, StoreLayout, to_bits
-from ..errors import ModelError, ResourceError
+from ..errors import ModelError
 from .models import LanguageModel
 from .tap import capture
 
@@ -67,7 +67,7 @@ class ForwardPass:
         return Flight(len(block), *_copy_out(rounded, self._copies))
 
 
-def _copy_out(tensors: dict[int, torch.Tensor], copies: torch.cuda.Stream) -> tuple[dict[int, torch.Tensor], torch.cuda.Event]:
+def _copy_out(tensors: dict[int, torch.Tensor], copies: torch.cuda.Stream) -> tuple[dict[int, torch.Tensor], Any]:
     """Begin copying to pinned memory on a stream of its own, behind what the current stream computes."""
     copies.wait_stream(torch.cuda.current_stream(copies.device))
     landed = {}
@@ -116,16 +116,3 @@ def _bytes_per_token(lm: LanguageModel, context: int) -> int:
     width = getattr(config, "intermediate_size", None) or 4 * lm.d_model
     logits = context * config.num_attention_heads if lm.identity.attn_implementation == "eager" else 0
     return lm.dtype.itemsize * (4 * width + 12 * lm.d_model) + 8 * logits
-
-
-def halved(batch_size: int, lm: LanguageModel) -> int:
-    """The batch to try after running out of memory.
-
-    Raises:
-        ResourceError: a single row does not fit.
-
-    """
-    if batch_size == 1:
-        raise ResourceError(f"{lm.identity.id} runs out of memory on {lm.device} with a single row: use a smaller --context")
-    torch.cuda.empty_cache()
-    return batch_size // 2

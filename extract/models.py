@@ -24,7 +24,7 @@ class ModelOutline:
     """What is known of a model before its weights are read."""
 
     source: ModelSource
-    """With the hub's commit and the dtype filled in."""
+    """With the folder's absolute path or the hub's commit, the device and the dtype filled in."""
     files: ModelFiles
     config: Any
     tokenizer: Any
@@ -68,8 +68,8 @@ class LanguageModel:
     special_token_ids: tuple[int, ...]
 
 
-def outline_model(source: ModelSource) -> ModelOutline:
-    """Configuration and tokenizer, without the weights.
+def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutline:
+    """Configuration and tokenizer, without the weights. ``elsewhere``: device and dtype are those of another machine.
 
     Raises:
         ModelError: not there, gated, out of reach, no causal language model, or a device that is not there.
@@ -83,14 +83,16 @@ def outline_model(source: ModelSource) -> ModelOutline:
     with _load_failures(files):
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **gguf)
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **gguf)
-    device = resolve_device(source.device)
+    if not elsewhere:
+        device = resolve_device(source.device)
+        source = replace(source, device=str(device), dtype=resolve_dtype(source.dtype, device))
     text_config = config.get_text_config()
     if not getattr(text_config, "num_hidden_layers", None) or not getattr(text_config, "hidden_size", None):
         raise ModelError(
             f"{files.name} is a {config.model_type} model without layers and a width: give a causal language model"
         )
     return ModelOutline(
-        source=replace(source, revision=files.revision, dtype=resolve_dtype(source.dtype, device), device=str(device)),
+        source=replace(source, id=files.id, gguf_file=files.gguf_file, revision=files.revision),
         files=files,
         config=config,
         tokenizer=tokenizer,

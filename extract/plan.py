@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..cache.commits import execution_of
 from ..cache.layout import StoreLayout, plan_layout
-from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, read_manifest
+from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
 from ..cache.places import place_of
 from ..cache.resume import check_space
 from ..cache.store import ActivationStore
@@ -85,8 +86,10 @@ class Plan:
         }
 
 
-def make_plan(config: ExtractConfig) -> Plan:
+def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     """Open model and text, look at what is stored, and check that the rest fits on the disk. Reads no weights.
+
+    ``elsewhere``: the forward passes run on other machines, whose device and dtype the config names.
 
     Raises:
         ModelError, TextError: as ``outline_model`` and ``open_documents``; or no such layer.
@@ -96,7 +99,7 @@ def make_plan(config: ExtractConfig) -> Plan:
     """
     stored = None if config.fresh else look(config)
     config = _recall(config, stored)
-    outline = outline_model(config.model)
+    outline = outline_model(config.model, elsewhere=elsewhere)
     check_layers(outline, config.layers)
     _check_context(outline, config.text.context)
     documents = open_documents(config.text)
@@ -121,17 +124,16 @@ def look(config: ExtractConfig) -> Stored | None:
     present = [path for path in config.paths.values() if place_of(path).exists("zarr.json")]
     if not present:
         return None
-    manifests = [read_manifest(path) for path in present]
     stores = [ActivationStore.open(path, allow_unfinished=True) for path in present]
     shortest = min(stores, key=lambda store: store.n_rows)
     last = shortest.commits[-1] if shortest.commits else None
-    execution = Execution(**last.execution) if last and last.execution else manifests[0].execution
+    execution = execution_of(last, shortest.manifest) if last else shortest.manifest.execution
     whole = len(present) == len(config.paths)
     return Stored(
-        manifest=manifests[0],
+        manifest=shortest.manifest,
         execution=execution,
         rows=shortest.n_rows if whole else 0,
-        finished=whole and all(manifest.finished for manifest in manifests),
+        finished=whole and all(store.finished for store in stores),
         cursor=Cursor.read(last.cursor if last else None),
     )
 
@@ -181,11 +183,15 @@ def announce(plan: Plan) -> None:
 def resolve_execution(plan: Plan, batch_size: int) -> Execution:
     """Device, threads and batch of this run: the recorded threads where this machine has them."""
     device = torch.device(plan.outline.source.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = torch.get_num_threads()
     if plan.stored and plan.stored.execution.threads <= (os.cpu_count() or 1):
         threads = plan.stored.execution.threads
-    return Execution(batch_size=batch_size, threads=threads, device=device.type, device_name=name)
+    return Execution(batch_size=batch_size, threads=threads, device=device.type, device_name=describe_execution(device))
+
+
+def describe_execution(device: torch.device) -> str:
+    """The name of a GPU, or of this machine's processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from ..cache.manifest import Execution
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, format_count, format_duration, note, progress, warn
+from ..errors import ResourceError, TcsaeError
 from .config import ExtractConfig, command_line
 from .feed import Batch, RowFeed, batches
-from .forward import Flight, ForwardPass, check_finite, choose_batch_size, halved
+from .forward import Flight, ForwardPass, check_finite, choose_batch_size
 from .models import LanguageModel, identify_model, load_language_model
-from .plan import Plan, make_plan, resolve_execution
+from .plan import Plan, look, make_plan, resolve_execution
 from .rows import Cursor, read_rows
 
 _ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estimate is printed
@@ -76,15 +77,13 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         KeyboardInterrupt: on SIGINT and SIGTERM, with the command that goes on.
 
     """
-    plan = make_plan(config)
-    if plan.complete:
-        return _already_complete(plan)
-    with _interruptible():
+    with _interruptible(config):
         if config.workers or config.scheduler:
-            from .distributed import extract_distributed
+            from .distributed import extract_on_cluster
 
-            return extract_distributed(plan)
-        return _extract_here(plan)
+            return extract_on_cluster(config)
+        plan = make_plan(config)
+        return already_complete(plan) if plan.complete else _extract_here(plan)
 
 
 def _extract_here(plan: Plan) -> ExtractSummary:
@@ -98,23 +97,19 @@ def _extract_here(plan: Plan) -> ExtractSummary:
         note(f"      --fresh: what is at {' '.join(config.paths.values())} is replaced")
     writer = StoreSetWriter.open(config.paths, plan.manifests(identity, execution), fresh=config.fresh)
     start, began = writer.rows_stored, time.perf_counter()
-    try:
-        with writer:
-            filling = _Filling(plan, lm, writer)
-            filling.run(execution)
-            writer.finish()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(plan, writer.rows_stored)) from None
+    with writer:
+        _Filling(plan, lm, writer).run(execution)
+        writer.finish()
     return summarise(plan, writer, start, time.perf_counter() - began)
 
 
 class _Filling:
-    """The loop of one process: batches in flight, shard by shard, with a smaller batch after running out of memory."""
+    """The loop of one process: one batch computed while the last one is copied out and written."""
 
     def __init__(self, plan: Plan, lm: LanguageModel, writer: StoreSetWriter):
         self.plan, self.lm, self.writer = plan, lm, writer
         self._began = time.perf_counter()
-        self._tokens = 0
+        self._tokens = self._uncommitted = 0
         self._estimated = False
 
     def run(self, execution: Execution) -> None:
@@ -123,20 +118,13 @@ class _Filling:
         record_execution(self.writer, execution)
         done = self.writer.rows_committed * context
         with progress("extracting", config.rows * context, done=done) as bar:
-            while True:
-                try:
-                    return self._until_out_of_memory(execution.batch_size, bar)
-                except torch.OutOfMemoryError:
-                    execution = execution.model_copy(update={"batch_size": halved(execution.batch_size, self.lm)})
-                warn(f"out of memory on {self.lm.device}: going on with {execution.batch_size} rows at a time")
-                before = self.writer.rows_committed
-                self.writer.restart_shard(execution)
-                bar.advance((self.writer.rows_committed - before) * context - self._since_commit)
+            until_it_fits(lambda now: self._batches(now.batch_size, bar), execution, self.lm.identity.id, self.writer)
 
-    def _until_out_of_memory(self, batch_size: int, bar: Progress) -> None:
+    def _batches(self, batch_size: int, bar: Progress) -> None:
         plan, writer = self.plan, self.writer
         forward = ForwardPass(self.lm, plan.config.layers, batch_size)
-        self._since_commit = 0
+        bar.advance(-self._uncommitted)
+        self._uncommitted = 0
         rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
         with RowFeed(rows, plan.outline.special_token_ids) as feed:
             ahead: tuple[Batch, Flight] | None = None
@@ -154,10 +142,10 @@ class _Filling:
         check_finite(bits, batch.block, batch.first_row, self.lm)
         self.writer.append(batch.block, bits)
         tokens = len(batch.block) * self.plan.config.text.context
-        self._since_commit += tokens
+        self._uncommitted += tokens
         if batch.cursor is not None:
             self.writer.commit(batch.cursor)
-            self._since_commit = 0
+            self._uncommitted = 0
         self._tokens += tokens
         seconds = time.perf_counter() - self._began
         bar.advance(tokens, f"{format_bytes(self.writer.bytes_written / seconds)}/s to disk")
@@ -169,6 +157,27 @@ class _Filling:
         speed = self._tokens / seconds
         left = (self.plan.config.rows - batch.first_row) * self.plan.config.text.context / speed
         note(f"      {speed:,.0f} tokens/s: about {format_duration(left)} to go")
+
+
+def until_it_fits(work: Callable[[Execution], None], execution: Execution, model: str, writer: StoreSetWriter) -> None:
+    """Run ``work``; as often as it runs out of memory, begin the current shard anew with half the batch, and record that.
+
+    Raises:
+        ResourceError: a single row does not fit.
+
+    """
+    while True:
+        try:
+            return work(execution)
+        except torch.OutOfMemoryError:
+            if execution.batch_size == 1:
+                remedy = "use a smaller --context"
+                raise ResourceError(f"{model} runs out of memory on {execution.device} with a single row: {remedy}") from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        execution = execution.model_copy(update={"batch_size": execution.batch_size // 2})
+        warn(f"out of memory on {execution.device}: going on with {execution.batch_size} rows at a time")
+        writer.restart_shard(execution)
 
 
 def record_execution(writer: StoreSetWriter, execution: Execution) -> None:
@@ -199,7 +208,8 @@ def summarise(plan: Plan, writer: StoreSetWriter, rows_before: int, seconds: flo
     )
 
 
-def _already_complete(plan: Plan) -> ExtractSummary:
+def already_complete(plan: Plan) -> ExtractSummary:
+    """The summary when nothing is left to do."""
     stored: Any = plan.stored
     return ExtractSummary(
         stores=tuple(plan.config.paths.values()),
@@ -219,22 +229,24 @@ def _already_complete(plan: Plan) -> ExtractSummary:
     )
 
 
-def _how_to_go_on(plan: Plan, rows: int) -> str:
-    return f"{rows:,} of {plan.config.rows:,} rows are committed under {plan.config.out}. To go on: {command_line(plan.config)}"
-
-
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does; only the main thread can arrange for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+def _interruptible(config: ExtractConfig) -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does (only the main thread can arrange for that); either says how to go on."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(config)) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _how_to_go_on(config: ExtractConfig) -> str:
+    try:
+        stored = look(config)
+    except TcsaeError:  # stopped while the stores were being created
+        stored = None
+    rows = f"{stored.rows:,} of {config.rows:,} rows are" if stored else "Nothing is"
+    return f"{rows} committed under {config.out}; to go on: {command_line(config)}"

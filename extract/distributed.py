@@ -1,0 +1,252 @@
+"""Extraction on Dask: this process reads the text and commits, workers run the model and write whole shards of every store.
+
+A task is one shard: its rows of tokens go out, the record of its files comes back, and records are committed in row order. A
+worker that dies takes only its shards in the making with it; Dask gives them to another. Given the same batch size and number
+of threads the stores are byte for byte those that one process writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.commits import ShardRecord
+from ..cache.layout import RowBlock, StoreLayout
+from ..cache.manifest import Execution, ModelIdentity, identity_difference
+from ..cache.shardset import write_shard
+from ..cache.writer import StoreSetWriter
+from ..console import Progress, format_bytes, note, progress
+from ..errors import ModelError, ResourceError
+from .config import ExtractConfig, ModelSource
+from .feed import RowFeed
+from .forward import ForwardPass, check_finite, choose_batch_size
+from .models import LanguageModel, identify_model, load_language_model, resolve_device, resolve_dtype
+from .plan import Plan, describe_execution, make_plan
+from .rows import Cursor, read_rows
+from .run import ExtractSummary, already_complete, record_execution, summarise, until_it_fits
+
+_CONNECT_SECONDS = 15
+_SHARDS_PER_THREAD = 2  # given out ahead, so that a worker never waits for text
+_RETRIES = 2  # of a shard whose task raises; a shard whose worker dies is redone without counting
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one extraction shares. Small, hashable, sent along with each shard."""
+
+    source: ModelSource
+    identity: ModelIdentity
+    paths: tuple[tuple[int, str], ...]
+    layout: StoreLayout
+    execution: Execution
+
+
+def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
+    """:func:`tcsae.extract.run.extract` on ``config.workers`` processes of this machine or on ``config.scheduler``.
+
+    Every worker must see the model, and the stores under the same path or URL.
+
+    Raises:
+        ResourceError: the scheduler cannot be reached or has no workers; a worker runs out of memory with a single row.
+
+    """
+    with ExitStack() as stack:
+        if config.scheduler:
+            client = stack.enter_context(_connected(config.scheduler))
+            device, dtype = client.submit(_settle_device, config.model.device, config.model.dtype, pure=False).result()
+            config = replace(config, model=replace(config.model, device=device, dtype=dtype))
+            plan = make_plan(config, elsewhere=True)
+        else:
+            plan = make_plan(config)
+        if plan.complete:
+            return already_complete(plan)
+        if not config.scheduler:
+            client = stack.enter_context(_local_cluster(config.workers or 1))
+        return _Coordinator(plan, client).run()
+
+
+def _settle_device(device: str, dtype: str) -> tuple[str, str]:
+    """On a worker: what ``auto`` means there."""
+    found = resolve_device(device)
+    return str(found), resolve_dtype(dtype, found)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, TimeoutError, ValueError) as problem:
+        raise ResourceError(
+            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or use --workers"
+        ) from problem
+    with client:
+        if not client.nthreads():
+            raise ResourceError(f"the Dask scheduler at {address} has no workers: start some with `dask worker {address}`")
+        yield client
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[Any]:
+    import dask.config
+    from distributed import Client, LocalCluster
+
+    options: dict[str, Any] = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 10}),
+        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+class _Coordinator:
+    """Gives out shards in row order, a bounded number ahead, and commits what comes back in the same order."""
+
+    def __init__(self, plan: Plan, client: Any):
+        self.plan, self.client = plan, client
+        self.identity = identify_model(plan.outline)
+        self.ahead = _SHARDS_PER_THREAD * sum(client.nthreads().values())
+
+    def run(self) -> ExtractSummary:
+        """Extract until the plan is full or the text ends."""
+        plan, config = self.plan, self.plan.config
+        execution = self._execution()
+        paths = {layer: path if "://" in path else os.path.abspath(path) for layer, path in config.paths.items()}
+        writer = StoreSetWriter.open(paths, plan.manifests(self.identity, execution), fresh=config.fresh)
+        start, began = writer.rows_stored, time.perf_counter()
+        context = config.text.context
+        with writer, progress("extracting", config.rows * context, done=writer.rows_committed * context) as bar:
+            record_execution(writer, execution)
+            writer.begin()
+            until_it_fits(lambda now: self._shards(writer, now, paths, bar), execution, plan.outline.files.name, writer)
+            writer.finish()
+        return summarise(plan, writer, start, time.perf_counter() - began)
+
+    def _execution(self) -> Execution:
+        """As one worker would choose it; all run alike."""
+        plan = self.plan
+        probe = (plan.outline.source, self.identity, max(plan.config.layers), plan.layout, plan.config.rows)
+        batch_size, threads, device_name = self.client.submit(_probe, *probe, pure=False).result()
+        batch_size = min(plan.config.batch_size or batch_size, plan.layout.shard_rows)
+        if plan.stored:
+            threads = plan.stored.execution.threads
+        elif plan.config.workers:
+            threads = max(1, torch.get_num_threads() // plan.config.workers)
+        device = plan.outline.source.device.split(":")[0]
+        note(f"      {len(self.client.nthreads())} workers, {threads} threads each, {batch_size} rows at a time")
+        return Execution(batch_size=batch_size, threads=threads, device=device, device_name=device_name)
+
+    def _shards(self, writer: StoreSetWriter, execution: Execution, paths: dict[int, str], bar: Progress) -> None:
+        from distributed import wait
+
+        plan, config = self.plan, self.plan.config
+        job = Job(plan.outline.source, self.identity, tuple(paths.items()), writer.layout, execution)
+        rows = read_rows(config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
+        pending: deque[tuple[Any, dict[str, Any]]] = deque()
+        shard, at, kept = writer.next_shard, writer.rows_committed, writer.kept_rows
+        began = time.perf_counter()
+        try:
+            with RowFeed(rows, plan.outline.special_token_ids) as feed:
+                while at < config.rows and (taken := feed.take(min(job.layout.shard_rows, config.rows - at))):
+                    block, cursor = taken
+                    pending.append((self._submit(job, shard, block, kept), cursor))
+                    shard, at, kept = shard + 1, at + len(block), 0
+                    if len(pending) >= self.ahead:
+                        self._commit_first(pending, writer, bar, began)
+            while pending:
+                self._commit_first(pending, writer, bar, began)
+        except torch.OutOfMemoryError:
+            wait([future for future, _ in pending])  # the shards begun with this batch, lest two tasks write one of them
+            raise
+
+    def _submit(self, job: Job, shard: int, block: RowBlock, kept_rows: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
+            return self.client.submit(_extract_shard, job, shard, block, kept_rows, pure=False, retries=_RETRIES)
+
+    def _commit_first(self, pending: deque[Any], writer: StoreSetWriter, bar: Progress, began: float) -> None:
+        from distributed import KilledWorker
+
+        future, cursor = pending[0]
+        try:
+            record: ShardRecord = future.result()
+        except KilledWorker as problem:
+            raise ResourceError(
+                f"shard {writer.next_shard} took every worker that tried it down with it, most likely out of memory: "
+                "use fewer workers or a smaller --batch-size; what was committed stays"
+            ) from problem
+        pending.popleft()
+        writer.commit_records([record], cursor)
+        speed = writer.bytes_written / (time.perf_counter() - began)
+        bar.advance(record.rows * self.plan.config.text.context, f"{format_bytes(speed)}/s to disk")
+
+
+# --- on a worker ---------------------------------------------------------------------------------------------------------
+
+_one_at_a_time = threading.Lock()  # a worker with several threads has one model and one GPU
+
+
+def _probe(source: ModelSource, identity: Any, deepest: int, layout: StoreLayout, rows: int) -> tuple[int, int, str]:
+    """Batch size, threads and device name that this worker would choose."""
+    with _one_at_a_time:
+        lm = _model(source, identity, deepest)
+        return choose_batch_size(lm, layout, rows), torch.get_num_threads(), describe_execution(lm.device)
+
+
+def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord:
+    """One shard of every store, forward passes and files; the record of what was written."""
+    layers = [layer for layer, _ in job.paths]
+    with _one_at_a_time:
+        torch.set_num_threads(job.execution.threads)
+        lm = _model(job.source, job.identity, max(layers))
+        passes = _passes(lm, layers, job, block, shard * job.layout.shard_rows)
+        return write_shard(dict(job.paths), dict.fromkeys(layers, job.layout), shard, passes, kept_rows=kept_rows)
+
+
+def _passes(
+    lm: LanguageModel, layers: list[int], job: Job, block: RowBlock, first_row: int
+) -> Iterator[tuple[RowBlock, dict[int, np.ndarray]]]:
+    forward = ForwardPass(lm, layers, job.execution.batch_size)
+    ahead = None
+    for start in [*range(0, len(block), forward.batch_size), None]:
+        part = None if start is None else block.slice(start, start + forward.batch_size)
+        launched = None if part is None else (part, forward.launch(part), first_row + (start or 0))
+        if ahead is not None:
+            rows, flight, row = ahead
+            bits = flight.land()
+            check_finite(bits, rows, row, lm)
+            yield rows, bits
+        ahead = launched
+
+
+@lru_cache(maxsize=1)
+def _model(source: ModelSource, identity: Any, deepest: int) -> LanguageModel:
+    lm = load_language_model(replace(source, device=_own_device(source.device)), deepest_layer=deepest)
+    difference = identity_difference(identity, lm.identity)
+    if difference:
+        raise ModelError(f"a worker finds another model under {source.id} ({difference}): give all machines the same one")
+    return lm
+
+
+def _own_device(device: str) -> str:
+    """Workers of a local cluster are numbered: spread them over the GPUs."""
+    from distributed import get_worker
+
+    name = str(get_worker().name)
+    if device == "cuda" and torch.cuda.device_count() > 1 and name.isdigit():
+        return f"cuda:{int(name) % torch.cuda.device_count()}"
+    return device
