@@ -89,11 +89,15 @@ class NormSums:
         total = int(self.counts.sum())
         if not total:
             return 0.0
-        below = np.cumsum(self.counts)
-        at = int(np.searchsorted(below, (total + 1) / 2))
-        share = ((total + 1) / 2 - (below[at] - self.counts[at]) - 0.5) / self.counts[at]
+        upto = np.cumsum(self.counts)
+        return (self._value((total - 1) // 2, upto) + self._value(total // 2, upto)) / 2
+
+    def _value(self, rank: int, upto: np.ndarray) -> float:
+        """The norm of a rank (from 0), as if the norms of a bin lay evenly in it."""
+        at = int(np.searchsorted(upto, rank, side="right"))
+        share = (rank - int(upto[at]) + int(self.counts[at]) + 0.5) / int(self.counts[at])
         low, high = (float(np.uint32(bin_ << _SHIFT).view(np.float32)) for bin_ in (at, at + 1))
-        return low + float(share) * (high - low)
+        return low + share * (high - low)
 
     def mean_by_position(self) -> np.ndarray:
         """Mean norm at every position, special tokens included; NaN where only padding lies."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from tcsae.cache.layout import SPECIAL, Compression, RowBlock, StoreLayout
 from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
+from tcsae.cache.store import ActivationStore
 from tcsae.cache.writer import StoreSetWriter
 
 BOS, VOCAB = 0, 300
@@ -121,6 +123,21 @@ def make_stores(
     with StoreSetWriter.open(paths, manifests) as writer:
         write_rows(writer, block, bits, step=step, finish=finish)
     return paths
+
+
+def grow_store(path: Path, rows: int) -> Path:
+    """Extend a finished store: its own rows again, then others."""
+    store = ActivationStore.open(path)
+    n = store.n_rows
+    old = RowBlock(store.tokens(0, n), store.documents(0, n), store.flags(0, n))
+    more = make_block(rows - n, store.context, seed=rows)
+    block = RowBlock.concatenate([old, more])
+    bits = store.rows(0, n).view(torch.uint16).numpy()
+    bits = np.concatenate([bits, make_activations(more, store.d_model, seed=rows)])
+    manifest = store.manifest.model_copy(update={"planned_rows": rows})
+    with StoreSetWriter.open({store.layer: path}, {store.layer: manifest}) as writer:
+        write_rows(writer, block, {store.layer: bits})
+    return path
 
 
 def make_store(folder: Path, *, layer: int = 3, **options) -> Path:
