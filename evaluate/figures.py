@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def write_picture(report: EvaluationReport, path: Path, layer: int | None = None
     """
     layer = max(report.layers) if layer is None else layer
     found = [panel for panel in (plane_zoomed(report, layer), time_plane(report, layer)) if panel]
+    titles = {"plane": f"Fidelity against sparsity, layer {layer}", "time": f"Steadiness against fidelity, layer {layer}"}
+    found = [replace(panel, title=titles[panel.key.split("-")[0]]) for panel in found]
     if not found:
         raise ValueError(f"no SAE of layer {layer} has both L0 and CE recovered; the report has layers {report.layers}")
     with _figure(len(found), SIZE[1]) as (figure, axes):
@@ -83,7 +86,8 @@ def draw(ax: Any, panel: Panel) -> None:
     for line in panel.lines:
         _line(ax, line)
     for mark, x in zip(panel.marks, xs, strict=True):
-        _mark(ax, mark, x, panel, x_ends)
+        _mark(ax, mark, x)
+    _labels(ax, panel, xs)
     _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
     _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
     ax.set(xlabel=panel.x.label, ylabel=panel.y.label, title=panel.title)
@@ -123,20 +127,32 @@ def _line(ax: Any, line: Line) -> None:
     ax.plot(line.x, line.y, color=style.paper, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
 
 
-def _mark(ax: Any, mark: Mark, x: float, panel: Panel, ends: tuple[float, float]) -> None:
+def _mark(ax: Any, mark: Mark, x: float) -> None:
     style = STYLES[mark.role]
     if mark.x_interval:
-        ax.plot(mark.x_interval, [mark.y] * 2, color=style.paper, linewidth=1.1, marker="|", markersize=5)
+        # drawn about the point, which may have been moved a little
+        ax.plot(
+            [v + x - mark.x for v in mark.x_interval], [mark.y] * 2, color=style.paper, linewidth=1.1, marker="|", markersize=5
+        )
     if mark.y_interval:
         ax.plot([x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
-    face = "white" if style.marker == "square" else style.paper
-    kind = _MARKERS[style.marker]
-    ax.plot(x, mark.y, kind, color=style.paper, markerfacecolor=face, markersize=5.5, markeredgewidth=1.4)
-    if mark.label and (panel.y.categories or len(panel.marks) <= 12):
-        left = panel.x.fraction(x, ends) > 0.75
+    look: dict[str, Any] = {"markerfacecolor": "white" if style.marker == "square" else style.paper, "markeredgewidth": 1.4}
+    ax.plot(x, mark.y, _MARKERS[style.marker], color=style.paper, markersize=5.5, clip_on=False, zorder=3, **look)
+
+
+def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
+    """Words beside the points; where points crowd, the legend must do."""
+    x_ends, y_ends = panel.ends()
+    spots = [(panel.x.fraction(x, x_ends), panel.y.fraction(m.y, y_ends)) for m, x in zip(panel.marks, xs, strict=True)]
+    for i, (mark, x) in enumerate(zip(panel.marks, xs, strict=True)):
+        near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
+        if not mark.label or (any(near) and not panel.y.categories):
+            continue
+        left = spots[i][0] > 0.75
         edge = mark.x_interval[0 if left else 1] if mark.x_interval and panel.y.categories else x
         where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
-        words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=style.paper, **where)
+        ink = STYLES[mark.role].paper
+        words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
         words.set_path_effects(_halo())
 
 
@@ -172,7 +188,7 @@ def _legend(ax: Any, panel: Panel) -> None:
         marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
         face = "white" if style.marker == "square" else style.paper
         handles.append(Line2D([], [], color=style.paper, marker=marker, markerfacecolor=face, label=style.name, **dashes))
-    if len(handles) > 1:
+    if len(handles) > 1 and not panel.y.categories:  # named rows need no legend
         ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")
 
 
