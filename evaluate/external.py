@@ -136,4 +136,5 @@ def _locate(path: str) -> Path:
 def _name(path: str) -> str:
     """A short name: the last parts of the path that tell SAEs of one release apart."""
     parts = [part for part in Path(path).parts if part not in ("/", "\\", ".", "..", GEMMA_SCOPE, CHECKPOINT)]
-    return "/".join(parts[-3:] if GEMMA_SCOPE in path or len(parts) > 4 else parts[-1:])
+    told_apart_by = 3 if any(part.startswith("width_") for part in parts) else 1  # Gemma Scope: layer, width, L0
+    return "/".join(parts[-told_apart_by:])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,7 +115,6 @@ class Fidelity:
         self.center_D, self.decoder_norms_F = center_D, decoder_norms_F
         self.ledger = Ledger()
         self._shift_D = {suffix: torch.zeros_like(center_D, dtype=torch.float64) for suffix in ("", OUTLIERS)}
-        self._shifts_by_unit: dict[str, Tensor] = {}
 
     def add_losses(self, units_N: Tensor, inlier_N: Tensor, ce_clean_N: Tensor, ce_N: Tensor, kl_N: Tensor) -> None:
         """Losses of the counted positions."""
@@ -158,24 +158,34 @@ class Fidelity:
         return {name + suffix: one for suffix in ("", OUTLIERS) for name, one in self._sums(suffix).items()}
 
     def _sums(self, suffix: str) -> dict[str, UnitSums]:
-        def ratio(name: str, above: str, below: str, *, offset: float = 0.0, scale: float = 1.0) -> tuple[str, UnitSums]:
-            found = self.ledger.ratio(above + suffix, below + suffix, _TEXTS[name][1], offset=offset, scale=scale)
-            return name, replace(found, definition=name + suffix)
-
-        D = len(self.center_D)
-        sums = dict(
-            [
-                ratio("ce", "ce", "predictions"),
-                ratio("ce_clean", "ce_clean", "predictions"),
-                ratio("kl", "kl", "predictions"),
-                ratio("mse_per_token", "squared_error", "tokens"),
-                ratio("mse_per_element", "squared_error", "tokens", scale=1 / D),
-                ratio("explained_variance", "squared_error", "spread", offset=1.0, scale=-1.0),
-                ratio("cosine", "cosine", "cosines"),
-                ratio("norm_ratio", "ratio", "ratios"),
-                ratio("relative_reconstruction_bias", "square_hat", "dot"),
-                ratio("l0", "l0", "tokens"),
-                ratio("l1", "l1", "tokens"),
-            ]
+        tokens_U = self.ledger["tokens" + suffix]
+        tokens = round(float(tokens_U.sum()))
+        ratios = {
+            "ce": ("ce", "predictions"),
+            "ce_clean": ("ce_clean", "predictions"),
+            "kl": ("kl", "predictions"),
+            "mse_per_token": ("squared_error", "tokens"),
+            "mse_per_element": ("squared_error", "tokens"),
+            "explained_variance": ("squared_error", "spread"),
+            "cosine": ("cosine", "cosines"),
+            "norm_ratio": ("ratio", "ratios"),
+            "relative_reconstruction_bias": ("square_hat", "dot"),
+            "l0": ("l0", "tokens"),
+            "l1": ("l1", "tokens"),
+        }
+        sums = {
+            name: UnitSums(self.ledger[above + suffix], self.ledger[below + suffix], _TEXTS[name][1], name + suffix)
+            for name, (above, below) in ratios.items()
+        }
+        sums["mse_per_element"] = replace(sums["mse_per_element"], scale=1 / len(self.center_D))
+        sums["relative_reconstruction_bias"] = replace(sums["relative_reconstruction_bias"], n=tokens)
+        # Σ‖x − μ‖² = Σ‖x − c‖² − n‖μ − c‖²: the shift from the centre to the text's own mean, shared out by tokens.
+        shift = float((self._shift_D[suffix] / max(1, tokens)).square().sum())
+        spread_U = self.ledger["spread" + suffix] - tokens_U * shift
+        sums["explained_variance"] = replace(
+            sums["explained_variance"], denominator_U=spread_U, offset=1.0, scale=-1.0, n=tokens
         )
+        if self.decoder_norms_F is None:
+            nothing = np.zeros(0)
+            sums |= {name: replace(sums[name], numerator_U=nothing, denominator_U=nothing) for name in ("l0", "l1")}
         return sums

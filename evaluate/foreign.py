@@ -96,7 +96,7 @@ def read_gemma_scope(file: Path) -> AnySAE:
     """
 
     def read(path: Path) -> dict[str, Tensor]:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in arrays.files}
 
     return _plain(file, _guarded(file, read), Activation("jumprelu"), subtract_b_dec=False)

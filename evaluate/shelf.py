@@ -1,4 +1,4 @@
-"""Rows on disk: which rows a report needs, which of them an earlier evaluation of the same text has measured, which go together.
+"""Rows on disk: which rows a report needs, which of them an earlier evaluation of the same text measured, which go together.
 
 Rows lie in ``rows/FINGERPRINT/`` in the report's folder; the fingerprint covers everything that changes what a row would say:
 the model's weights and dtype, every token of the text, the seed and the version of the measures.

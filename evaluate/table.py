@@ -23,6 +23,8 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     for outcome in outcomes:
         console.print(_table(outcome.report))
         report = outcome.report
@@ -44,7 +46,7 @@ def _table(report: EvaluationReport) -> Any:
 
     table = Table(title=f"{report.model.id}, {report.text.dataset}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("layer", justify="right")
-    table.add_column("record", overflow="fold")
+    table.add_column("record", overflow="fold", min_width=14)
     for key in COLUMNS:
         definition = report.definitions.get(key)
         table.add_column(definition.label or key if definition else key, justify="right", no_wrap=True)
@@ -60,7 +62,7 @@ def _cell(record: Record, key: str) -> str:
     metric = record.metrics.get(key)
     if metric is None or metric.value is None:
         return "–"
-    return f"{metric.value:.1f}" if key == "l0" else f"{metric.value:.4f}"
+    return f"{metric.value:.1f}" if key == "l0" else f"{metric.value:.3f}"
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

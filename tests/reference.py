@@ -432,3 +432,77 @@ def cache_statistics(x, flags, factor=10):
         "variance": sum((v - m) ** 2 for token in kept for v, m in zip(token, mean, strict=True)) / len(kept),
         "mean_square": sum(v * v for token in kept for v in token) / len(kept),
     }
+
+
+def eval_reconstruction(x_ND, sae) -> dict[str, float]:
+    """Every reconstruction metric of an SAE on tokens x, one token at a time."""
+    mean = x_ND.double().mean(0)
+    rows = []
+    for x in x_ND:
+        z = sae.encode(x).detach().double()
+        x_hat = sae.decode(z.float()).detach().double()
+        x = x.double()
+        norms = sae.W_dec.detach().double().norm(dim=1)
+        rows.append({
+            "error": float(((x - x_hat) ** 2).sum()), "spread": float(((x - mean) ** 2).sum()),
+            "cosine": float(x @ x_hat / x.norm() / x_hat.norm()), "l0": float((z > 0).sum()), "l1": float(z @ norms),
+            "ratio": float(x_hat.norm() / x.norm()), "square": float(x_hat @ x_hat), "dot": float(x_hat @ x),
+        })  # fmt: skip
+    total = {key: sum(row[key] for row in rows) for key in rows[0]}
+    n = len(rows)
+    return {
+        "mse_per_token": total["error"] / n,
+        "mse_per_element": total["error"] / n / x_ND.shape[1],
+        "explained_variance": 1 - total["error"] / total["spread"],
+        "cosine": total["cosine"] / n,
+        "l0": total["l0"] / n,
+        "l1": total["l1"] / n,
+        "norm_ratio": total["ratio"] / n,
+        "relative_reconstruction_bias": total["square"] / total["dot"],
+    }
+
+
+# --- extract: rows of text, one token at a time -----------------------------------------------------------------------
+
+
+def rows_by_hand(documents, packing: str, context: int, bos: int | None):
+    """Rows as lists of (token, document number), and the number of dropped tokens, from [(number, token ids), …]."""
+    head = [] if bos is None else [bos]
+    rows, dropped, row = [], 0, []
+    for number, ids in documents:
+        for token in ids:
+            if not row:
+                row = [(first, number) for first in head]
+            row.append((token, number))
+            if len(row) == context:
+                rows.append(row)
+                row = []
+        if packing == "document":
+            dropped += max(0, len(row) - len(head))
+            row = []
+    return rows, dropped
+
+
+def lag_correlations(z, fresh, length: int, *, centred: bool) -> list[list[float]]:
+    """Autocorrelation of codes ``z`` [tokens, streams, features] at lags 1 … length − 1, from the whole history at once.
+
+    ``fresh`` [tokens, streams]: the token does not follow on the one before it. NaN where a feature never varied or no pair is.
+    """
+    tokens, streams, features = z.shape
+    z, fresh = z.double().tolist(), fresh.tolist()
+    found = []
+    for lag in range(1, length):
+        row = []
+        for f in range(features):
+            values = [z[t][s][f] for t in range(tokens) for s in range(streams)]
+            mean = sum(values) / len(values) if centred else 0.0
+            power = sum((v - mean) ** 2 for v in values) / len(values)
+            products = [
+                (z[t][s][f] - mean) * (z[t - lag][s][f] - mean)
+                for t in range(lag, tokens)
+                for s in range(streams)
+                if not any(fresh[u][s] for u in range(t - lag + 1, t + 1))
+            ]
+            row.append(sum(products) / len(products) / power if products and power > 1e-15 else math.nan)
+        found.append(row)
+    return found
