@@ -6,23 +6,12 @@ import json
 
 import pytest
 import torch
+from saes import KINDS, random_sae
 from safetensors.torch import load_file, save_file
 from tcsae.errors import RunError, UsageError
 from tcsae.train.activation import Activation
 from tcsae.train.record import RunRecord, find_runs, load_run
 from tcsae.train.sae import TemporalSAE
-
-KINDS = [Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3), Activation("jumprelu")]
-
-
-def random_sae(activation=KINDS[0], *, d=6, f=10, seed=0) -> TemporalSAE:
-    torch.manual_seed(seed)
-    sae = TemporalSAE(d, f, activation, metadata={"model_name": "demo", "hook_name": "blocks.3.hook_resid_post", "layer": 3})
-    for parameter in sae.parameters():
-        torch.nn.init.normal_(parameter)
-    if sae.threshold is not None:
-        sae.threshold.data = sae.threshold.data.abs() + 0.1
-    return sae
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)

@@ -1,0 +1,215 @@
+"""The trainer's small parts, each held to its definition: initialisation, buffer, partners, diagnostics, shares of a batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_store
+from tcsae.cache.store import ActivationStore
+from tcsae.cache.windows import WindowStream
+from tcsae.train.activation import Activation
+from tcsae.train.buffer import TemporalBuffer
+from tcsae.train.config import SAEConfig
+from tcsae.train.diagnostics import near_duplicates, temporal_variation
+from tcsae.train.initial import initialise, kaiming_uniform, orthogonal
+from tcsae.train.member import Member, dead_after
+from tcsae.train.partners import draw_partners
+from tcsae.train.plan import plan_members
+from tcsae.train.presets import build_config
+from tcsae.train.sae import TemporalSAE
+from tcsae.train.world import World
+
+examples = settings(max_examples=15, deadline=None)
+
+
+def test_the_papers_initialisation():
+    generator = torch.Generator().manual_seed(0)
+    encoder = kaiming_uniform(64, 1024, generator)
+    assert encoder.shape == (64, 1024)
+    assert encoder.abs().max() <= math.sqrt(6 / 64)
+    assert encoder.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.02)
+    wide, narrow = orthogonal(128, 32, generator), orthogonal(16, 32, generator)
+    torch.testing.assert_close(wide.T @ wide, torch.eye(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert wide.pow(2).sum(-1).mean().item() == pytest.approx(32 / 128, rel=1e-4)
+
+
+def test_the_tied_initialisation_and_the_mean():
+    sae = TemporalSAE(8, 32)
+    mean = torch.arange(8.0)
+    initialise(sae, SAEConfig(), 3, mean)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
+    assert torch.equal(sae.b_dec, mean)
+    again, other = TemporalSAE(8, 32), TemporalSAE(8, 32)
+    initialise(again, SAEConfig(), 3, mean)
+    initialise(other, SAEConfig(), 4, mean)
+    assert torch.equal(again.W_dec, sae.W_dec)
+    assert not torch.equal(other.W_dec, sae.W_dec)
+    jump = TemporalSAE(8, 32, Activation("jumprelu"))
+    initialise(jump, SAEConfig(activation="jumprelu", b_dec="zero", threshold=0.5), 3, mean)
+    assert torch.equal(jump.threshold, torch.full((32,), 0.5))
+    assert not jump.b_dec.any()
+
+
+def test_unit_rows_stay_unit_and_gradients_along_them_are_gone():
+    member = one_member({"sae.k": 3, "optimiser.weight_decay": 0.0})
+    member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
+    gradient, rows = member.sae.W_dec.grad, member.sae.W_dec
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(32))
+    assert gradient.norm() > 0
+    member = one_member({"sae.k": 3, "optimiser.lr": 1e-20})
+    member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
+    along = (member.sae.W_dec.grad * member.sae.W_dec).sum(-1)
+    assert along.abs().max() < 1e-6
+
+
+def one_member(changes, **kwargs):
+    small = {"sae.width": 32, "run.steps": 10, "run.baseline": False, "data.batch_size": 30}
+    config = build_config(None, None, small | changes)
+    (plan,) = plan_members(config, {}, layer=3, d_model=8, n_tokens=1000)
+    return Member(plan, torch.zeros(8), torch.device("cpu"), torch.float32, **kwargs)
+
+
+def test_features_that_do_not_fire_are_counted_and_revived():
+    member = one_member({"sae.k": 1, "loss.dead_after": 60, "loss.aux_weight": 0.0})
+    revived = one_member({"sae.k": 1, "loss.dead_after": 60})
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    fired = torch.zeros(32, dtype=torch.bool)
+    for step in range(4):
+        fired |= (member.sae.encode(x).flatten(0, 1) > 0).any(0)
+        member.train_step(x)
+        revived.train_step(x)
+        assert torch.equal(member.idle_F == 0, member.idle_F < 30)
+        if step < 1:
+            assert not member.dead.any()
+    assert torch.equal(member.dead[~fired], torch.ones(int((~fired).sum()), dtype=torch.bool))
+    silent = member.dead & revived.dead
+    assert silent.any()
+    untouched = one_member({"sae.k": 1}).sae.W_dec[silent]
+    torch.testing.assert_close(member.sae.W_dec[silent], untouched, atol=1e-6, rtol=0)
+    assert (revived.sae.W_dec[silent] - untouched).abs().max() > 1e-5
+
+
+def test_dead_features_are_counted_in_tokens():
+    member = one_member({"sae.k": 1})
+    assert dead_after(member.config) == 20 * 30
+    assert dead_after(build_config(None, None, {"run.steps": 10_000_000})) == 10_000_000
+    assert dead_after(build_config(None, None, {"run.steps": 10_000})) == round(0.05 * 10_000 * 2045)
+
+
+def test_jumprelu_thresholds_learn_and_stay_positive():
+    member = one_member({"sae.activation": "jumprelu", "optimiser.lr": 0.05, "loss.l1": 0.5, "loss.l1_warmup": 0.0})
+    before = member.sae.threshold.clone()
+    for step in range(10):
+        member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(step)))
+    assert not torch.equal(member.sae.threshold, before)
+    assert (member.sae.threshold >= 0).all()
+
+
+@examples
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 14), st.integers(0, 99), st.booleans())
+def test_the_buffer_equals_the_sums_over_the_whole_history(length, streams, tokens, seed, centred):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(tokens, streams, 3, generator=generator).relu()
+    fresh = torch.rand(tokens, streams, generator=generator) < 0.2
+    buffer = TemporalBuffer(3, length, streams=streams)
+    for t in range(tokens):
+        buffer.push(z[t], fresh[t])
+    expected = reference.lag_correlations(z, fresh, length, centred=centred)
+    found = buffer.correlations(centred=centred).tolist()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, nan_ok=True, rel=1e-5, abs=1e-6)
+
+
+def test_the_buffers_memory_does_not_grow_and_known_correlations_come_out():
+    buffer = TemporalBuffer(2, 4)
+    signs = torch.tensor([1.0, -1.0])
+    for t in range(1000):
+        buffer.push(torch.stack([1 + signs[t % 2], torch.tensor(3.0)])[None])
+    correlations = buffer.correlations()
+    assert correlations[:, 0].tolist() == pytest.approx([-1, 1, -1], abs=1e-2)
+    assert correlations[:, 1].isnan().all()
+    assert buffer.correlations(centred=False)[:, 1].tolist() == pytest.approx([1, 1, 1])
+    with pytest.raises(ValueError, match="no lags"):
+        TemporalBuffer(2, 1)
+
+
+@examples
+@given(n=st.integers(1, 9), window=st.integers(2, 5), step=st.integers(0, 50))
+def test_partners_are_whom_their_name_says(n, window, step):
+    documents = torch.arange(n) // 2 % 3  # siblings share one
+    other = draw_partners("other_document", documents, window, seed=0, step=step)
+    same = draw_partners("same_document", documents, window, seed=0, step=step)
+    shuffled = draw_partners("shuffled", documents, window, seed=0, step=step)
+    own = torch.arange(n)[:, None].expand(n, window - 1)
+    for partners in (other, same, shuffled):
+        assert partners.shape == (n, window - 1)
+        assert ((partners >= -1) & (partners < n * window)).all()
+    found = other >= 0
+    assert (documents[(other // window)[found]] != documents[own[found]]).all()
+    if n > 2:
+        assert found.float().mean() > 0.5
+    whole = (own ^ 1) < n
+    assert torch.equal(same[whole] // window, own[whole] ^ 1)
+    assert (same[~whole] == -1).all()
+    assert torch.equal((shuffled[whole] // window) // 2, own[whole] // 2)
+    assert (shuffled[whole] != (own * window + torch.arange(window - 1))[whole]).all()
+    assert torch.equal(shuffled, draw_partners("shuffled", documents, window, seed=0, step=step))
+    assert draw_partners("next", documents, window, seed=0, step=step) is None
+
+
+def test_shuffled_partners_are_as_often_before_as_after():
+    drawn = torch.stack([draw_partners("shuffled", torch.zeros(2), 5, seed=0, step=step)[0] for step in range(400)])
+    places = torch.bincount(drawn.flatten(), minlength=10).double() / drawn.numel()
+    assert places.tolist() == pytest.approx([0.1] * 10, abs=0.03)
+    neighbours = (drawn == torch.arange(1, 5)).double().mean()
+    assert neighbours == pytest.approx(1 / 9, abs=0.04)
+
+
+def test_siblings_come_from_one_row_and_document(tmp_path):
+    store = ActivationStore.open(make_store(tmp_path, rows=64, context=16, d_model=8, documents=12))
+    with WindowStream(store, window=3, tokens_per_batch=60, seed=0, together=2) as stream:
+        assert stream.windows_per_batch == 20
+        seen = set()
+        for _ in range(6):
+            batch = stream.next_batch()
+            rows, starts = batch.rows_N.view(-1, 2), batch.starts_N.view(-1, 2)
+            assert torch.equal(rows[:, 0], rows[:, 1])
+            assert torch.equal(batch.documents_N.view(-1, 2)[:, 0], batch.documents_N.view(-1, 2)[:, 1])
+            assert ((starts[:, 0] - starts[:, 1]).abs() >= 3).all()
+            assert len(set(rows[:, 0].tolist())) > 3
+            pairs = set(zip(batch.rows_N.tolist(), batch.starts_N.tolist(), strict=True))
+            assert not pairs & seen
+            seen |= pairs
+
+
+def test_temporal_variation_of_known_codes():
+    z = torch.randn(400, 5, 20, generator=torch.Generator().manual_seed(0))
+    assert temporal_variation(z) == pytest.approx(2, abs=0.1)
+    assert temporal_variation(z[:, :1].expand(-1, 5, -1)) == 0
+    assert temporal_variation(torch.zeros(2, 3, 4)) is None
+    assert temporal_variation(z[:, :1]) is None
+
+
+def test_near_duplicates_are_found():
+    rows = torch.randn(100, 30, generator=torch.Generator().manual_seed(0))
+    assert near_duplicates(rows) == 0
+    rows[50:60] = 2 * rows[:10] + 1e-3
+    assert near_duplicates(rows) == pytest.approx(0.2)
+
+
+@examples
+@given(n=st.integers(4, 41), size=st.integers(1, 4), pairs=st.booleans())
+def test_shares_cover_a_batch_without_parting_siblings(n, size, pairs):
+    covered = []
+    for rank in range(size):
+        share = World(rank, size).share(n, pairs=pairs)
+        covered += list(range(n))[share]
+        assert not pairs or share.start % 2 == 0
+    assert covered == list(range(n))
