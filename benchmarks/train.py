@@ -1,0 +1,286 @@
+"""Tokens per second of a training step: our sparse step, our dense step, with and without the temporal term, and the peers.
+
+    python benchmarks/train.py --l0 50 400                     ours alone
+    python benchmarks/train.py --l0 50 400 --peers             where sae-lens and dictionary-learning are installed too
+    python benchmarks/train.py --store cache/l12.zarr --peers  on real activations
+    python benchmarks/train.py --quick                         does it run at all?
+
+For every L0 one SAE is trained, λ1 steered, until it has that L0; its weights and λ1 go to every contender. Then they train on
+the same batches in turns of ten steps, so that whatever else the machine does hits all alike. Ratios are medians over turns of a
+contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers_train import PEERS, Step, installed
+from tcsae.train import member as member_module
+from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
+from tcsae.train.member import Member
+from tcsae.train.objective import TemporalTerm
+from tcsae.train.plan import MemberPlan
+from torch import Tensor
+
+OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
+LR, TURN = 1e-3, 10
+
+
+def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
+    """Windows of sums of sparse directions, two thirds of which a token shares with its neighbours; E‖x‖² = d_model."""
+    generator = torch.Generator().manual_seed(0)
+    n_true, n_windows = 2 * args.width, args.tokens // args.window
+    directions = torch.randn(n_true, args.d_model, generator=generator)
+    mean = torch.randn(args.d_model, generator=generator) * directions.norm() / n_true**0.5 / 4
+    batches = []
+    for _ in range(n_batches):
+        x = torch.zeros(n_windows, args.window, args.d_model)
+        for shared in (1, 1, 0):
+            for _ in range(8):
+                which = torch.randint(n_true, (n_windows, 1 if shared else args.window), generator=generator)
+                size = torch.empty(which.shape).exponential_(generator=generator)
+                x += directions[which] * size.unsqueeze(-1)
+        batches.append(x + mean)
+    scale = (args.d_model / torch.stack(batches).square().sum(-1).mean()).sqrt()
+    return [batch.mul_(scale).to(args.device) for batch in batches]
+
+
+def stored_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
+    """Real activations, as the trainer sees them."""
+    from tcsae.cache.store import ActivationStore
+    from tcsae.cache.windows import WindowStream
+
+    store = ActivationStore.open(args.store)
+    facts = store.statistics()
+    args.d_model = store.d_model
+    stream = WindowStream(store, window=args.window, tokens_per_batch=args.tokens, seed=0, norm_limit=facts.norm_limit)
+    batches = [stream.next_batch().x_NWD.to(args.device, torch.float32) * facts.rms_scale for _ in range(n_batches)]
+    stream.close()
+    return batches
+
+
+def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Member:
+    """A member of a run as the trainer makes it."""
+    counted = {} if args.activation == "relu" else {"k": args.k}
+    config = TrainConfig(
+        data=DataConfig(window=args.window, batch_size=args.tokens),
+        sae=SAEConfig(activation=args.activation, width=args.width, **counted),
+        loss=LossConfig(l1=1.0, l1_warmup=0.0),
+        temporal=TemporalConfig(weight=0.1) if temporal else TemporalConfig(form="none"),
+        optimiser=OptimiserConfig(name="adam", lr=LR, warmup=0, decay_share=0.0),
+        run=RunConfig(steps=10**9),
+    )
+    plan = MemberPlan("benchmark", config, "tc", None, args.d_model)
+    return Member(plan, mean_D, torch.device(args.device), args.dtype)
+
+
+def reach(member: Member, target: float, batches: Iterator[Tensor], most_steps: int) -> tuple[float, float]:
+    """Train with λ1 steered until L0 is near ``target``; the λ1 and the L0 that were reached."""
+    l1, l0 = 1.0, math.nan
+    for step in range(most_steps):
+        member.objective = replace(member.objective, sparsity_weight=l1)
+        x = next(batches)
+        fired = int(member.train_step(x).result.fired_F.sum()) / (x.shape[0] * x.shape[1])
+        l0 = fired if step == 0 else 0.9 * l0 + 0.1 * fired
+        l1 *= min(1.1, max(0.9, (fired / target) ** 0.1))
+        if step > most_steps // 4 and abs(math.log(l0 / target)) < 0.05:
+            break
+    return l1, l0
+
+
+def ours(name: str, trained: Member, l1: float) -> Step:
+    """One of OURS, going on from the trained member."""
+    member = copy.deepcopy(trained)
+    # A deep copy of an optimiser would still hold the old weights.
+    member.optimiser = member_module._new_optimiser(member.sae, member.config)
+    n_features = member.sae.n_features
+    term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
+    member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
+    by_hand = member_module.supports
+
+    def step(x_NWD: Tensor) -> Callable[[], float]:
+        member_module.supports = by_hand if name.startswith("sparse") else lambda *_: False
+        try:
+            result = member.train_step(x_NWD).result
+        finally:
+            member_module.supports = by_hand
+        return lambda: int(result.fired_F.sum()) / (x_NWD.shape[0] * x_NWD.shape[1])
+
+    return step
+
+
+def compete(contenders: dict[str, Step], batches: list[Tensor], n_steps: int) -> dict[str, Any]:
+    """Turns of TURN steps; seconds per step of each turn and the L0 in the course of it."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    l0: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-1, max(1, n_steps // TURN)):  # one turn to warm up
+        for name, step in contenders.items():
+            begun = time.perf_counter()
+            for i in range(TURN):
+                ask = step(batches[(turn * TURN + i) % len(batches)])
+            if batches[0].is_cuda:
+                torch.cuda.synchronize()
+            if turn >= 0:
+                seconds[name].append((time.perf_counter() - begun) / TURN)
+                l0[name].append(ask())
+    n_tokens = batches[0].shape[0] * batches[0].shape[1]
+    base = seconds[OURS[0]]
+    return {
+        name: {
+            "tokens_per_second": round(n_tokens / min(times)),
+            "ms_per_step": {"best": round(1e3 * min(times), 1), "median": round(1e3 * statistics.median(times), 1)},
+            "time_by_ours": round(statistics.median(t / b for t, b in zip(times, base, strict=True)), 2),
+            "steps": len(times) * TURN,
+            "l0": round(statistics.mean(l0[name]), 1),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
+    """MiB that a few steps of each of ours add to the process (or allocate on the GPU), each in a process of its own."""
+    found = {}
+    for name in OURS:
+        keys = ("d_model", "width", "tokens", "window", "k", "threads", "activation", "device")
+        same = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in keys]
+        command = [sys.executable, __file__, *same, "--dtype", str(args.dtype).removeprefix("torch.")]
+        command += ["--memory-of", name, "--l0", str(l0)]
+        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def memory_of(args: argparse.Namespace) -> float:
+    """The figure of one contender, whose codes get their density from the bias instead of from training."""
+    batch = synthetic_batches(args, 1)
+    member = new_member(args, batch[0].mean((0, 1)), temporal=False)
+    with torch.no_grad():
+        pre = member.sae.pre_activations(batch[0][:50])
+        member.sae.b_enc -= pre.flatten().sort(descending=True).values[int(args.l0[0] / args.width * pre.numel())]
+        del pre
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
+    before = _status("VmRSS")
+    step = ours(args.memory_of, member, 1.0)
+    for _ in range(4):
+        step(batch[0])
+    if batch[0].is_cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return round((_status("VmHWM") - before) / 2**10, 1)
+
+
+def _status(field: str) -> int:
+    """A memory figure of this process in KiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+def floor(args: argparse.Namespace) -> dict[str, float]:
+    """What a dense step cannot beat: its five products and Adam's traffic at this machine's own best speed."""
+    rate = _best(lambda a: a @ a, torch.randn(4096, 4096, device=args.device, dtype=args.dtype))
+    copied = _best(lambda a: a.add_(1), torch.randn(2**26, device=args.device))
+    flops, adam_bytes = 5 * 2 * args.tokens * args.d_model * args.width, 2 * args.d_model * args.width * 4 * 7
+    product, traffic = flops / (2 * 4096**3 / rate), adam_bytes / (2 * 4 * 2**26 / copied)
+    tokens = args.tokens / (product + traffic)
+    parts = {"products_ms": 1e3 * product, "adam_ms": 1e3 * traffic}
+    return {"matmul_tflops": 2e-12 * 4096**3 / rate, **parts, "tokens_per_second": tokens}
+
+
+def _best(function: Callable[[Tensor], object], tensor: Tensor) -> float:
+    seconds = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        function(tensor)
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures belong to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **installed(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["benchmarks/train.py", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(memory_of(args))
+        return
+    batches = (stored_batches if args.store else synthetic_batches)(args, args.batches)
+    record: dict[str, Any] = {"machine": machine(args), "settings": {k: str(v) for k, v in vars(args).items()}, "results": []}
+    if args.device.startswith("cuda"):
+        record["floor"] = floor(args)
+    for target in args.l0 if args.activation == "relu" else [args.k]:
+        trained = new_member(args, torch.stack(batches).mean((0, 1, 2)), temporal=False)
+        endless = (batches[i % len(batches)] for i in range(10**9))
+        l1, reached = reach(trained, target, endless, args.warm_steps)
+        l1 = l1 if args.activation == "relu" else 0.0
+        contenders = {name: ours(name, trained, l1) for name in OURS}
+        if args.peers and args.activation == "relu":
+            n_tokens = args.tokens // args.window * args.window
+            contenders |= {name: PEERS[name](trained.sae, l1, LR, n_tokens, args.dtype) for name in installed()}
+        result = {"target_l0": target, "reached_l0": round(reached, 1), "l1": round(l1, 3)}
+        result |= {"contenders": compete(contenders, batches, args.steps), "peak_mib": peak_memory(args, target)}
+        record["results"].append(result)
+    print(json.dumps(record, indent=2))
+    if args.out:
+        Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-model", type=int, default=576)
+    parser.add_argument("--width", type=int, default=4608, help="features")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a batch")
+    parser.add_argument("--window", type=int, default=5)
+    parser.add_argument("--activation", choices=("relu", "topk", "batchtopk"), default="relu")
+    parser.add_argument("--l0", type=float, nargs="+", default=[50, 400], help="relu: the L0s to train to")
+    parser.add_argument("--k", type=int, default=64, help="topk and batchtopk")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
+    parser.add_argument("--warm-steps", type=int, default=800, help="at most so many to reach the L0")
+    parser.add_argument("--batches", type=int, default=24, help="batches held in memory")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
+    parser.add_argument("--store", default="", help="an activation store instead of synthetic activations")
+    parser.add_argument("--peers", action="store_true", help="with the peers that are installed")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
+    parser.add_argument("--out", default="", help="file for the record")
+    parser.add_argument("--memory-of", default="", choices=("", *OURS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.d_model, args.width, args.tokens, args.l0, args.k = 32, 256, 256, [20.0], 8
+        args.steps, args.warm_steps, args.batches = 20, 60, 4
+    args.dtype = getattr(torch, args.dtype)
+    return args
+
+
+if __name__ == "__main__":
+    main()
