@@ -66,6 +66,7 @@ class RowFeed:
             self._put(piece)
             self._put(None)
         except BaseException as failure:  # whatever it is, it belongs to the thread that takes
+            self._put(piece)
             self._put(failure)
 
     def _put(self, item: list[Row] | BaseException | None) -> None:
