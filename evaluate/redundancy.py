@@ -27,24 +27,30 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
         int64 [F] and float32 [F]; −1 and NaN for a dead feature, a zero row, and one that has no other to meet.
 
     """
-    size = len(W_dec)
-    neighbour = torch.full((size,), -1, dtype=torch.int64, device=W_dec.device)
-    cosine = torch.full((size,), torch.nan, device=W_dec.device)
+    size, device = len(W_dec), W_dec.device
+    neighbour = torch.full((size,), -1, dtype=torch.int64, device=device)
+    cosine = torch.full((size,), torch.nan, device=device)
     unit_KD, kept_K = _unit_rows(W_dec, alive_F)
     if len(kept_K) < 2:
         return neighbour, cosine
+    best_K = torch.full((len(kept_K),), -2.0, device=device)
+    where_K = torch.zeros(len(kept_K), dtype=torch.int64, device=device)
+
+    def offer(start: int, value: Tensor, index: Tensor) -> None:
+        mine = slice(start, start + len(value))
+        better = value > best_K[mine]
+        best_K[mine] = torch.where(better, value, best_K[mine])
+        where_K[mine] = torch.where(better, index, where_K[mine])
+
     for start in range(0, len(kept_K), _BLOCK):
-        block = unit_KD[start : start + _BLOCK]
-        best, where = torch.full((len(block),), -2.0, device=W_dec.device), torch.zeros(len(block), dtype=torch.int64)
-        where = where.to(W_dec.device)
-        for other, similar in _meetings(block, unit_KD):
-            if other == start:
+        for other, similar in _meetings(unit_KD[start : start + _BLOCK], unit_KD[start:]):
+            if other == 0:
                 similar.fill_diagonal_(-2.0)
             value, index = similar.max(dim=1)
-            better = value > best
-            best, where = torch.where(better, value, best), torch.where(better, index + other, where)
-        mine = kept_K[start : start + _BLOCK]
-        neighbour[mine], cosine[mine] = kept_K[where], best.clamp(-1, 1)
+            offer(start, value, index + start + other)
+            value, index = similar.max(dim=0)  # the other half of a symmetric matrix that is computed but once
+            offer(start + other, value, index + start)
+    neighbour[kept_K], cosine[kept_K] = kept_K[where_K], best_K.clamp(-1, 1)
     return neighbour, cosine
 
 
