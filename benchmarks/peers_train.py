@@ -1,8 +1,8 @@
 """SAELens' and dictionary_learning's own trainers as contenders of ``benchmarks/train.py``; neither is needed to import this.
 
 They get the weights, the λ1 and the batches of ours, and the constraints it trains under: Adam with torch's fused kernel,
-gradients clipped at norm 1, unit decoder rows. What a trainer lacks of these is added through its optimiser's hooks, at the price
-that our own step pays for it.
+gradients clipped at norm 1, unit decoder rows. What a trainer lacks of these is added through its optimiser's hooks, at the
+price that our own step pays for it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def saelens(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.
             total_training_samples=10**12,
             train_batch_size_samples=n_tokens,
             lr=lr,
+            lr_end=lr,
             device=device,
             autocast=compute_dtype == torch.bfloat16,
         ),

@@ -6,8 +6,8 @@
     python benchmarks/train.py --quick                         does it run at all?
 
 For every L0 one SAE is trained, λ1 steered, until it has that L0; its weights and λ1 go to every contender. Then they train on
-the same batches in turns of ten steps, so that whatever else the machine does hits all alike. Ratios are medians over turns of a
-contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
+the same batches in turns of ten steps, so that whatever else the machine does hits all alike. Ratios are medians over turns of
+a contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tcsae.train.plan import MemberPlan
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
-LR, TURN = 1e-3, 10
+WARM_LR, LR, TURN = 3e-3, 3e-4, 10
 
 
 def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
@@ -81,7 +81,7 @@ def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Memb
         sae=SAEConfig(activation=args.activation, width=args.width, **counted),
         loss=LossConfig(l1=1.0, l1_warmup=0.0),
         temporal=TemporalConfig(weight=0.1) if temporal else TemporalConfig(form="none"),
-        optimiser=OptimiserConfig(name="adam", lr=LR, warmup=0, decay_share=0.0),
+        optimiser=OptimiserConfig(name="adam", lr=WARM_LR, warmup=0, decay_share=0.0),
         run=RunConfig(steps=10**9),
     )
     plan = MemberPlan("benchmark", config, "tc", None, args.d_model)
@@ -105,6 +105,7 @@ def reach(member: Member, target: float, batches: Iterator[Tensor], most_steps: 
 def ours(name: str, trained: Member, l1: float) -> Step:
     """One of OURS, going on from the trained member."""
     member = copy.deepcopy(trained)
+    member.config = member.config.model_copy(update={"optimiser": member.config.optimiser.model_copy(update={"lr": LR})})
     # A deep copy of an optimiser would still hold the old weights.
     member.optimiser = member_module._new_optimiser(member.sae, member.config)
     n_features = member.sae.n_features
@@ -277,7 +278,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.d_model, args.width, args.tokens, args.l0, args.k = 32, 256, 256, [20.0], 8
-        args.steps, args.warm_steps, args.batches = 20, 60, 4
+        args.steps, args.warm_steps, args.batches = 20, 400, 4
     args.dtype = getattr(torch, args.dtype)
     return args
 
