@@ -203,7 +203,13 @@ def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
             "took",
             format_duration(report.seconds) + (f", peak memory {format_bytes(m)}" if (m := report.peak_memory_bytes) else ""),
         ),
-        ("machine", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.machine.items() if v is not None) or "—"),
+        ("machine", ", ".join(_machine(k, v) for k, v in report.machine.items() if v is not None) or "—"),
         ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items()) or "—"),
     ]
     return facts
+
+
+def _machine(name: str, value: str | int | float) -> str:
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(float(value))}"
+    return f"{name.replace('_', ' ')} {value}"

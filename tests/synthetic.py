@@ -26,11 +26,12 @@ from tcsae.evaluate.results import (
 )
 
 TEXT = (
-    "The committee met again in the spring, and again it could not agree. Its chairman, who had served for eleven years, said "
-    "that the figures before them were old; the members answered that older figures had been good enough for their fathers.\n"
-    "In the end they wrote to the governor. “We have counted the bridges twice,” the letter began, “and twice we have found "
-    "one more than the map allows.” The governor, a patient man, sent a surveyor. He came in June, walked the river for nine days, "
-    "and reported that the map was right, the committee was right, and the ninth bridge belonged to the neighbouring county."
+    "The committee met again in the spring, and again it could not agree. Its chairman, who had served for eleven years, "
+    "said that the figures before them were old; the members answered that older figures had been good enough for their "
+    "fathers.\nIn the end they wrote to the governor. “We have counted the bridges twice,” the letter began, “and twice we "
+    "have found one more than the map allows.” The governor, a patient man, sent a surveyor. He came in June, walked the "
+    "river for nine days, and reported that the map was right, the committee was right, and the ninth bridge belonged to "
+    "the neighbouring county."
 )
 HOSTILE = [
     "<script>",
