@@ -76,6 +76,31 @@ def train(
     summary(title, done.facts(as_json=json_output), as_json=json_output)
 
 
+def export(
+    run: str = typer.Argument(..., help="Folder of a finished run."),
+    format_name: str = typer.Option("saelens", "--format", help="saelens or dictionary-learning."),
+    out: str | None = typer.Option(None, "--out", help="Folder to write; default RUN/FORMAT."),
+    push_to_hub: str | None = typer.Option(None, "--push-to-hub", help="Upload to this Hugging Face repository, OWNER/NAME."),
+    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+) -> None:
+    """Write a finished run in a format that other tools read, with a model card.
+
+    A run folder itself opens with SAELens already; this makes a clean copy, or another format.
+
+    Examples:
+        pipeline export runs/l12-topk64-none-s0 --format dictionary-learning
+
+        pipeline export runs/l12-topk64-none-s0 --push-to-hub me/my-sae
+
+    """
+    from ..console import summary
+    from .export import export as write
+
+    folder = write(run, format_name, out, push_to_hub=push_to_hub)
+    facts = {"folder": str(folder), "format": format_name, "uploaded_to": push_to_hub}
+    summary("exported", {name: value for name, value in facts.items() if value}, as_json=json_output)
+
+
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as dotted fields of the configuration."""
     from .plan import OPTIONS, as_count
@@ -84,4 +109,4 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
     return {field: as_count(field, value) for field, value in fields if value not in (None, [], "")}
 
 
-COMMANDS = [train]
+COMMANDS = [train, export]
