@@ -38,7 +38,7 @@ def save_dictionary_learning(sae: TemporalSAE, folder: Path) -> None:
         raise RunError(f"a {kind} SAE in training has no counterpart in dictionary_learning: export the finished run")
     if kind in ("relu", "topk") and not sae.subtract_b_dec:
         raise RunError(
-            f"dictionary_learning's {kind} subtracts the decoder's bias from its input, this SAE does not: use saelens"
+            f"dictionary_learning's {kind} subtracts the decoder's bias from its input, this one does not: use saelens"
         )
     trainer = {
         "dict_class": _CLASSES[kind],

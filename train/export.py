@@ -13,7 +13,8 @@ FORMATS = {"saelens": TemporalSAE.save, "dictionary-learning": save_dictionary_l
 _HOW = {
     "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("path/to/this/folder")',
     "dictionary-learning": (
-        'from dictionary_learning.utils import load_dictionary\n\nsae, config = load_dictionary("path/to/this/folder", device="cpu")'
+        "from dictionary_learning.utils import load_dictionary\n\n"
+        'sae, config = load_dictionary("path/to/this/folder", device="cpu")'
     ),
 }
 
@@ -70,14 +71,8 @@ def model_card(record: RunRecord, format_name: str) -> str:
     shown = ("explained_variance", "l0", "dead_share", "temporal_variation")
     measured = {name.replace("_", " "): record.metrics.get(name) for name in shown}
     lines = ["---", "library_name: saelens" if format_name == "saelens" else "library_name: dictionary-learning"]
-    lines += [
-        "tags: [sparse-autoencoder, temporal-consistency]",
-        f"base_model: {model['id']}",
-        "---",
-        "",
-        f"# {record.name}",
-        "",
-    ]
+    lines += ["tags: [sparse-autoencoder, temporal-consistency]", f"base_model: {model['id']}", "---"]
+    lines += ["", f"# {record.name}", ""]
     lines += ["A sparse autoencoder trained with tcsae. It takes and gives raw activations; special tokens were left out.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += ["On the last logged batch of its training stream (not on held-out text):", "", "| | |", "|---|---|"]
@@ -100,6 +95,5 @@ def _upload(folder: Path, repository: str) -> None:
     except (HfHubHTTPError, OSError) as failure:
         sentence = str(failure).strip().splitlines()
         what = sentence[0] if sentence else type(failure).__name__
-        raise RunError(
-            f"the hub refuses {repository} ({what}); {folder} is complete: check the token and its rights"
-        ) from failure
+        refusal = f"the hub refuses {repository} ({what}); {folder} is complete"
+        raise RunError(f"{refusal}: check the token and its rights") from failure
