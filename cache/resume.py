@@ -14,7 +14,7 @@ from .manifest import StoreManifest, first_difference, group_document, manifest_
 from .metadata import ARRAYS, array_document, shard_key, shard_of_name, to_json
 from .places import Place
 
-_SPARE_BYTES = 64_000_000  # left on the disk for everything else
+_SPARE_BYTES = 64_000_000  # left on the disk for everything else, or a tenth of the plan if that is less
 
 
 def lock_all(places: Mapping[int, Place], *, fresh: bool) -> list[Lock]:
@@ -168,8 +168,8 @@ def check_space(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout],
             more = layout.store_bytes(planned) - layout.store_bytes(committed)
             needed[where] = needed.get(where, 0) + more
     for where, wanted in needed.items():
-        if wanted + _SPARE_BYTES > free[where]:
+        if wanted + min(_SPARE_BYTES, wanted // 10) > free[where]:
             raise ResourceError(
-                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows of {len(places)} "
+                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows × {len(places)} "
                 f"layers) and {format_bytes(free[where])} are free: free some space, or ask for fewer tokens or layers"
             )

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from tcsae.cache.layout import SPECIAL, Compression, RowBlock, StoreLayout
 from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
-from tcsae.cache.store import ActivationStore
 from tcsae.cache.writer import StoreSetWriter
 
 BOS, VOCAB = 0, 300
@@ -127,6 +125,10 @@ def make_stores(
 
 def grow_store(path: Path, rows: int) -> Path:
     """Extend a finished store: its own rows again, then others."""
+    import torch  # here, so that a process that only writes starts at once
+
+    from tcsae.cache.store import ActivationStore
+
     store = ActivationStore.open(path)
     n = store.n_rows
     old = RowBlock(store.tokens(0, n), store.documents(0, n), store.flags(0, n))

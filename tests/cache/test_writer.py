@@ -203,7 +203,7 @@ def test_the_whole_plan_must_fit_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(local.shutil, "disk_usage", lambda _: type("usage", (), {"free": 100_000_000})())
     rows = 40_000_000 // (16 * 16 * 8)
     paths = {n: tmp_path / f"l{n}.zarr" for n in (3, 5, 7)}
-    with pytest.raises(ResourceError, match=r"\d{3},\d{3},\d{3} bytes .*3 layers\) and 100 MB are free"):
+    with pytest.raises(ResourceError, match=r"\d{3},\d{3},\d{3} bytes .*× 3 layers\) and 100 MB are free"):
         StoreSetWriter.open(paths, manifests(paths, 100 * rows))
     with StoreSetWriter.open({3: tmp_path / "small.zarr"}, manifests((3,), 60)):
         pass
