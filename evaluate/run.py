@@ -25,8 +25,12 @@ from .config import EvaluateConfig
 from .heldout import HeldOutText, LayerSurvey, survey
 from .machine import describe_machine, peak_memory, versions
 from .measure import Measurement
+from .measures import accumulators
+from .position_probes import DEFINITIONS as PROBE_DEFINITIONS
+from .position_probes import probes
 from .probes import Bench, ProbeContext
 from .references import untrained_sae, zero_sae
+from .report import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row import Candidate, MeasuredRow, row_of
 from .shelf import Shelf, slug
@@ -111,7 +115,8 @@ class _Evaluation:
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
         self.model, self.head = SplicedModel(self.lm), Head(self.lm)
-        facts = (self.lm.identity.fingerprint, self.lm.identity.dtype, self.text.fingerprint, config.seed, config.quick)
+        model = self.lm.identity
+        facts = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, config.seed, config.quick)
         self.shelf = Shelf(self.folder, facts, self.layers, config.references, group.subjects, fresh=config.fresh)
         if self.shelf.missing:
             self._measure()
@@ -220,8 +225,6 @@ class _Evaluation:
         return Candidate(row, sae, surveys[layer], self._accumulators(row, sae), key)
 
     def _accumulators(self, row: MeasuredRow, sae: Any) -> dict[str, Any]:
-        from .measures import accumulators
-
         if sae is None or row.name == "zero_sae":
             return {}
         common = {"context": self.text.context, "seed": self.config.seed}
@@ -233,25 +236,19 @@ class _Evaluation:
 
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
-        try:
-            from .position_probes import probes
-        except ImportError:
-            probes = lambda context: __import__("tcsae.evaluate.protocol", fromlist=["x"]).Findings()
-
         bench = Bench.of(self.model, self.head, self.text)
         for candidate in sorted(candidates, key=lambda one: one.row.layer):
             per_feature = candidate.finish()
             if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
                 context = ProbeContext(bench, candidate.sae, candidate.row.layer, self.config.seed, per_feature)
                 candidate.row.take(probes(context))
+                candidate.row.definitions |= PROBE_DEFINITIONS
                 shown: Any = candidate.accumulators["browser"]
                 candidate.row.cards = shown.cards(context)
             self.shelf.put(candidate.key, candidate.row)
         bench.forget()
 
     def _page(self, report: EvaluationReport) -> Path | None:
-        from .report import write_report
-
         return write_report(report, self.folder)
 
 
