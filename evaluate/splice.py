@@ -11,7 +11,7 @@ Shapes: B rows, T positions, D model width, V vocabulary, N tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,17 @@ class SplicedModel:
             for handle in handles:
                 handle.remove()
         return kept, final_BTD
+
+    @torch.no_grad()
+    def residual(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The residual stream after ``layer`` [B, T, D] alone: no block above it runs (where stand-ins work)."""
+        if layer in self._by_hook:
+            return self.clean(tokens_BT, [layer])[0][layer]
+        kept: dict[int, Tensor] = {}
+        above = range(layer + 1, len(self.lm.blocks))
+        with self._handing_on(above), self.lm.blocks[layer].register_forward_hook(self._keeper(kept, layer)):
+            self._run(tokens_BT)
+        return kept[layer]
 
     @torch.no_grad()
     def spliced(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:
@@ -113,15 +124,24 @@ class SplicedModel:
 
     @contextmanager
     def _standing_in(self, layer: int, x_BTD: Tensor) -> Iterator[None]:
-        blocks = self.lm.blocks
-        real = list(blocks[: layer + 1])
+        with self._handing_on(range(layer)), self._replaced(layer, x_BTD):
+            yield
+
+    @contextmanager
+    def _handing_on(self, skipped: range) -> Iterator[None]:
+        with ExitStack() as stack:
+            for at in skipped:
+                stack.enter_context(self._replaced(at, None))
+            yield
+
+    @contextmanager
+    def _replaced(self, at: int, x_BTD: Tensor | None) -> Iterator[None]:
+        blocks, real = self.lm.blocks, self.lm.blocks[at]
+        blocks[at] = _StandIn(real, x_BTD, self._tuples)
         try:
-            for at, block in enumerate(real):
-                blocks[at] = _StandIn(block, x_BTD if at == layer else None, self._tuples)
             yield
         finally:
-            for at, block in enumerate(real):
-                blocks[at] = block
+            blocks[at] = real
 
 
 class Head:
