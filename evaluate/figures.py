@@ -6,13 +6,14 @@ Deterministic: no date, no version and no random identifier goes into a file.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart
+from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels import plane_zoomed, time_plane
 from .results import EvaluationReport
 
@@ -168,7 +169,7 @@ def _axis(axis: Any, set_scale: Any, set_limits: Any, spec: Axis, ends: tuple[fl
         set_scale("log")
     set_limits(*ends)
     ticks = spec.ticks((min(ends), max(ends)))
-    axis.set_ticks([value for value, _ in ticks], [label for _, label in ticks])
+    axis.set_ticks([value for value, _ in ticks], [shortened(label) for _, label in ticks])
     axis.set_minor_locator(_no_locator())
 
 
@@ -193,7 +194,7 @@ def _legend(ax: Any, panel: Panel) -> None:
 
 
 def _height(panel: Panel) -> float:
-    return 0.9 + 0.26 * len(panel.y.categories) if panel.y.categories else SIZE[1]
+    return max(1.7, 1.1 + 0.26 * len(panel.y.categories)) if panel.y.categories else SIZE[1]
 
 
 @contextmanager
@@ -203,7 +204,8 @@ def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # cramped words are no reason to fail
         figure = Figure(figsize=(SIZE[0] * columns, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, list(figure.subplots(1, columns, squeeze=False)[0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .chart import STYLES, Line, Mark, Panel, number, set_apart
+from .chart import STYLES, Line, Mark, Panel, number, set_apart, shortened
 
 WIDTH, HEIGHT = 320, 236
 ROW = 22  # height of one named category
@@ -81,7 +81,7 @@ def describe(panel: Panel) -> str:
 def _frame(panel: Panel) -> _Frame:
     x_ends, y_ends = panel.ends()
     if panel.y.categories:
-        left = 10 + max(len(_short(name)) for name in panel.y.categories) * GLYPH
+        left = 10 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
         top = 4 + 13 * sum(rule.x is not None for rule in panel.rules)  # a line of words over the rows for each level
         return _Frame(panel, left, top, WIDTH - 8, top + ROW * len(panel.y.categories), x_ends, y_ends)
     left = 10 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH
@@ -93,7 +93,7 @@ def _grid(frame: _Frame) -> Iterator[str]:
     for value, text in panel.y.ticks(frame.y_ends):
         y = frame.y(value)
         yield f'<path class="grid" d="M{frame.left:.1f} {y:.1f}H{frame.right}"/>'
-        yield f'<text class="tick" x="{frame.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(text))}</text>'
+        yield f'<text class="tick" x="{frame.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(shortened(text))}</text>'
     yield f'<path class="axis" d="M{frame.left:.1f} {frame.bottom}H{frame.right}"/>'
     last = -99.0
     for value, text in panel.x.ticks(frame.x_ends):
@@ -108,10 +108,6 @@ def _grid(frame: _Frame) -> Iterator[str]:
     yield f'<text class="name" x="{middle:.1f}" y="{frame.bottom + 34}" text-anchor="middle">{escape(panel.x.label)}</text>'
     if not panel.y.categories:
         yield f'<text class="name" x="2" y="13">{escape(panel.y.label)}</text>'
-
-
-def _short(text: str, length: int = 22) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:

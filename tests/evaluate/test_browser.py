@@ -64,9 +64,14 @@ def passed(text: Text, sae, rows_per_batch=7, **options):
         z_BTF[:, 0] = 99.0  # whatever a special position holds must not matter
         whole = torch.zeros(len(z_BTF), T, dtype=torch.int64)
         batch = TokenBatch(
-            x_BTD=torch.zeros(len(z_BTF), T, D), tokens_BT=whole, documents_BT=whole, units_BT=whole, valid_BT=text.valid_RT[rows],
-            real_BT=text.valid_RT[rows], rows_B=torch.arange(R)[rows],
-        )  # fmt: skip
+            x_BTD=torch.zeros(len(z_BTF), T, D),
+            tokens_BT=whole,
+            documents_BT=whole,
+            units_BT=whole,
+            valid_BT=text.valid_RT[rows],
+            real_BT=text.valid_RT[rows],
+            rows_B=torch.arange(R)[rows],
+        )
         found.update(batch, z_BTF, torch.zeros(len(z_BTF), T, D))
     return found
 
