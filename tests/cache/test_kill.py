@@ -25,6 +25,7 @@ def test_killed_anywhere_the_store_is_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("what", ["writer", "extract"])
 def test_fifty_kills(what):
     record = stress("--kills", "50", "--what", what)

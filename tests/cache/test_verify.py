@@ -60,6 +60,7 @@ def test_every_flipped_bit_is_found(tmp_path, compression):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_one_of_a_thousand_flipped_bits_is_found(tmp_path):
     path = make_store(tmp_path, rows=61, d_model=32)
     ActivationStore.open(path).statistics()
