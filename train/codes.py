@@ -9,7 +9,7 @@ all zeros:
 
 :class:`SparseCodes` does them on the entries, :class:`DenseCodes` on whole matrices; the two answer alike, so a step is
 written once. torch's embedding_bag and sampled_addmm do the work: of the ways torch offers they measured fastest on a CPU
-(``benchmarks/train.py --parts`` repeats the measurement), and they run on CUDA too.
+(``benchmarks/products.py`` repeats the measurement), and they run on CUDA too.
 
 Shapes: N tokens, D model width, F features, E active entries.
 """
@@ -31,6 +31,7 @@ from .products import matmul, product
 # the first. CPU: the steps cross at 0.30 on two Zen 5 cores (2048 × 576 × 4608, float32). CUDA: an estimate, since tensor cores
 # multiply about 50 times faster than a gather brings rows.
 DENSE_ABOVE = {"cpu": 0.25, "cuda": 0.01}
+_TOO_SMALL = 2**17  # pre-activations, below which starting so many small operations costs more than it saves
 
 
 class SparseCodes:
@@ -185,9 +186,16 @@ def codes_of(
     else:
         mask, flat = largest(pre_NF, activation.k or 0, over_batch=activation.kind == "batchtopk")
     active = int(mask.count_nonzero()) if flat is None else flat.numel()
-    if active > (DENSE_ABOVE[pre_NF.device.type] if dense_above is None else dense_above) * pre_NF.numel():
+    if is_dense(active, pre_NF, dense_above):
         return DenseCodes(pre_NF, mask, compute_dtype)
     return SparseCodes(pre_NF, mask, true_positions(mask) if flat is None else flat, all_positive=flat is None)
+
+
+def is_dense(active: int, pre_NF: Tensor, dense_above: float | None) -> bool:
+    """Whether whole matrices are faster for so many active entries; see :func:`codes_of`."""
+    if dense_above is not None:
+        return active > dense_above * pre_NF.numel()
+    return active > DENSE_ABOVE[pre_NF.device.type] * pre_NF.numel() or pre_NF.numel() < _TOO_SMALL
 
 
 def largest(pre_NF: Tensor, k: int, *, over_batch: bool) -> tuple[Tensor, Tensor]:

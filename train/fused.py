@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import DENSE_ABOVE, DenseCodes, SparseCodes, kernels_for, true_positions
+from .codes import DenseCodes, SparseCodes, is_dense, kernels_for, true_positions
 from .objective import Objective
 from .products import matmul
 
@@ -76,7 +76,7 @@ def fused_codes(
     kernels = kernels_for(pre_MF)
     assert kernels is not None  # noqa: S101 - callers ask can_fuse first
     z, sums, counts, changes = kernels.forward_codes(pre_MF, w, compute_dtype or pre_MF.dtype)
-    if int(counts.sum()) > (DENSE_ABOVE[pre_MF.device.type] if dense_above is None else dense_above) * pre_MF.numel():
+    if is_dense(int(counts.sum()), pre_MF, dense_above):
         return FusedCodes(z, sums, counts, changes, w)
     mask = pre_MF > 0
     return SparseCodes(pre_MF, mask, true_positions(mask), all_positive=True)

@@ -94,8 +94,10 @@ def test_true_positions_are_those_of_nonzero(seed: int, length: int, share: floa
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.05, SparseCodes), (0.5, DenseCodes)])
-def test_the_kind_of_codes_follows_their_density(share: float, kind: type) -> None:
-    assert isinstance(codes_of(random_pre(0, 50, 40, share), Activation("relu")), kind)
+@pytest.mark.parametrize("activation", [Activation("relu"), Activation("topk", k=512)])
+def test_the_kind_of_codes_follows_their_density(activation: Activation, share: float, kind: type) -> None:
+    assert isinstance(codes_of(random_pre(0, 256, 600, share), activation), kind)
+    assert isinstance(codes_of(random_pre(0, 20, 600, share), activation), DenseCodes)  # too small to be worth it
 
 
 def test_product_agrees_with_the_plain_one() -> None:

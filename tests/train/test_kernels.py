@@ -38,6 +38,39 @@ def test_kernels_in_the_interpreter() -> None:
     assert done.stdout.count(".") > 25, f"skipped instead of run: {done.stdout}"
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
+def test_kernels_compile_for_gpus_that_are_not_here(capability: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns of a coming default
+    import triton
+    from tcsae.train import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    codes = {"n_windows": "i32", "n_features": "i32"}
+    tile = {"W": 5, "BN": 16, "BF": 128}
+    bags = {"starts": "*i32", "out": "*fp32", "width": "i32"}
+    sources = {
+        "_forward_codes": ({"pre": "*fp32", "z": dtype, "partial": "*fp32", **codes, "n_blocks": "i32"}, tile),
+        "_backward_codes": (
+            {"z": dtype, "slope": dtype, "sparsity": "*fp32", "partial": "*fp32", **codes, "temporal": "fp32", "scope": "i32"},
+            tile,
+        ),
+        "_weighted_rows": ({"table": dtype, "index": "*i32", "weights": "*fp32", **bags}, {"BE": 8, "BD": 256}),
+        "_inner_products": ({"a": "*fp32", "weight": dtype, "column": "*i32", **bags}, {"BE": 8, "BD": 256}),
+    }
+    for name, (signature, constants) in sources.items():
+        kernel = getattr(kernels, name)
+        whole = signature | dict.fromkeys(constants, "constexpr")
+        ordered = {argument: whole[argument] for argument in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=ordered, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert "cubin" in compiled.asm
+        assert "atom" not in compiled.asm["ptx"]  # what is added in no fixed order does not repeat bit for bit
+
+
 def rounded(pre: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """ReLU in float64 of what a kernel may have stored."""
     return pre.relu().to(dtype).double()
@@ -150,5 +183,5 @@ def test_bfloat16_factors_cost_only_their_rounding() -> None:
 @inside
 def test_fused_codes_are_dense_or_sparse_by_density() -> None:
     pre = torch.randn(10, 64)
-    assert isinstance(fused_codes(pre, 5), FusedCodes)
-    assert not isinstance(fused_codes(pre - 10, 5), FusedCodes)
+    assert isinstance(fused_codes(pre, 5, dense_above=0.25), FusedCodes)
+    assert not isinstance(fused_codes(pre - 10, 5, dense_above=0.25), FusedCodes)
