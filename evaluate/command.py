@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .prune_command import prune
+
 
 def evaluate(
     run: list[str] = typer.Option([], "--run", help="A run folder; repeatable. Default: every finished run under runs/."),
@@ -74,4 +76,4 @@ def evaluate(
         raise typer.Exit(1)
 
 
-COMMANDS = [evaluate]
+COMMANDS = [evaluate, prune]
