@@ -1,7 +1,7 @@
 """Stores on object storage, through fsspec: s3://, gs://, memory:// and whatever else it knows.
 
-An object appears whole or not at all, so a shard is one upload that becomes visible when it completes, and the commit log is
-replaced by a longer one.
+An object appears whole or not at all, so a shard is one upload (held in memory until then: a shard of every layer), and the
+commit log is replaced by a longer one.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RemotePlace:
         self.replace(key, self.read(key) + line)
 
     def create(self, key: str) -> Sink:  # noqa: D102
-        return _Upload(self._fs, self._path(key), f"write {self}/{key}")
+        return _Upload(self, key)
 
     def remove(self, key: str) -> None:  # noqa: D102
         with _plain(f"remove {self}/{key}"):
@@ -129,27 +129,21 @@ class _RemoteFiles:
 
 
 class _Upload:
-    """A multipart upload, completed by :meth:`commit`."""
+    """A shard held in memory and put in one piece, which clients send in parallel parts and which appears whole."""
 
-    def __init__(self, fs: Any, path: str, doing: str):
-        self._doing = doing
-        with _plain(doing):
-            self._file = fs.open(path, "wb", autocommit=False)
+    def __init__(self, place: RemotePlace, key: str):
+        self._place, self._key, self._data = place, key, bytearray()
 
     def write(self, buffers: Sequence[Any]) -> None:
-        with _plain(self._doing):
-            for buffer in buffers:
-                self._file.write(memoryview(buffer).cast("B"))
+        for buffer in buffers:
+            self._data += memoryview(buffer).cast("B")
 
     def commit(self) -> None:
-        with _plain(self._doing):
-            self._file.close()
-            self._file.commit()
+        self._place.replace(self._key, bytes(self._data))
+        self.discard()
 
     def discard(self) -> None:
-        with _plain(self._doing):
-            if not self._file.closed:
-                self._file.discard()
+        self._data = bytearray()
 
 
 @contextmanager
