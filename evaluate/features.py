@@ -99,17 +99,18 @@ class FeatureStatistics:
     def _shares(self) -> dict[str, Metric]:
         thresholds = {"alive": 0.0, "share_dense_1pct": 0.01, "share_dense_10pct": 0.1}
         size = self._active_GF.shape[1]
-        return {
-            name: jackknife(
+        found = {}
+        for name, above in thresholds.items():
+            metric = jackknife(
                 lambda tokens, active_F, above=above: _share(active_F > above * tokens, tokens),
-                self._tokens_G,
-                self._active_GF,
+                *(self._tokens_G, self._active_GF),
                 unit="share",
                 definition=name,
                 n=size,
             )
-            for name, above in thresholds.items()
-        }
+            bounds = {end: min(max(at, 0.0), 1.0) for end in ("low", "high") if (at := getattr(metric, end)) is not None}
+            found[name] = metric.model_copy(update=bounds)
+        return found
 
     def _sizes(self) -> dict[str, Metric]:
         sae, entries = self._sae, int(self._active_GF.sum())

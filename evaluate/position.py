@@ -1,7 +1,7 @@
 """Position: how much of a feature depends on where in the row a token stands.
 
 Shapes: F features, T positions, N tokens. Position 0 never enters (it holds BOS, or sees nothing before it). Memory O(F·T): two
-sums per feature and position, and the bounded sample of :mod:`rotation`.
+sums per feature, position and jackknife group (four of them), and the bounded sample of :mod:`rotation`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .codes import Codes
+from .jackknife import group_of, jackknife
 from .protocol import Findings, SparseCoder, TokenBatch
 from .results import Curve, Definition, Metric
 from .rotation import ROTATIONS, RotationSample, false_discovery_rate
@@ -20,12 +21,13 @@ from .rotation import ROTATIONS, RotationSample, false_discovery_rate
 FALSE_DISCOVERY_RATE = 0.05
 LOCKED = 0.5
 """η² from which a significant feature counts as locked to the position: most of its variance is the position's."""
+_GROUPS = 4  # of the jackknife: each holds all sums once
 _EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual information is computed exactly
 
 DEFINITIONS = {
     "eta_squared": Definition(
         text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for "
-        "bias (ε²); positions 1 … T − 1, mean over alive features",
+        "bias (ε²); positions 1 … T − 1, mean over features that vary. Interval: jackknife over text.",
         unit="share",
         label="position dependence η²",
     ),
@@ -46,7 +48,7 @@ DEFINITIONS = {
     "position_tested_share": Definition(text="share of alive features active enough for the rotation test", unit="share"),
     "position_mutual_information": Definition(
         text="mutual information between firing and position, less its expectation if as many firings fell at random; "
-        "mean over alive features",
+        "mean over alive features. Interval: jackknife over text.",
         unit="nats",
         label="firing–position information",
     ),
@@ -64,36 +66,56 @@ class PositionStatistics:
     definitions = DEFINITIONS
 
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):
-        device, shape = sae.W_dec.device, (sae.n_features, context)
-        self._sum_FT = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._active_FT = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._square_F = torch.zeros(sae.n_features, dtype=torch.float64, device=device)
-        self._tokens_T = torch.zeros(context, dtype=torch.float64, device=device)
-        self._rotation = RotationSample(sae.n_features, context, seed)
+        device, size = sae.W_dec.device, sae.n_features
+        self._sum_GFT = torch.zeros(_GROUPS, size, context, dtype=torch.float64, device=device)
+        self._active_GFT = torch.zeros(_GROUPS, size, context, dtype=torch.float64, device=device)
+        self._square_GF = torch.zeros(_GROUPS, size, dtype=torch.float64, device=device)
+        self._tokens_GT = torch.zeros(_GROUPS, context, dtype=torch.float64, device=device)
+        self._rotation = RotationSample(size, context, seed)
 
     def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - all parts are fed alike
         """Take one batch in."""
-        context = codes.context
-        self._tokens_T += batch.valid_BT.double().sum(0)
-        position_E = codes.positions()
-        place = codes.feature_E * context + position_E
-        self._sum_FT.view(-1).index_add_(0, place, codes.value_E)
-        self._active_FT.view(-1).index_add_(0, place, torch.ones_like(codes.value_E))
-        self._square_F += codes.per_feature(codes.value_E**2 * (position_E > 0))
+        group_N, position_E = group_of(batch.units_BT) % _GROUPS, codes.positions()
+        position_N = torch.arange(codes.n_tokens, device=group_N.device) % codes.context
+        place_N = (group_N * codes.context + position_N)[codes.valid_N]
+        self._tokens_GT += torch.bincount(place_N, minlength=self._tokens_GT.numel()).view_as(self._tokens_GT)
+        feature_E = group_N[codes.token_E] * codes.n_features + codes.feature_E
+        place_E = feature_E * codes.context + position_E
+        self._sum_GFT.view(-1).index_add_(0, place_E, codes.value_E)
+        self._active_GFT.view(-1).index_add_(0, place_E, torch.ones_like(codes.value_E))
+        self._square_GF.view(-1).index_add_(0, feature_E, codes.value_E**2 * (position_E > 0))
         self._rotation.update(batch, codes)
 
     def result(self) -> Findings:
         """Position dependence of every feature, tested, and its summaries."""
-        sum_FT, active_FT, tokens_T = (s[..., 1:].cpu() for s in (self._sum_FT, self._active_FT, self._tokens_T))
-        eta_F = eta_squared(sum_FT, self._square_F.cpu(), tokens_T).numpy()
-        information_F = position_information(active_FT, tokens_T).numpy()
+        sum_GFP, active_GFP, tokens_GP = (s[..., 1:].cpu() for s in (self._sum_GFT, self._active_GFT, self._tokens_GT))
+        square_GF, tokens_P, sum_FP = self._square_GF.cpu(), tokens_GP.sum(0), sum_GFP.sum(0)
+        eta_F = eta_squared(sum_FP, square_GF.sum(0), tokens_P).numpy()
+        information_F = position_information(active_GFP.sum(0), tokens_P).numpy()
         p_F = self._rotation.p_values()
         q_F = false_discovery_rate(p_F)
-        alive_F = active_FT.sum(1).numpy() > 0
-        mean_FT = (self._sum_FT / self._tokens_T).cpu().numpy()
+        alive_F = active_GFP.sum((0, 2)).numpy() > 0
+        mean_FT = (self._sum_GFT.sum(0) / self._tokens_GT.sum(0)).cpu().numpy()
+        tokens_G = tokens_GP.sum(1)
+        means = {
+            "eta_squared": jackknife(
+                lambda _, *sums: float(eta_squared(*sums).nanmean()),
+                *(tokens_G, sum_GFP, square_GF, tokens_GP),
+                unit=DEFINITIONS["eta_squared"].unit,
+                definition="eta_squared",
+                n=int(np.isfinite(eta_F).sum()),
+            ),
+            "position_mutual_information": jackknife(
+                lambda _, *sums: float(position_information(*sums).nanmean()),
+                *(tokens_G, active_GFP, tokens_GP),
+                unit=DEFINITIONS["position_mutual_information"].unit,
+                definition="position_mutual_information",
+                n=int(alive_F.sum()),
+            ),
+        }
         return Findings(
-            metrics=_summaries(eta_F, information_F, q_F, alive_F),
-            curves=_curves(eta_F, mean_FT[:, 1:], (sum_FT.sum(1) / tokens_T.sum()).numpy(), tokens_T.numpy()),
+            metrics=means | _shares(eta_F, q_F, alive_F),
+            curves=_curves(eta_F, mean_FT[:, 1:], (sum_FP.sum(1) / tokens_P.sum()).numpy(), tokens_P.numpy()),
             per_feature={
                 "eta_squared": eta_F,
                 "position_p": p_F,
@@ -167,17 +189,14 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.where(inside, found, -torch.inf)
 
 
-def _summaries(eta_F: np.ndarray, information_F: np.ndarray, q_F: np.ndarray, alive_F: np.ndarray) -> dict[str, Metric]:
+def _shares(eta_F: np.ndarray, q_F: np.ndarray, alive_F: np.ndarray) -> dict[str, Metric]:
     tested = np.isfinite(q_F)
     specific = tested & (q_F <= FALSE_DISCOVERY_RATE)
     locked = specific & (eta_F >= LOCKED)
-    defined = np.isfinite(eta_F)
     return {
-        "eta_squared": _mean("eta_squared", eta_F[defined]),
         "position_specific_share": _mean("position_specific_share", specific[tested]),
         "position_locked_share": _mean("position_locked_share", locked[tested]),
         "position_tested_share": _mean("position_tested_share", tested[alive_F]),
-        "position_mutual_information": _mean("position_mutual_information", information_F[alive_F]),
     }
 
 

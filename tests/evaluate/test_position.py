@@ -89,6 +89,14 @@ def test_a_position_locked_feature_has_all_its_variance_there_and_a_mixed_one_it
     assert found.per_feature["position_q"][2] > 0.05
 
 
+def test_the_means_have_intervals_over_text_that_hold_the_truth_of_independent_features():
+    z = (torch.rand(120, 16, 50, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    found = measure((z, batch_of(z)), features=50).metrics
+    for key in ("eta_squared", "position_mutual_information"):
+        assert found[key].low < 0 < found[key].high
+        assert found[key].high - found[key].low < 0.01
+
+
 def test_bias_correction_centres_eta_squared_on_zero():
     z = torch.randn(20, 33, 400, generator=torch.Generator().manual_seed(0)).double()
     sums = z[:, 1:].sum(0).T
