@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +39,42 @@ class Claim:
 
 
 def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool) -> list[Claim]:
-    """Decide for every member whether it begins, goes on or is done; nothing is changed unless all of them may.
+    """Decide for every member whether it begins, goes on or is done; changes nothing.
 
     Raises:
         RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said.
 
     """
-    claims = [_claim(plan, store, fresh=fresh) for plan in plans]
-    for each in claims:
-        if each.record is None:
-            _clear(each.folder)
-    return claims
+    return [_claim(plan, store, fresh=fresh) for plan in plans]
+
+
+@contextmanager
+def held(claims: Sequence[Claim]) -> Iterator[None]:
+    """The run folders that will be written, kept from any other process for the block; the kernel lets go if this one dies.
+
+    Folders of members that begin anew are emptied of what a run writes, once all of them are held.
+
+    Raises:
+        RunError: another process trains one of them, or it cannot be made.
+
+    """
+    with ExitStack() as open_folders:
+        for each in claims:
+            if each.done:
+                continue
+            try:
+                each.folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(each.folder, os.O_RDONLY)
+                open_folders.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"another process trains {each.folder}: wait for it, or give another --name or --out") from None
+            except OSError as failure:
+                raise RunError(f"the run folder {each.folder} cannot be written: {failure.strerror or failure}") from failure
+        for each in claims:
+            if each.record is None:
+                _clear(each.folder)
+        yield
 
 
 def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool) -> Claim:

@@ -70,8 +70,11 @@ def train(
         print(show_toml(chosen), end="")
         return
     from .run import train as run
+    from .world import speaks
 
     done = run(chosen, sweep=grid, fresh=not resume)
+    if not speaks():
+        return
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"
     summary(title, done.facts(as_json=json_output), as_json=json_output)
 

@@ -10,6 +10,7 @@ import datetime
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress
 from ..errors import UsageError
 from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
-from .claims import Claim, claim
+from .claims import Claim, claim, held
 from .config import TrainConfig
 from .diagnostics import Metrics
 from .inputs import Inputs, resolve_device, resolve_dtype
@@ -79,10 +80,11 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
     statistics = store.statistics()
     members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
     members = _with_siblings(members)
-    with joined(device) as world:
-        claims = claim(members, store, fresh=fresh and world.writes)
-        world.wait()
+    with joined(device) as world, ExitStack() as mine:
+        claims = claim(members, store, fresh=fresh)
         metrics: dict[str, Metrics] = {}
+        mine.enter_context(held(claims if world.writes else []))
+        world.wait()
         for group in _groups([each for each in claims if not each.done]):
             for plans in split_passes([each.plan for each in group], available_bytes(device)):
                 part = [each for each in group if each.plan in plans]
@@ -130,13 +132,14 @@ def _train_pass(
     if step is not None:
         inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
     plans = [each.plan for each in claims]
+    if world.writes:
+        _announce(plans, inputs, store, step)
     work = Pass(plans, store, inputs, device, dtype, world)
     if step is not None:
         work.restore(step)
     config = plans[0].config
     records = {each.plan.name: each.record or new_record(each.plan, store, inputs) for each in claims}
     if world.writes:
-        _announce(plans, inputs, store, step)
         for each in claims:
             records[each.plan.name].save(each.folder)
     total, done = (n * tokens_per_step(config) for n in (work.steps, work.step))

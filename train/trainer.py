@@ -30,6 +30,7 @@ from .partners import NEED_SIBLINGS, draw_partners
 from .plan import MemberPlan, tokens_per_step
 from .world import World
 
+_CALIBRATION_BATCHES = 16
 _CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
 
 
@@ -96,6 +97,7 @@ class Pass:
                         raise KeyboardInterrupt(f"Checkpoint written at step {self.step}; the same command goes on from there.")
                     if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
                         self.checkpoint()
+                self.calibrate()
         finally:
             self.stream.close()
             for journal in journals.values():
@@ -140,6 +142,25 @@ class Pass:
             self._alarmed.add(member.plan.name)
             journal.alarm(step, message)
             warn(f"{member.plan.name}: {message}")
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Set the thresholds of batchtopk members from fresh batches and the final weights, so that L0 is k outside training.
+
+        What they kept while training follows weights that have moved on since (arXiv 2412.06410, eq 5).
+        """
+        members = [member for member in self.members if member.sae.activation.kind == "batchtopk"]
+        smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
+        for _ in range(_CALIBRATION_BATCHES if members else 0):
+            x_NWD = self.inputs.prepare(self.stream.next_batch().x_NWD, self.device)
+            for member in members:
+                z = member.sae.encode(x_NWD)
+                kept = z[z > 0]
+                smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
+        for member in members:
+            found = smallest[member.plan.name]
+            if found and member.sae.threshold is not None:
+                member.sae.threshold.fill_(sum(found) / len(found))
 
     def checkpoint(self) -> None:
         """Write the state of every member, all of the same step."""

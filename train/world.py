@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..console import set_quiet
 from .objective import StepResult
 from .sae import TemporalSAE
 
@@ -76,6 +77,11 @@ class World:
                 tensor.copy_(dense)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that prints, before and after it joins the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world that ``torchrun`` describes in the environment, joined for the block; a world of one without it."""
@@ -84,6 +90,8 @@ def joined(device: torch.device) -> Iterator[World]:
         yield World()
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not speaks():
+        set_quiet(True)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:

@@ -329,3 +329,48 @@ def test_training_needs_no_language_model_library(store, tmp_path):
     )
     config = config_for(store, tmp_path, run__steps=2)
     subprocess.run([sys.executable, "-c", code, config.model_dump_json()], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_batchtopk_is_calibrated_to_its_k_outside_training(store, tmp_path):
+    config = config_for(store, tmp_path, sae__activation="batchtopk", run__steps=200, optimiser__lr=3e-3, run__baseline=False)
+    sae = TemporalSAE.load(run.train(config).runs[0])
+    assert sae.activation.kind == "jumprelu"
+    x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
+    assert (sae.encode(x) > 0).sum(-1).float().mean() == pytest.approx(4, rel=0.1)
+
+
+def test_two_processes_equal_one(store, tmp_path):
+    """The torchrun way: every process takes its share of the windows; equal up to the order of sums."""
+    config = config_for(store, tmp_path / "one", sae__activation="relu", loss__l1=0.1)
+    alone = run.train(config)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
+        "train(validated(json.loads(sys.argv[1])))"
+    )
+    together = config_for(store, tmp_path / "two", sae__activation="relu", loss__l1=0.1).model_dump_json()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
+    subprocess.run(
+        [*command, sys.executable, "-W", "ignore", "-c", code, together],
+        check=True, timeout=240, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for path in alone.runs:
+        other = tmp_path / "two" / path.name
+        mine, theirs = TemporalSAE.load(path), TemporalSAE.load(other)
+        for name, value in mine.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        assert curve(other, "loss") == pytest.approx(curve(path, "loss"), rel=1e-4)
+        assert len(read_metrics(other)) == 4
+
+
+def test_two_processes_on_one_run_folder_are_refused(store, tmp_path, monkeypatch):
+    config = config_for(store, tmp_path)
+    real = trainer.Pass.run
+
+    def meanwhile(self, bar):
+        with pytest.raises(RunError, match=r"another process trains .*give another --name"):
+            run.train(config)
+        real(self, bar)
+
+    monkeypatch.setattr(trainer.Pass, "run", meanwhile)
+    assert len(run.train(config).runs) == 2
