@@ -167,10 +167,9 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
 
 def test_someone_elses_sae_alone(place, tmp_path):
     random_sae(24, 16, Activation("relu"), 3).save(tmp_path / "theirs")
-    config = EvaluateConfig(
-        saes=(str(tmp_path / "theirs"),), layers=(2,), model=str(place / "model"), dataset=str(place / "text"), out=str(tmp_path),
-        references=("mean",), quick=True, **SMALL,
-    )  # fmt: skip
+    place_of = {"model": str(place / "model"), "dataset": str(place / "text"), "out": str(tmp_path)}
+    theirs = {"saes": (str(tmp_path / "theirs"),), "layers": (2,), "references": ("mean",)}
+    config = EvaluateConfig(**theirs, **place_of, quick=True, **SMALL)
     (outcome,) = run_module.evaluate(config)
     record = outcome.report.record("theirs", 2)
     assert record.sae.source == "saelens"
