@@ -195,7 +195,7 @@ def is_dense(active: int, pre_NF: Tensor, dense_above: float | None) -> bool:
     """Whether whole matrices are faster for so many active entries; see :func:`codes_of`."""
     if dense_above is not None:
         return active > dense_above * pre_NF.numel()
-    return active > DENSE_ABOVE[pre_NF.device.type] * pre_NF.numel() or pre_NF.numel() < _TOO_SMALL
+    return active > DENSE_ABOVE.get(pre_NF.device.type, 0.0) * pre_NF.numel() or pre_NF.numel() < _TOO_SMALL
 
 
 def largest(pre_NF: Tensor, k: int, *, over_batch: bool) -> tuple[Tensor, Tensor]:

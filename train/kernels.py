@@ -39,7 +39,8 @@ def forward_codes(pre_MF: Tensor, w: int, codes_dtype: torch.dtype) -> tuple[Ten
     z = torch.empty_like(pre_MF, dtype=codes_dtype)
     partial = torch.empty(3, n_blocks, n_features, device=pre_MF.device, dtype=torch.float32)
     grid = (n_blocks, triton.cdiv(n_features, _FEATURES))
-    _forward_codes[grid](pre_MF, z, partial, n_tokens // w, n_features, n_blocks, W=w, BN=_WINDOWS, BF=_FEATURES)
+    with torch.cuda.device_of(pre_MF):  # Triton starts kernels on the current device, wherever the tensors are
+        _forward_codes[grid](pre_MF, z, partial, n_tokens // w, n_features, n_blocks, W=w, BN=_WINDOWS, BF=_FEATURES)
     sums, counts, changes = partial.sum(1)
     return z, sums, counts.long(), changes
 
@@ -65,25 +66,29 @@ def backward_codes(
     n_blocks = triton.cdiv(n_tokens // w, _WINDOWS)
     partial = torch.empty(n_blocks, n_features, device=z_MF.device, dtype=torch.float32)
     grid = (n_blocks, triton.cdiv(n_features, _FEATURES))
-    _backward_codes[grid](
-        z_MF, to_codes_MF, sparsity_F, partial, n_tokens // w, n_features, temporal, scope, W=w, BN=_WINDOWS, BF=_FEATURES
-    )
+    sizes = (n_tokens // w, n_features)
+    with torch.cuda.device_of(z_MF):
+        _backward_codes[grid](z_MF, to_codes_MF, sparsity_F, partial, *sizes, temporal, scope, W=w, BN=_WINDOWS, BF=_FEATURES)
     return to_codes_MF, partial.sum(0)
 
 
 def weighted_rows(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:
     """One weighted sum of rows of ``table`` [·, D] per bag, entries starts[b] … starts[b + 1] belonging to bag b: [bags, D]."""
+    table = table.contiguous()
     n_bags, width = starts.numel() - 1, table.shape[1]
     out = torch.empty(n_bags, width, device=table.device, dtype=torch.float32)
     grid = (n_bags, triton.cdiv(width, _WIDTH))
-    _weighted_rows[grid](table, index_E, starts, weights_E, out, width, BE=_ENTRIES, BD=_WIDTH)
+    with torch.cuda.device_of(table):
+        _weighted_rows[grid](table, index_E, starts, weights_E, out, width, BE=_ENTRIES, BD=_WIDTH)
     return out
 
 
 def inner_products(a_ND: Tensor, W_FD: Tensor, column_E: Tensor, row_starts: Tensor) -> Tensor:
     """⟨a[n], W[f]⟩ at every entry (n, f) [E], entries of row n being row_starts[n] … row_starts[n + 1]."""
+    a_ND, W_FD = a_ND.contiguous(), W_FD.contiguous()
     out = torch.empty(column_E.numel(), device=a_ND.device, dtype=torch.float32)
-    _inner_products[(a_ND.shape[0],)](a_ND, W_FD, column_E, row_starts, out, a_ND.shape[1], BE=_ENTRIES, BD=_WIDTH)
+    with torch.cuda.device_of(a_ND):
+        _inner_products[(len(a_ND),)](a_ND, W_FD, column_E, row_starts, out, a_ND.shape[1], BE=_ENTRIES, BD=_WIDTH)
     return out
 
 
