@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -26,6 +27,10 @@ from .train import command as train_command
 _Misuse: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+class _Stopped(Exception):  # noqa: N818 — being told to stop is no error
+    """Ctrl-C or a signal, with the stage's last words."""
+
+
 class ListCommand(TyperCommand):
     """A command whose repeatable options also take ``--layers 5 12 19``, ``--layers=5 12 19`` and ``--layers 5,12,19``.
 
@@ -37,6 +42,13 @@ class ListCommand(TyperCommand):
         """Spread the lists, then parse as ever."""
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         return super().parse_args(ctx, spread_lists(args, repeatable))
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command. Typer would swallow Ctrl-C, and with it what a stage says about going on."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _Stopped(str(stopped)) from None
 
 
 def spread_lists(args: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -115,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Misuse as misuse:
         misuse.show()  # pyright: ignore[reportAttributeAccessIssue]
         return 2
-    except (KeyboardInterrupt, typer.Abort) as stopped:
+    except (KeyboardInterrupt, typer.Abort, _Stopped) as stopped:
         print(f"\nstopped. {_last_words(stopped)}", file=sys.stderr)
         return 130
     except TcsaeError as failure:

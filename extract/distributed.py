@@ -70,11 +70,13 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
             plan = make_plan(config, elsewhere=True)
         else:
             plan = make_plan(config)
+        identity = identify_model(plan.outline)
+        plan.check_same(identity)
         if plan.complete:
             return already_complete(plan)
         if not config.scheduler:
             client = stack.enter_context(_local_cluster(config.workers or 1))
-        return _Coordinator(plan, client).run()
+        return _Coordinator(plan, identity, client).run()
 
 
 def _settle_device(device: str, dtype: str) -> tuple[str, str]:
@@ -116,9 +118,8 @@ def _local_cluster(workers: int) -> Iterator[Any]:
 class _Coordinator:
     """Gives out shards in row order, a bounded number ahead, and commits what comes back in the same order."""
 
-    def __init__(self, plan: Plan, client: Any):
-        self.plan, self.client = plan, client
-        self.identity = identify_model(plan.outline)
+    def __init__(self, plan: Plan, identity: ModelIdentity, client: Any):
+        self.plan, self.identity, self.client = plan, identity, client
         self.ahead = _SHARDS_PER_THREAD * sum(client.nthreads().values())
 
     def run(self) -> ExtractSummary:
@@ -200,10 +201,10 @@ class _Coordinator:
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model and one GPU
 
 
-def _probe(source: ModelSource, identity: Any, deepest: int, layout: StoreLayout, rows: int) -> tuple[int, int, str]:
+def _probe(source: ModelSource, identity: ModelIdentity, deepest: int, layout: StoreLayout, rows: int) -> tuple[int, int, str]:
     """Batch size, threads and device name that this worker would choose."""
     with _one_at_a_time:
-        lm = _model(source, identity, deepest)
+        lm = _model(source, identity, deepest)  # type: ignore[arg-type] — frozen pydantic records hash
         return choose_batch_size(lm, layout, rows), torch.get_num_threads(), describe_execution(lm.device)
 
 
@@ -212,7 +213,7 @@ def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> Sha
     layers = [layer for layer, _ in job.paths]
     with _one_at_a_time:
         torch.set_num_threads(job.execution.threads)
-        lm = _model(job.source, job.identity, max(layers))
+        lm = _model(job.source, job.identity, max(layers))  # type: ignore[arg-type]
         passes = _passes(lm, layers, job, block, shard * job.layout.shard_rows)
         return write_shard(dict(job.paths), dict.fromkeys(layers, job.layout), shard, passes, kept_rows=kept_rows)
 
@@ -234,7 +235,7 @@ def _passes(
 
 
 @lru_cache(maxsize=1)
-def _model(source: ModelSource, identity: Any, deepest: int) -> LanguageModel:
+def _model(source: ModelSource, identity: ModelIdentity, deepest: int) -> LanguageModel:
     lm = load_language_model(replace(source, device=_own_device(source.device)), deepest_layer=deepest)
     difference = identity_difference(identity, lm.identity)
     if difference:

@@ -13,12 +13,12 @@ import torch
 
 from ..cache.commits import execution_of
 from ..cache.layout import StoreLayout, plan_layout
-from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
+from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, first_difference
 from ..cache.places import place_of
 from ..cache.resume import check_space
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, note
-from ..errors import ModelError
+from ..errors import ModelError, StoreError
 from .config import ExtractConfig
 from .documents import Documents
 from .models import ModelOutline, check_layers, outline_model
@@ -30,7 +30,7 @@ from .text import open_documents, resolve_text
 class Stored:
     """What the stores at the asked paths hold now."""
 
-    manifest: StoreManifest
+    manifests: tuple[StoreManifest, ...]
     execution: Execution
     """Of the last commit."""
     rows: int
@@ -54,9 +54,22 @@ class Plan:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether nothing is left to do, if it is these rows that are stored: see :meth:`check_same`."""
         there = self.stored
         return there is not None and there.finished and (there.rows >= self.config.rows or there.cursor.end)
+
+    def check_same(self, model: ModelIdentity) -> None:
+        """Compare what is asked for with what the stores hold.
+
+        Raises:
+            StoreError: other rows; the first differing field is named.
+
+        """
+        for stored in self.stored.manifests if self.stored else ():
+            difference = first_difference(stored, self.manifests(model, stored.execution)[stored.layer])
+            if difference:
+                path = self.config.paths[stored.layer]
+                raise StoreError(f"{path} holds other rows ({difference}): choose another --out, or --fresh to begin it anew")
 
     @property
     def store_bytes(self) -> int:
@@ -104,7 +117,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     _check_context(outline, config.text.context)
     documents = open_documents(config.text)
     config = replace(config, model=outline.source, text=replace(config.text, revision=documents.revision))
-    layout = stored.manifest.layout if stored else _layout(config, outline)
+    layout = _layout(config, outline, stored)
     plan = Plan(config, outline, documents, resolve_text(config.text, outline, documents), layout, stored)
     rows = stored.rows if stored else 0
     announce(plan)
@@ -130,7 +143,7 @@ def look(config: ExtractConfig) -> Stored | None:
     execution = execution_of(last, shortest.manifest) if last else shortest.manifest.execution
     whole = len(present) == len(config.paths)
     return Stored(
-        manifest=shortest.manifest,
+        manifests=tuple(store.manifest for store in stores),
         execution=execution,
         rows=shortest.n_rows if whole else 0,
         finished=whole and all(store.finished for store in stores),
@@ -141,7 +154,7 @@ def look(config: ExtractConfig) -> Stored | None:
 def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:
     if stored is None:
         return config
-    model, text = stored.manifest.model, stored.manifest.text
+    model, text = stored.manifests[0].model, stored.manifests[0].text
     dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
     return replace(
         config,
@@ -151,7 +164,10 @@ def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:
     )
 
 
-def _layout(config: ExtractConfig, outline: ModelOutline) -> StoreLayout:
+def _layout(config: ExtractConfig, outline: ModelOutline, stored: Stored | None) -> StoreLayout:
+    there = stored.manifests[0].layout if stored else None
+    if there and (there.d_model, there.context) == (outline.d_model, config.text.context):
+        return replace(there, compression=config.compression)
     return plan_layout(
         outline.d_model,
         config.text.context,

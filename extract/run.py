@@ -82,13 +82,15 @@ def extract(config: ExtractConfig) -> ExtractSummary:
             from .distributed import extract_on_cluster
 
             return extract_on_cluster(config)
-        plan = make_plan(config)
-        return already_complete(plan) if plan.complete else _extract_here(plan)
+        return _extract_here(make_plan(config))
 
 
 def _extract_here(plan: Plan) -> ExtractSummary:
     config = plan.config
     identity = identify_model(plan.outline)
+    plan.check_same(identity)
+    if plan.complete:
+        return already_complete(plan)
     lm = load_language_model(plan.outline, deepest_layer=max(config.layers), identity=identity)
     batch_size = min(config.batch_size or choose_batch_size(lm, plan.layout, config.rows), plan.layout.shard_rows)
     execution = resolve_execution(plan, batch_size)
@@ -219,7 +221,7 @@ def already_complete(plan: Plan) -> ExtractSummary:
         seconds=0.0,
         bytes_written=0,
         batch_size=stored.execution.batch_size,
-        dtype=stored.manifest.model.dtype,
+        dtype=stored.manifests[0].model.dtype,
         device=stored.execution.device,
         dropped_tokens=stored.cursor.dropped_tokens,
         short_documents=stored.cursor.short_documents,
