@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .formats import CONFIG, WEIGHTS
 from .journal import METRICS
 from .plan import MemberPlan
+from .presets import changed
 from .record import RECORD, RunRecord, load_run
 
 # What may differ when a run goes on: where and how it is written, not what it computes.
@@ -38,14 +39,20 @@ class Claim:
         return self.record is not None and bool(checkpoints(self.folder))
 
 
-def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool) -> list[Claim]:
+def claim(plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool, default_length: bool = False) -> list[Claim]:
     """Decide for every member whether it begins, goes on or is done; changes nothing.
+
+    Args:
+        plans: the members.
+        store: where their windows come from.
+        fresh: replace what is there.
+        default_length: nobody asked for a number of steps, so that a run keeps its own even if the store has grown since.
 
     Raises:
         RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said.
 
     """
-    return [_claim(plan, store, fresh=fresh) for plan in plans]
+    return [_claim(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
 
 
 @contextmanager
@@ -77,11 +84,13 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
         yield
 
 
-def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool) -> Claim:
+def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> Claim:
     folder = Path(plan.config.run.out) / plan.name
     if fresh or not (folder / RECORD).exists():
         return Claim(plan, folder)
     record = load_run(folder)
+    if default_length:
+        plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     _same(plan.config, record, store, folder)
     return Claim(plan, folder, record, done=record.finished)
 

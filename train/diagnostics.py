@@ -65,11 +65,10 @@ def loss_terms(member: Member, update: Update) -> Metrics:
 
 
 def temporal_variation(z_NWF: Tensor) -> float | None:
-    """Σ (z_t − z_{t+1})² / Σ z², each as a mean over its pairs or tokens; 2 for independent codes of zero mean."""
-    energy = z_NWF.pow(2).sum(-1).mean()
-    if z_NWF.shape[1] < 2 or energy == 0:
-        return None
-    return float((z_NWF[:, 1:] - z_NWF[:, :-1]).pow(2).sum(-1).mean() / energy)
+    """Σ ‖z_t − z_{t+1}‖² / Σ ½ (‖z_t‖² + ‖z_{t+1}‖²) over neighbours: 0 if nothing changes, 2 if nothing is shared."""
+    before, after = z_NWF[:, :-1], z_NWF[:, 1:]
+    energy = before.pow(2).sum() / 2 + after.pow(2).sum() / 2
+    return float((after - before).pow(2).sum() / energy) if energy > 0 else None
 
 
 def lag_correlations(z_NWF: Tensor) -> Metrics:

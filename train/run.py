@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
     members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
     members = _with_siblings(members)
     with joined(device) as world, ExitStack() as mine:
-        claims = claim(members, store, fresh=fresh)
+        claims = claim(members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens))
         metrics: dict[str, Metrics] = {}
         mine.enter_context(held(claims if world.writes else []))
         world.wait()
@@ -89,7 +89,7 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
             for plans in split_passes([each.plan for each in group], available_bytes(device)):
                 part = [each for each in group if each.plan in plans]
                 metrics |= _train_pass(part, store, Inputs.of(group[0].plan.config.data, statistics), device, dtype, world)
-    first = members[0].config
+    first = claims[0].plan.config
     return TrainSummary(
         runs=[each.folder for each in claims],
         skipped=[each.folder for each in claims if each.done],
@@ -138,7 +138,8 @@ def _train_pass(
     if step is not None:
         work.restore(step)
     config = plans[0].config
-    records = {each.plan.name: each.record or new_record(each.plan, store, inputs) for each in claims}
+    kept = {each.plan.name: each.record for each in claims if each.record and step is not None}
+    records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs) for plan in plans}
     if world.writes:
         for each in claims:
             records[each.plan.name].save(each.folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import make_store
+from stores import grow_store, make_store
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
 from tcsae.train import memory, run, trainer
@@ -259,6 +259,19 @@ def test_another_store_under_the_same_name_is_refused(store, tmp_path):
     other = make_store(tmp_path / "cache", rows=64, context=16, d_model=8, documents=12, seed=1)
     with pytest.raises(RunError, match=r"are not those that .* was trained on"):
         run.train(config_for(other, tmp_path / "runs"))
+
+
+def test_a_store_that_grows_leaves_unfinished_runs_as_they_were(tmp_path, monkeypatch):
+    same = {"rows": 64, "context": 16, "d_model": 8, "documents": 12}
+    whole = run.train(config_for(make_store(tmp_path / "a", **same), tmp_path / "whole", run__steps=0))
+    store = make_store(tmp_path / "b", **same)
+    config = config_for(store, tmp_path / "parts", run__steps=0)
+    pull_the_plug(config, monkeypatch, after=9)
+    grow_store(store, 96)
+    resumed = run.train(config)
+    assert (resumed.steps, load_run(resumed.runs[0]).store_rows) == (whole.steps, 64)
+    assert [weights(a) for a in whole.runs] == [weights(b) for b in resumed.runs]
+    assert run.train(config).skipped == resumed.runs
 
 
 def test_damaged_checkpoints_are_named(store, tmp_path, monkeypatch):
