@@ -7,10 +7,10 @@ alignment to the position goes. The statistic is the between-position sum of squ
 position p; the total sum of squares is the same in every replicate, so this orders replicates as η² does.
 
 Memory: rotating all text would cost R·F·P sums. Instead every feature keeps the entries of a random subset of rows, halved
-whenever it holds more than ``2·events`` of them (yet never below ``min_rows`` rows): O(F·T) in all (and a byte per
-row), and the test is exact on what is kept. Features are compared with a pooled null: each feature's replicates are standardised by its own mean and deviation
-and pooled with those of features about as active. So a few hundred rotations of thousands of features resolve the p-values that
-a false-discovery rate needs; beyond the pool's last values a gamma tail fitted to it goes on.
+whenever it holds more than ``2·events`` of them (yet never below ``min_rows`` rows): O(F·T) in all, and a byte per row of text.
+The test is exact on what is kept. Features are compared with a pooled null: each feature's replicates are standardised by its
+own mean and deviation and pooled with those of features about as active. So a few hundred rotations of thousands of features
+resolve the p-values that a false-discovery rate needs; beyond the pool's last values a gamma tail fitted to it goes on.
 """
 
 from __future__ import annotations
