@@ -56,7 +56,10 @@ class _Seen:
         """All that is known of every feature: what was counted here and what the other accumulators found."""
         peak_F = self.strongest.score_KF[0].clamp_min(0).cpu().numpy().astype(np.float64)
         own = {"density": self.count_F.cpu().numpy() / max(self.n_tokens, 1), "max_activation": peak_F}
-        return own | {name: np.asarray(values) for name, values in per_feature.items()}
+        found = own | {name: np.asarray(values) for name, values in per_feature.items()}
+        if "lag_autocorrelation" in found:
+            found["lag1_autocorrelation"] = found["lag_autocorrelation"][:, 0]
+        return found
 
     def places(self, feature: int) -> list[Place]:
         """The strongest first, then the random ones that are not among them."""

@@ -67,7 +67,8 @@ def _terms(curves: TrainingCurves) -> dict[str, list[float | None]]:
     """Term → its series, by the words in the names of what was logged."""
     found = {}
     for term, words in TERM_WORDS.items():
-        name = next((n for n in curves.series if any(word in n.lower() for word in words)), None)
+        close = [name for name in curves.series if any(word in name.lower() for word in words)]
+        name = term if term in curves.series else next(iter(close), None)
         if name and any(curves.series[name]):
             found[term] = curves.series[name]
     return found

@@ -156,7 +156,7 @@ def kl_rows(report: EvaluationReport, layer: int) -> Panel | None:
     """KL of every row, on a log scale, with the floor that rounding sets."""
     floors = [m.value for r in _saes(report, layer) if (m := r.metrics.get("kl_noise_floor")) and m.value]
     rules = [Rule("bf16 rounding", x=floors[0])] if floors else []
-    caption = "Lower is better; each step to the left of a tenfold. Nothing can be told apart at the level of rounding."
+    caption = "Lower is better. Zero, which no log scale has, is drawn at the left edge."
     axis = Axis("KL, nats per token (log scale)", log=True)
     return _rows(report, _records(report, layer), "kl", f"KL divergence, layer {layer}", axis, caption, rules)
 
@@ -284,7 +284,10 @@ def _line(curve: Curve, role: str, label: str) -> Line | None:
     if curve.kind == "histogram":
         edges = tuple(x for x in curve.x if x is not None)
         heights = tuple(y or 0.0 for y in curve.y)
-        return Line(edges, heights, role, label, step=True) if len(edges) == len(heights) + 1 and any(heights) else None
+        if len(edges) != len(heights) + 1 or not any(heights):
+            return None
+        used = [i for i, height in enumerate(heights) if height]  # empty bins at either end only make the rest small
+        return Line(edges[used[0] : used[-1] + 2], heights[used[0] : used[-1] + 1], role, label, step=True)
     rows = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None]
     if not rows:
         return None

@@ -23,7 +23,7 @@ from .payload import embedded, payload
 from .results import EvaluationReport, Metric
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables
-from .wording import evaluated, named, outcomes, provenance
+from .wording import evaluated, in_reading_order, named, outcomes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -42,6 +42,7 @@ def write_report(report: EvaluationReport, folder: Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    report = in_reading_order(report)
     panels = sections(report)
     write_figures([panel for group in panels.values() for panel in group], folder / "figures")
     page = folder / PAGE
@@ -53,6 +54,7 @@ def write_report(report: EvaluationReport, folder: Path) -> Path:
 
 def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None = None) -> str:
     """The page as text."""
+    report = in_reading_order(report)
     panels = sections(report) if panels is None else panels
     browser = payload(report)
     environment = Environment(

@@ -81,7 +81,7 @@ def describe(panel: Panel) -> str:
 def _frame(panel: Panel) -> _Frame:
     x_ends, y_ends = panel.ends()
     if panel.y.categories:
-        left = 10 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
+        left = 13 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
         top = 4 + 13 * sum(rule.x is not None for rule in panel.rules)  # a line of words over the rows for each level
         return _Frame(panel, left, top, WIDTH - 8, top + ROW * len(panel.y.categories), x_ends, y_ends)
     left = 10 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH

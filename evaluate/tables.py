@@ -155,6 +155,7 @@ class Comparison:
     first: str
     second: str
     differences: tuple[Difference, ...]
+    others: tuple[Difference, ...]
     warning: str
 
 
@@ -164,12 +165,12 @@ def comparisons(report: EvaluationReport) -> list[Comparison]:
 
 
 def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
-    order = [*[key for key in MAIN if key in pair.metrics], *[key for key in pair.metrics if key not in MAIN]]
+    headline = [key for key in MAIN if key in pair.metrics]
+    order = [*headline, *[key for key in pair.metrics if key not in MAIN]]
     records = report.record(pair.first, pair.layer), report.record(pair.second, pair.layer)
-    found = [_difference(key, pair, records, report) for key in order]
-    return Comparison(
-        pair.layer, pair.first, pair.second, tuple(d for d in found if d), pair.warning or _sparsity_warning(records)
-    )
+    found = [d for key in order if (d := _difference(key, pair, records, report))]
+    main, others = (tuple(d for d in found if (d.column.key in headline) is wanted) for wanted in (True, False))
+    return Comparison(pair.layer, pair.first, pair.second, main, others, pair.warning or _sparsity_warning(records))
 
 
 def _sparsity_warning(records: tuple[Record | None, Record | None]) -> str:

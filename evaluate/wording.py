@@ -33,6 +33,18 @@ def role_of(record: Record) -> str:
     return record.role or "external"
 
 
+def in_reading_order(report: EvaluationReport) -> EvaluationReport:
+    """The same report with its rows as a reader wants them: SAEs before references, each TC-SAE before its twin."""
+    first = {record.name: i for i, record in enumerate(report.records) if record.role == "tc"}
+
+    def place(item: tuple[int, Record]) -> tuple[int, int, int]:
+        i, record = item
+        pair = first.get(record.pair or "", first.get(record.name, i))
+        return (record.kind == "reference", pair, 0 if record.role == "tc" else 1)
+
+    return report.model_copy(update={"records": [record for _, record in sorted(enumerate(report.records), key=place)]})
+
+
 def short_name(record: Record, report: EvaluationReport) -> str:
     """The record's name inside a panel of its layer: its role where that is enough, else its name without the layer."""
     if record.kind == "reference":
@@ -121,13 +133,16 @@ def evaluated(report: EvaluationReport) -> str:
     machine = (
         report.machine.get("gpu") or report.machine.get("device_name") or report.machine.get("device") or "an unnamed machine"
     )
-    documents = f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
     model = f"{named(report.model.id, 'model')} ({report.model.architecture}, {report.model.dtype})"
     return (
         f"{what} at {where} of {model}, spliced into the model on"
-        f" {report.n_tokens:,} held-out tokens from {documents} of "
+        f" {report.n_tokens:,} held-out tokens from {_documents(report)} of "
         f"{named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed {report.seed}, on {machine}."
     )
+
+
+def _documents(report: EvaluationReport) -> str:
+    return f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
 
 
 def outcomes(report: EvaluationReport) -> list[str]:
@@ -196,7 +211,7 @@ def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
         ("held out", f"{text.held_out:.1%} of the documents, by a hash of their text; none was trained on"),
         (
             "evaluated",
-            f"{report.n_tokens:,} tokens, {report.n_rows:,} rows, {report.n_documents:,} documents; seed {report.seed}",
+            f"{report.n_tokens:,} tokens, {report.n_rows:,} rows, {_documents(report)}; seed {report.seed}",
         ),
         ("intervals", f"95 %, resampling {report.resampling}"),
         (

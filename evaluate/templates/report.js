@@ -27,7 +27,7 @@
   function glyphs(text, edges) {
     const out = [];
     text.split(/(\n|\t)/).forEach((part) => {
-      if (part === "\n") out.push(el("span", { class: "glyph-char" }, "↵"), edges ? "" : "\n");
+      if (part === "\n") out.push(el("span", { class: "glyph-char" }, "↵"));
       else if (part === "\t") out.push(el("span", { class: "glyph-char" }, "⇥"));
       else if (edges && /^ +$/.test(part)) out.push(el("span", { class: "glyph-char" }, "␣".repeat(part.length)));
       else if (edges && part.startsWith(" ")) out.push(el("span", { class: "glyph-char" }, "␣"), part.slice(1));

@@ -148,7 +148,8 @@ def test_what_others_measured_is_shown(text, sae):
     }
     cards = cards_of(text, sae, n_cards=F)
     assert cards[3].numbers["eta_squared"] == pytest.approx(3 / 19, rel=1e-3)
-    assert set(cards[3].numbers) == {"density", "max_activation", "eta_squared"}
+    assert set(cards[3].numbers) == {"density", "max_activation", "eta_squared", "lag1_autocorrelation"}
+    assert cards[3].numbers["lag1_autocorrelation"] == 0.5
     assert cards[3].lag_curve is not None
     assert cards[3].lag_curve.y == [0.5, None, 0.1]
     assert cards[3].position_profile is not None

@@ -8,7 +8,7 @@ from tcsae.evaluate.payload import embedded, payload, visible
 from tcsae.evaluate.report import render_page, write_report
 from tcsae.evaluate.results import EvaluationReport, Metric
 from tcsae.evaluate.tables import comparisons, forensic, main_tables
-from tcsae.evaluate.wording import decimals, evaluated, outcomes, show, verdict
+from tcsae.evaluate.wording import decimals, evaluated, in_reading_order, outcomes, show, verdict
 
 VOID = {"meta", "link", "img", "br", "input", "hr", "circle", "path", "rect", "line"}
 
@@ -251,6 +251,23 @@ def test_better_and_worse_follow_the_definition(report):
     assert found["temporal_variation"].word == "lower"
     assert found["explained_variance"].word == "undecided"
     assert "<svg" in found["kl"].glyph
+
+
+def test_rows_come_in_reading_order(report):
+    shuffled = report.model_copy(update={"records": sorted(report.records, key=lambda r: r.name)})
+    names = [record.name for record in in_reading_order(shuffled).records]
+    tc, twin = names.index("l5-topk64-pairwise0.1-w5-s0"), names.index("l5-topk64-none-s0")
+    assert twin == tc + 1
+    kinds = [record.kind for record in in_reading_order(shuffled).records]
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def test_side_metrics_do_not_crowd_the_comparison(report):
+    more = report.paired[0].metrics | {"kl_without_outliers": metric("kl", 0.2, 0.1)}
+    pair = report.paired[0].model_copy(update={"metrics": more})
+    found = comparisons(report.model_copy(update={"paired": [pair]}))[0]
+    assert [d.column.key for d in found.others] == ["kl_without_outliers"]
+    assert "kl" in [d.column.key for d in found.differences]
 
 
 def test_forensic_table_sets_the_paper_beside_untrained_rows(report):
