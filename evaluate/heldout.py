@@ -144,7 +144,7 @@ def survey(model: SplicedModel, text: HeldOutText, layers: list[int], batch_rows
     sums: dict[int, Tensor] = {}
     counts = {layer: [0, 0] for layer in layers}
     for rows in text.batches(batch_rows, SURVEY_BATCHES):
-        residuals, _ = model.clean(text.tokens(rows, device), layers)
+        residuals = model.residuals(text.tokens(rows, device), layers)
         real_BT = torch.from_numpy(text.real_RT[rows]).to(device)
         for layer, x_BTD in residuals.items():
             x_ND = x_BTD.float()[real_BT]

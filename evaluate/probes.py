@@ -36,7 +36,7 @@ class Bench:
 
     def run(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream [B, T, D] after ``layer`` for any tokens, in float32."""
-        return self.model.residual(tokens_BT.to(self.model.lm.device), layer).float()
+        return self.model.residuals(tokens_BT.to(self.model.lm.device), [layer])[layer].float()
 
     def rows(self, rows: Sequence[int], layer: int) -> Tensor:
         """The same for rows of the text; each is run once."""

@@ -51,15 +51,13 @@ class SplicedModel:
         return kept, final_BTD
 
     @torch.no_grad()
-    def residual(self, tokens_BT: Tensor, layer: int) -> Tensor:
-        """The residual stream after ``layer`` [B, T, D] alone: no block above it runs (where stand-ins work)."""
-        if layer in self._by_hook:
-            return self.clean(tokens_BT, [layer])[0][layer]
-        kept: dict[int, Tensor] = {}
-        above = range(layer + 1, len(self.lm.blocks))
-        with self._handing_on(above), self.lm.blocks[layer].register_forward_hook(self._keeper(kept, layer)):
-            self._run(tokens_BT)
-        return kept[layer]
+    def residuals(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The residual stream after each of ``layers`` [B, T, D]; no block above the highest runs (where stand-ins work)."""
+        highest = max(layers)
+        if highest in self._by_hook:
+            return self.clean(tokens_BT, layers)[0]
+        with self._handing_on(range(highest + 1, len(self.lm.blocks))):
+            return self.clean(tokens_BT, layers)[0]
 
     @torch.no_grad()
     def spliced(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def test_prefix_splice_equals_a_full_run_with_a_hook(kind, loaded):
     for layer in range(lm.n_layers):
         if layer + 1 < lm.n_layers:  # the last entry of hidden_states is after the final norm
             assert torch.equal(residuals[layer], own.hidden_states[layer + 1])
-        assert torch.equal(model.residual(tokens, layer), residuals[layer])
+        assert torch.equal(model.residuals(tokens, [0, layer])[layer], residuals[layer])
         changed = residuals[layer].flip(0) * 1.3 + 0.1
         by_prefix, by_hook = model.spliced(tokens, layer, changed), model.spliced_by_hook(tokens, layer, changed)
         assert torch.equal(by_prefix, by_hook)
