@@ -53,12 +53,22 @@ class Commit:
     def to_line(self) -> bytes:
         """The line, newline included, with its own checksum as ``check``."""
         record: dict[str, Any] = {"shard": self.shard, "first_row": self.first_row, "rows": self.rows}
-        record["files"] = {name: {"bytes": f.bytes, "xxh3": f.xxh3} for name, f in self.files.items()}
+        record["files"] = {name: _file_entry(file) for name, file in self.files.items()}
         record["cursor"] = self.cursor
         if self.execution is not None:
             record["execution"] = self.execution
         record["check"] = checksum(record)
         return (json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _file_entry(file: FileRecord) -> dict[str, Any]:
+    entry: dict[str, Any] = {"bytes": file.bytes, "xxh3": file.xxh3}
+    return entry if file.chunks is None else entry | {"chunks": list(file.chunks)}
+
+
+def _file_record(entry: dict[str, Any]) -> FileRecord:
+    chunks = entry.pop("chunks", None)
+    return FileRecord(**entry, chunks=None if chunks is None else tuple(chunks))
 
 
 def parse_log(raw: bytes) -> tuple[list[Commit], int]:
@@ -80,7 +90,7 @@ def _parse_line(line: bytes) -> Commit | None:
         check = record.pop("check")
         if check != checksum(record):
             return None
-        files = {name: FileRecord(**entry) for name, entry in record.pop("files").items()}
+        files = {name: _file_record(entry) for name, entry in record.pop("files").items()}
         return Commit(files=files, **record)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

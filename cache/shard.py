@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ _TEXT_FIELDS = {"tokens": "tokens_BT", "documents": "documents_BT", "flags": "fl
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A committed file: its bytes and the XXH3-128 of all of them."""
+    """A committed file: its bytes, the XXH3-128 of all of them and, of activations, the XXH3-64 of every encoded chunk."""
 
     bytes: int
     xxh3: str
+    chunks: tuple[str, ...] | None = None
 
 
 class _HashedFile:
@@ -57,12 +58,12 @@ class ActivationShard:
         self._index = np.full((layout.shard_chunks, 2), _ABSENT, "<u8")
         self._chunk = np.empty((layout.chunk_rows, layout.context, layout.d_model), np.uint16)
         self._filled = 0  # rows waiting in _chunk
-        self._chunks = 0
+        self._hashes: list[str] = []  # of the chunks written
 
     @property
     def rows(self) -> int:
         """Rows taken so far."""
-        return self._chunks * self._layout.chunk_rows + self._filled
+        return len(self._hashes) * self._layout.chunk_rows + self._filled
 
     def append(self, rows_BTD: np.ndarray) -> None:
         """Take rows of uint16 bits; whole chunks go out at once, straight from the caller's memory where they line up."""
@@ -82,8 +83,8 @@ class ActivationShard:
 
     def _write_chunk(self, chunk: np.ndarray) -> None:
         encoded = encode(chunk, self._layout.compression)
-        self._index[self._chunks] = self._file.bytes, memoryview(encoded).nbytes + CRC_BYTES
-        self._chunks += 1
+        self._index[len(self._hashes)] = self._file.bytes, memoryview(encoded).nbytes + CRC_BYTES
+        self._hashes.append(xxhash.xxh3_64_hexdigest(encoded))
         self._file.write(encoded, checksum_bytes(encoded))
 
     def commit(self) -> FileRecord:
@@ -93,7 +94,7 @@ class ActivationShard:
             self._filled = 0
             self._write_chunk(self._chunk)
         self._file.write(self._index, checksum_bytes(self._index))
-        return self._file.commit()
+        return replace(self._file.commit(), chunks=tuple(self._hashes))
 
     def discard(self) -> None:
         """Drop what was written."""
@@ -143,19 +144,17 @@ def parse_index(raw: Any, layout: StoreLayout, file_bytes: int, chunks: int) -> 
         raw: the last :func:`index_bytes` bytes of the file.
         layout: the store's.
         file_bytes: the file's length.
-        chunks: chunks that must be present; the others must be absent.
+        chunks: chunks that must be present. There may be more: a short last shard that has grown since its commit was read.
 
     Raises:
-        DamageError: a checksum, position or presence that cannot be.
+        DamageError: a checksum or position that cannot be.
 
     """
     check(raw[:-CRC_BYTES], raw[-CRC_BYTES:])
     index = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(layout.shard_chunks, 2)
-    here, gone = index[:chunks].astype(object), index[chunks:]
+    here = index[:chunks].astype(object)
     plain = layout.chunk_bytes + CRC_BYTES if layout.compression == "none" else None
     limit = file_bytes - index_bytes(layout)
     if any(offset + length > limit or length <= CRC_BYTES or (plain and length != plain) for offset, length in here):
         raise DamageError("its index points outside the file")
-    if (gone != _ABSENT).any():
-        raise DamageError("its index lists chunks that no committed row needs")
     return index

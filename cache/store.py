@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class ActivationStore:
     """Committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with their tokens, documents and flags.
 
-    Every read verifies the chunk's CRC-32C. Thread-safe. Works on folders and on fsspec URLs alike.
+    Every read compares the chunk's hash with the committed one. Thread-safe. Works on folders and on fsspec URLs alike.
+    What was opened stays readable while the store grows.
     """
 
     def __init__(self, place: Place, manifest: StoreManifest, commits: Sequence[Commit]):
@@ -192,12 +193,14 @@ class ActivationStore:
         """Rows ``low`` … ``high`` of a chunk into ``into``: directly when it is the whole chunk, else through scratch."""
         commit = self._latest[chunk * self.chunk_rows // self.layout.shard_rows]
         within = chunk % self.layout.shard_chunks
-        if high - low == self.chunk_rows:
-            self._reader.read_chunk(commit.shard, within, commit.rows, into)
-            return
-        scratch = self._reader.scratch()
-        self._reader.read_chunk(commit.shard, within, commit.rows, scratch)
-        into[:] = scratch[low:high]
+        direct = high - low == self.chunk_rows
+        target = into if direct else self._reader.scratch()
+        # A last chunk that is not full may have been completed since: its own checksum then, not the log's.
+        full = (within + 1) * self.chunk_rows <= commit.rows
+        hashes = commit.files["activations"].chunks
+        self._reader.read_chunk(commit.shard, within, commit.rows, target, hashes[within] if full and hashes else None)
+        if not direct:
+            into[:] = target[low:high]
 
     def iter_rows(self, rows_per_step: int, *, dtype: torch.dtype = torch.bfloat16) -> Iterator[torch.Tensor]:
         """All rows in order, ``rows_per_step`` at a time; the last step may be shorter."""

@@ -57,7 +57,7 @@ def test_where_windows_begin_is_uniform():
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_an_epoch_holds_every_usable_token_at_most_once_and_its_own_values(tmp_path_factory, data):
-    rows, context = data.draw(st.integers(6, 40)), data.draw(st.integers(4, 12))
+    rows, context = data.draw(st.integers(6, 40)), data.draw(st.integers(6, 12))
     window = data.draw(st.integers(1, 4))
     packing = data.draw(st.sampled_from(["document", "concat"]))
     path = make_store(tmp_path_factory.mktemp("w"), rows=rows, context=context, chunk_rows=2, shard_rows=6, packing=packing)

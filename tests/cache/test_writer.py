@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_activations, make_block, make_manifest, make_stores, pieces, write_rows
+from stores import grow_store, make_activations, make_block, make_manifest, make_store, make_stores, pieces, write_rows
 from tcsae.cache import local
 from tcsae.cache.commits import LOG, parse_log
 from tcsae.cache.layout import StoreLayout
@@ -153,6 +153,24 @@ def test_a_finished_store_grows_and_old_fingerprints_stay(tmp_path):
         np.testing.assert_array_equal(bits_of(grown), bits[3][:rows])
         assert {n: grown.fingerprint(n) for n in prints} == prints
         assert verify(paths[3]).ok
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_who_opened_it_before_reads_on_while_it_grows(tmp_path, compression):
+    path = make_store(tmp_path, rows=41, compression=compression)
+    early, late = ActivationStore.open(path), ActivationStore.open(path)
+    wanted = bits_of(early)
+    grow_store(path, 60)
+    for store in (early, late):  # one had the old file open, the other meets the new one
+        np.testing.assert_array_equal(bits_of(store), wanted)
+        assert store.tokens(0, 41).shape == (41, 16)
+
+
+def test_a_shard_of_another_store_is_not_taken_for_its_own(tmp_path):
+    path, other = make_store(tmp_path / "a", rows=40), make_store(tmp_path / "b", rows=40, seed=1)
+    (path / "activations/c.1.0.0").write_bytes((other / "activations/c.1.0.0").read_bytes())
+    with pytest.raises(StoreError, match=r"c.1.0.0 is damaged: its bytes are not those that were committed"):
+        ActivationStore.open(path).rows(16, 32)
 
 
 def test_growing_with_other_rows_is_refused_and_rounding_is_not(tmp_path):
