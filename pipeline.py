@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from . import __version__
+from . import __version__, demo
 from .cache import command as cache_command
 from .console import set_quiet
 from .errors import TcsaeError
@@ -95,7 +95,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (extract_command, train_command, evaluate_command, cache_command):
+for module in (extract_command, train_command, evaluate_command, cache_command, demo):
     for function in module.COMMANDS:
         app.command(cls=ListCommand)(function)
 
