@@ -106,7 +106,7 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     import dask.config
     from distributed import Client, LocalCluster
 
-    options: dict[str, Any] = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    options: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 10}),
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster,

@@ -1,0 +1,103 @@
+"""Dask workers write the store that one process writes, byte for byte, also when one of them is killed."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tcsae.cache.layout import StoreLayout
+from tcsae.cache.manifest import Execution
+from tcsae.cache.store import ActivationStore
+from tcsae.errors import ResourceError
+from tcsae.extract import plan as plan_module
+from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
+from tcsae.extract.distributed import Job, _passes
+from tcsae.extract.models import load_language_model
+from tcsae.extract.rows import row_blocks
+from tcsae.extract.run import extract
+
+from tests.extract.snapshots import contents
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
+CONTEXT = 16
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    small = lambda d_model, context, *, compression, **_: StoreLayout(d_model, context, 4, 8, compression)  # noqa: E731
+    monkeypatch.setattr(plan_module, "plan_layout", small)
+
+
+@pytest.fixture
+def config(tiny_gemma2, corpus, tmp_path):
+    text = TextSource(str(corpus), context=CONTEXT, held_out=0.1)
+    source = ModelSource(str(tiny_gemma2), dtype="float32", device="cpu")
+    return ExtractConfig((1, 2), source, text, tokens=60 * CONTEXT, batch_size=4, out=str(tmp_path / "a"))
+
+
+def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):
+    from tcsae.extract.forward import ForwardPass
+
+    lm = load_language_model(config.model, deepest_layer=2)
+    block, _ = next(row_blocks(config.text, lm, rows_per_block=7))
+    execution = Execution(batch_size=4, threads=1, device="cpu")
+    job = Job(config.model, lm.identity, ((2, ""),), StoreLayout(24, CONTEXT, 4, 8), execution)
+    parts = list(_passes(lm, [2], job, block, 0))
+    assert [len(rows) for rows, _ in parts] == [4, 3]
+    alone = ForwardPass(lm, [2], 4).launch(block.slice(4, 7)).land()[2]
+    assert (parts[1][1][2] == alone).all()
+
+
+def test_workers_write_the_same_store_though_one_is_killed(config, tmp_path):
+    from distributed import Client, LocalCluster
+
+    def slow_down():  # on a worker: a shard takes long enough for the kill to fall inside one
+        from tcsae.extract.forward import ForwardPass
+
+        launch = ForwardPass.launch
+        ForwardPass.launch = lambda self, block: (time.sleep(0.1), launch(self, block))[1]
+
+    extract(config)
+    options = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": 60}
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as cluster, Client(cluster) as client:
+        pids = list(client.run(os.getpid).values())
+        client.run(slow_down)
+        other = replace(config, out=str(tmp_path / "b"), scheduler=cluster.scheduler_address)
+        log = tmp_path / "b" / "l2.zarr" / "activations" / "commits.jsonl"
+        killer = threading.Thread(target=_kill_when_committing, args=(log, pids[0]))
+        killer.start()
+        done = extract(other)
+        killer.join()
+        assert pids[0] not in client.run(os.getpid).values()
+    assert done.rows == 60
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def _kill_when_committing(log: Path, pid: int) -> None:
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 1):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_local_cluster_extends_what_one_process_began(config, tmp_path):
+    extract(config)
+    other = replace(config, out=str(tmp_path / "b"))
+    extract(replace(other, tokens=13 * CONTEXT))
+    done = extract(replace(other, workers=2))
+    assert done.tokens == 47 * CONTEXT
+    ours, theirs = (ActivationStore.open(tmp_path / name / "l2.zarr") for name in "ab")
+    assert (ours.tokens(0, 60) == theirs.tokens(0, 60)).all()
+    assert ours.rows(0, 60).equal(theirs.rows(0, 60))
+    assert extract(replace(other, workers=2)).already_complete
+
+
+def test_no_scheduler_is_a_sentence(config, monkeypatch):
+    from tcsae.extract import distributed
+
+    monkeypatch.setattr(distributed, "_CONNECT_SECONDS", 0.5)
+    with pytest.raises(ResourceError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1"):
+        extract(replace(config, scheduler="tcp://127.0.0.1:1"))
