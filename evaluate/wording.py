@@ -91,7 +91,8 @@ def show_interval(metric: Metric, digits: int) -> str:
     """The interval, or nothing."""
     if metric.low is None or metric.high is None or metric.low == metric.high:
         return ""
-    return f"{show(metric.low, digits)} … {show(metric.high, digits)}"
+    low, high = show(metric.low, digits), show(metric.high, digits)
+    return "" if low == high else f"{low} … {high}"
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ def test_marks_set_apart_stay_in_order_and_near(xs):
     assert set(moved) == set(places)
     for i, x in places.items():
         assert abs(moved[i] - x) <= 9.0 * len(xs)
+    order = sorted(places, key=lambda i: (places[i], i))
+    if all(b - a < 7 or b - a > 9.0 * len(xs) + 7 for a, b in zip(sorted(xs), sorted(xs)[1:], strict=False)):
+        assert order == sorted(moved, key=lambda i: moved[i])
     if len(xs) == 2 and abs(xs[0] - xs[1]) < 7:
         assert abs(moved[0] - moved[1]) == pytest.approx(9.0)
 
