@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -28,15 +29,23 @@ class Bench:
     head: Head
     text: HeldOutText
     _kept: dict[tuple[int, int], Tensor]
+    _altered: dict[tuple[int, bytes], Tensor]
 
     @classmethod
     def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> Bench:
         """With nothing kept yet."""
-        return cls(model, head, text, {})
+        return cls(model, head, text, {}, {})
 
     def run(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream [B, T, D] after ``layer`` for any tokens, in float32."""
         return self.model.residuals(tokens_BT.to(self.model.lm.device), [layer])[layer].float()
+
+    def run_once(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The same, kept for the layer's other SAEs: probes ask each of them about the same altered rows."""
+        key = (layer, sha256(tokens_BT.cpu().numpy().tobytes()).digest())
+        if key not in self._altered:
+            self._altered[key] = self.run(tokens_BT, layer).to(self.model.lm.dtype)
+        return self._altered[key].float()
 
     def rows(self, rows: Sequence[int], layer: int) -> Tensor:
         """The same for rows of the text; each is run once."""
@@ -49,6 +58,7 @@ class Bench:
     def forget(self) -> None:
         """Drop the kept activations."""
         self._kept.clear()
+        self._altered.clear()
 
 
 @dataclass
@@ -81,7 +91,7 @@ class ProbeContext:
 
     def run_rows(self, tokens_BT: Tensor) -> Tensor:
         """The residual stream [B, T, D] after the SAE's layer."""
-        return self.bench.run(tokens_BT, self.layer)
+        return self.bench.run_once(tokens_BT, self.layer)
 
     def tokens_of(self, rows: Sequence[int]) -> np.ndarray:
         """Token ids [n, T]."""

@@ -237,7 +237,11 @@ class _Evaluation:
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
         bench = Bench.of(self.model, self.head, self.text)
+        layer = None
         for candidate in sorted(candidates, key=lambda one: one.row.layer):
+            if candidate.row.layer != layer:
+                bench.forget()
+            layer = candidate.row.layer
             per_feature = candidate.finish()
             if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
                 context = ProbeContext(bench, candidate.sae, candidate.row.layer, self.config.seed, per_feature)
@@ -246,7 +250,6 @@ class _Evaluation:
                 shown: Any = candidate.accumulators["browser"]
                 candidate.row.cards = shown.cards(context)
             self.shelf.put(candidate.key, candidate.row)
-        bench.forget()
 
     def _page(self, report: EvaluationReport) -> Path | None:
         return write_report(report, self.folder)

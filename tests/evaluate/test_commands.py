@@ -20,6 +20,8 @@ def say(capsys, *words: object) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extract_train_evaluate(kind, request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if kind != "gemma2":  # drawing takes longer than everything else; once is enough
+        monkeypatch.setattr("tcsae.evaluate.report.write_figures", lambda panels, folder: [])
     model, text = request.getfixturevalue(f"tiny_{kind}"), tiny_corpus(tmp_path / "text", documents=80, words=50)
     say(
         capsys,

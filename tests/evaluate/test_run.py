@@ -16,6 +16,14 @@ from tiny_runs import make_manifest, make_run, random_sae
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_figures():
+    """Their files take longer than everything else here and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcsae.evaluate.report.write_figures", lambda panels, folder: [])
+        yield
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny Gemma 2, a text, and three runs: a pair at layer 1 and one SAE at layer 3."""
