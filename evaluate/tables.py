@@ -119,8 +119,15 @@ def _digits(records: Sequence[Record], key: str) -> int:
 
 
 def _row(record: Record, keys: Sequence[str], digits: dict[str, int], report: EvaluationReport) -> Row:
-    cells = tuple(cell(record.metrics.get(key), digits[key]) for key in keys)
+    cells = tuple(cell(_applicable(record, key), digits[key]) for key in keys)
     return Row(short_name(record, report), record.name, role_of(record), cells, tuple(record.notes))
+
+
+def _applicable(record: Record, key: str) -> Metric | None:
+    """The metric, or None where a reference without features reports the size of none as undefined."""
+    found = record.metrics.get(key)
+    featureless = found is not None and found.value is None and record.kind == "reference" and key.startswith(("l0", "l1"))
+    return None if featureless else found
 
 
 def cell(metric: Metric | None, digits: int) -> Cell:
@@ -233,7 +240,7 @@ def forensic(report: EvaluationReport) -> tuple[int, list[Forensic]] | None:
 
 
 def _suspect(record: Record | None, key: str, report: EvaluationReport) -> Cell:
-    metric = record.metrics.get(key.removesuffix("/d")) if record else None
+    metric = _applicable(record, key.removesuffix("/d")) if record else None
     if metric is None or metric.value is None:
         return cell(metric, 0)
     if key == "l0/d":

@@ -132,6 +132,14 @@ def test_undefined_is_a_dash_with_its_reason(report):
     assert set(table.reasons()) == {"a", "b"}
 
 
+def test_a_reference_without_features_has_no_l0_rather_than_an_undefined_one(report):
+    null = {"l0": metric("l0", None)}
+    records = [r.model_copy(update={"metrics": r.metrics | null}) if r.name == "mean" else r for r in report.records]
+    table = main_tables(report.model_copy(update={"records": records}))[0]
+    mean = next(row for row in table.references if row.full_name == "mean")
+    assert mean.cells[[column.key for column in table.columns].index("l0")].reason == "a"
+
+
 def test_hostile_tokens_stay_text(report, text, page):
     assert "<img" not in text
     assert page.handlers == []
