@@ -1,7 +1,7 @@
 """The main job on a small real model and real text: extract, train the TC-SAE and its twin, evaluate, report.
 
-Nothing here is special to the demo but its sizes: it calls the three stages as the commands do, and a second run finds everything
-done and only shows it again.
+Nothing here is special to the demo but its sizes: it calls the three stages as the commands do, and a second run finds
+everything done and only shows it again.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _train(config: DemoConfig, store: str) -> list[Path]:
         "run.out": f"{config.folder}/runs",
         "run.log_every": 10,
     }
-    return train(changed(TrainConfig(), sizes), resume=True).runs
+    return train(changed(TrainConfig(), sizes)).runs
 
 
 def demo(
