@@ -61,7 +61,7 @@ class Axis:
             low = low if self.low is None else min(low, self.low)
             high = high if self.high is None else max(high, self.high)
         if self.log:
-            pad = max(0.06 * (math.log(high) - math.log(low)), 0.15)
+            pad = max(0.06 * (math.log(high) - math.log(low)), 0.3)  # wide enough for a tick
             low, high = low * math.exp(-pad), high * math.exp(pad)
         else:
             pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

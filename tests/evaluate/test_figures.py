@@ -47,7 +47,7 @@ def test_roles_differ_without_colour():
 finite = st.one_of(st.just(0.0), st.floats(1e-12, 1e6), st.floats(-1e6, -1e-12))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(finite, min_size=1, max_size=6), st.booleans())
 def test_axis_holds_its_values_and_its_ticks(values, log):
     axis = Axis("x", log=log)
@@ -69,7 +69,7 @@ def test_log_axis_puts_zero_at_its_edge():
     assert axis.fraction(0.0, axis.range([0.0, 0.1, 1.0])) == 0.0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(st.lists(st.floats(0, 300), max_size=8))
 def test_marks_set_apart_stay_in_order_and_near(xs):
     places = dict(enumerate(xs))
