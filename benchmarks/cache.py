@@ -4,7 +4,7 @@
     python benchmarks/cache.py --gb 0.3 --repeats 2
 
 Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash verified) and windows through
-``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same threads; one row
+``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same threads; a row
 by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python reading, zarr-python
 appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page cache when they are read.
 ``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect shuffle. Prints one JSON record of

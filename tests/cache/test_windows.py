@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_runs
 from stores import grow_store, make_store
+from tcsae.cache.cuts import cut_windows, shuffle_windows
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream, cut_windows
+from tcsae.cache.windows import WindowStream, take_rows
 from tcsae.errors import StoreError, UsageError
 
 
@@ -132,6 +133,28 @@ def test_growth_of_the_store_changes_nothing(tmp_path):
         for _ in range(50):
             assert same(one.next_batch(), two.next_batch())
         assert one.epoch > 1
+
+
+@pytest.mark.parametrize("width", [8, 6, 5])
+def test_rows_are_taken_bit_for_bit(width):
+    x = torch.arange(40 * width).view(40, width).to(torch.int16).view(torch.bfloat16)
+    index = torch.tensor([39, 0, 7, 7, 12])
+    assert torch.equal(take_rows(x, index).view(torch.int16), x[index].view(torch.int16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 12), st.integers(1, 4), st.integers(0, 2**31))
+def test_windows_kept_together_are_of_one_row_and_document(rows, context, together, seed):
+    rng = np.random.default_rng(seed)
+    documents = np.cumsum(rng.random((rows, context)) < 0.2).reshape(rows, context)
+    at = np.flatnonzero(rng.random(rows * context) < 0.7)
+    order, alone = shuffle_windows(at, documents, together, rng)
+    kin = [(int(a) // context, int(documents.reshape(-1)[a])) for a in order]
+    assert len(order) % together == 0
+    assert all(len(set(kin[i : i + together])) == 1 for i in range(0, len(kin), together))
+    assert len(set(order.tolist())) == len(order) == len(at) - alone
+    every = [(int(a) // context, int(documents.reshape(-1)[a])) for a in at]
+    assert alone == sum(every.count(k) % together for k in set(every))
 
 
 def test_epochs_and_seeds_differ_and_windows_are_mixed(tmp_path):
