@@ -14,33 +14,35 @@ from .buffer import TemporalBuffer
 from .member import Member, Update
 
 _SAMPLED_ROWS, _NEAR = 512, 0.95
-_BUFFER_WINDOWS = 64
+_TIMED_WINDOWS = 64
 Metrics = dict[str, float | None]
 
 
 @torch.no_grad()
-def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor) -> Metrics:
-    """All metrics of one logged step.
+def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, share: float = 1.0) -> Metrics:
+    """All metrics of one logged step: of the whole batch as it was in the step, of time from its first few windows after it.
 
     Args:
         member: after the step.
         update: what the step returned.
         x_NWD: its scaled inputs.
         mean_D: the global mean of the scaled inputs, for the explained variance.
+        share: part of the batch's windows that this process has.
 
     Returns:
         Loss terms and their weighted shares of the total, gradient norm, learning rate, L0, dead share, explained variance,
         near-duplicate share, temporal variation and lag correlations; None where undefined.
 
     """
-    z = member.sae.encode(x_NWD)
-    reconstruction = member.sae.decode(z)
-    spread = (x_NWD - mean_D).pow(2).sum()
+    result = update.result
+    tokens = x_NWD.shape[0] * x_NWD.shape[1] / share
+    spread = float(member.world.mean((x_NWD - mean_D).pow(2).sum(-1).mean(), share))
+    z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
     metrics = {
         **loss_terms(member, update),
-        "l0": float((z > 0).sum(-1).float().mean()),
+        "l0": float(result.fired_F.sum()) / tokens,
         "dead_share": float(member.dead.float().mean()),
-        "explained_variance": float(1 - (x_NWD - reconstruction).pow(2).sum() / spread) if spread > 0 else None,
+        "explained_variance": 1 - float(result.reconstruction) / spread if spread > 0 else None,
         "near_duplicates": near_duplicates(member.sae.W_dec),
         "temporal_variation": temporal_variation(z),
         **lag_correlations(z),
@@ -72,8 +74,7 @@ def temporal_variation(z_NWF: Tensor) -> float | None:
 
 
 def lag_correlations(z_NWF: Tensor) -> Metrics:
-    """Mean centred autocorrelation at every lag of the window, over the features that vary, from the first few windows."""
-    z_NWF = z_NWF[:_BUFFER_WINDOWS]
+    """Mean centred autocorrelation at every lag of the window, over the features that vary."""
     n, w, f = z_NWF.shape
     if w < 2:
         return {}

@@ -114,7 +114,7 @@ class Pass:
             if self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged:
                 check_finite(member, update, part)
             if logged:
-                self._log(member, update, x_NWD, journals)
+                self._log(member, update, x_NWD, journals, len(part.x_NWD) / len(batch.x_NWD))
         self.step += 1
         bar.advance(tokens_per_step(self.config), self._status() if logged else "")
 
@@ -127,9 +127,9 @@ class Pass:
         )
         return None if partners is None else partners.to(self.device)
 
-    def _log(self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal]) -> None:
+    def _log(self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal], share: float) -> None:
         check_divergence(member, float(update.result.reconstruction), self.inputs.spread)
-        metrics = diagnose(member, update, x_NWD, self.mean_D)
+        metrics = diagnose(member, update, x_NWD, self.mean_D, share=share)
         self.last_metrics[member.plan.name] = metrics
         if not self.world.writes:
             return

@@ -54,6 +54,14 @@ class World:
             self._sum([sae.threshold], 1 / self.size)
         return replace(result, fired_F=fired_F, **dict(zip(names, terms.unbind(), strict=True)))
 
+    def mean(self, value: Tensor, weight: float) -> Tensor:
+        """Mean over the whole batch from the means over the shares."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        self._sum([value], weight)
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         if self.size == 1:

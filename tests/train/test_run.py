@@ -139,8 +139,8 @@ def pull_the_plug(config, monkeypatch, *, after):
 
 
 def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
-    whole = run.train(config_for(store, tmp_path / "whole", run__steps=400, run__log_every=1, run__checkpoint_every=23))
-    config = config_for(store, tmp_path / "parts", run__steps=400, run__log_every=1, run__checkpoint_every=23)
+    whole = run.train(config_for(store, tmp_path / "whole", run__steps=250, run__log_every=1, run__checkpoint_every=23))
+    config = config_for(store, tmp_path / "parts", run__steps=250, run__log_every=1, run__checkpoint_every=23)
     code = (
         "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
         "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
@@ -148,7 +148,7 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
     )
     command = [sys.executable, "-c", code, config.model_dump_json()]
     metrics = tmp_path / "parts" / whole.runs[0].name / "metrics.jsonl"
-    for target in (40, 170):  # lines of metrics to wait for, so that the kill falls at a random step after it
+    for target in (40, 120):  # lines of metrics to wait for, so that the kill falls at a random step after it
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < target:
@@ -372,7 +372,8 @@ def test_two_processes_equal_one(store, tmp_path):
         mine, theirs = TemporalSAE.load(path), TemporalSAE.load(other)
         for name, value in mine.state_dict().items():
             torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-        assert curve(other, "loss") == pytest.approx(curve(path, "loss"), rel=1e-4)
+        for key in ("loss", "explained_variance", "l0"):
+            assert curve(other, key) == pytest.approx(curve(path, key), rel=1e-3)
         assert len(read_metrics(other)) == 4
 
 
