@@ -62,22 +62,37 @@ def predictions(tokens_BT: Tensor, documents_BT: Tensor, real_BT: Tensor) -> tup
     return counts_BT, tokens_BT.roll(-1, dims=1)
 
 
+class Slab:
+    """The four [tokens, V] buffers of :func:`token_losses`, kept from batch to batch: fresh memory costs more than the sums."""
+
+    def __init__(self, limit_bytes: int = SLAB_BYTES):
+        self._limit = limit_bytes
+        self._buffers: Tensor | None = None
+
+    def buffers(self, n: int, V: int, device: torch.device) -> Tensor:
+        """[4, tokens, V] in fp32 with as many tokens as the limit and ``n`` allow, one at least."""
+        tokens = max(1, min(n, self._limit // (16 * V)))
+        if self._buffers is None or self._buffers.shape[1] < tokens or self._buffers.device != device:
+            self._buffers = torch.empty(4, tokens, V, dtype=torch.float32, device=device)
+        return self._buffers
+
+
 @torch.no_grad()
 def token_losses(
-    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor | None], targets_N: Tensor, *, slab_bytes: int = SLAB_BYTES
+    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor | None], targets_N: Tensor, slab: Slab | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Cross-entropy of the clean states, and (cross-entropy, KL) of every spliced one, per token in nats.
 
     KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal. None among the
     spliced stands for logits that are all zero, whose head product is spared.
     """
-    n, V = len(clean_ND), head.vocab_size
-    slab = max(1, min(n, slab_bytes // (16 * V)))
-    buffers = torch.empty(4, slab, V, dtype=torch.float32, device=clean_ND.device)
+    n = len(clean_ND)
+    buffers = (slab or Slab()).buffers(n, head.vocab_size, clean_ND.device)
+    step = buffers.shape[1]
     ce_N = torch.empty(n, device=clean_ND.device)
     losses = [(torch.empty_like(ce_N), torch.empty_like(ce_N)) for _ in spliced]
-    for start in range(0, n, slab):
-        part = slice(start, min(start + slab, n))
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
         p, a, b, scratch = buffers[:, : part.stop - start].unbind(0)
         a = head(clean_ND[part], out=a)
         lse_a = _softmax(a, p)

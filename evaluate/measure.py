@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..console import Progress
 from ..errors import RunError, TcsaeError
-from .fidelity import predictions, token_losses
+from .fidelity import Slab, predictions, token_losses
 from .heldout import HeldOutText
 from .protocol import TokenBatch
 from .references import spliced_in
@@ -36,6 +36,7 @@ class Measurement:
     uniform_layers: frozenset[int] = frozenset()
     """Layers where zero at every position ends in logits that are all zero."""
     failures: list[Failure] = field(default_factory=list)
+    slab: Slab = field(default_factory=Slab)
 
     @torch.no_grad()
     def run(self, batch_rows: int, progress: Progress) -> None:
@@ -85,7 +86,7 @@ class Measurement:
             real_BT
         ]
         states = [None if one is None else one[real_BT] for _, one in finals]
-        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT])
+        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.slab)
         units_N = batch.units_BT[real_BT][counted_N]
         for (candidate, _), (ce_N, kl_N) in zip(finals, losses, strict=True):
             inlier_N = batches[candidate.row.layer].valid_BT[real_BT][counted_N]

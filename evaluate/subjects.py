@@ -124,7 +124,7 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
                 d_model=found.sae.d_model,
                 n_features=found.sae.n_features,
             ),
-            load=lambda: found.sae,
+            load=lambda: load_external(path, layer).sae,  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..console import format_duration, summary
+from ..console import format_bytes, format_duration, summary
 from .fidelity import OUTLIERS
 from .results import EvaluationReport, Record
 
@@ -32,7 +32,7 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         facts: dict[str, Any] = {
             "text": f"{report.n_tokens:,} tokens of {report.n_documents} documents",
             "intervals": f"95 %, resampling {report.resampling}",
-            "took": format_duration(report.seconds),
+            "took": f"{format_duration(report.seconds)}, {format_bytes(report.peak_memory_bytes or 0)} of memory at most",
             "report": page,
         }
         if report.failures:
@@ -62,7 +62,9 @@ def _cell(record: Record, key: str) -> str:
     metric = record.metrics.get(key)
     if metric is None or metric.value is None:
         return "–"
-    return f"{metric.value:.1f}" if key == "l0" else f"{metric.value:.3f}"
+    if key == "l0":
+        return f"{metric.value:.1f}"
+    return f"{metric.value:.0e}" if 0 < abs(metric.value) < 5e-4 else f"{metric.value:.3f}"
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

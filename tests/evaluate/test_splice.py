@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from reference import eval_losses
-from tcsae.evaluate.fidelity import token_losses
+from tcsae.evaluate.fidelity import Slab, token_losses
 from tcsae.evaluate.splice import Head, SplicedModel
 from tcsae.extract.config import ModelSource
 from tcsae.extract.models import load_language_model
@@ -100,7 +100,7 @@ def test_losses_equal_brute_force_in_float64_whatever_the_slab(slab_tokens, load
     spliced = [model.spliced(tokens, 2, residuals[2] * factor) for factor in (0.5, 1.01)]
     flat = [one.flatten(0, 1)[:40] for one in (final, *spliced)]
     targets = tokens.flatten()[1:41]
-    ce, losses = token_losses(head, flat[0], flat[1:], targets, slab_bytes=16 * lm.vocab_size * slab_tokens)
+    ce, losses = token_losses(head, flat[0], flat[1:], targets, Slab(16 * lm.vocab_size * slab_tokens))
     weight, cap = lm.model.get_output_embeddings().weight, lm.model.config.final_logit_softcapping
     expected = [eval_losses(flat[0], one, weight, cap, targets) for one in flat[1:]]
     for (ces, kls), (ce_true, ces_true, kls_true) in zip(losses, expected, strict=True):
