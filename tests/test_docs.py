@@ -1,0 +1,60 @@
+"""The documents' examples: the real parser understands every command line, every Python block runs on a store and a run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from stores import make_store
+from tcsae import pipeline
+from tcsae.train.config import TrainConfig
+from tcsae.train.presets import changed
+from tcsae.train.run import train
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/GUIDE.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def command_lines():
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words and Path(words[0]).name == "pipeline":
+                    yield words[1:]
+
+
+def test_there_are_examples():
+    assert len(list(command_lines())) > 20
+
+
+@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
+def test_the_parser_understands_every_example(words):
+    command = typer.main.get_command(pipeline.app).commands[words[0]]
+    command.make_context(words[0], list(words[1:]))
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    built = make_store(tmp_path / "built", layer=12)
+    Path(built).rename(tmp_path / "cache/l12.zarr")
+    monkeypatch.chdir(tmp_path)
+    small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}
+    for name in ("l12-topk64-pairwise0.1-w5-s0", "l12-topk64-none-s0"):
+        train(changed(TrainConfig(), small | {"run.name": name, "run.baseline": False}))
+    for page in PAGES:
+        scope: dict[str, object] = {}
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), scope)
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, "docs/METHOD.md", "docs/FORMAT.md", "CONTRIBUTING.md"]:
+        here = (ROOT / page).parent
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert (here / target).exists(), f"{page} links to {target}"
