@@ -15,7 +15,7 @@ from tcsae.cache.moments import Moments, merge
 from tcsae.cache.statistics import STATISTICS, StoreStatistics, cached_statistics, kept_norms
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.writer import StoreSetWriter
-from tcsae.errors import StoreError
+from tcsae.errors import StoreError, TcsaeError
 
 
 def close(found: StoreStatistics, x, flags):
@@ -136,6 +136,18 @@ def test_threads_and_one_after_the_other_agree(tmp_path):
     one, other = (module._compute(store, scheduler) for scheduler in ("threads", "synchronous"))
     assert dataclasses.asdict(one).keys() == dataclasses.asdict(other).keys()
     assert one.to_json() == other.to_json()
+
+
+def test_a_cluster_gives_the_same_and_a_missing_one_a_sentence(tmp_path):
+    from distributed import LocalCluster
+
+    store = ActivationStore.open(make_store(tmp_path, rows=64))
+    one = module._compute(store, "synchronous")
+    options = {"processes": False, "dashboard_address": None, "host": "127.0.0.1", "protocol": "tcp"}
+    with LocalCluster(n_workers=1, threads_per_worker=2, **options) as cluster:
+        assert module._compute(store, cluster.scheduler_address).to_json() == one.to_json()
+    with pytest.raises(TcsaeError, match="no Dask scheduler answers at nonsense"):
+        module._compute(store, "nonsense://127.0.0.1:1")
 
 
 def test_a_store_without_rows_has_none(tmp_path):
