@@ -13,7 +13,7 @@ from typing import Any, Self
 from ..cache.layout import RowBlock
 from .rows import Row, gather
 
-_PIECE, _PIECES = 32, 64  # rows handed over at a time, and how many such pieces are made ahead
+_PIECE, _PIECES = 32, 16  # rows handed over at a time, and how many such pieces are made ahead
 
 
 class RowFeed:

@@ -22,7 +22,7 @@ from .documents import Documents, is_held_out, text_hash
 from .models import LanguageModel, ModelOutline
 from .text import open_documents
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 400_000  # tokenised at a time, whichever is reached first
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 100_000  # tokenised at a time, whichever is reached first
 
 
 @dataclass(frozen=True)

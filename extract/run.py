@@ -100,12 +100,12 @@ def _extract_here(plan: Plan) -> ExtractSummary:
     writer = StoreSetWriter.open(config.paths, plan.manifests(identity, execution), fresh=config.fresh)
     start, began = writer.rows_stored, time.perf_counter()
     with writer:
-        _Filling(plan, lm, writer).run(execution)
+        Filling(plan, lm, writer).run(execution)
         writer.finish()
     return summarise(plan, writer, start, time.perf_counter() - began)
 
 
-class _Filling:
+class Filling:
     """The loop of one process: one batch computed while the last one is copied out and written."""
 
     def __init__(self, plan: Plan, lm: LanguageModel, writer: StoreSetWriter):
