@@ -126,7 +126,6 @@ def make_stores(
 def grow_store(path: Path, rows: int) -> Path:
     """Extend a finished store: its own rows again, then others."""
     import torch  # here, so that a process that only writes starts at once
-
     from tcsae.cache.store import ActivationStore
 
     store = ActivationStore.open(path)
