@@ -42,7 +42,7 @@ class DemoConfig:
     """Active features per token, in the TC-SAE and its twin alike."""
     temporal_weight: float = 0.1
     """λ2 of the TC-SAE."""
-    held_out: float = 0.1
+    held_out: float = 0.15
     """Share of the documents kept for evaluation; speeches are few and long, so more than the usual 1 %."""
     batches: int = 4
     """Batches of held-out text in the evaluation."""

@@ -23,6 +23,8 @@ from .splice import SplicedModel
 UNIT_TOKENS = 1000
 SURVEY_BATCHES = 8
 OUTLIER_FACTOR = 10.0
+ENOUGH_DOCUMENTS = 64
+READ_AHEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,30 @@ class HeldOutText:
 
     @classmethod
     def gather(cls, blocks: Iterable[RowBlock], rows: int) -> HeldOutText:
-        """The first ``rows`` rows of ``blocks``, fewer where the text ends.
+        """``rows`` rows of ``blocks``, spread evenly over the documents; fewer where the text ends.
+
+        Documents are what intervals are made of, so a few more rows are read than are wanted where these come from few.
 
         Raises:
             TextError: there is not one row.
 
         """
         taken: list[RowBlock] = []
-        missing = rows
+        documents: set[int] = set()
+        read = 0
         for block in blocks:
             taken.append(block)
-            missing -= len(block)
-            if missing <= 0:
+            read += len(block)
+            documents.update(np.unique(block.documents_BT).tolist())
+            if read >= rows and (len(documents) >= ENOUGH_DOCUMENTS or read >= max(4 * rows, READ_AHEAD_ROWS)):
                 break
-        if not sum(map(len, taken)):
+        if not read:
             raise TextError("there is no held-out text to evaluate on: use a longer text, a larger --held-out, or --dataset")
         tokens_RT, documents_RT, flags_RT = (
-            np.concatenate([getattr(block, name) for block in taken])[:rows]
-            for name in ("tokens_BT", "documents_BT", "flags_BT")
+            np.concatenate([getattr(block, name) for block in taken]) for name in ("tokens_BT", "documents_BT", "flags_BT")
         )
+        chosen = spread_over_documents(documents_RT[:, -1], rows)
+        tokens_RT, documents_RT, flags_RT = tokens_RT[chosen], documents_RT[chosen], flags_RT[chosen]
         real_RT = (flags_RT & (SPECIAL | PADDING)) == 0
         units_RT, unit_documents = number_units(documents_RT, real_RT)
         return cls(tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT, real_RT, unit_documents)
@@ -106,6 +113,16 @@ class HeldOutText:
         valid = real & (x_BTD.norm(dim=-1) <= norm_limit)
         numbers = torch.arange(rows.start, rows.stop, device=x_BTD.device)
         return TokenBatch(x_BTD, tokens, documents, units, valid, real, numbers)
+
+
+def spread_over_documents(documents_R: np.ndarray, rows: int) -> np.ndarray:
+    """Indices of at most ``rows`` rows in their order: one random row of every document, then a second one, and so on."""
+    key_R = np.random.default_rng(0).random(len(documents_R))
+    order = np.lexsort((key_R, documents_R))
+    _, first, counts = np.unique(documents_R[order], return_index=True, return_counts=True)
+    turn_R = np.empty(len(order), dtype=np.int64)
+    turn_R[order] = np.arange(len(order)) - np.repeat(first, counts)
+    return np.sort(np.lexsort((key_R, turn_R))[:rows])
 
 
 def number_units(documents_RT: np.ndarray, real_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
