@@ -86,11 +86,11 @@ def aux_k_loss(residual, pre, decoder, dead, k: int) -> float:
     return total / len(residual) if dead else 0.0
 
 
-# --- train: one whole step by autograd in float64, every pair written out -------------------------------------------------------
+# --- train: one whole step by autograd in float64, every pair written out ---------------------------------------------
 
 
 def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
-    """Terms of the loss and the gradients of the four weights, for relu, topk and batchtopk; ``x`` [windows, positions, width]."""
+    """Terms of the loss and the gradients of the four weights, for relu, topk and batchtopk; ``x`` [windows, tokens, width]."""
     import torch
 
     weights = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -159,122 +159,6 @@ def eval_losses(clean_ND, spliced_ND, W_VD, softcap, targets):
     p, q = log_probabilities(clean_ND), log_probabilities(spliced_ND)
     at = torch.arange(len(targets))
     return -p[at, targets], -q[at, targets], (p.exp() * (p - q)).sum(-1)
-
-
-# --- evaluate: feature, temporal and position metrics as loops over rows, tokens and features ---------------------------
-
-
-def metric_pairs(valid, documents, lag: int) -> list[tuple[int, int]]:
-    """(row, t) of every valid pair (t, t + lag)."""
-    rows, context = len(valid), len(valid[0])
-    return [
-        (r, t)
-        for r in range(rows)
-        for t in range(context - lag)
-        if valid[r][t] and valid[r][t + lag] and documents[r][t] == documents[r][t + lag]
-    ]
-
-
-def metric_autocorrelation(z, pairs, lag: int, *, centred: bool) -> list[float]:
-    """Per feature; NaN where undefined."""
-    found = []
-    for i in range(len(z[0][0])):
-        x = [z[r][t][i] for r, t in pairs]
-        y = [z[r][t + lag][i] for r, t in pairs]
-        mean_x, mean_y = (sum(v) / len(v) if centred and v else 0.0 for v in (x, y))
-        top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-        bottom = sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
-        found.append(top / math.sqrt(bottom) if bottom > 1e-18 else math.nan)
-    return found
-
-
-def metric_variation(z, pairs, gain=None) -> float:
-    """Σ ‖g z_t − g z_t+1‖² / Σ ½ (‖g z_t‖² + ‖g z_t+1‖²)."""
-    gain = [1.0] * len(z[0][0]) if gain is None else gain
-    top = bottom = 0.0
-    for r, t in pairs:
-        for g, a, b in zip(gain, z[r][t], z[r][t + 1], strict=True):
-            top += (g * a - g * b) ** 2
-            bottom += (g * a) ** 2 / 2 + (g * b) ** 2 / 2
-    return top / bottom if bottom else math.nan
-
-
-def metric_cosine(a, b) -> float:
-    """NaN with a zero vector."""
-    norms = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms > 0 else math.nan
-
-
-def metric_jaccard(a, b) -> float:
-    """NaN of two empty sets."""
-    one, other = ({i for i, v in enumerate(values) if v != 0} for values in (a, b))
-    return len(one & other) / len(one | other) if one | other else math.nan
-
-
-def metric_runs(z, valid, documents) -> list[tuple[int, int, bool, bool]]:
-    """(feature, length, seen to begin, seen to end) of every run of activity."""
-    follows = set(metric_pairs(valid, documents, 1))
-    runs = []
-    for r in range(len(z)):
-        for i in range(len(z[0][0])):
-            t = 0
-            while t < len(z[0]):
-                if not (valid[r][t] and z[r][t][i] != 0):
-                    t += 1
-                    continue
-                start = t
-                while (r, t) in follows and z[r][t + 1][i] != 0:
-                    t += 1
-                runs.append((i, t - start + 1, (r, start - 1) in follows, (r, t) in follows))
-                t += 1
-    return runs
-
-
-def metric_smoothness(z, x, valid, documents) -> float:
-    """S of arXiv 2511.05541, section 4.3; NaN where no row has a feature with a pair."""
-    rows = []
-    for r in range(len(z)):
-        pairs = [t for row, t in metric_pairs(valid, documents, 1) if row == r]
-        jumps = []
-        for i in range(len(z[0][0])):
-            if not any(valid[r][t] and z[r][t][i] != 0 for t in range(len(z[0]))):
-                continue
-            largest = [
-                abs(z[r][t][i] - z[r][t + 1][i]) / math.dist(x[r][t], x[r][t + 1])
-                for t in pairs
-                if (z[r][t][i] != 0 or z[r][t + 1][i] != 0) and math.dist(x[r][t], x[r][t + 1]) > 0
-            ]
-            if largest:
-                jumps.append(max(largest))
-        if jumps:
-            rows.append(sum(jumps) / len(jumps))
-    return sum(rows) / len(rows) if rows else math.nan
-
-
-def metric_eta_squared(values_by_position) -> float:
-    """Bias-corrected η² of one feature from its values at each position (lists); NaN where undefined."""
-    groups = [group for group in values_by_position if group]
-    everything = [v for group in groups for v in group]
-    n, positions = len(everything), len(groups)
-    mean = sum(everything) / n
-    total = sum((v - mean) ** 2 for v in everything)
-    between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups)
-    if total < 1e-12 or n <= positions:
-        return math.nan
-    return (between - (positions - 1) * (total - between) / (n - positions)) / total
-
-
-def metric_information(fires_by_position) -> float:
-    """Mutual information of firing and position in nats, not corrected."""
-    n = sum(len(group) for group in fires_by_position)
-    total = 0.0
-    for state in (True, False):
-        p_state = sum(group.count(state) for group in fires_by_position) / n
-        for group in fires_by_position:
-            joint = group.count(state) / n
-            if joint > 0:
-                total += joint * math.log(joint / (p_state * len(group) / n))
-    return total
 
 
 # --- evaluate: feature, temporal and position metrics as loops over rows, tokens and features ---------------------------
