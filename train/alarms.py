@@ -17,7 +17,7 @@ _NAMED_ROWS = 5
 
 
 def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
-    """Stop before a number that is not finite reaches the weights.
+    """Stop a run whose loss or gradient is not finite: on a CPU before it reaches the weights.
 
     Raises:
         RunError: naming run, step, term and, where the inputs are to blame, the rows of the store.
@@ -35,6 +35,18 @@ def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
     raise RunError(
         f"{where} (rows {_rows(batch, None)} of the store, all finite): use a smaller --lr, and resume or begin anew"
     )
+
+
+def check_weights(member: Member) -> None:
+    """Keep weights that are not finite out of the checkpoints: on CUDA losses are looked at only now and then.
+
+    Raises:
+        RunError: naming run and step.
+
+    """
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in member.sae.parameters()):
+        where = f"the weights of {member.plan.name} are not finite at step {member.step}"
+        raise RunError(f"{where}: use a smaller --lr, and resume or begin anew")
 
 
 def check_divergence(member: Member, reconstruction: float, spread: float) -> None:

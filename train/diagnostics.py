@@ -39,7 +39,7 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
     spread = float(member.world.mean((x_NWD - mean_D).pow(2).sum(-1).mean(), share))
     z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
     metrics = {
-        **loss_terms(member, update),
+        **loss_terms(update),
         "l0": float(result.fired_F.sum()) / tokens,
         "dead_share": float(member.dead.float().mean()),
         "explained_variance": 1 - float(result.reconstruction) / spread if spread > 0 else None,
@@ -50,9 +50,9 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def loss_terms(member: Member, update: Update) -> Metrics:
+def loss_terms(update: Update) -> Metrics:
     """The terms as they were before the step, and each one's weighted share of the total."""
-    result, objective = update.result, member.objective
+    result, objective = update.result, update.objective
     total = float(result.total)
     weighted = {
         "reconstruction": float(result.reconstruction),

@@ -16,7 +16,7 @@ from torch import Tensor
 from .activation import Activation
 from .config import TrainConfig
 from .initial import initialise
-from .objective import StepResult, objective_of
+from .objective import Objective, StepResult, objective_of
 from .plan import MemberPlan, tokens_per_step
 from .sae import TemporalSAE
 from .schedule import learning_rate, warmup_factor
@@ -29,9 +29,10 @@ _MOST_DEAD_AFTER, _FEWEST_DEAD_STEPS, _DEAD_SHARE = 10_000_000, 20, 0.05
 
 @dataclass(frozen=True)
 class Update:
-    """What a step did: its terms, the gradient's norm before clipping, and the learning rate."""
+    """What a step did: its terms, the weights they had (warm-ups included), the gradient's norm before clipping, the rate."""
 
     result: StepResult
+    objective: Objective
     grad_norm: Tensor
     lr: float
 
@@ -71,7 +72,7 @@ class Member:
         return self.idle_F >= self.dead_after
 
     def train_step(self, x_NWD: Tensor, partner_NP: Tensor | None = None, *, share: float = 1.0) -> Update:
-        """One step on scaled windows, which are ``share`` of the batch's; nothing changes if loss or gradient is not finite."""
+        """One step on scaled windows, which are ``share`` of the batch's. On a CPU nothing changes if a number is not finite."""
         config, steps = self.config, self.config.run.steps
         lr = learning_rate(self.step, steps, config.optimiser)
         for group in self.optimiser.param_groups:
@@ -81,18 +82,18 @@ class Member:
         )
         self.optimiser.zero_grad(set_to_none=True)
         dead = self.dead if objective.aux_weight > 0 else None
-        step = sparse_step if supports(self.sae, objective) else dense_step
+        step = sparse_step if supports(self.sae) else dense_step
         result = step(self.sae, x_NWD, objective, partner_NP=partner_NP, dead_F=dead, compute_dtype=self.compute_dtype)
         result = self.world.combine(self.sae, result, share)
         norm = self._finish_gradient()
         if x_NWD.device.type == "cpu" and not (math.isfinite(result.total) and math.isfinite(norm)):
-            return Update(result, norm, lr)
+            return Update(result, objective, norm, lr)
         self.optimiser.step()
         self._constrain()
         self.idle_F += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
         self.idle_F[result.fired_F > 0] = 0
         self.step += 1
-        return Update(result, norm, lr)
+        return Update(result, objective, norm, lr)
 
     @torch.no_grad()
     def _finish_gradient(self) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from .. import __version__
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress
-from ..errors import UsageError
+from ..errors import ResourceError, UsageError
 from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .claims import Claim, claim, held
 from .config import TrainConfig
@@ -88,7 +88,11 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
         for group in _groups([each for each in claims if not each.done]):
             for plans in split_passes([each.plan for each in group], available_bytes(device)):
                 part = [each for each in group if each.plan in plans]
-                metrics |= _train_pass(part, store, Inputs.of(group[0].plan.config.data, statistics), device, dtype, world)
+                inputs = Inputs.of(group[0].plan.config.data, statistics)
+                try:
+                    metrics |= _train_pass(part, store, inputs, device, dtype, world)
+                except torch.OutOfMemoryError as failure:
+                    raise _too_large(plans, device) from failure
     first = claims[0].plan.config
     return TrainSummary(
         runs=[each.folder for each in claims],
@@ -98,6 +102,12 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
         seconds=time.perf_counter() - began,
         metrics=metrics,
     )
+
+
+def _too_large(plans: Sequence[MemberPlan], device: torch.device) -> ResourceError:
+    batch = format_count(plans[0].config.data.batch_size)
+    what = f"{device} ran out of memory with {len(plans)} SAE{'s' if len(plans) > 1 else ''} and batches of {batch} tokens"
+    return ResourceError(f"{what}: sweep fewer values at once, or give a smaller --batch-size or --width (and --fresh)")
 
 
 def _in_words(metrics: Metrics | None) -> str:

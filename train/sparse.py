@@ -30,9 +30,8 @@ from .sae import TemporalSAE
 from .step import track_threshold
 
 
-def supports(sae: TemporalSAE, objective: Objective) -> bool:
-    """Whether :func:`sparse_step` can take this step: every temporal term, and every activation in training but jumprelu."""
-    del objective
+def supports(sae: TemporalSAE) -> bool:
+    """Whether :func:`sparse_step` can train this SAE: with every temporal term, and every activation but jumprelu."""
     return sae.training and sae.activation.kind in ("relu", "topk", "batchtopk")
 
 

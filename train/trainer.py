@@ -20,7 +20,7 @@ import torch
 from ..cache.store import ActivationStore
 from ..cache.windows import WindowBatch, WindowStream
 from ..console import Progress, warn
-from .alarms import check_divergence, check_finite, collapse
+from .alarms import check_divergence, check_finite, check_weights, collapse
 from .checkpoint import load_checkpoint, save_checkpoint
 from .diagnostics import Metrics, diagnose
 from .inputs import Inputs
@@ -163,7 +163,14 @@ class Pass:
                 member.sae.threshold.fill_(sum(found) / len(found))
 
     def checkpoint(self) -> None:
-        """Write the state of every member, all of the same step."""
+        """Write the state of every member, all of the same step.
+
+        Raises:
+            RunError: weights that are not finite, before anything is written.
+
+        """
+        for member in self.members:
+            check_weights(member)
         if self.world.writes:
             for member in self.members:
                 save_checkpoint(self.folder(member), self.step, self._state(member))

@@ -290,6 +290,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_term_and_step(store, tmp
         )
 
 
+def test_weights_that_are_not_finite_are_never_checkpointed(store, tmp_path, monkeypatch):
+    real = trainer.Pass.checkpoint
+
+    def poisoned(self):
+        with torch.no_grad():
+            self.members[-1].sae.W_dec[0, 0] = float("nan")
+        real(self)
+
+    monkeypatch.setattr(trainer.Pass, "checkpoint", poisoned)
+    with pytest.raises(RunError, match="the weights of l3-topk4-none-s0 are not finite at step 7: use a smaller --lr"):
+        run.train(config_for(store, tmp_path))
+    assert not list(tmp_path.glob("*/checkpoint/*.pt"))
+
+
+def test_a_device_without_memory_is_one_sentence(store, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer.Member, "train_step", full)
+    with pytest.raises(
+        ResourceError, match=r"cpu ran out of memory with 2 SAEs and batches of 60 tokens: .* smaller --batch-s"
+    ):
+        run.train(config_for(store, tmp_path))
+
+
+def test_shares_are_of_the_loss_as_it_was_minimised_warm_ups_included(store, tmp_path):
+    warming = {"sae__activation": "relu", "loss__l1": 5.0, "loss__l1_warmup": 1.0, "temporal__warmup": 1.0}
+    run.train(config_for(store, tmp_path, temporal__weight=2.0, **warming))
+    (folder,) = tmp_path.glob("*pairwise*")
+    for entry in read_metrics(folder):
+        shares = [entry[f"{name}_share"] for name in ("reconstruction", "sparsity", "temporal", "auxiliary")]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
 def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, monkeypatch):
     real = trainer.WindowStream.next_batch
 

@@ -183,6 +183,6 @@ def test_nan_reaches_the_loss(above: float, where: str) -> None:
 
 
 def test_what_is_supported() -> None:
-    assert supports(random_sae(Activation("relu")), Objective())
-    assert not supports(random_sae(Activation("jumprelu")), Objective())
-    assert not supports(random_sae(Activation("batchtopk", k=3)).eval(), Objective())
+    assert supports(random_sae(Activation("relu")))
+    assert not supports(random_sae(Activation("jumprelu")))
+    assert not supports(random_sae(Activation("batchtopk", k=3)).eval())
