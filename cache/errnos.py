@@ -10,15 +10,16 @@ from ..errors import ResourceError, StoreError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager
 def plain_errors(doing: str) -> Iterator[None]:
-    """Turn a full disk and a forbidden folder into ours; every other OSError (a missing file, say) passes.
+    """Turn a full disk, a forbidden folder and a file in a folder's place into ours; other OSErrors (a missing file, say) pass.
 
     Raises:
         ResourceError: no space, quota used up, or the file would be larger than allowed.
-        StoreError: no permission, or a read-only file system.
+        StoreError: no permission, a read-only file system, or a file where a folder should be.
 
     """
     try:
@@ -33,4 +34,6 @@ def plain_errors(doing: str) -> Iterator[None]:
             raise StoreError(
                 f"cannot {doing}: {problem.strerror}; make it accessible to this user or choose another place"
             ) from problem
+        if problem.errno in _NO_FOLDER:
+            raise StoreError(f"cannot {doing}: a file lies where a folder should be; choose another place") from problem
         raise

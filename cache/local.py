@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,12 @@ class LocalPlace:
         return self.root / key if key else self.root
 
     def exists(self, key: str) -> bool:  # noqa: D102 — see cache/places.py
-        return self.path(key).exists()
+        with plain_errors(f"look at {self}/{key}"):
+            return self.path(key).exists()
 
     def size(self, key: str) -> int:  # noqa: D102
-        return self.path(key).stat().st_size
+        with plain_errors(f"look at {self}/{key}"):
+            return self.path(key).stat().st_size
 
     def read(self, key: str) -> bytes:  # noqa: D102
         with plain_errors(f"read {self}/{key}"):
@@ -102,7 +105,8 @@ class LocalFiles:
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def size(self, key: str) -> int:  # noqa: D102
-        return os.fstat(self._file(key).fd).st_size
+        with plain_errors(f"read {self._place}/{key}"):
+            return os.fstat(self._file(key).fd).st_size
 
     def read_into(self, key: str, offset: int, buffers: Sequence[Any]) -> int:  # noqa: D102
         with plain_errors(f"read {self._place}/{key}"):
@@ -133,13 +137,16 @@ class _OpenFile:
 
 
 class LocalSink:
-    """``NAME.partial`` until :meth:`commit` renames it."""
+    """``NAME.TOKEN.partial`` until :meth:`commit` renames it.
+
+    No two sinks share a name: a worker that was given up but lives, and the one that redoes its shard, both write whole files.
+    """
 
     def __init__(self, final: Path):
         self._final = final
-        self._partial = final.with_name(final.name + PARTIAL)
+        self._partial = final.with_name(f"{final.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
         with plain_errors(f"write {final}"):
-            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, buffers: Sequence[Any]) -> None:  # noqa: D102
         with plain_errors(f"write {self._final}"):

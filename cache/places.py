@@ -1,7 +1,7 @@
 """Where a store lies: a local folder or anything fsspec reaches, behind the dozen operations the cache needs.
 
-What differs is how a file becomes durable at its final name. Locally: write ``NAME.partial``, fsync, rename, fsync the folder.
-On an object store: an upload that appears only when it is completed.
+What differs is how a file becomes durable at its final name. Locally: write ``NAME.TOKEN.partial``, fsync, rename, fsync the
+folder. On an object store: an upload that appears only when it is completed.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ def lock_all(places: Mapping[int, Place], *, fresh: bool) -> list[Lock]:
 
 def _refuse_foreign(place: Place, *, fresh: bool) -> None:
     """Never write into, and above all never wipe, a folder that is not ours."""
-    names = place.names("")
+    names = [name for name in place.names("") if not is_partial("", name)]
     if "zarr.json" in names:
         try:
             manifest_at(place)
         except StoreError:
             if not fresh or not set(names) <= {*ARRAYS, "zarr.json"}:
                 raise
-    elif not set(names) <= {*ARRAYS, "zarr.json" + PARTIAL}:
+    elif not set(names) <= set(ARRAYS):
         raise StoreError(f"{place} is a folder with other things in it: name a new or empty one")
 
 
@@ -75,11 +75,23 @@ def open_or_create(place: Place, manifest: StoreManifest, *, fresh: bool) -> Sto
 
 def _wipe(place: Place) -> None:
     place.remove("zarr.json")  # first, so that what is left after a crash here is no store
-    place.remove("zarr.json" + PARTIAL)
+    remove_partial(place, "")
     for folder in ARRAYS:
         for name in place.names(folder):
             if f"{folder}/{name}" != LOCK:
                 place.remove(f"{folder}/{name}")
+
+
+def remove_partial(place: Place, folder: str) -> None:
+    """Remove what writers that died or were given up left unfinished in a folder; only local stores have such files."""
+    for name in place.names(folder) if place.local else []:
+        if is_partial(folder, name):
+            place.remove(f"{folder}/{name}" if folder else name)
+
+
+def is_partial(folder: str, name: str) -> bool:
+    """Whether a file is one of ours in the making; beside the arrays that can only be the group's document."""
+    return name.endswith(PARTIAL) and (folder != "" or name.startswith("zarr.json."))
 
 
 def recover(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout]) -> dict[int, list[Commit]]:
@@ -125,11 +137,13 @@ def _sound_log(place: Place) -> list[Commit]:
 def _clean(place: Place, commits: list[Commit]) -> None:
     """Remove partial files and shards that no line vouches for; insist on the files that one does."""
     known = {commit.shard for commit in commits}
-    for name in ("", *ARRAYS):
+    remove_partial(place, "")
+    for name in ARRAYS:
+        remove_partial(place, name)
         for file in place.names(name):
-            shard = shard_of_name(name, file) if name else None
-            if file.endswith(PARTIAL) or (shard is not None and shard not in known):
-                place.remove(f"{name}/{file}" if name else file)
+            shard = shard_of_name(name, file)
+            if shard is not None and shard not in known:
+                place.remove(f"{name}/{file}")
     if not isinstance(place, LocalPlace):
         return  # a request per file; `verify` asks
     newest = latest(commits)

@@ -21,7 +21,7 @@ from .lock import Lock
 from .manifest import Execution, StoreManifest, group_document
 from .metadata import ARRAYS, array_document, to_json
 from .places import Place, place_of
-from .resume import check_space, lock_all, open_or_create, recover
+from .resume import check_space, lock_all, open_or_create, recover, remove_partial
 from .shardset import ShardSetWriter
 
 _QUEUE_BYTES = 512_000_000  # activations waiting to be written before append() blocks
@@ -45,9 +45,9 @@ class StoreSetWriter:
         self._queued_rows = self._shard_start = self.rows_committed
         self._tail_queued = False
         self._bytes = 0
-        self._worker = BackgroundWorker("store-writer", _QUEUE_BYTES)
         self.execution = execution_of(self._log[-1], manifests[self._one]) if self._log else manifests[self._one].execution
         check_space(places, self._layouts, self._planned, self.rows_committed)
+        self._worker = BackgroundWorker("store-writer", _QUEUE_BYTES)
 
     @classmethod
     def open(
@@ -226,6 +226,8 @@ class StoreSetWriter:
         if self._shard is not None:
             raise ValueError("rows were appended since the last commit: commit() before finish()")
         for layer, place in self._places.items():
+            for name in ARRAYS:
+                remove_partial(place, name)  # of workers that died: whoever redid their shards wrote other files
             done = self._manifests[layer].model_copy(update={"planned_rows": self.rows_stored, "finished": True})
             self._set_manifest(layer, place, done)
 

@@ -13,7 +13,8 @@ from tcsae.cache import local
 from tcsae.cache.commits import LOG, parse_log
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.manifest import Execution, read_manifest
-from tcsae.cache.shardset import write_shard
+from tcsae.cache.places import place_of
+from tcsae.cache.shardset import ShardSetWriter, write_shard
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
@@ -279,3 +280,44 @@ def test_the_forward_pass_waits_only_when_too_much_is_queued(tmp_path, monkeypat
         assert writer.bytes_written == sum(
             f.bytes for c in ActivationStore.open(tmp_path / "l3.zarr").commits for f in c.files.values()
         )
+
+
+def test_two_workers_on_one_shard_never_write_into_one_file(tmp_path):
+    """Dask gives the shard of a silent worker to another while the first still writes; what a dead one leaves is removed."""
+    paths, block = {3: tmp_path / "l3.zarr"}, make_block(16, 16)
+    bits = {3: make_activations(block, 8)}
+    with StoreSetWriter.open(paths, manifests((3,), 16)) as writer:
+        writer.begin()
+        places, layouts = {3: place_of(paths[3])}, {3: LAYOUT}
+        silent, dead = ShardSetWriter(places, layouts, 0), ShardSetWriter(places, layouts, 0)
+        for part, x in pieces(block, bits, 0, 8, 4):
+            silent.append(part, x)
+            dead.append(part, x)
+        record = write_shard(paths, layouts, 0, pieces(block, bits, 0, 16, 4))
+        with silent:
+            for part, x in pieces(block, bits, 8, 16, 4):
+                silent.append(part, x)
+            assert silent.commit() == record
+        assert len(list(paths[3].rglob("*.partial"))) == 1
+        writer.commit_records([record], {"row": 16})
+        writer.finish()
+        assert not list(paths[3].rglob("*.partial"))
+        with dead:  # it lives after all: what it does now hurts nobody
+            pass
+    assert verify(paths[3]).ok
+    np.testing.assert_array_equal(bits_of(ActivationStore.open(paths[3])), bits[3])
+
+
+def test_leftovers_are_removed_on_resume_but_nobody_elses(tmp_path):
+    paths = make_stores(tmp_path, rows=20, finish=False)
+    ours = [paths[3] / name for name in ("zarr.json.0f.partial", "activations/c.2.0.0.a1.partial", "tokens/c.2.0.b2.partial")]
+    for path in ours:
+        path.write_bytes(b"torn")
+    with StoreSetWriter.open(paths, manifests((3,), 20)):
+        assert not any(path.exists() for path in ours)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "film.partial").write_bytes(b"half")
+    with pytest.raises(StoreError, match="other things"):
+        StoreSetWriter.open({3: tmp_path / "downloads"}, manifests((3,), 4), fresh=True)
+    with pytest.raises(StoreError, match="a file lies where a folder should be"):
+        StoreSetWriter.open({3: tmp_path / "downloads" / "film.partial" / "l3.zarr"}, manifests((3,), 4))
