@@ -47,13 +47,13 @@ def acquire(place: Place) -> Lock:
     return LocalLock(place) if isinstance(place, LocalPlace) else LeaseLock(place)
 
 
-def _refuse(place: Place, holder: bytes) -> StoreError:
+def _refuse(place: Place, holder: bytes, remark: str = "") -> StoreError:
     try:
         who = json.loads(holder)
         named = f" (process {who['pid']} on {who['host']})"
     except (ValueError, KeyError, TypeError):
         named = ""
-    return StoreError(f"another writer holds {place}{named}: wait until it is done, or stop it; one writer per store")
+    return StoreError(f"another writer holds {place}{named}: wait until it is done, or stop it; one writer per store{remark}")
 
 
 def _signature() -> dict[str, Any]:
@@ -108,7 +108,8 @@ class LeaseLock:
         self._stop = threading.Event()
         holder = self._holder()
         if holder and time.time() - holder.get("renewed", 0) < STALE:
-            raise _refuse(place, json.dumps(holder).encode())
+            remark = f" (if it died, its lease runs out {STALE:.0f} seconds after its last sign of life)"
+            raise _refuse(place, json.dumps(holder).encode(), remark)
         self._renew()
         self.confirm()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="store-lease")
@@ -126,9 +127,9 @@ class LeaseLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            holder = self._holder()
-            if holder is None or holder.get("owner") == self._owner:
-                with contextlib.suppress(Exception):  # a missed beat is not the end; confirm() decides at the next commit
+            with contextlib.suppress(Exception):  # a missed beat is not the end; confirm() decides at the next commit
+                holder = self._holder()
+                if holder is None or holder.get("owner") == self._owner:
                     self._renew()
 
     def confirm(self) -> None:
@@ -138,8 +139,10 @@ class LeaseLock:
             raise StoreError(f"another writer took over {self._place} while this one was silent: let it go on, nothing is lost")
 
     def release(self) -> None:
-        """Stop renewing and delete the lease if it is still ours."""
+        """Stop renewing and delete the lease if it is still ours; out of reach, it runs out by itself."""
         if not self._stop.is_set():
             self._stop.set()
-            if (self._holder() or {}).get("owner") == self._owner:
-                self._place.remove(LOCK)
+            self._thread.join()  # a beat at this moment would bring back what is removed
+            with contextlib.suppress(StoreError):
+                if (self._holder() or {}).get("owner") == self._owner:
+                    self._place.remove(LOCK)

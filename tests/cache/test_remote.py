@@ -13,6 +13,7 @@ import torch
 from stores import make_activations, make_block, make_manifest, make_store, pieces, write_rows
 from tcsae.cache import lock as lock_module
 from tcsae.cache.layout import StoreLayout
+from tcsae.cache.places import place_of
 from tcsae.cache.shardset import write_shard
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
@@ -182,6 +183,27 @@ def test_a_lease_is_renewed_while_its_owner_lives(memory, monkeypatch):
         while fsspec.filesystem("memory").cat_file(f"/bucket/stores/l3.zarr/{lock_module.LOCK}") == first:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_lease_outlives_a_store_that_is_out_of_reach_for_a_moment(memory, monkeypatch):
+    monkeypatch.setattr(lock_module, "HEARTBEAT", 0.01)
+    lease = lock_module.acquire(place_of(f"{memory}/l3.zarr"))
+    asked, read = [], lease._place.read
+
+    def cut_off(key):
+        asked.append(key)
+        raise StoreError("no connection")
+
+    monkeypatch.setattr(lease._place, "read", cut_off)
+    deadline = time.monotonic() + 5
+    while len(asked) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(lease._place, "read", read)
+    lease.confirm()
+    monkeypatch.setattr(lease._place, "read", cut_off)
+    lease.release()
+    assert not lease._thread.is_alive()
 
 
 def test_no_credentials(s3_server, monkeypatch):
