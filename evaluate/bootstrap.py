@@ -37,10 +37,11 @@ class Resampler:
         what = f"{len(documents)} documents"
         if len(documents) < MIN_DOCUMENTS:
             group_U = np.arange(len(unit_documents))
-            what = f"{len(group_U)} blocks of about 1,000 tokens (there are only {len(documents)} documents)"
+            blocks = "1 block" if len(group_U) == 1 else f"{len(group_U)} blocks"
+            what = f"{blocks} of about 1,000 tokens (fewer than {MIN_DOCUMENTS} documents)"
         n = int(group_U.max()) + 1 if len(group_U) else 0
         if n < MIN_GROUPS:
-            return cls(group_U, np.zeros((0, n)), f"nothing: {what} are too few for intervals")
+            return cls(group_U, np.zeros((0, n)), f"nothing (too little text for intervals: {what})")
         draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
         return cls(group_U, draws.astype(np.float64), what)
 

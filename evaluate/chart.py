@@ -177,7 +177,10 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def set_apart(places: Mapping[int, float], gap: float) -> dict[int, float]:
-    """Places (of marks, by index) along a line; those closer than 0.8 gaps are spread a gap apart, in the same order."""
+    """Places (of marks, by index) along a line; those closer than 0.8 gaps are spread a gap apart, in the same order.
+
+    None moves further than a gap: where many coincide they overlap rather than be drawn where they are not.
+    """
     runs: list[list[int]] = []
     for i in sorted(places, key=lambda i: (places[i], i)):
         if runs and places[i] - places[runs[-1][-1]] < 0.8 * gap:
@@ -187,7 +190,9 @@ def set_apart(places: Mapping[int, float], gap: float) -> dict[int, float]:
     moved = {}
     for run in runs:
         middle = sum(places[i] for i in run) / len(run)
-        moved |= {i: middle + (rank - (len(run) - 1) / 2) * gap for rank, i in enumerate(run)}
+        for rank, i in enumerate(run):
+            wanted = middle + (rank - (len(run) - 1) / 2) * gap
+            moved[i] = min(max(wanted, places[i] - gap), places[i] + gap)
     return moved
 
 

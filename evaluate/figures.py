@@ -15,6 +15,7 @@ from typing import Any
 
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels import plane_zoomed, time_plane
+from .weight_panels import weight_fidelity, weight_variation
 from .results import EvaluationReport
 
 SIZE = (4.4, 3.3)  # inches
@@ -51,7 +52,7 @@ def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
 
 
 def write_picture(report: EvaluationReport, path: Path, layer: int | None = None) -> Path:
-    """The README's picture: fidelity against sparsity, and steadiness against fidelity, TC-SAE beside twin, at one layer.
+    """The README's picture at one layer: of a sweep what λ2 costs and buys, else fidelity against sparsity and steadiness.
 
     Args:
         report: of an evaluation, e.g. ``read_results("reports/demo")``.
@@ -63,9 +64,11 @@ def write_picture(report: EvaluationReport, path: Path, layer: int | None = None
 
     """
     layer = max(report.layers) if layer is None else layer
-    found = [panel for panel in (plane_zoomed(report, layer), time_plane(report, layer)) if panel]
-    titles = {"plane": f"Fidelity against sparsity, layer {layer}", "time": f"Steadiness against fidelity, layer {layer}"}
-    found = [replace(panel, title=titles[panel.key.split("-")[0]]) for panel in found]
+    drawn = [make(report, layer) for make in (weight_fidelity, weight_variation)]
+    if None in drawn:
+        drawn = [make(report, layer) for make in (plane_zoomed, time_plane)]
+    titles = {"plane": f"Fidelity against sparsity, layer {layer}"}
+    found = [replace(panel, title=titles.get(panel.key.split("-")[0], panel.title)) for panel in drawn if panel]
     if not found:
         raise ValueError(f"no SAE of layer {layer} has both L0 and CE recovered; the report has layers {report.layers}")
     with _figure(len(found), SIZE[1]) as (figure, axes):

@@ -101,11 +101,12 @@ def _plane(report: EvaluationReport, key: str, records: Iterable[Record]) -> tup
         if size is None or size.value is None:
             rules.append(Rule(short_name(record, report), y=value.value))
             continue
-        marks.append(_mark(report, record, size, value, ("l0", key)))
+        marks.append(mark_of(report, record, size, value, ("l0", key)))
     return tuple(marks), tuple(rules)
 
 
-def _mark(report: EvaluationReport, record: Record, x: Metric, y: Metric, keys: tuple[str, str]) -> Mark:
+def mark_of(report: EvaluationReport, record: Record, x: Metric, y: Metric, keys: tuple[str, str]) -> Mark:
+    """A record as a point, with its intervals and a sentence for the pointer; both metrics have values."""
     assert x.value is not None  # noqa: S101 - callers looked
     assert y.value is not None  # noqa: S101
     words = [f"{metric_label(k, report)} {_said(m)}" for k, m in zip(keys, (x, y), strict=True)]
@@ -209,7 +210,7 @@ def time_plane(report: EvaluationReport, layer: int) -> Panel | None:
     for record in _saes(report, layer):
         x, y = (record.metrics.get(key) for key in keys)
         if x and y and x.value is not None and y.value is not None:
-            marks.append(_mark(report, record, x, y, keys))
+            marks.append(mark_of(report, record, x, y, keys))
     if not marks:
         return None
     return Panel(

@@ -29,7 +29,7 @@ DEFINITIONS = {
         text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for "
         "bias (ε²); positions 1 … T − 1, mean over features that vary. Interval: jackknife over text.",
         unit="share",
-        label="position dependence η²",
+        label="position η²",
     ),
     "position_specific_share": Definition(
         text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within "

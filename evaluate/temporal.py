@@ -152,7 +152,8 @@ class TemporalStatistics:
                 definition = f"lag_autocorrelation{suffix}"
                 metric = _jackknife_first(mean, sums.pairs_GL, sums.sums_GSFL, at, "1", definition, int(enough.sum()))
                 per_lag.append(metric)
-            findings.metrics[f"lag1_autocorrelation{suffix}"] = per_lag[0]
+            name = f"lag1_autocorrelation{suffix}"
+            findings.metrics[name] = per_lag[0].model_copy(update={"definition": name})
             findings.curves[f"lag_autocorrelation{suffix}"] = Curve(
                 x=[float(lag) for lag in range(1, self._lags + 1)],
                 y=[m.value for m in per_lag],

@@ -19,7 +19,7 @@ DEFINITIONS = {
         "feature, so that shrinkage cannot lower it. Interval: jackknife over text, the gains held fixed.",
         unit="1",
         better="lower",
-        label="temporal variation, gains refitted",
+        label="variation, refitted",
     ),
     "refit_gain": Definition(
         text="mean of those gains, weighted by the features' Σ z² ‖W_dec‖²; above 1: the SAE shrinks its features",
@@ -38,6 +38,12 @@ DEFINITIONS = {
         "Interval: jackknife over text.",
         unit="1",
         label="autocorrelation, uncentred",
+    ),
+    "lag1_autocorrelation": Definition(
+        text="lag_autocorrelation at τ = 1, of adjacent tokens", unit="1", label="lag-1 correlation"
+    ),
+    "lag1_autocorrelation_uncentred": Definition(
+        text="lag_autocorrelation_uncentred at τ = 1, of adjacent tokens", unit="1", label="lag-1 correlation, uncentred"
     ),
     "adjacent_cosine": Definition(
         text="mean cosine of the codes at t and t + 1, corrected for chance: (mean − chance) / (1 − chance); 0: as alike as "
@@ -60,10 +66,13 @@ DEFINITIONS = {
         text=f"mean of |A_t ∩ A_t+1| / |A_t ∪ A_t+1| {_PAIRS}; pairs of empty sets left out", unit="1"
     ),
     "adjacent_jaccard_chance": Definition(text="mean Jaccard index of tokens from different documents (a sample)", unit="1"),
-    "activation_adjacent_cosine": Definition(text=f"mean cosine of the raw activations x_t and x_t+1 {_PAIRS}", unit="1"),
+    "activation_adjacent_cosine": Definition(
+        text=f"mean cosine of the raw activations x_t and x_t+1 {_PAIRS}", unit="1", label="adjacent cosine of x"
+    ),
     "reconstruction_adjacent_cosine": Definition(
         text=f"mean cosine of the reconstructions x̂_t and x̂_t+1 {_PAIRS}; not to be mixed up with the cosine of x and x̂",
         unit="1",
+        label="adjacent cosine of x̂",
     ),
     "run_length": Definition(
         text="mean number of tokens that a feature stays active, all features together: active tokens whose successor counts, "

@@ -64,6 +64,10 @@ DEFINITIONS = {
     "cosine": ("E cos(x, x̂), over the tokens where x̂ is not zero", "1", "higher", "cos(x, x̂)"),
     "l0": ("E of the number of active features", "features", None, "L0"),
     "l1": ("E Σ_i z_i ‖W_dec,i‖", "activation units", None, "L1"),
+    "kl_score_mean": ("(KL_mean − KL) / KL_mean", "1", "higher", "KL rec."),
+    "norm_ratio": ("E ‖x̂‖ / ‖x‖", "1", None, "‖x̂‖/‖x‖"),
+    "lag1_autocorrelation": ("correlation of z_t and z_{t+1}", "1", None, "lag-1 correlation"),
+    "adjacent_jaccard": ("mean Jaccard index of neighbours' active sets", "1", None, "adjacent Jaccard"),
     "alive": ("share of features that fired at least once", "share", "higher", "alive"),
     "near_duplicate_share": (
         "share of features whose decoder row has cosine ≥ 0.9 with another",
@@ -147,6 +151,9 @@ def sae(
         "explained_variance": 0.006,
         "l0": 0.3,
         "temporal_variation": 0.01,
+        "temporal_variation_refit": 0.012,
+        "lag1_autocorrelation": 0.004,
+        "adjacent_jaccard": 0.003,
     }
     return Record(
         name=name,
@@ -308,6 +315,10 @@ def synthetic_report(layers: tuple[int, ...] = (5, 12), features: int = 30, **ch
         base |= {
             "temporal_variation": 0.51,
             "temporal_variation_refit": 0.49,
+            "lag1_autocorrelation": 0.214,
+            "adjacent_jaccard": 0.187,
+            "kl_score_mean": 0.9684,
+            "norm_ratio": 0.962,
             "eta_squared": 0.0112,
             "position_specific_share": 0.083,
         }

@@ -72,7 +72,7 @@ class Member:
         return self.idle_F >= self.dead_after
 
     def train_step(self, x_NWD: Tensor, partner_NP: Tensor | None = None, *, share: float = 1.0) -> Update:
-        """One step on scaled windows, which are ``share`` of the batch's. On a CPU nothing changes if a number is not finite."""
+        """One step on scaled windows, which are ``share`` of the batch's. On a CPU, nothing changes if one is not finite."""
         config, steps = self.config, self.config.run.steps
         lr = learning_rate(self.step, steps, config.optimiser)
         for group in self.optimiser.param_groups:

@@ -203,6 +203,8 @@ def test_few_documents_are_cut_into_blocks_and_very_little_text_has_no_interval(
     blocks = Resampler.of(np.repeat(np.arange(3), 10), 0)
     assert blocks.what.startswith("30 blocks of about 1,000 tokens")
     none = Resampler.of(np.arange(3), 0)
+    one = Resampler.of(np.zeros(1, dtype=int), 0)
+    assert one.what == "nothing (too little text for intervals: 1 block of about 1,000 tokens (fewer than 30 documents))"
     metric = none.metric(ratio([1, 2, 3], [1, 1, 1]))
     assert (metric.value, metric.low, metric.high) == (2.0, None, None)
 

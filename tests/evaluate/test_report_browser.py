@@ -233,6 +233,16 @@ def test_only_tables_scroll_sideways(opened, pixels):
     assert opened.js(f"Math.min(...{small})") >= 9
 
 
+def test_every_table_fits_an_a4_page_in_print(opened):
+    opened.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        opened.width(688)  # what the margins leave of 210 mm
+        tables = "[...document.querySelectorAll('#twins table, #table table, #forensic table')].filter(t => t.offsetWidth)"
+        assert opened.js(f"Math.max(...{tables}.map(t => t.getBoundingClientRect().right))") <= 689
+    finally:
+        opened.send("Emulation.setEmulatedMedia", media="")
+
+
 def test_without_script_everything_but_the_browser_is_there(tab, address):
     tab.send("Emulation.setScriptExecutionDisabled", value=True)
     try:
