@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..console import note, progress, warn
-from ..errors import RunError, TcsaeError
+from ..errors import ResourceError, RunError, TcsaeError
 from ..extract.models import LanguageModel, load_language_model
 from ..extract.rows import row_blocks
 from ..extract.text import open_documents, resolve_text
@@ -52,6 +52,12 @@ class Outcome:
     folder: Path
     page: Path | None
 
+    def with_failures(self, failures: Sequence[Failure]) -> Outcome:
+        """The same, with what failed after its report was written; written again."""
+        report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
+        write_results(report, self.folder)
+        return Outcome(report, self.folder, write_report(report, self.folder))
+
 
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
     """Evaluate everything asked for: one report per language model and text.
@@ -68,9 +74,10 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
         raise RunError(failures[0].message if len(failures) == 1 else f"none of the {len(failures)} SAEs can be evaluated")
     names = _names(config, groups)
     outcomes = []
-    for at, (group, name) in enumerate(zip(groups, names, strict=True)):
+    for group, name in zip(groups, names, strict=True):
         try:
-            outcomes.append(_Evaluation(config, group, name, failures if at == 0 else []).run())
+            outcomes.append(_within_memory(_Evaluation(config, group, name, failures)))
+            failures = []  # reported
         except TcsaeError as failure:
             if len(groups) == 1:
                 raise
@@ -78,7 +85,18 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
             failures.append(Failure(path=group.model.id, message=str(failure)))
     if not outcomes:
         raise RunError(f"none of the {len(groups)} language models could be evaluated in; the messages above say why")
+    if failures:
+        outcomes[-1] = outcomes[-1].with_failures(failures)
     return outcomes
+
+
+def _within_memory(evaluation: _Evaluation) -> Outcome:
+    try:
+        return evaluation.run()
+    except torch.OutOfMemoryError as failure:
+        rows = evaluation.config.batch_rows
+        what = f"the device ran out of memory with batches of {rows} row{'' if rows == 1 else 's'}"
+        raise ResourceError(f"{what}: give a smaller --batch-size, or fewer SAEs with --run") from failure
 
 
 def _names(config: EvaluateConfig, groups: Sequence[Group]) -> list[str]:

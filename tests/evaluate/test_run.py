@@ -1,9 +1,10 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tcsae.errors import ModelError, RunError, UsageError
+from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, EvaluateConfig
 from tcsae.evaluate.measure import Measurement
@@ -152,6 +153,29 @@ def test_one_failing_sae_leaves_the_others_and_the_exit_status_says_so(place, ca
     assert "gives NaN or infinity at layer 1" in messages
     assert "is unfinished" in messages
     assert "gives NaN or infinity" in captured.err
+
+
+def test_a_language_model_that_is_gone_is_in_the_report_and_the_exit_status(place, capsys):
+    manifest = make_manifest(place / "model", place / "text", 1)
+    gone = manifest.model_copy(update={"model": manifest.model.model_copy(update={"id": str(place / "was-here")})})
+    lost = make_run(place / "lost", "lost", gone)
+    common = ["--out", str(place / "gone"), "--batches", "1", "--batch-size", "2", "--device", "cpu", "--quick", "--json"]
+    assert main(["evaluate", "--run", str(place / "runs" / "tc"), str(lost), *common]) == 1
+    (facts,) = json.loads(capsys.readouterr().out)["reports"]
+    assert "tc" in [record["name"] for record in facts["records"]]
+    (failure,) = facts["failures"]
+    assert "was-here" in failure["message"]
+    assert [one.path for one in read_results(Path(facts["folder"])).failures] == [failure["path"]]
+
+
+def test_a_device_without_memory_is_one_sentence(place, tmp_path, monkeypatch):
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(run_module.Measurement, "run", full)
+    config = EvaluateConfig(runs=(str(place / "runs" / "tc"),), out=str(tmp_path), **SMALL)
+    with pytest.raises(ResourceError, match=r"out of memory with batches of \d+ rows: give a smaller --batch-size"):
+        run_module.evaluate(config)
 
 
 def test_what_does_not_fit_is_one_sentence(place, tmp_path):
