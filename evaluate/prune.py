@@ -236,8 +236,11 @@ def _names(plan: Elimination) -> tuple[dict[int, list[int]], list[int]]:
 
 def _write(new: TemporalSAE, record: RunRecord, config: PruneConfig, summary: PruneSummary, out: Path) -> None:
     """Weights, then what was done, then the record that makes it a finished run."""
-    new.metadata = {**new.metadata, "pruned_from": record.name}
+    # The record describes the new SAE: what reads it (a model card, a report) must not find the old width.
+    sizes = {"width": new.n_features} | ({} if new.activation.k is None else {"k": new.activation.k})
+    settings = {**record.config, "sae": {**record.config["sae"], **sizes}}
+    new.metadata = {**new.metadata, "tcsae_run": out.name, "pruned_from": record.name}
     new.cpu().save(out)
     (out / PRUNE_RECORD).write_text(json.dumps({"config": asdict(config), **asdict(summary)}, indent=1) + "\n")
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    record.model_copy(update={"name": out.name, "twin": None, "metrics": {}, "created": created}).save(out)
+    record.model_copy(update={"name": out.name, "twin": None, "config": settings, "metrics": {}, "created": created}).save(out)

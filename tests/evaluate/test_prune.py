@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import stores
 import torch
+from safetensors.torch import load_file
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import RunError, UsageError
@@ -17,6 +18,7 @@ from tcsae.train.sae import TemporalSAE
 
 D = 6
 RELU = Activation()
+CONFIG = {"sae": {"activation": "relu", "width": 5, "k": 64}}
 
 
 def sae_of(rows, encoders, biases=None, *, activation: Activation = RELU, b_dec=None) -> TemporalSAE:
@@ -149,7 +151,7 @@ def store_with_a_position(folder: Path) -> Path:
 def run_of(folder: Path, store: Path, sae: TemporalSAE, **changes) -> Path:
     record = RunRecord(
         name=folder.name, role="tc", twin="other", layer=3, store=str(store), store_fingerprint="f", store_rows=48,
-        store_manifest={}, config={"seed": 0}, input_scale=1.0, seed=0, steps=5, planned_steps=5, tokens=100, finished=True,
+        store_manifest={}, config=CONFIG, input_scale=1.0, seed=0, steps=5, planned_steps=5, tokens=100, finished=True,
         metrics={"loss": 1.0}, versions={}, created="2026-01-01T00:00:00+00:00",
     ).model_copy(update=changes)  # fmt: skip
     sae.save(folder)
@@ -179,10 +181,23 @@ def test_a_pruned_run_is_a_finished_run_that_says_what_was_done(redundant):
     assert (record.name, record.twin, record.layer, record.metrics) == ("one-pruned", None, 3, {})
     sae = TemporalSAE.load(out)
     assert sae.n_features == 3
-    assert sae.metadata["pruned_from"] == "one"
+    assert (sae.metadata["pruned_from"], sae.metadata["tcsae_run"]) == ("one", "one-pruned")
+    assert record.config["sae"]["width"] == 3
     told = json.loads((out / "prune.json").read_text())
     assert told["config"]["min_cosine"] == 0.9
     assert told["dropped"] == [3]
+
+
+def test_a_pruned_topk_run_is_a_saelens_folder_that_keeps_k_within_its_width(tmp_path):
+    rows = [axis(0), axis(0), axis(1), axis(5), axis(2)]
+    sae = sae_of(rows, rows, [0.0, 0.0, 0.0, -1.0, 0.0], activation=Activation("topk", k=4))
+    out = Path(prune_run(PruneConfig(str(run_of(tmp_path / "runs" / "k4", store_with_a_position(tmp_path), sae)))).folder)
+    config = json.loads((out / "cfg.json").read_text())
+    assert (config["architecture"], config["d_in"], config["d_sae"], config["k"]) == ("topk", D, 3, 3)
+    assert load_run(out).config["sae"]["k"] == 3
+    weights = load_file(out / "sae_weights.safetensors")
+    shapes = {"W_enc": (D, 3), "W_dec": (3, D), "b_enc": (3,), "b_dec": (D,)}
+    assert {name: tuple(weights[name].shape) for name in weights} == shapes
 
 
 def test_the_command_prints_what_it_did(redundant, capsys):
