@@ -7,12 +7,12 @@ Shapes: B rows, T positions, D model width, F features.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..train.activation import Activation
+from ..train.config import SAEConfig
+from ..train.initial import initialise
 from ..train.sae import TemporalSAE
 from .protocol import TokenBatch
 
@@ -53,12 +53,8 @@ def spliced_in(name: str, batch: TokenBatch, x_hat_BTD: Tensor) -> Tensor:
 
 def untrained_sae(d_model: int, seed: int) -> TemporalSAE:
     """The paper's initial state with as many features as dimensions: half of the features fire on anything."""
-    generator = torch.Generator().manual_seed(seed)
     sae = TemporalSAE(d_model, d_model, Activation("relu"))
-    bound = math.sqrt(6 / d_model)  # Kaiming-uniform with fan_in = d_model and a = 0
-    with torch.no_grad():
-        sae.W_enc.copy_((torch.rand(d_model, d_model, generator=generator) * 2 - 1) * bound)
-        nn.init.orthogonal_(sae.W_dec, generator=generator)
+    initialise(sae, SAEConfig(initial="paper", decoder="free", b_dec="zero"), seed)
     return sae.eval()
 
 
