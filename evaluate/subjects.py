@@ -94,7 +94,7 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
         Subject(
             name=_free_name(record.name, record.layer, group),
             layer=record.layer,
-            facts=_facts_of_run(path, record, manifest),
+            facts=_facts_of_run(path, record),
             load=lambda: TemporalSAE.load(path),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
             role=record.role,
@@ -171,13 +171,13 @@ def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
     )
 
 
-def _facts_of_run(path: str, record: RunRecord, manifest: StoreManifest) -> SAEFacts:
+def _facts_of_run(path: str, record: RunRecord) -> SAEFacts:
     sae = TemporalSAE.load(path)
     return SAEFacts(
         path=path,
         source="run",
         architecture=sae.activation.kind,
-        d_model=manifest.d_model,
+        d_model=sae.d_model,
         n_features=sae.n_features,
         settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens},
     )
