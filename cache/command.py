@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import summary
+from ..console import summary, warn
 from ..errors import RunError, StoreError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="Also run this model (hub id, folder, or demo) on sampled rows and compare.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside --model.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file inside --model; by default the recorded one.")] = None,
     revision: Annotated[str | None, typer.Option(help="The revision of --model; by default the recorded one.")] = None,
     sample: Annotated[int, typer.Option(help="Rows to run again.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
@@ -139,7 +139,7 @@ def verify(
 
 
 def _recompute(store: str, model: str, gguf_file: str | None, revision: str | None) -> Any:
-    """The extraction's own forward pass for the store's layer, on the recorded device, dtype and number of threads."""
+    """The extraction's own forward pass for the store's layer: recorded dtype, threads and, if it is here, device."""
     import torch
 
     from ..extract.config import ModelSource
@@ -149,7 +149,14 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
 
     manifest = read_manifest(store)
     recorded = manifest.model
-    source = ModelSource(model, revision, gguf_file, manifest.execution.device, recorded.dtype)
+    if model == recorded.id:
+        revision, gguf_file = revision or recorded.revision, gguf_file or recorded.gguf_file
+    device = manifest.execution.device
+    if device == "cuda" and not torch.cuda.is_available():
+        there = manifest.execution.device_name
+        warn(f"{store} was computed on {there}, which this machine lacks: rows differ in their last bits")
+        device = "cpu"
+    source = ModelSource(model, revision, gguf_file, device, recorded.dtype)
     lm = load_language_model(source, deepest_layer=manifest.layer)
     difference = identity_difference(recorded, lm.identity, leave_out=("id", "revision", "gguf_file"))
     if difference:

@@ -1,9 +1,12 @@
 """inspect and verify from the command line: what they print, as text and as JSON, and how they end."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from stores import make_store
+import torch
+from stores import make_manifest, make_store
+from tcsae.cache import command
 from tcsae.cache.store import ActivationStore
 from tcsae.pipeline import main
 from tiny import tiny_corpus
@@ -90,3 +93,21 @@ def test_verify_against_the_model(extracted, tiny_llama, tiny_gpt2, capsys):
     status, _, err = ask(capsys, "verify", extracted, "--model", tiny_gpt2)
     assert status == 1
     assert "was made with another model than" in err
+
+
+@pytest.mark.parametrize(("said", "used"), [(None, "c" * 40), ("main", "main")])
+def test_verify_runs_the_recorded_revision_of_the_recorded_model(monkeypatch, capsys, said, used):
+    manifest = make_manifest(planned_rows=20)
+    model = manifest.model.model_copy(update={"revision": "c" * 40, "dtype": "float32"})
+    gpu = manifest.execution.model_copy(update={"device": "cuda", "device_name": "NVIDIA H100"})
+    manifest = manifest.model_copy(update={"model": model, "execution": gpu})
+    monkeypatch.setattr("tcsae.cache.manifest.read_manifest", lambda _: manifest)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = []
+    loaded = SimpleNamespace(identity=model)
+    monkeypatch.setattr("tcsae.extract.models.load_language_model", lambda source, **_: asked.append(source) or loaded)
+    command._recompute("l3.zarr", model.id, None, said)
+    command._recompute("l3.zarr", "elsewhere/copy", None, None)
+    here, copy = asked
+    assert (here.revision, here.device, copy.revision) == (used, "cpu", None)
+    assert "was computed on NVIDIA H100, which this machine lacks" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """verify finds every flipped byte in every file, values that cannot be, and rows another model would give."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from stores import make_activations, make_block, make_manifest, make_store, write_rows
+from tcsae.cache.commits import LOG, parse_log
 from tcsae.cache.layout import RowBlock
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import nonfinite_tokens, verify
@@ -96,6 +98,19 @@ def test_values_that_cannot_be(tmp_path):
         ("activations/c.1.0.0", "holds NaN or Inf at 1 tokens"),
         ("documents/c.1.0", "holds negative document numbers"),
     ]
+
+
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_hashes_that_only_our_reader_compares_are_verified(tmp_path, chunks):
+    """A sound line with a wrong hash of a chunk: any Zarr reader reads the store, ours refuses, so verify must tell."""
+    path = make_store(tmp_path, rows=20)
+    log = path / LOG
+    first, second = parse_log(log.read_bytes())[0]
+    file = first.files["activations"]
+    wrong = replace(file, chunks=("0" * 16, *file.chunks[1:]) if chunks else ())
+    log.write_bytes(replace(first, files={**first.files, "activations": wrong}).to_line() + second.to_line())
+    [finding] = verify(path).findings
+    assert ("bytes are not those that were committed" if chunks else "0 chunk hashes for the 4 chunks") in finding.problem
 
 
 def test_nonfinite_bits_are_what_torch_says():
