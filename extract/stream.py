@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import TextError
 from .config import TextSource
 from .documents import text_of
-from .hub import first_line, hub_failures
+from .hub import hub_failures
 
 SHUFFLE_BUFFER = 10_000  # documents that are mixed at a time
 
@@ -44,6 +44,8 @@ def open_stream(source: TextSource) -> StreamedDocuments:
 
     """
     from datasets import disable_progress_bars
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError
 
     disable_progress_bars()
     name, _, subset = source.dataset.partition(":")
@@ -52,13 +54,13 @@ def open_stream(source: TextSource) -> StreamedDocuments:
         converted = _converted(files, subset, source.split, name)
         try:
             stream = _parquet(name, revision, converted) if converted else _declared(name, subset, source, revision)
-        except (RuntimeError, ValueError) as problem:
+        except (RuntimeError, ValueError, DataFilesNotFoundError, EmptyDatasetError) as problem:
             # Repositories that hold a loading script: RuntimeError from datasets 4 on, ValueError (no trust) before.
             if "script" not in str(problem):
-                raise TextError(
-                    f"{source.dataset} cannot be read as split '{source.split}': {first_line(problem)}"
-                ) from problem
-            revision, files = _at_commit(name, "refs/convert/parquet")
+                said = " ".join(str(problem).splitlines()[:2])  # the second line lists the subsets where one must be chosen
+                remedy = f"choose with --split, or a subset with --dataset {name}:SUBSET"
+                raise TextError(f"{source.dataset} cannot be read as split '{source.split}' ({said}): {remedy}") from problem
+            revision, files = _conversion(name)
             stream = _parquet(name, revision, _converted(files, subset, source.split, name))
     if (columns := getattr(stream, "column_names", None)) is not None:
         text_of(dict.fromkeys(columns), source.text_column, source.dataset)
@@ -72,6 +74,16 @@ def _at_commit(name: str, revision: str | None) -> tuple[str, list[str]]:
 
     info = HfApi().dataset_info(name, revision=revision, timeout=10)
     return str(info.sha), [file.rfilename for file in info.siblings or []]
+
+
+def _conversion(name: str) -> tuple[str, list[str]]:
+    """Commit and files of the branch where the hub keeps its automatic conversion; no files where there is none."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return _at_commit(name, "refs/convert/parquet")
+    except RevisionNotFoundError:
+        return "", []
 
 
 def _declared(name: str, subset: str, source: TextSource, revision: str) -> Any:

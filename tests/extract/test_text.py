@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from datasets.exceptions import DataFilesNotFoundError
 from tcsae.errors import TextError, UsageError
 from tcsae.extract.config import ModelSource, TextSource
 from tcsae.extract.models import outline_model
@@ -159,6 +160,8 @@ def hub(monkeypatch):
     def dataset_info(self, name, revision=None, **_):
         if "info" in state.fails:
             raise state.fails["info"]
+        if "branch" in state.fails and revision == "refs/convert/parquet":
+            raise state.fails["branch"]
         if revision in ("refs/convert/parquet", CONVERTED):
             return SimpleNamespace(sha=CONVERTED, siblings=[SimpleNamespace(rfilename=f) for f in state.converted])
         return SimpleNamespace(sha=SHA, siblings=[SimpleNamespace(rfilename=f) for f in ("README.md", "data/train-0.parquet")])
@@ -218,7 +221,18 @@ def refused(kind):
     ("source", "fails", "sentence"),
     [
         ({"text_column": "body"}, {}, r"has no column 'body': its columns are text, url"),
-        ({"split": "dev"}, {"load": ValueError('Bad split: dev. Available splits: ["train"]')}, r"as split 'dev': Bad split"),
+        (
+            {"split": "dev"},
+            {"load": ValueError('Bad split: dev. Available splits: ["train"]')},
+            r"as split 'dev' \(Bad split: .*\): choose with --split",
+        ),
+        (
+            {},
+            {"load": ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")},
+            r"among the available configs: \['a', 'b'\]\): choose .*, or a subset with --dataset a/b:SUBSET",
+        ),
+        ({}, {"load": DataFilesNotFoundError("No (supported) data files found in a/b")}, r"data files found in a/b\): choose"),
+        ({}, {"load": RuntimeError("script"), "branch": "RevisionNotFoundError"}, r"no conversion of it: download it"),
         ({}, {"info": ConnectionError("Name or service not known")}, r"hub cannot be reached .* pass a folder"),
         ({}, {"info": "GatedRepoError"}, r"dataset a/b is gated .* accept its licence at .*/datasets/a/b, .*hf auth login"),
         ({}, {"info": "RepositoryNotFoundError"}, r"there is no dataset 'a/b': no such folder or file here"),
