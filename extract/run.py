@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -236,19 +237,23 @@ def _interruptible(config: ExtractConfig) -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does (only the main thread can arrange for that); either says how to go on."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(config)) from None
+        raise KeyboardInterrupt(how_to_go_on(config, began)) from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
 
 
-def _how_to_go_on(config: ExtractConfig) -> str:
+def how_to_go_on(config: ExtractConfig, began: str) -> str:
+    """What a run that was stopped left behind, and the command that goes on; ``began``: when it started, ISO 8601 in UTC."""
     try:
         stored = look(config)
     except TcsaeError:  # stopped while the stores were being created
         stored = None
+    if config.fresh and stored and any(manifest.created < began for manifest in stored.manifests):
+        return f"What --fresh was to replace is still there under {config.out}; to go on: {command_line(config)} --fresh"
     rows = f"{stored.rows:,} of {config.rows:,} rows are" if stored else "Nothing is"
     return f"{rows} committed under {config.out}; to go on: {command_line(config)}"

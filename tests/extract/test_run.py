@@ -20,7 +20,7 @@ from tcsae.extract import run as run_module
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource, command_line
 from tcsae.extract.estimate import estimate
 from tcsae.extract.forward import ForwardPass, choose_batch_size
-from tcsae.extract.run import extract
+from tcsae.extract.run import extract, how_to_go_on
 from tiny import tiny_corpus
 
 from tests.extract.snapshots import contents
@@ -257,6 +257,16 @@ def test_nan_stops_with_the_place_named(config, monkeypatch, value):
     assert 0 < store.n_rows < 26
     extract(config)
     assert torch.isfinite(ActivationStore.open(config.paths[2]).rows(0, 100)).all()
+
+
+def test_stopped_before_fresh_replaced_anything_the_old_rows_are_not_called_ours(config):
+    extract(config)
+    anew = replace(config, fresh=True)
+    before, after = how_to_go_on(anew, "9999"), how_to_go_on(anew, "2000")
+    assert before.startswith("What --fresh was to replace is still there under ")
+    assert before.endswith(f"to go on: {command_line(anew)} --fresh")
+    assert after.startswith("100 of 100 rows are committed")
+    assert after.endswith(command_line(anew))
 
 
 def test_plan_that_does_not_fit_on_the_disk_prints_the_bytes_and_makes_nothing(config, tmp_path, capsys):
