@@ -195,7 +195,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"--device {device} is unknown: say auto, cpu, cuda or cuda:N") from None
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is unknown: say auto, cpu, cuda or cuda:N")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         build = "" if torch.version.cuda else " (this torch is a build without CUDA)"
         shown = f"this machine shows {torch.cuda.device_count()} CUDA devices{build}"
@@ -209,7 +211,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    return "bfloat16" if device.type == "cpu" and _cpu_prefers_bfloat16() else "float32"
+    return "bfloat16" if _cpu_prefers_bfloat16() else "float32"
 
 
 def _cpu_prefers_bfloat16() -> bool:

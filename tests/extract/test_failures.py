@@ -124,8 +124,9 @@ def test_fingerprint_is_of_weights_and_configuration_not_of_names_or_versions(tm
 def test_cuda_asked_for_where_there_is_none():
     with pytest.raises(ModelError, match=r"--device cuda was asked for, this machine shows 0 CUDA devices.*: say --device cpu"):
         resolve_device("cuda")
-    with pytest.raises(UsageError, match="--device tpux is unknown"):
-        resolve_device("tpux")
+    for device in ("tpux", "mps", "meta"):
+        with pytest.raises(UsageError, match=f"--device {device} is unknown"):
+            resolve_device(device)
     assert resolve_device("auto").type == "cpu"
 
 
