@@ -106,7 +106,9 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     import dask.config
     from distributed import Client, LocalCluster
 
-    options: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    # Loopback only, no dashboard; its server still listens, on any free port: 8787 may be taken, which is a warning.
+    options: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
+    options |= {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 10}),
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster,
