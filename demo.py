@@ -40,8 +40,6 @@ class DemoConfig:
     """Training steps of 2045 tokens."""
     k: int = 32
     """Active features per token, in the TC-SAE and its twin alike."""
-    temporal_weight: float = 0.1
-    """λ2 of the TC-SAE."""
     held_out: float = 0.15
     """Share of the documents kept for evaluation; speeches are few and long, so more than the usual 1 %."""
     batches: int = 4
@@ -96,7 +94,6 @@ def _train(config: DemoConfig, store: str) -> list[Path]:
     sizes = {
         "data.store": store,
         "sae.k": config.k,
-        "temporal.weight": config.temporal_weight,
         "optimiser.lr": 1e-3,  # a short run at a small width; the preset's 3e-4 is for thousands of steps
         "run.steps": config.steps,
         "run.out": f"{config.folder}/runs",

@@ -35,7 +35,7 @@ def inspect(
 
         pipeline inspect cache/l12.zarr --picture norms.png
 
-        pipeline inspect runs/l12-topk64-pairwise0.1-w5-s0 --json
+        pipeline inspect runs/l12-topk64-pairwise0.03-w5-s0 --json
 
     """
     for name, describe in (("train.json", _run_facts), ("results.json", _report_facts)):

@@ -39,7 +39,7 @@ def evaluate(
     Examples:
         pipeline evaluate
 
-        pipeline evaluate --run runs/l12-topk64-pairwise0.1-w5-s0 --batches 50
+        pipeline evaluate --run runs/l12-topk64-pairwise0.03-w5-s0 --batches 50
 
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 

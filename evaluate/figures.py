@@ -15,8 +15,8 @@ from typing import Any
 
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels import plane_zoomed, time_plane
-from .weight_panels import weight_fidelity, weight_variation
 from .results import EvaluationReport
+from .weight_panels import weight_fidelity, weight_variation
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160

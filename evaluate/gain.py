@@ -10,6 +10,7 @@ feature suppression: Wright & Sharkey 2024.)
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +55,10 @@ class _Columns:
             return cls(z_MK, z_MK.T.contiguous(), rows_KD)
         values = z_MK[where]
         size_M, size_K = z_MK.shape
-        forward = torch.sparse_coo_tensor(torch.stack(where), values, (size_M, size_K), check_invariants=False)
-        backward = torch.sparse_coo_tensor(torch.stack(where[::-1]), values, (size_K, size_M), check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse invariant checks")  # torch 2.11, though told not to
+            forward = torch.sparse_coo_tensor(torch.stack(where), values, (size_M, size_K), check_invariants=False)
+            backward = torch.sparse_coo_tensor(torch.stack(where[::-1]), values, (size_K, size_M), check_invariants=False)
         return cls(forward.coalesce(), backward.coalesce(), rows_KD)
 
     def apply(self, g_K: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which charts a report has and what they show: pure functions from an evaluation to panels, section by section.
+"""What a report's charts show: pure functions from an evaluation to panels.
 
 A panel is left out where its numbers are missing; nothing is drawn from a null. Layers get panels of their own, since
 neither reference rows nor losses are comparable across layers.
@@ -7,32 +7,11 @@ neither reference rows nor losses are comparable across layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 from .chart import Axis, Line, Mark, Panel, Rule
-from .loss_panels import training_panels
 from .results import Curve, EvaluationReport, Metric, Record
 from .wording import decimals, metric_label, role_of, short_name, show, show_interval
-
-
-def sections(report: EvaluationReport) -> dict[str, list[Panel]]:
-    """Section → its panels, in reading order; a section without panels is an empty list."""
-    return {
-        "fidelity": _each_layer(report, plane, plane_zoomed, variance_plane, ce_rows, kl_rows),
-        "time": _each_layer(report, time_plane, lag_curves, variation_rows),
-        "position": _each_layer(report, eta_histogram, norm_by_position, specific_rows),
-        "features": _each_layer(report, density_histogram),
-        "training": training_panels(report),
-    }
-
-
-Builder = Callable[[EvaluationReport, int], Panel | None]
-
-
-def _each_layer(report: EvaluationReport, *builders: Builder) -> list[Panel]:
-    built = [(layer, builder(report, layer)) for layer in report.layers for builder in builders]
-    return [replace(panel, layer=layer) for layer, panel in built if panel is not None]
 
 
 def plane(report: EvaluationReport, layer: int) -> Panel | None:

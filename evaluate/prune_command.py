@@ -28,7 +28,7 @@ def prune(
     `pipeline evaluate` then shows the new run beside the old one.
 
     Examples:
-        pipeline prune runs/l12-topk64-pairwise0.1-w5-s0
+        pipeline prune runs/l12-topk64-pairwise0.03-w5-s0
 
         pipeline prune runs/l12-topk64-none-s0 --min-cosine 0.95 --out runs/fewer
 

@@ -18,9 +18,9 @@ from markupsafe import Markup
 
 from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
 from .figures import write_figures
-from .panels import sections
 from .payload import embedded, payload
 from .results import EvaluationReport, Metric
+from .sections import sections
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables
 from .wording import evaluated, in_reading_order, named, outcomes, provenance

@@ -45,7 +45,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     Path(built).rename(tmp_path / "cache/l12.zarr")
     monkeypatch.chdir(tmp_path)
     small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}
-    for name in ("l12-topk64-pairwise0.1-w5-s0", "l12-topk64-none-s0"):
+    for name in ("l12-topk64-pairwise0.03-w5-s0", "l12-topk64-none-s0"):
         train(changed(TrainConfig(), small | {"run.name": name, "run.baseline": False}))
     for page in PAGES:
         scope: dict[str, object] = {}

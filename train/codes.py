@@ -71,6 +71,9 @@ class SparseCodes:
             return kernels.inner_products(a_ND, W_FD, self._column, self._row_starts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings(
+                "ignore", message="Sparse invariant checks"
+            )  # torch 2.11 says so even when told not to check
             pattern = torch.sparse_csr_tensor(self._row_starts, self._column, self.value, self.shape, check_invariants=False)
             return torch.sparse.sampled_addmm(pattern, a_ND, W_FD.t(), beta=0.0).values()
 

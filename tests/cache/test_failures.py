@@ -144,7 +144,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("no mounting here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a process started by another test may still look at it
 
 
 @root_only

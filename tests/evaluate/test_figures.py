@@ -8,8 +8,9 @@ from markupsafe import Markup
 from synthetic import metric, synthetic_report
 from tcsae.evaluate.chart import NIGHT, PAPER, STYLES, Axis, Line, Mark, Panel, Rule, number, power_label, set_apart
 from tcsae.evaluate.figures import write_figures, write_picture
-from tcsae.evaluate.panels import plane, plane_zoomed, sections
+from tcsae.evaluate.panels import plane, plane_zoomed
 from tcsae.evaluate.results import Curve, EvaluationReport, TrainingCurves
+from tcsae.evaluate.sections import sections
 from tcsae.evaluate.svg import interval_glyph, render
 
 PNG = b"\x89PNG\r\n\x1a\n"
