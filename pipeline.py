@@ -7,7 +7,6 @@ as one sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ct
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -103,12 +102,10 @@ for module in (extract_command, train_command, evaluate_command, cache_command, 
 @app.callback()
 def _options(
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars or notes."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback behind a failure."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback behind a failure."),  # noqa: ARG001 - main() asks
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
 ) -> None:
     set_quiet(quiet)
-    if debug:
-        os.environ["TCSAE_DEBUG"] = "1"
     if version:
         print(__version__)
         raise typer.Exit

@@ -99,9 +99,14 @@ def load_run(path: str | Path) -> RunRecord:
 def find_runs(folder: str | Path) -> list[Path]:
     """The finished runs directly inside ``folder``, by name; empty where there are none.
 
-    Raises:
-        RunError: a record there is damaged.
-
+    One whose record is damaged is among them, so that opening it says so instead of it being passed over.
     """
     records = sorted(Path(folder).glob(f"*/{RECORD}"))
-    return [file.parent for file in records if load_run(file.parent).finished]
+    return [file.parent for file in records if _finished_or_damaged(file.parent)]
+
+
+def _finished_or_damaged(path: Path) -> bool:
+    try:
+        return load_run(path).finished
+    except RunError:
+        return True

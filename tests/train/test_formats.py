@@ -116,7 +116,9 @@ def test_records_come_back_and_unfinished_runs_are_not_found(tmp_path):
     a_record("a").save(tmp_path / "a")
     a_record("c", finished=False).save(tmp_path / "c")
     assert load_run(tmp_path / "a") == a_record("a")
-    assert [path.name for path in find_runs(tmp_path)] == ["a", "b"]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/train.json").write_text("{")
+    assert [path.name for path in find_runs(tmp_path)] == ["a", "b", "d"], "a damaged one is for its reader to complain of"
     assert find_runs(tmp_path / "nowhere") == []
 
 
