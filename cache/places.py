@@ -6,7 +6,7 @@ folder. On an object store: an upload that appears only when it is completed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ class Files(Protocol):
 
     def read_into(self, key: str, offset: int, buffers: Sequence[Any]) -> int:
         """As :meth:`Place.read_into`."""
+        ...
+
+    def stream_into(self, key: str, offset: int, body: Any, seen: Callable[[Any], object]) -> int:
+        """Fill ``body`` from ``offset``, showing ``seen`` each part as soon as it is there; returns the bytes read."""
         ...
 
     def close(self) -> None:

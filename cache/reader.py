@@ -25,7 +25,6 @@ from .metadata import TEXT_ARRAYS, shard_key
 from .places import Place
 from .shard import index_bytes, parse_index, read_text
 
-_SLICE_BYTES = 1 << 20  # hashed while it is still in the core's cache: 0.88 of the speed of reading alone, against 0.78
 _OPEN_TEXT = 16  # shards whose tokens, documents and flags are kept
 
 
@@ -85,11 +84,8 @@ class ShardReader:
 
     def _fill_hashed(self, key: str, offset: int, body: Any, xxh3: str) -> None:
         hasher = xxh3_64()
-        step = _SLICE_BYTES if self.place.local else len(body)  # one request per chunk elsewhere
-        for start in range(0, len(body), step):
-            part = body[start : start + step]
-            self._fill(key, offset + start, [part])
-            hasher.update(part)
+        if self._files.stream_into(key, offset, body, hasher.update) != len(body):
+            raise DamageError("it ends too early")
         if hasher.hexdigest() != xxh3:
             raise DamageError("its bytes are not those that were committed")
 

@@ -6,7 +6,7 @@ commit log is replaced by a longer one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,11 @@ class _RemoteFiles:
 
     def read_into(self, key: str, offset: int, buffers: Sequence[Any]) -> int:
         return self._place.read_into(key, offset, buffers)
+
+    def stream_into(self, key: str, offset: int, body: Any, seen: Callable[[Any], object]) -> int:
+        read = self._place.read_into(key, offset, [body])  # one request
+        seen(body)
+        return read
 
     def close(self) -> None:
         self._sizes.clear()
