@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tcsae.cache.layout import SPECIAL, Compression, RowBlock, StoreLayout
 from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
 from tcsae.cache.writer import StoreSetWriter
+
+if TYPE_CHECKING:
+    from tcsae.cache.store import ActivationStore
 
 BOS, VOCAB = 0, 300
 Packing = Literal["document", "concat"]
@@ -144,3 +147,30 @@ def grow_store(path: Path, rows: int) -> Path:
 def make_store(folder: Path, *, layer: int = 3, **options) -> Path:
     """One finished store, ``folder/l3.zarr``; options as :func:`make_stores`."""
     return make_stores(folder, [layer], **options)[layer]
+
+
+# A small layout and what tests of writing and growing ask of stores in it.
+LAYOUT = StoreLayout(8, 16, 4, 16)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def bits_of(store: ActivationStore, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Stored bits of some rows, all by default."""
+    import torch
+
+    return store.rows(start, store.n_rows if stop is None else stop).view(torch.uint16).numpy()
+
+
+def write_all(paths, block, bits):
+    """Write all rows of a plan that is as long as the block."""
+    with StoreSetWriter.open(paths, manifests(paths, len(block))) as writer:
+        write_rows(writer, block, bits)
+
+
+def manifests(layers, rows, layout=LAYOUT, **about):
+    """One manifest per layer."""
+    return {n: make_manifest(layer=n, layout=layout, planned_rows=rows, **about) for n in layers}

@@ -2,33 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
-from stores import grow_store, make_activations, make_block, make_manifest, make_store, make_stores, write_rows
-from tcsae.cache.layout import StoreLayout
+from stores import bits_of, content, grow_store, make_activations, make_block, make_store, make_stores, manifests, write_rows
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StoreError
-
-LAYOUT = StoreLayout(8, 16, 4, 16)
-
-
-def content(folder):
-    """Every file of a store but its clock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def bits_of(store, start=0, stop=None):
-    return store.rows(start, store.n_rows if stop is None else stop).view(torch.uint16).numpy()
-
-
-def write_all(paths, block, bits):
-    with StoreSetWriter.open(paths, manifests(paths, len(block))) as writer:
-        write_rows(writer, block, bits)
-
-
-def manifests(layers, rows, layout=LAYOUT, **about):
-    return {n: make_manifest(layer=n, layout=layout, planned_rows=rows, **about) for n in layers}
 
 
 def test_a_finished_store_grows_and_old_fingerprints_stay(tmp_path):
