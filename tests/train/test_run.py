@@ -396,11 +396,13 @@ def test_two_processes_equal_one(store, tmp_path):
         "train(validated(json.loads(sys.argv[1])))"
     )
     together = config_for(store, tmp_path / "two", sae__activation="relu", loss__l1=0.1).model_dump_json()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
-    subprocess.run(
-        [*command, sys.executable, "-W", "ignore", "-c", code, together],
-        check=True, timeout=240, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    # on the loopback address: a machine need not be able to resolve its own name
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "--no-python", sys.executable, "-W", "ignore", "-c", code, together],
+        timeout=240, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     for path in alone.runs:
         other = tmp_path / "two" / path.name
         mine, theirs = TemporalSAE.load(path), TemporalSAE.load(other)
