@@ -5,9 +5,10 @@
     python benchmarks/train.py --store cache/l12.zarr --peers  on real activations
     python benchmarks/train.py --quick                         does it run at all?
 
-For every L0 one SAE is trained, λ1 steered, until it has that L0; its weights and λ1 go to every contender. Then they train on
-the same batches in turns of ten steps, so that whatever else the machine does hits all alike. Ratios are medians over turns of
-a contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
+For every L0 one SAE is trained, λ1 steered, until it has that L0. Then all train on the same batches in turns of ten timed
+steps, so that whatever else the machine does hits all alike, and begin every turn with the trained weights, so that L0 stays.
+Ratios are medians over turns of a contender's time by that of ours in the same turn; tokens per second are the best turn's.
+Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from tcsae.train.plan import MemberPlan
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
-WARM_LR, LR, TURN = 3e-3, 3e-4, 10
+WARM_LR, LR, TURN, UNTIMED = 3e-3, 3e-4, 10, 2
 
 
 def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
@@ -124,20 +126,18 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     return step
 
 
-def compete(contenders: dict[str, Step], batches: list[Tensor], n_steps: int) -> dict[str, Any]:
-    """Turns of TURN steps; seconds per step of each turn and the L0 in the course of it."""
+def compete(contenders: dict[str, Callable[[], Step]], batches: list[Tensor], n_steps: int) -> dict[str, Any]:
+    """Turns of TURN steps; seconds per step of each turn and the L0 at its end."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     l0: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(-1, max(1, n_steps // TURN)):  # one turn to warm up
-        for name, step in contenders.items():
+    for turn in range(max(1, n_steps // TURN)):
+        for name, contender in contenders.items():
+            step = contender()
+            _run(step, batches, turn * TURN - UNTIMED, UNTIMED)
             begun = time.perf_counter()
-            for i in range(TURN):
-                ask = step(batches[(turn * TURN + i) % len(batches)])
-            if batches[0].is_cuda:
-                torch.cuda.synchronize()
-            if turn >= 0:
-                seconds[name].append((time.perf_counter() - begun) / TURN)
-                l0[name].append(ask())
+            ask = _run(step, batches, turn * TURN, TURN)
+            seconds[name].append((time.perf_counter() - begun) / TURN)
+            l0[name].append(ask())
     n_tokens = batches[0].shape[0] * batches[0].shape[1]
     base = seconds[OURS[0]]
     return {
@@ -150,6 +150,15 @@ def compete(contenders: dict[str, Step], batches: list[Tensor], n_steps: int) ->
         }
         for name, times in seconds.items()
     }
+
+
+def _run(step: Step, batches: list[Tensor], first: int, n_steps: int) -> Callable[[], float]:
+    """Steps on batches ``first`` …, done when the device is; the last one's question for L0."""
+    for at in range(first, first + n_steps):
+        ask = step(batches[at % len(batches)])
+    if batches[0].is_cuda:
+        torch.cuda.synchronize()
+    return ask
 
 
 def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
@@ -243,10 +252,10 @@ def main() -> None:
         endless = (batches[i % len(batches)] for i in range(10**9))
         l1, reached = reach(trained, target, endless, args.warm_steps)
         l1 = l1 if args.activation == "relu" else 0.0
-        contenders = {name: ours(name, trained, l1) for name in OURS}
+        contenders = {name: partial(ours, name, trained, l1) for name in OURS}
         if args.peers and args.activation == "relu":
             n_tokens = args.tokens // args.window * args.window
-            contenders |= {name: PEERS[name](trained.sae, l1, LR, n_tokens, args.dtype) for name in installed()}
+            contenders |= {name: partial(PEERS[name], trained.sae, l1, LR, n_tokens, args.dtype) for name in installed()}
         result = {"target_l0": target, "reached_l0": round(reached, 1), "l1": round(l1, 3)}
         result |= {"contenders": compete(contenders, batches, args.steps), "peak_mib": peak_memory(args, target)}
         record["results"].append(result)
