@@ -101,25 +101,28 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
 
 
 def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
-    """TC-SAE − twin for every pair that is there whole, on whatever both were measured by."""
+    """TC-SAE − twin and pruned − original for every pair that is there whole, on whatever both were measured by."""
     found = []
     for first in rows:
         second = next((row for row in rows if row.name == first.pair and row.layer == first.layer and row.kind == "sae"), None)
-        if first.role != "tc" or second is None:
+        if first.role not in ("tc", "pruned") or second is None:
             continue
         a, b = scored(first, rows), scored(second, rows)
         shared = [name for name in a if name in b and not name.startswith(("ce_clean", "kl_noise_floor"))]
         differences = {name: resampler.difference(a[name], b[name]) for name in shared}
-        found.append(
-            Paired(first=first.name, second=second.name, layer=first.layer, metrics=differences, warning=_unequal(a, b))
-        )
+        kind = "pruned" if first.role == "pruned" else "twin"
+        warning = _unequal(a, b, kind)
+        names = {"first": first.name, "second": second.name, "layer": first.layer}
+        found.append(Paired(kind=kind, **names, metrics=differences, warning=warning))
     return found
 
 
-def _unequal(a: dict[str, UnitSums], b: dict[str, UnitSums]) -> str | None:
+def _unequal(a: dict[str, UnitSums], b: dict[str, UnitSums], kind: str) -> str | None:
     l0 = [float(np.sum(one["l0"].numerator_U) / max(1.0, np.sum(one["l0"].denominator_U))) for one in (a, b)]
     if abs(l0[0] - l0[1]) <= L0_TOLERANCE * max(l0):
         return None
+    if kind == "pruned":
+        return f"pruning took L0 from {l0[1]:.1f} to {l0[0]:.1f}: part of every difference is sparsity"
     return f"L0 differs ({l0[0]:.1f} against {l0[1]:.1f}): part of every difference is sparsity, not the temporal term"
 
 

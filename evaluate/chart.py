@@ -27,6 +27,7 @@ class RoleStyle:
 ROLES = {
     "tc": RoleStyle("TC-SAE", "#0a5fa5", "#6cb6f2", "circle", ()),
     "twin": RoleStyle("twin (λ2 = 0)", "#b34700", "#f0995c", "square", (7, 3)),
+    "pruned": RoleStyle("pruned", "#1d6f42", "#74c69a", "diamond", (10, 3, 2, 3)),
     "external": RoleStyle("other SAE", "#7a3f98", "#cf9fe8", "triangle", (2, 2)),
     "reference": RoleStyle("reference row", "#5c5f66", "#a4a8b0", "cross", (1, 3)),
 }
@@ -138,7 +139,7 @@ class Panel:
     lines: tuple[Line, ...] = ()
     rules: tuple[Rule, ...] = ()
     caption: str = ""
-    links: tuple[tuple[int, int], ...] = ()  # pairs of marks joined by a thin line: a TC-SAE and its twin
+    links: tuple[tuple[int, int], ...] = ()  # pairs of marks joined by a thin line: TC-SAE and twin, pruned and original
     layer: int | None = None
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:

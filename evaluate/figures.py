@@ -20,7 +20,8 @@ from .weight_panels import weight_fidelity, weight_variation
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
-_MARKERS = {"circle": "o", "square": "s", "triangle": "^", "cross": "x"}
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
+_HOLLOW = {"square", "diamond"}
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -140,7 +141,7 @@ def _mark(ax: Any, mark: Mark, x: float) -> None:
         )
     if mark.y_interval:
         ax.plot([x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
-    look: dict[str, Any] = {"markerfacecolor": "white" if style.marker == "square" else style.paper, "markeredgewidth": 1.4}
+    look: dict[str, Any] = {"markerfacecolor": "white" if style.marker in _HOLLOW else style.paper, "markeredgewidth": 1.4}
     ax.plot(x, mark.y, _MARKERS[style.marker], color=style.paper, markersize=5.5, clip_on=False, zorder=3, **look)
 
 
@@ -190,7 +191,7 @@ def _legend(ax: Any, panel: Panel) -> None:
         style = STYLES[role]
         dashes: dict[str, Any] = {"linestyle": ((0, style.dash) if style.dash else "-") if panel.lines else "none"}
         marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
-        face = "white" if style.marker == "square" else style.paper
+        face = "white" if style.marker in _HOLLOW else style.paper
         handles.append(Line2D([], [], color=style.paper, marker=marker, markerfacecolor=face, label=style.name, **dashes))
     if len(handles) > 1 and not panel.y.categories:  # named rows need no legend
         ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")

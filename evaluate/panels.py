@@ -43,7 +43,7 @@ def plane_zoomed(report: EvaluationReport, layer: int) -> Panel | None:
         Axis("share of CE recovered"),
         marks,
         links=_links(report, layer, marks),
-        caption="The same, enlarged. A thin line joins a TC-SAE and its twin; where they coincide they are drawn apart.",
+        caption="The same, enlarged. A thin line joins a pair; where two coincide they are drawn apart.",
     )
 
 
@@ -108,9 +108,9 @@ def _interval(metric: Metric) -> tuple[float, float] | None:
 
 
 def _links(report: EvaluationReport, layer: int, marks: Sequence[Mark]) -> tuple[tuple[int, int], ...]:
-    """Index pairs of each TC-SAE and its twin among the marks."""
+    """Index pairs of each TC-SAE and its twin, each pruned SAE and its original among the marks."""
     index = {mark.title.split(":")[0]: i for i, mark in enumerate(marks)}
-    pairs = [(r.name, r.pair) for r in _saes(report, layer) if r.role == "tc"]
+    pairs = [(r.name, r.pair) for r in _saes(report, layer) if r.role in ("tc", "pruned")]
     return tuple((index[a], index[b]) for a, b in pairs if a in index and b in index)
 
 

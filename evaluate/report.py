@@ -23,7 +23,7 @@ from .results import EvaluationReport, Metric
 from .sections import sections
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables
-from .wording import evaluated, in_reading_order, named, outcomes, provenance
+from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -71,7 +71,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         swatches={role: swatch(role) for role in STYLES},
         evaluated=evaluated(report),
         outcomes=outcomes(report),
-        comparisons=comparisons(report),
+        comparisons={kind: comparisons(report, kind) for kind in PAIRS},
         main_tables=main_tables(report),
         full_tables=full_tables(report),
         panels={key: _drawn(group) for key, group in panels.items()},
@@ -108,7 +108,8 @@ def _contents(
 ) -> dict[str, str]:
     """The sections that this page has."""
     present = {
-        "twins": ("TC-SAE against its twin", report.paired),
+        "twins": ("TC-SAE against its twin", any(pair.kind == "twin" for pair in report.paired)),
+        "pruned": ("Pruned against the original", any(pair.kind == "pruned" for pair in report.paired)),
         "table": ("Every row, the main numbers", True),
         "fidelity": ("Fidelity and sparsity", panels["fidelity"]),
         "time": ("Time", panels["time"]),

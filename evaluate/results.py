@@ -28,6 +28,9 @@ def _finite_or_none(value: Any) -> Any:
 Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
 
 
+Role = Literal["tc", "twin", "pruned"]
+
+
 class Frozen(BaseModel):
     """A part of the document: immutable, and closed to fields nobody defined."""
 
@@ -89,8 +92,12 @@ class Record(Frozen):
     name: str = Field(description="unique in the report together with the layer")
     kind: Literal["sae", "reference"]
     layer: int
-    role: Literal["tc", "twin"] | None = Field(default=None, description="with the temporal term, or its twin without")
-    pair: str | None = Field(default=None, description="name of the other half: the twin of a tc, the tc of a twin")
+    role: Role | None = Field(
+        default=None, description="with the temporal term, its twin without, or a run that `pipeline prune` made of another"
+    )
+    pair: str | None = Field(
+        default=None, description="name of the other half: the twin of a tc, the tc of a twin, the original of a pruned one"
+    )
     sae: SAEFacts | None = None
     metrics: dict[str, Metric]
     curves: dict[str, Curve] = Field(default_factory=dict)
@@ -103,6 +110,7 @@ class Record(Frozen):
 class Paired(Frozen):
     """Differences first − second between two SAEs, token by token on the same text, with paired intervals."""
 
+    kind: Literal["twin", "pruned"] = Field(default="twin", description="TC-SAE − twin, or pruned − original")
     first: str
     second: str
     layer: int

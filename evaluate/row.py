@@ -22,7 +22,7 @@ from .fidelity import Fidelity
 from .heldout import LayerSurvey
 from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
 from .references import replacement
-from .results import Curve, Definition, FeatureCard, Metric, SAEFacts
+from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
 from .subjects import Subject
 
 SHARED_SPLICES = {"zero_sae": "zero"}  # what reconstructs the same need not be run twice
@@ -35,7 +35,7 @@ class MeasuredRow:
     name: str
     kind: Literal["sae", "reference"]
     layer: int
-    role: Literal["tc", "twin"] | None = None
+    role: Role | None = None
     pair: str | None = None
     facts: SAEFacts | None = None
     sums: dict[str, UnitSums] = field(default_factory=dict)

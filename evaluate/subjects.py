@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..cache.manifest import StoreManifest
 from ..errors import RunError, TcsaeError, UsageError
@@ -18,7 +18,7 @@ from ..train.sae import TemporalSAE
 from .config import EvaluateConfig
 from .external import load_external
 from .foreign import AnySAE
-from .results import Failure, SAEFacts
+from .results import Failure, Role, SAEFacts
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -32,8 +32,9 @@ class Subject:
     facts: SAEFacts
     load: Callable[[], AnySAE]
     fingerprint: str
-    role: Literal["tc", "twin"] | None = None
+    role: Role | None = None
     pair: str | None = None
+    """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
 
 
 @dataclass
@@ -90,15 +91,17 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
     weights = Path(path) / WEIGHTS
     if not weights.exists():
         raise RunError(f"{path} says it is finished but has no {WEIGHTS}: train it again")
+    sae = TemporalSAE.load(path)
+    original = sae.metadata.get("pruned_from")
     group.subjects.append(
         Subject(
             name=_free_name(record.name, record.layer, group),
             layer=record.layer,
-            facts=_facts_of_run(path, record),
+            facts=_facts_of_run(path, record, sae, {"pruned_from": original} if original else {}),
             load=lambda: TemporalSAE.load(path),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
-            role=record.role,
-            pair=record.twin,
+            role="pruned" if original else record.role,
+            pair=original or record.twin,
         )
     )
 
@@ -171,15 +174,14 @@ def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
     )
 
 
-def _facts_of_run(path: str, record: RunRecord) -> SAEFacts:
-    sae = TemporalSAE.load(path)
+def _facts_of_run(path: str, record: RunRecord, sae: TemporalSAE, more: dict[str, str]) -> SAEFacts:
     return SAEFacts(
         path=path,
         source="run",
         architecture=sae.activation.kind,
         d_model=sae.d_model,
         n_features=sae.n_features,
-        settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens},
+        settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens} | more,
     )
 
 

@@ -245,6 +245,8 @@ def _marker(role: str, x: float, y: float) -> str:
         return f'<rect class="hollow" x="{x - 3.7:.1f}" y="{y - 3.7:.1f}" width="7.4" height="7.4"/>'
     if shape == "triangle":
         return f'<path class="solid" d="M{x:.1f} {y - 5:.1f}L{x + 4.8:.1f} {y + 3.7:.1f}H{x - 4.8:.1f}Z"/>'
+    if shape == "diamond":
+        return f'<path class="hollow" d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5Z"/>'
     return f'<path class="stroke" d="M{x - 3.6:.1f} {y - 3.6:.1f}l7.2 7.2m0 -7.2l-7.2 7.2"/>'
 
 

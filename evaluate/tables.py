@@ -1,4 +1,4 @@
-"""The report's tables, cell by cell: records × metrics, TC-SAE against twin, and the paper's table beside the reference rows.
+"""The report's tables, cell by cell: records × metrics, pair by pair, and the paper's table beside the reference rows.
 
 Digits are chosen per column, so that numbers of one metric line up; undefined is a dash with its reason.
 """
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .results import EvaluationReport, Metric, Paired, Record
 from .svg import interval_glyph
-from .wording import ARROWS, better_of, decimals, metric_label, role_of, short_name, show, show_interval, verdict
+from .wording import ARROWS, PAIRS, better_of, decimals, metric_label, role_of, short_name, show, show_interval, verdict
 
 MAIN = (
     *("l0", "ce", "kl", "ce_score_mean", "kl_score_mean", "explained_variance", "cosine", "norm_ratio"),
@@ -142,7 +142,7 @@ def cell(metric: Metric | None, digits: int) -> Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of a TC-SAE against its twin."""
+    """One metric of a pair."""
 
     column: Column
     first: Cell
@@ -159,16 +159,25 @@ class Comparison:
     """All differences of one pair."""
 
     layer: int
-    first: str
-    second: str
+    first: Side
+    second: Side
     differences: tuple[Difference, ...]
     others: tuple[Difference, ...]
     warning: str
 
 
-def comparisons(report: EvaluationReport) -> list[Comparison]:
-    """TC-SAE against twin, metric by metric: the headline metrics first."""
-    return [_comparison(pair, report) for pair in report.paired]
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: its record's name, the role it is drawn in, and what it is called here."""
+
+    name: str
+    role: str
+    label: str
+
+
+def comparisons(report: EvaluationReport, kind: str) -> list[Comparison]:
+    """The pairs of a kind, metric by metric: the headline metrics first."""
+    return [_comparison(pair, report) for pair in report.paired if pair.kind == kind]
 
 
 def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
@@ -177,11 +186,13 @@ def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
     records = report.record(pair.first, pair.layer), report.record(pair.second, pair.layer)
     found = [d for key in order if (d := _difference(key, pair, records, report))]
     main, others = (tuple(d for d in found if (d.column.key in headline) is wanted) for wanted in (True, False))
-    return Comparison(pair.layer, pair.first, pair.second, main, others, pair.warning or _sparsity_warning(records))
+    names, roles = (pair.first, pair.second), [role_of(record) if record else "external" for record in records]
+    first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], strict=True))
+    return Comparison(pair.layer, first, second, main, others, pair.warning or _sparsity_warning(records))
 
 
 def _sparsity_warning(records: tuple[Record | None, Record | None]) -> str:
-    """A twin at equal λ1 has another L0: said wherever the two differ by more than 2 %."""
+    """A twin at equal λ1, a pruned SAE: another L0 is said wherever the two differ by more than 2 %."""
     sizes = [r.metrics["l0"].value if r and "l0" in r.metrics else None for r in records]
     if None in sizes or max(sizes) <= 1.02 * min(sizes):  # pyright: ignore[reportArgumentType, reportOperatorIssue]
         return ""
@@ -199,7 +210,8 @@ def _difference(
     digits = max([decimals(v.value, v.low, v.high) for v in values if v and v.value is not None], default=3)
     reach = max(abs(v) for v in (metric.value, metric.low or 0.0, metric.high or 0.0))
     word, tone = _judged(found.word, better_of(key, report))
-    glyph = interval_glyph(metric.value, metric.low, metric.high, reach, "tc")
+    role = "pruned" if pair.kind == "pruned" else "tc"
+    glyph = interval_glyph(metric.value, metric.low, metric.high, reach, role)
     cells = [cell(v, digits) for v in values]
     return Difference(column(report, key), cells[0], cells[1], found.difference, found.interval, glyph, word, tone)
 

@@ -44,7 +44,7 @@ def _weight_panel(report: EvaluationReport, layer: int, key: str, label: str, ti
 
 
 def _weight(record: Record, layer: int) -> float | None:
-    if record.layer != layer or record.role is None or record.sae is None:
+    if record.layer != layer or record.role not in ("tc", "twin") or record.sae is None:
         return None
     if record.role == "twin":
         return 0.0

@@ -6,7 +6,7 @@ The headline says no more than the intervals do: where an interval includes zero
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..console import format_bytes, format_duration
@@ -24,6 +24,7 @@ REFERENCE_NAMES = {
     "zero_sae": "all-zero SAE",
 }
 ARROWS = {"lower": "↓", "higher": "↑"}
+_BELOW = {"twin": 1, "pruned": 2}  # what stands below the SAE it is compared with, and in which order
 
 
 def role_of(record: Record) -> str:
@@ -34,13 +35,16 @@ def role_of(record: Record) -> str:
 
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
-    """The same report with its rows as a reader wants them: SAEs before references, each TC-SAE before its twin."""
-    first = {record.name: i for i, record in enumerate(report.records) if record.role == "tc"}
+    """The same report with its rows as a reader wants them: SAEs before references, TC-SAE, twin, what was pruned of either."""
+    found = {(record.layer, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
 
     def place(item: tuple[int, Record]) -> tuple[int, int, int]:
         i, record = item
-        pair = first.get(record.pair or "", first.get(record.name, i))
-        return (record.kind == "reference", pair, 0 if record.role == "tc" else 1)
+        head = i
+        for _ in report.records:  # up to the head of the family, however often it was pruned
+            above = report.records[head]
+            head = found.get((above.layer, above.pair or ""), head) if above.role in _BELOW else head
+        return (record.kind == "reference", head, _BELOW.get(record.role or "", 0))
 
     return report.model_copy(update={"records": [record for _, record in sorted(enumerate(report.records), key=place)]})
 
@@ -49,10 +53,13 @@ def short_name(record: Record, report: EvaluationReport) -> str:
     """The record's name inside a panel of its layer: its role where that is enough, else its name without the layer."""
     if record.kind == "reference":
         return REFERENCE_NAMES.get(record.name, record.name)
-    same = [
-        other for other in report.records if other.layer == record.layer and other.kind == "sae" and other.role == record.role
-    ]
-    if record.role and len(same) == 1:
+    beside = [other for other in report.records if other.layer == record.layer and other.kind == "sae"]
+    if record.role == "pruned":
+        original = next((other for other in beside if other.name == record.pair), None)
+        alone = sum(other.role == "pruned" and other.pair == record.pair for other in beside) == 1
+        if original is not None and alone:
+            return f"{short_name(original, report)}, pruned"
+    elif record.role and sum(other.role == record.role for other in beside) == 1:
         return {"tc": "TC-SAE", "twin": "twin"}[record.role]
     return record.name.removeprefix(f"l{record.layer}-")
 
@@ -147,14 +154,19 @@ def _documents(report: EvaluationReport) -> str:
 
 
 def outcomes(report: EvaluationReport) -> list[str]:
-    """What came out, a sentence per pair; with more than four pairs, how many of them went which way."""
-    if not report.paired:
-        return ["No TC-SAE was evaluated beside a twin, so nothing can be said of the temporal term."]
-    if len(report.paired) > 4:
-        return [sentence for key in _HEADLINE if (sentence := _tally(report.paired, key))]
-    return [_outcome(pair, report) for pair in report.paired]
+    """What came out, a sentence per pair; with more than four pairs of a kind, how many of them went which way."""
+    twins, pruned = ([pair for pair in report.paired if pair.kind == kind] for kind in PAIRS)
+    found = [] if twins else ["No TC-SAE was evaluated beside a twin, so nothing can be said of the temporal term."]
+    for pairs in (twins, pruned):
+        if len(pairs) > 4:
+            found += [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
+        else:
+            found += [_outcome(pair, report) for pair in pairs]
+    return found
 
 
+PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original")}
+"""What the two sides of a pair are called, by its kind."""
 _HEADLINE = {
     "ce_score_mean": "share of CE recovered",
     "kl": "KL",
@@ -175,10 +187,11 @@ def _outcome(pair: Paired, report: EvaluationReport) -> str:
             parts.append(f"{phrase} {found.word}{good}, {found.difference}{found.bracket}")
     if not parts:
         return f"Layer {pair.layer}: {pair.first} and {pair.second} have no metric in common."
-    return f"Layer {pair.layer}, TC-SAE minus twin: {'; '.join(parts)}."
+    sides = f"{pair.first} minus its original" if pair.kind == "pruned" else "TC-SAE minus twin"
+    return f"Layer {pair.layer}, {sides}: {'; '.join(parts)}."
 
 
-def _tally(pairs: Iterable[Paired], key: str) -> str:
+def _tally(pairs: Sequence[Paired], key: str) -> str:
     words = [found.word for pair in pairs if key in pair.metrics and (found := verdict(pair.metrics[key]))]
     if not words:
         return ""
@@ -186,7 +199,7 @@ def _tally(pairs: Iterable[Paired], key: str) -> str:
     parts = [f"{n} {word}" for word, n in counts.items() if n]
     rest = len(words) - sum(counts.values())
     parts += [f"{rest} undecided"] if rest else []
-    return f"{len(words)} pairs, TC-SAE minus twin: {_HEADLINE[key]} {listed(parts)}."
+    return f"{len(words)} pairs, {' minus '.join(PAIRS[pairs[0].kind])}: {_HEADLINE[key]} {listed(parts)}."
 
 
 def named(identity: str, kind: str) -> str:

@@ -240,8 +240,8 @@ def test_many_pairs_are_counted():
 
 
 def test_unequal_sparsity_is_said_beside_the_comparison(report, page):
-    assert comparisons(report)[0].warning == ""
-    assert "78.2" in comparisons(report)[1].warning
+    assert comparisons(report, "twin")[0].warning == ""
+    assert "78.2" in comparisons(report, "twin")[1].warning
     assert "not compared at equal sparsity" in page.text
     records = [
         r.model_copy(update={"metrics": r.metrics | {"l0": metric("l0", 90.0)}}) if r.role == "twin" else r
@@ -250,11 +250,11 @@ def test_unequal_sparsity_is_said_beside_the_comparison(report, page):
     silent = report.model_copy(
         update={"records": records, "paired": [paired(*names, 5) for names in [(records[0].name, records[1].name)]]}
     )
-    assert "64.0 and 90.0" in comparisons(silent)[0].warning
+    assert "64.0 and 90.0" in comparisons(silent, "twin")[0].warning
 
 
 def test_better_and_worse_follow_the_definition(report):
-    found = {d.column.key: d for d in comparisons(report)[0].differences}
+    found = {d.column.key: d for d in comparisons(report, "twin")[0].differences}
     assert found["kl"].word == "higher: worse"
     assert found["temporal_variation"].word == "lower"
     assert found["explained_variance"].word == "undecided"
@@ -273,7 +273,7 @@ def test_rows_come_in_reading_order(report):
 def test_side_metrics_do_not_crowd_the_comparison(report):
     more = report.paired[0].metrics | {"kl_without_outliers": metric("kl", 0.2, 0.1)}
     pair = report.paired[0].model_copy(update={"metrics": more})
-    found = comparisons(report.model_copy(update={"paired": [pair]}))[0]
+    found = comparisons(report.model_copy(update={"paired": [pair]}), "twin")[0]
     assert [d.column.key for d in found.others] == ["kl_without_outliers"]
     assert "kl" in [d.column.key for d in found.differences]
 

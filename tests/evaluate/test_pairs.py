@@ -1,0 +1,89 @@
+"""Who is compared with whom: a TC-SAE with its twin, a pruned run with its original, on the same tokens."""
+
+import pytest
+from synthetic import paired, synthetic_report
+from tcsae.evaluate import run as run_module
+from tcsae.evaluate.config import EvaluateConfig
+from tcsae.evaluate.report import render_page
+from tcsae.evaluate.sections import sections
+from tcsae.evaluate.wording import in_reading_order, outcomes, short_name
+from tcsae.train.activation import Activation
+from tiny import tiny_corpus, tiny_model
+from tiny_runs import make_manifest, make_run, random_sae
+
+SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32", "references": ("mean",), "quick": True}
+PRUNED = "l5-topk64-none-s0-pruned"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A pair, and what was pruned of its twin, listed first as `pipeline evaluate` may find it."""
+    folder = tmp_path_factory.mktemp("pairs")
+    model, text = tiny_model("llama", folder / "model"), tiny_corpus(folder / "text", documents=60, words=40)
+    manifest = make_manifest(model, text, 1)
+    fewer = random_sae(manifest.d_model, 24, Activation("relu"), 3)
+    fewer.metadata["pruned_from"] = "b-twin"
+    paths = [
+        make_run(folder / "runs", "a-pruned", manifest, sae=fewer, role="twin"),
+        make_run(folder / "runs", "b-tc", manifest, twin="b-twin"),
+        make_run(folder / "runs", "b-twin", manifest, role="twin", twin="b-tc", seed=1),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcsae.evaluate.report.write_figures", lambda panels, folder: [])
+        (outcome,) = run_module.evaluate(EvaluateConfig(runs=tuple(map(str, paths)), out=str(folder / "reports"), **SMALL))
+    return outcome.report
+
+
+def test_a_pruned_run_is_compared_with_its_original(report):
+    found = {pair.kind: pair for pair in report.paired}
+    assert set(found) == {"twin", "pruned"}
+    pair, record = found["pruned"], report.record("a-pruned", 1)
+    assert (pair.first, pair.second) == ("a-pruned", "b-twin")
+    assert (record.role, record.pair, record.sae.settings["pruned_from"]) == ("pruned", "b-twin", "b-twin")
+    for key in ("kl", "explained_variance", "temporal_variation"):
+        difference = record.metrics[key].value - report.record("b-twin", 1).metrics[key].value
+        assert pair.metrics[key].value == pytest.approx(difference), key
+    assert (pair.warning or "").startswith("pruning took L0 from 6.0 to ")
+    assert (found["twin"].first, found["twin"].second) == ("b-tc", "b-twin")
+
+
+def test_its_label_names_the_original_and_it_stands_below(report):
+    order = [record for record in in_reading_order(report).records if record.kind == "sae"]
+    assert [record.name for record in order] == ["b-tc", "b-twin", "a-pruned"]
+    assert [short_name(record, report) for record in order] == ["TC-SAE", "twin", "twin, pruned"]
+
+
+def with_pruned(**changes):
+    """The synthetic report with a pruned twin at layer 5."""
+    base = synthetic_report(layers=(5,), features=3)
+    twin = next(record for record in base.records if record.role == "twin")
+    pruned = twin.model_copy(update={"name": PRUNED, "role": "pruned", "pair": twin.name})
+    pair = paired(PRUNED, twin.name, 5).model_copy(update={"kind": "pruned"})
+    return base.model_copy(update={"records": [pruned, *base.records], "paired": [*base.paired, pair], **changes})
+
+
+def test_the_page_shows_both_comparisons_under_their_own_names():
+    page = render_page(with_pruned())
+    assert page.index('<section id="twins">') < page.index('<section id="pruned">') < page.index('<section id="table">')
+    part = page[page.index('<section id="pruned">') : page.index('<section id="table">')]
+    assert f'<b class="ink-pruned">{PRUNED}</b> against <b class="ink-twin">' in part
+    assert "the pruned SAE is" in part
+    assert "TC-SAE" not in part
+    assert f"Layer 5, {PRUNED} minus its original: " in page
+    assert "Pruned against the original" not in render_page(synthetic_report(layers=(5,), features=3))
+
+
+def test_pruned_alone_says_nothing_of_the_temporal_term():
+    report = with_pruned()
+    alone = report.model_copy(update={"paired": [pair for pair in report.paired if pair.kind == "pruned"]})
+    assert "nothing can be said of the temporal term" in outcomes(alone)[0]
+    assert PRUNED in outcomes(alone)[1]
+
+
+def test_charts_join_a_pruned_sae_with_its_original_and_leave_it_out_of_the_sweep():
+    report = with_pruned()
+    panels = {panel.key: panel for group in sections(in_reading_order(report)).values() for panel in group}
+    plane = panels["plane-zoomed-5"]
+    joined = [{plane.marks[at].label for at in link} for link in plane.links]
+    assert {"twin", "twin, pruned"} in joined
+    assert not any(key.startswith("weight") for key in panels)
