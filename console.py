@@ -1,4 +1,4 @@
-"""What the user sees: progress bars, the closing summary, and numbers written for people.
+"""What the user sees: progress, the closing summary, and numbers written for people.
 
 Everything goes to standard error except the summary, so that ``--json`` leaves standard output to machines. Progress is silent
 when standard error is not a terminal or after :func:`set_quiet`.
@@ -11,9 +11,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .bars import Table
 
 _quiet = False
 _COUNT = re.compile(r"^([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgGtT]?)$")
@@ -83,18 +86,17 @@ class Progress(Protocol):
         """Count ``n`` more units done; ``status`` replaces the short text at the end of the line."""
         ...
 
+    def show(self, table: Table) -> None:
+        """Put a table beneath the bar, in place of the one before."""
+        ...
+
 
 class _Silent:
     def advance(self, n: float, status: str = "") -> None:
         """Nothing to show."""
 
-
-class _Bar:
-    def __init__(self, bar: Any, task: Any):
-        self._bar, self._task = bar, task
-
-    def advance(self, n: float, status: str = "") -> None:
-        self._bar.update(self._task, advance=n, status=status)
+    def show(self, table: Table) -> None:
+        """Nowhere to show it."""
 
 
 @contextmanager
@@ -103,20 +105,13 @@ def progress(description: str, total: float | None, *, unit: str = "tokens", don
     if _quiet or not sys.stderr.isatty():
         yield _Silent()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-    from rich.text import Text
+    from .bars import Bar
 
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{format_count(speed)} {unit}/s" if speed else f"— {unit}/s", style="dim")
+    def rate(speed: float | None) -> str:
+        return f"{format_count(speed) if speed else '—'} {unit}/s"
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    tail = (Rate(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[status]}", style="dim"))
-    with RichProgress(*columns, *tail, console=Console(stderr=True), transient=False) as bar:
-        yield _Bar(bar, bar.add_task(description, total=total, completed=int(done), status=""))
+    with Bar(description, total, done, rate) as bar:
+        yield bar
 
 
 def summary(title: str, facts: Mapping[str, Any], *, as_json: bool) -> None:

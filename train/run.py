@@ -36,6 +36,8 @@ from .record import RunRecord
 from .trainer import Pass, needs_siblings
 from .world import World, joined
 
+_NAMED = 4  # runs in the sentence that announces them
+
 
 @dataclass(frozen=True)
 class TrainSummary:
@@ -172,7 +174,8 @@ def _announce(plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStor
         format_count(config.run.steps * per_step),
         f"{per_step // config.data.window} windows of {config.data.window}",
     )
-    note(f"layer {store.layer}: {', '.join(plan.name for plan in plans)}")
+    more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
+    note(f"layer {store.layer}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
     note(f"{config.run.steps} steps of {per_step} tokens ({windows}{remainder}), {tokens} in all")
     note(f"memory {estimate(plans)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}")
     if step is not None:

@@ -21,6 +21,7 @@ from ..cache.store import ActivationStore
 from ..cache.windows import WindowBatch, WindowStream
 from ..console import Progress, warn
 from .alarms import check_divergence, check_finite, check_weights, collapse
+from .board import board
 from .checkpoint import load_checkpoint, save_checkpoint
 from .diagnostics import Metrics, diagnose
 from .inputs import Inputs
@@ -116,7 +117,9 @@ class Pass:
             if logged:
                 self._log(member, update, x_NWD, journals, len(part.x_NWD) / len(batch.x_NWD))
         self.step += 1
-        bar.advance(tokens_per_step(self.config), self._status() if logged else "")
+        bar.advance(tokens_per_step(self.config))
+        if logged:
+            bar.show(board(self.last_metrics, self._rate.last, self.step))
 
     def _partners(self, member: Member, batch: WindowBatch) -> torch.Tensor | None:
         term = member.objective.temporal
@@ -192,12 +195,6 @@ class Pass:
             for m in self.members
         }
 
-    def _status(self) -> str:
-        metrics = self.last_metrics[self.members[0].plan.name]
-        explained, l0 = metrics.get("explained_variance"), metrics.get("l0")
-        shown = "—" if explained is None else f"{explained:.3f}"
-        return f"explained {shown}, L0 {l0:.0f}" if l0 is not None else f"explained {shown}"
-
 
 def open_stream(store: ActivationStore, config: Any, inputs: Inputs) -> WindowStream:
     """The windows of a data configuration."""
@@ -224,17 +221,17 @@ class _Rate:
 
     def start(self, step: int, waited: float) -> None:
         self._now, self._step, self._waited = time.perf_counter(), step, waited
-        self._last: Metrics = {}
+        self.last: Metrics = {}
 
     def since(self, step: int, tokens: int, waited: float) -> Metrics:
         if step != self._step:
             now = time.perf_counter()
-            self._last = {
+            self.last = {
                 "tokens_per_second": (step - self._step) * tokens / max(now - self._now, 1e-9),
                 "seconds_waiting": waited - self._waited,
             }
             self._now, self._step, self._waited = now, step, waited
-        return self._last
+        return self.last
 
 
 @contextmanager

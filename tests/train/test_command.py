@@ -64,6 +64,8 @@ def test_sweeps_and_short_counts(store, tmp_path, capsys):
         "x-l3-topk4-none-s0", "x-l3-topk4-none-s1", "x-l3-topk4-pairwise0.1-w5-s0", "x-l3-topk4-pairwise0.1-w5-s1",
     ]  # fmt: skip
     assert {load_run(path).steps for path in find_runs(tmp_path)} == {5}
+    assert main(arguments(store, tmp_path, "--sweep", "seed=0,1,2", "--width", "16")) == 0
+    assert "s1 and 2 more\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
