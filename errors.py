@@ -21,6 +21,10 @@ class StoreError(TcsaeError):
     """An activation store is missing, unfinished, damaged, locked, or not the one that was expected."""
 
 
+class StaleRunError(StoreError):
+    """The run that this process writes for no longer holds the store."""
+
+
 class ModelError(TcsaeError):
     """A language model cannot be had, or does not have what was asked of it."""
 

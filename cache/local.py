@@ -166,10 +166,12 @@ class LocalSink:
         with plain_errors(f"write {self._final}"):
             write_all(self._fd, buffers)
 
-    def commit(self) -> None:  # noqa: D102
+    def commit(self, confirm: Callable[[], None] | None = None) -> None:  # noqa: D102
         with plain_errors(f"write {self._final}"):
             os.fsync(self._fd)
             self._close()
+            if confirm is not None:
+                confirm()
             os.replace(self._partial, self._final)
             sync_folder(self._final.parent)
 

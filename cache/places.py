@@ -20,8 +20,8 @@ class Sink(Protocol):
         """Append the bytes of these buffers."""
         ...
 
-    def commit(self) -> None:
-        """Make the file durable and visible at its name."""
+    def commit(self, confirm: Callable[[], None] | None = None) -> None:
+        """Make the file durable, ask ``confirm`` (which raises if it is no longer wanted), and make it visible at its name."""
         ...
 
     def discard(self) -> None:

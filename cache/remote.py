@@ -143,7 +143,9 @@ class _Upload:
         for buffer in buffers:
             self._data += memoryview(buffer).cast("B")
 
-    def commit(self) -> None:
+    def commit(self, confirm: Callable[[], None] | None = None) -> None:
+        if confirm is not None:
+            confirm()
         self._place.replace(self._key, bytes(self._data))
         self.discard()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 
 from ..console import format_bytes
@@ -18,18 +19,19 @@ _SPARE_BYTES = 64_000_000  # left on the disk for everything else, or a tenth of
 
 
 def lock_all(places: Mapping[int, Place], *, fresh: bool) -> list[Lock]:
-    """The writer's locks of every store, or none of them.
+    """The writer's locks of every store, all with one token, or none of them.
 
     Raises:
         StoreError: a folder holds other things, another writer is at work, or no permission.
 
     """
     locks: list[Lock] = []
+    owner = uuid.uuid4().hex
     try:
         for _, place in sorted(places.items()):
             _refuse_foreign(place, fresh=fresh)
             place.make_folder("activations")
-            locks.append(acquire(place))
+            locks.append(acquire(place, owner))
     except BaseException:
         for lock in locks:
             lock.release()

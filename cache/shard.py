@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from .metadata import TEXT_ARRAYS, shard_key
 from .places import Place
 
 _ABSENT = 2**64 - 1  # offset and length of a chunk that was never written
+Confirm = Callable[[], None]  # raises where a finished file is no longer wanted at its name
 _TEXT_FIELDS = {"tokens": "tokens_BT", "documents": "documents_BT", "flags": "flags_BT"}
 
 
@@ -41,8 +43,8 @@ class _HashedFile:
             self.bytes += memoryview(buffer).nbytes
         self._sink.write(buffers)
 
-    def commit(self) -> FileRecord:
-        self._sink.commit()
+    def commit(self, confirm: Confirm | None = None) -> FileRecord:
+        self._sink.commit(confirm)
         return FileRecord(self.bytes, self._hash.hexdigest())
 
     def discard(self) -> None:
@@ -87,22 +89,24 @@ class ActivationShard:
         self._hashes.append(xxhash.xxh3_64_hexdigest(encoded))
         self._file.write(encoded, checksum_bytes(encoded))
 
-    def commit(self) -> FileRecord:
-        """Complete the last chunk with holes, write the index, and make the file durable at its name."""
+    def commit(self, confirm: Confirm | None = None) -> FileRecord:
+        """Complete the last chunk with holes, write the index, and make the file durable at its name, ``confirm`` permitting."""
         if self._filled:
             self._chunk[self._filled :] = HOLE
             self._filled = 0
             self._write_chunk(self._chunk)
         self._file.write(self._index, checksum_bytes(self._index))
-        return replace(self._file.commit(), chunks=tuple(self._hashes))
+        return replace(self._file.commit(confirm), chunks=tuple(self._hashes))
 
     def discard(self) -> None:
         """Drop what was written."""
         self._file.discard()
 
 
-def write_text(place: Place, shard: int, layout: StoreLayout, block: RowBlock) -> dict[str, FileRecord]:
-    """Write the three small arrays of one shard, durably; ``block`` holds all its rows."""
+def write_text(
+    place: Place, shard: int, layout: StoreLayout, block: RowBlock, confirm: Confirm | None = None
+) -> dict[str, FileRecord]:
+    """Write the three small arrays of one shard, durably; ``block`` holds all its rows, ``confirm`` is asked for each file."""
     records = {}
     for name, (dtype, fill) in TEXT_ARRAYS.items():
         whole = np.full((layout.shard_rows, layout.context), fill, np.dtype(dtype).newbyteorder("<"))
@@ -110,7 +114,7 @@ def write_text(place: Place, shard: int, layout: StoreLayout, block: RowBlock) -
         file = _HashedFile(place, shard_key(name, shard))
         try:
             file.write(whole, checksum_bytes(whole))
-            records[name] = file.commit()
+            records[name] = file.commit(confirm)
         except BaseException:
             file.discard()
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,7 @@ import numpy as np
 from ..errors import StoreError
 from .commits import ShardRecord
 from .layout import RowBlock, StoreLayout
+from .lock import confirm_owner
 from .places import Place, place_of
 from .shard import ActivationShard, FileRecord, write_text
 
@@ -31,6 +33,7 @@ def write_shard(
     blocks: Iterable[tuple[RowBlock, Activations]],
     *,
     kept_rows: int = 0,
+    owner: str | None = None,
 ) -> ShardRecord:
     """Write one whole shard of every layer durably at its final names, as a worker; the coordinator commits the record.
 
@@ -41,13 +44,19 @@ def write_shard(
         blocks: the shard's rows in order.
         kept_rows: rows of this shard already committed (a short last shard being extended): the new ones are compared with
             them and the stored bits stay.
+        owner: token of the run that asks for the shard (``StoreSetWriter.run``), compared with that of the lock before anything
+            is begun and again immediately before each file appears at its name.
 
     Raises:
+        StaleRunError: that run holds the stores no longer; what was written is dropped.
         StoreError: a row differs from the one that is already stored. ResourceError: the disk is full.
 
     """
     places = {layer: place_of(path) for layer, path in paths.items()}
-    with ShardSetWriter(places, layouts, shard, kept_rows=kept_rows) as writer:
+    if owner is not None:
+        for place in places.values():
+            confirm_owner(place, owner)
+    with ShardSetWriter(places, layouts, shard, kept_rows=kept_rows, owner=owner) as writer:
         for block, activations in blocks:
             writer.append(block, activations)
         return writer.commit()
@@ -63,14 +72,14 @@ class ShardSetWriter:
         shard: int,
         *,
         kept_rows: int = 0,
-        pool: ThreadPoolExecutor | None = None,
+        owner: str | None = None,
     ):
         self._places, self._layouts, self._shard = dict(places), layouts, shard
         self._one = next(iter(layouts.values()))
         self._kept = {n: _KeptRows(p, layouts[n], shard, kept_rows) for n, p in self._places.items()} if kept_rows else {}
+        self._confirm = {n: partial(confirm_owner, p, owner) if owner else None for n, p in self._places.items()}
         self._text: list[RowBlock] = []
-        self._pool = pool or ThreadPoolExecutor(min(4, len(self._places)), "shard")
-        self._own_pool = pool is None
+        self._pool = ThreadPoolExecutor(min(4, len(self._places)), "shard")
         self._writers: dict[int, ActivationShard] = {}
         self._done = False
         try:
@@ -87,8 +96,7 @@ class ShardSetWriter:
     def __exit__(self, *failure: object) -> None:
         if not self._done:
             self.discard()
-        if self._own_pool:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     @property
     def room(self) -> int:
@@ -126,8 +134,9 @@ class ShardSetWriter:
         return ShardRecord(self._shard, self._shard * self._one.shard_rows, self.rows, files)
 
     def _commit_layer(self, layer: int, block: RowBlock) -> dict[str, FileRecord]:
-        text = write_text(self._places[layer], self._shard, self._layouts[layer], block)
-        return {"activations": self._writers[layer].commit(), **text}
+        confirm = self._confirm[layer]
+        text = write_text(self._places[layer], self._shard, self._layouts[layer], block, confirm)
+        return {"activations": self._writers[layer].commit(confirm), **text}
 
     def discard(self) -> None:
         """Drop what was written; harmless after a commit."""

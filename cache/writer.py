@@ -95,6 +95,11 @@ class StoreSetWriter:
         return self._manifests[self._one].layout
 
     @property
+    def run(self) -> str:
+        """Token of this run, which its workers show: see ``write_shard``."""
+        return self._locks[0].owner
+
+    @property
     def manifests(self) -> Mapping[int, StoreManifest]:
         """The manifests as stored."""
         return self._manifests
@@ -162,15 +167,12 @@ class StoreSetWriter:
         """
         if self._tail_queued:
             raise ValueError("a short shard was committed: it is the last of this plan, no rows can follow it")
-        room = self._uncommitted_room()
+        room = self._shard_start + self.layout.shard_rows - self._queued_rows
         if len(block) > room:
             raise ValueError(f"{len(block)} rows straddle a shard's end, {room} rows away: cut the block there")
         self.begin()
         self._queued_rows += len(block)
         self._worker.put(lambda: self._write(block, activations), sum(a.nbytes for a in activations.values()))
-
-    def _uncommitted_room(self) -> int:
-        return self._shard_start + self.layout.shard_rows - self._queued_rows
 
     def commit(self, cursor: dict[str, Any]) -> None:
         """Queue the commit of the current shard, whole or (as the last of the plan) short.
@@ -237,7 +239,8 @@ class StoreSetWriter:
         if self._shard is None:
             begin = self.rows_committed
             check_space(self._places, self._layouts, min(self._planned, begin + self.layout.shard_rows), begin)
-            self._shard = ShardSetWriter(self._places, self._layouts, self.next_shard, kept_rows=self.kept_rows)
+            begun = (self._places, self._layouts, self.next_shard)
+            self._shard = ShardSetWriter(*begun, kept_rows=self.kept_rows, owner=self.run)
         self._shard.append(block, activations)
 
     def _commit(self, cursor: dict[str, Any]) -> None:

@@ -27,8 +27,8 @@ from ..cache.layout import RowBlock, StoreLayout
 from ..cache.manifest import Execution, ModelIdentity, identity_difference
 from ..cache.shardset import write_shard
 from ..cache.writer import StoreSetWriter
-from ..console import Progress, format_bytes, note, progress
-from ..errors import ModelError, ResourceError
+from ..console import Progress, format_bytes, note, progress, warn
+from ..errors import ModelError, ResourceError, StaleRunError
 from .config import ExtractConfig, ModelSource
 from .feed import RowFeed
 from .forward import ForwardPass, check_finite, choose_batch_size
@@ -51,6 +51,8 @@ class Job:
     paths: tuple[tuple[int, str], ...]
     layout: StoreLayout
     execution: Execution
+    run: str
+    """Token of the run these shards are for; a worker that outlives it puts nothing in place."""
 
 
 def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
@@ -157,7 +159,7 @@ class _Coordinator:
         from distributed import wait
 
         plan, config = self.plan, self.plan.config
-        job = Job(plan.outline.source, self.identity, tuple(paths.items()), writer.layout, execution)
+        job = Job(plan.outline.source, self.identity, tuple(paths.items()), writer.layout, execution, writer.run)
         rows = read_rows(config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
         pending: deque[tuple[Any, dict[str, Any]]] = deque()
         shard, at, kept = writer.next_shard, writer.rows_committed, writer.kept_rows
@@ -217,7 +219,12 @@ def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> Sha
         torch.set_num_threads(job.execution.threads)
         lm = _model(job.source, job.identity, max(layers))  # type: ignore[arg-type]
         passes = _passes(lm, layers, job, block, shard * job.layout.shard_rows)
-        return write_shard(dict(job.paths), dict.fromkeys(layers, job.layout), shard, passes, kept_rows=kept_rows)
+        layouts = dict.fromkeys(layers, job.layout)
+        try:
+            return write_shard(dict(job.paths), layouts, shard, passes, kept_rows=kept_rows, owner=job.run)
+        except StaleRunError as stale:
+            warn(f"shard {shard}: {stale}")  # its run may not be there any more to say so
+            raise
 
 
 def _passes(

@@ -1,11 +1,14 @@
-"""What every test shares: no network, deterministic torch, tiny models and text made once per session."""
+"""What every test shares: no network but an S3 server on loopback, deterministic torch, tiny models and text made once."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +66,49 @@ for _kind in KINDS:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short documents, one .txt file each."""
     return tiny_corpus(tmp_path_factory.mktemp("text") / "corpus")
+
+
+_S3_SERVER = """
+import time
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a moto server in a process of its own."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    command, quiet = [sys.executable, "-c", _S3_SERVER], subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as server:
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket on it, reached as a user would: through the environment."""
+    import s3fs
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"stores-{time.monotonic_ns()}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}/a"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A bucket that lives in this process."""
+    import fsspec
+
+    yield "memory://bucket/stores"
+    fsspec.filesystem("memory").store.clear()

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import fsspec
@@ -21,14 +19,6 @@ from tcsae.cache.windows import WindowStream
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StoreError
 
-SERVER = """
-import time
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-time.sleep(600)
-"""
 ROWS, LAYOUT = 45, StoreLayout(8, 16, 4, 16)
 BLOCK = make_block(ROWS, 16)
 BITS = {layer: make_activations(BLOCK, 8, layer=layer) for layer in (3, 5)}
@@ -36,40 +26,6 @@ BITS = {layer: make_activations(BLOCK, 8, layer=layer) for layer in (3, 5)}
 
 def manifests(rows=ROWS, **about):
     return {layer: make_manifest(layer=layer, layout=LAYOUT, planned_rows=rows, **about) for layer in BITS}
-
-
-@pytest.fixture
-def memory():
-    """A bucket that lives in this process."""
-    yield "memory://bucket/stores"
-    fsspec.filesystem("memory").store.clear()
-
-
-@pytest.fixture(scope="module")
-def s3_server():
-    """A moto server in a process of its own."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    command, quiet = [sys.executable, "-c", SERVER], subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as server:
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        server.kill()
-
-
-@pytest.fixture
-def s3(s3_server, monkeypatch):
-    """An empty bucket on it."""
-    import s3fs
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"stores-{time.monotonic_ns()}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    yield f"s3://{bucket}/a"
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["memory", "s3"])

@@ -1,6 +1,7 @@
 """Dask workers write the store that one process writes, byte for byte, also when one of them is killed."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.manifest import Execution
 from tcsae.cache.store import ActivationStore
-from tcsae.errors import ResourceError
+from tcsae.errors import ResourceError, StaleRunError
 from tcsae.extract import plan as plan_module
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.distributed import Job, _passes
@@ -23,6 +24,7 @@ from tests.extract.snapshots import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
 CONTEXT = 16
+EXECUTION = Execution(batch_size=4, threads=1, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +45,28 @@ def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):
 
     lm = load_language_model(config.model, deepest_layer=2)
     block, _ = next(row_blocks(config.text, lm, rows_per_block=7))
-    execution = Execution(batch_size=4, threads=1, device="cpu")
-    job = Job(config.model, lm.identity, ((2, ""),), StoreLayout(24, CONTEXT, 4, 8), execution)
+    job = Job(config.model, lm.identity, ((2, ""),), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "run")
     parts = list(_passes(lm, [2], job, block, 0))
     assert [len(rows) for rows, _ in parts] == [4, 3]
     alone = ForwardPass(lm, [2], 4).launch(block.slice(4, 7)).land()[2]
     assert (parts[1][1][2] == alone).all()
+
+
+def test_a_task_whose_run_was_stopped_says_so_where_it_runs(config, capsys, monkeypatch):
+    from tcsae.extract import distributed
+
+    extract(config)
+    lm = load_language_model(config.model, deepest_layer=2)
+    monkeypatch.setattr(distributed, "_model", lambda *_: lm)
+    block, _ = next(row_blocks(config.text, lm, rows_per_block=8))
+    job = Job(
+        config.model, lm.identity, tuple(config.paths.items()), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "a stopped run"
+    )
+    before = contents(Path(config.out))
+    with pytest.raises(StaleRunError):
+        distributed._extract_shard(job, 1, block, 0)
+    assert re.search(r"warning: shard 1: the run that was writing .*l1.zarr has ended", capsys.readouterr().err)
+    assert contents(Path(config.out)) == before
 
 
 def test_workers_write_the_same_store_though_one_is_killed(config, tmp_path):
