@@ -90,7 +90,7 @@ class ActivationShard:
         self._file.write(encoded, checksum_bytes(encoded))
 
     def commit(self, confirm: Confirm | None = None) -> FileRecord:
-        """Complete the last chunk with holes, write the index, and make the file durable at its name, ``confirm`` permitting."""
+        """Complete the last chunk with holes, write the index, and put the file durably at its name, ``confirm`` permitting."""
         if self._filled:
             self._chunk[self._filled :] = HOLE
             self._filled = 0

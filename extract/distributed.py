@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache.cluster import connected
 from ..cache.commits import ShardRecord
 from ..cache.layout import RowBlock, StoreLayout
 from ..cache.manifest import Execution, ModelIdentity, identity_difference
 from ..cache.shardset import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
-from ..errors import ModelError, ResourceError, StaleRunError
+from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
 from .config import ExtractConfig, ModelSource
 from .feed import RowFeed
 from .forward import ForwardPass, check_finite, choose_batch_size
@@ -37,9 +38,10 @@ from .plan import Plan, describe_execution, make_plan
 from .rows import Cursor, read_rows
 from .run import ExtractSummary, already_complete, record_execution, summarise, until_it_fits
 
-_CONNECT_SECONDS = 15
 _SHARDS_PER_THREAD = 2  # given out ahead, so that a worker never waits for text
-_RETRIES = 2  # of a shard whose task raises; a shard whose worker dies is redone without counting
+_RETRIES = 2  # of a shard whose task raises what is none of our failures; one whose worker dies is redone without counting
+
+_GO_ON = "what was committed stays; start it and its workers again, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,13 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
     Every worker must see the model, and the stores under the same path or URL.
 
     Raises:
-        ResourceError: the scheduler cannot be reached or has no workers; a worker runs out of memory with a single row.
+        ResourceError: the scheduler cannot be reached, has no workers, or is lost; a single row does not fit.
+        ModelError, StoreError, ResourceError: what a worker failed with, once; it is not tried again.
 
     """
     with ExitStack() as stack:
         if config.scheduler:
-            client = stack.enter_context(_connected(config.scheduler))
+            client = stack.enter_context(connected(config.scheduler, instead="use --workers", then=_GO_ON))
             device, dtype = client.submit(_settle_device, config.model.device, config.model.dtype, pure=False).result()
             config = replace(config, model=replace(config.model, device=device, dtype=dtype))
             plan = make_plan(config, elsewhere=True)
@@ -85,22 +88,6 @@ def _settle_device(device: str, dtype: str) -> tuple[str, str]:
     """On a worker: what ``auto`` means there."""
     found = resolve_device(device)
     return str(found), resolve_dtype(dtype, found)
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    from distributed import Client
-
-    try:
-        client = Client(address, timeout=_CONNECT_SECONDS)
-    except (OSError, TimeoutError, ValueError) as problem:
-        raise ResourceError(
-            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or use --workers"
-        ) from problem
-    with client:
-        if not client.nthreads():
-            raise ResourceError(f"the Dask scheduler at {address} has no workers: start some with `dask worker {address}`")
-        yield client
 
 
 @contextmanager
@@ -188,12 +175,14 @@ class _Coordinator:
 
         future, cursor = pending[0]
         try:
-            record: ShardRecord = future.result()
+            record: ShardRecord | Exception = future.result()
         except KilledWorker as problem:
             raise ResourceError(
                 f"shard {writer.next_shard} took every worker that tried it down with it, most likely out of memory: "
                 "use fewer workers or a smaller --batch-size; what was committed stays"
             ) from problem
+        if isinstance(record, Exception):
+            raise record
         pending.popleft()
         writer.commit_records([record], cursor)
         speed = writer.bytes_written / (time.perf_counter() - began)
@@ -212,19 +201,25 @@ def _probe(source: ModelSource, identity: ModelIdentity, deepest: int, layout: S
         return choose_batch_size(lm, layout, rows), torch.get_num_threads(), describe_execution(lm.device)
 
 
-def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord:
-    """One shard of every store, forward passes and files; the record of what was written."""
+def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord | Exception:
+    """One shard of every store; the record of its files, or the failure of ours that another try would only repeat."""
+    try:
+        return _write_shard(job, shard, block, kept_rows)
+    except StaleRunError as stale:
+        warn(f"shard {shard}: {stale}")  # its run may not be there any more to say so
+        return stale
+    except (TcsaeError, torch.OutOfMemoryError) as failure:
+        return failure
+
+
+def _write_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord:
     layers = [layer for layer, _ in job.paths]
     with _one_at_a_time:
         torch.set_num_threads(job.execution.threads)
         lm = _model(job.source, job.identity, max(layers))  # type: ignore[arg-type]
         passes = _passes(lm, layers, job, block, shard * job.layout.shard_rows)
         layouts = dict.fromkeys(layers, job.layout)
-        try:
-            return write_shard(dict(job.paths), layouts, shard, passes, kept_rows=kept_rows, owner=job.run)
-        except StaleRunError as stale:
-            warn(f"shard {shard}: {stale}")  # its run may not be there any more to say so
-            raise
+        return write_shard(dict(job.paths), layouts, shard, passes, kept_rows=kept_rows, owner=job.run)
 
 
 def _passes(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clusters import cluster_elsewhere
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.manifest import Execution
 from tcsae.cache.store import ActivationStore
@@ -24,6 +25,12 @@ from tests.extract.snapshots import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
 CONTEXT = 16
+SLOW = """
+import time
+from tcsae.extract.forward import ForwardPass
+launch = ForwardPass.launch
+ForwardPass.launch = lambda self, block: (time.sleep(0.1), launch(self, block))[1]
+"""
 EXECUTION = Execution(batch_size=4, threads=1, device="cpu")
 
 
@@ -63,8 +70,7 @@ def test_a_task_whose_run_was_stopped_says_so_where_it_runs(config, capsys, monk
         config.model, lm.identity, tuple(config.paths.items()), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "a stopped run"
     )
     before = contents(Path(config.out))
-    with pytest.raises(StaleRunError):
-        distributed._extract_shard(job, 1, block, 0)
+    assert isinstance(distributed._extract_shard(job, 1, block, 0), StaleRunError)
     assert re.search(r"warning: shard 1: the run that was writing .*l1.zarr has ended", capsys.readouterr().err)
     assert contents(Path(config.out)) == before
 
@@ -72,17 +78,11 @@ def test_a_task_whose_run_was_stopped_says_so_where_it_runs(config, capsys, monk
 def test_workers_write_the_same_store_though_one_is_killed(config, tmp_path):
     from distributed import Client, LocalCluster
 
-    def slow_down():  # on a worker: a shard takes long enough for the kill to fall inside one
-        from tcsae.extract.forward import ForwardPass
-
-        launch = ForwardPass.launch
-        ForwardPass.launch = lambda self, block: (time.sleep(0.1), launch(self, block))[1]
-
     extract(config)
     options = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": 60}
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as cluster, Client(cluster) as client:
         pids = list(client.run(os.getpid).values())
-        client.run(slow_down)
+        client.run(exec, SLOW, {})  # a shard takes long enough for the kill to fall inside one
         other = replace(config, out=str(tmp_path / "b"), scheduler=cluster.scheduler_address)
         log = tmp_path / "b" / "l2.zarr" / "activations" / "commits.jsonl"
         killer = threading.Thread(target=_kill_when_committing, args=(log, pids[0]))
@@ -100,6 +100,41 @@ def _kill_when_committing(log: Path, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def test_a_scheduler_lost_in_the_middle_is_a_sentence_and_the_same_command_goes_on(config, tmp_path, capfd):
+    extract(config)
+    other = replace(config, out=str(tmp_path / "b"))
+    log = tmp_path / "b" / "l2.zarr" / "activations" / "commits.jsonl"
+    with cluster_elsewhere(SLOW) as (address, process):
+        killer = threading.Thread(target=_kill_when_committing, args=(log, process.pid))
+        killer.start()
+        with pytest.raises(ResourceError, match=rf"scheduler at {address} was lost .*: what was committed stays; "):
+            extract(replace(other, scheduler=address))
+        killer.join()
+    assert "Traceback" not in capfd.readouterr().err
+    assert 8 <= ActivationStore.open(other.paths[2], allow_unfinished=True).n_rows < 60
+    extract(other)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_our_own_failures_are_not_tried_again(config, monkeypatch):
+    from distributed import LocalCluster
+    from tcsae.extract import distributed
+
+    tried = []
+
+    def full(*_, **__):
+        tried.append(1)
+        raise ResourceError("the disk is full: free some space")
+
+    monkeypatch.setattr(distributed, "write_shard", full)
+    here = {"processes": False, "dashboard_address": None, "host": "127.0.0.1", "protocol": "tcp"}
+    with LocalCluster(n_workers=1, threads_per_worker=1, **here) as cluster:
+        one = replace(config, tokens=8 * CONTEXT, scheduler=cluster.scheduler_address)
+        with pytest.raises(ResourceError, match="the disk is full: free some space"):
+            extract(one)
+    assert tried == [1]
+
+
 @pytest.mark.slow
 def test_a_local_cluster_extends_what_one_process_began(config, tmp_path):
     extract(config)
@@ -114,8 +149,8 @@ def test_a_local_cluster_extends_what_one_process_began(config, tmp_path):
 
 
 def test_no_scheduler_is_a_sentence(config, monkeypatch):
-    from tcsae.extract import distributed
+    from tcsae.cache import cluster
 
-    monkeypatch.setattr(distributed, "_CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
     with pytest.raises(ResourceError, match=r"no Dask scheduler answers at tcp://127.0.0.1:1"):
         extract(replace(config, scheduler="tcp://127.0.0.1:1"))
