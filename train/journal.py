@@ -1,7 +1,7 @@
 """Where metrics go: always ``metrics.jsonl``, and TensorBoard or Weights & Biases where asked for and installed.
 
-One JSON object per line and logged step; undefined numbers are null. A resumed run drops the lines past its checkpoint, so that
-no step is there twice.
+One JSON object per line and logged step; undefined numbers are null. A resumed run goes on with the same curves and has no step
+twice: lines and TensorBoard events past its checkpoint are dropped, what Weights & Biases was sent already is not sent again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,37 +36,51 @@ class Journal:
         config: shown by Weights & Biases.
 
     Raises:
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written, or Weights & Biases refuses.
 
     """
 
     def __init__(self, run: Path, kinds: Sequence[str], *, from_step: int, config: dict[str, Any]):
         self._path = run / METRICS
-        try:
+        with _one_sentence(self._path):
             run.mkdir(parents=True, exist_ok=True)
-            _truncate(self._path, from_step)
+            sent = _truncate(self._path, from_step)
             self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
-        except OSError as failure:
-            raise RunError(f"{self._path} cannot be written: {failure.strerror or failure}") from failure
-        self._sinks: list[_Sink] = [_SINKS[kind](run, config, from_step) for kind in kinds if kind != "jsonl"]
+        self._sinks: list[_Sink] = []
+        try:
+            self._sinks += (_SINKS[kind](run, config, from_step, sent) for kind in kinds if kind != "jsonl")
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Log the metrics of ``step``; flushed at once, so that a killed run has them."""
-        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Log the metrics of ``step``; flushed at once, so that a killed run has them.
+
+        Raises:
+            RunError: the file cannot be written any more.
+
+        """
+        self._line({"step": step, **metrics})
         for sink in self._sinks:
             sink.write(step, metrics)
 
     def alarm(self, step: int, message: str) -> None:
         """Log an alarm beside the metrics."""
-        self._file.write(json.dumps({"step": step, "alarm": message}) + "\n")
-        self._file.flush()
+        self._line({"step": step, "alarm": message})
+
+    def _line(self, entry: dict[str, Any]) -> None:
+        with _one_sentence(self._path):
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close every sink."""
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            with _one_sentence(self._path):
+                self._file.close()
+        finally:
+            for sink in self._sinks:
+                sink.close()
 
 
 def check_loggers(kinds: Sequence[str]) -> None:
@@ -96,17 +112,27 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _truncate(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> int:
+    """Drop what lies past ``step``; the last step that was there."""
     if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines() if (entry := _parsed(line)) and entry["step"] <= step]
+        return 0
+    lines = {line: entry["step"] for line in path.read_text().splitlines() if (entry := _parsed(line))}
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept if step))
+    partial.write_text("".join(f"{line}\n" for line, at in lines.items() if step and at <= step))
     os.replace(partial, path)
+    return max(lines.values(), default=0)
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as failure:
+        raise RunError(f"{path} cannot be written: {failure.strerror or failure}") from failure
 
 
 class _TensorBoard:
-    def __init__(self, run: Path, _config: dict[str, Any], from_step: int):
+    def __init__(self, run: Path, _config: dict[str, Any], from_step: int, _sent: int):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
@@ -121,13 +147,31 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, run: Path, config: dict[str, Any], _from_step: int):
+    """Its runs only ever grow: a resumed one keeps its id and sends nothing twice, one that begins anew gets another id."""
+
+    def __init__(self, run: Path, config: dict[str, Any], from_step: int, sent: int):
         import wandb  # pyright: ignore[reportMissingImports] - optional
 
-        self._run = wandb.init(project="tcsae", name=run.name, id=run.name, dir=str(run), config=config, resume="allow")
+        # Names repeat between folders and after --fresh, the ids of Weights & Biases must not.
+        file = run / "wandb" / "id"
+        goes_on = from_step > 0 and file.exists()
+        if not goes_on:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"{run.name}-{secrets.token_hex(4)}")
+        self._sent = sent if goes_on else 0
+        try:
+            self._run = wandb.init(
+                project="tcsae", name=run.name, id=file.read_text(), dir=str(run), config=config, resume="allow",
+                reinit="create_new",  # the members of a pass are so many runs of one process
+                settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except wandb.Error as failure:
+            ways = "'wandb login', set WANDB_MODE=offline, or leave --log wandb out"
+            raise RunError(f"Weights & Biases cannot begin {run.name} ({str(failure).rstrip('.')}): {ways}") from failure
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+        if step > self._sent:
+            self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-import types
 
 import pytest
 from stores import make_store
 from tcsae.pipeline import main
-from tcsae.train.journal import Journal, read_metrics
 from tcsae.train.presets import build_config
 from tcsae.train.record import find_runs, load_run
 
@@ -97,28 +94,3 @@ def test_an_unfinished_store_is_refused_saying_how_to_finish(tmp_path, capsys):
     store = make_store(tmp_path, rows=64, context=16, d_model=8, finish=False)
     assert main(arguments(str(store), tmp_path)) == 1
     assert "finish it with the same extract command" in capsys.readouterr().err
-
-
-def test_other_loggers_get_what_the_file_gets(tmp_path, monkeypatch):
-    seen = []
-    run = types.SimpleNamespace(log=lambda metrics, step: seen.append((step, metrics)), finish=lambda: seen.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    journal = Journal(tmp_path, ["jsonl", "wandb"], from_step=0, config={})
-    journal.write(5, {"loss": 1.5, "cosine": None})
-    journal.close()
-    assert seen == [(5, {"loss": 1.5}), "finished"]
-    assert read_metrics(tmp_path) == [{"step": 5, "loss": 1.5, "cosine": None}]
-
-
-def test_a_resumed_journal_has_no_step_twice_and_drops_torn_lines(tmp_path):
-    journal = Journal(tmp_path, ["jsonl"], from_step=0, config={})
-    for step in (5, 10, 15):
-        journal.write(step, {"loss": float(step)})
-    journal.alarm(15, "collapse")
-    journal.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 20, "lo')
-    again = Journal(tmp_path, ["jsonl"], from_step=10, config={})
-    again.write(15, {"loss": 0.0})
-    again.close()
-    assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == [(5, 5.0), (10, 10.0), (15, 0.0)]
