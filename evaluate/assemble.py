@@ -17,11 +17,14 @@ from .bootstrap import Resampler
 from .compat import SAEBenchSums
 from .fidelity import OUTLIERS, definitions
 from .heldout import HeldOutText
+from .jackknife import Jackknifed
 from .protocol import UnitSums
 from .results import Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
 from .row import MeasuredRow
 
 L0_TOLERANCE = 0.05  # a pair whose L0 differs by more is not compared on equal terms
+_OF_THE_MODEL = ("ce_clean", "kl_noise_floor", "activation_", "same_token_activation", "prefix_shift_activation")
+"""What these metrics' names begin with is the same for both sides of a pair."""
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
 
 
@@ -93,7 +96,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         role=row.role,
         pair=row.pair,
         sae=row.facts,
-        metrics=metrics | row.metrics,
+        metrics=metrics | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
         curves=row.curves,
         saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
         notes=row.notes,
@@ -108,8 +111,12 @@ def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
         if first.role not in ("tc", "pruned") or second is None:
             continue
         a, b = scored(first, rows), scored(second, rows)
-        shared = [name for name in a if name in b and not name.startswith(("ce_clean", "kl_noise_floor"))]
-        differences = {name: resampler.difference(a[name], b[name]) for name in shared}
+        differences = {name: resampler.difference(a[name], b[name]) for name in a if name in b}
+        for name, one in first.metrics.items():
+            other = second.metrics.get(name)
+            if isinstance(one, Jackknifed) and isinstance(other, Jackknifed):
+                differences[name] = one.minus(other)
+        differences = {name: one for name, one in differences.items() if not name.startswith(_OF_THE_MODEL)}
         kind = "pruned" if first.role == "pruned" else "twin"
         warning = _unequal(a, b, kind)
         names = {"first": first.name, "second": second.name, "layer": first.layer}

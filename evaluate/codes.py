@@ -71,6 +71,11 @@ class Codes:
         """Sum of ``weight_E`` (ones) over the entries of each feature: float64 [F]."""
         return _sums(self.feature_E, weight_E, self.n_features)
 
+    def per_group(self, group_N: Tensor, groups: int, weight_E: Tensor | None = None) -> Tensor:
+        """The same by group of tokens: float64 [groups, F]."""
+        place_E = group_N[self.token_E] * self.n_features + self.feature_E
+        return _sums(place_E, weight_E, groups * self.n_features).view(groups, self.n_features)
+
     def per_token(self, weight_E: Tensor | None = None) -> Tensor:
         """Sum of ``weight_E`` (ones) over the entries of each token: float64 [N]."""
         return _sums(self.token_E, weight_E, self.n_tokens)

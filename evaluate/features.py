@@ -6,45 +6,67 @@ count (special, padding, outliers) are neither counted nor looked at.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .codes import Codes
 from .jackknife import GROUPS, group_of, jackknife
-from .protocol import Findings, TokenBatch
+from .protocol import Findings, Ledger, TokenBatch
 from .redundancy import NEAR_DUPLICATE, decoder_neighbours
-from .results import Curve, Definition, Metric
+from .results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 
 _BINS_PER_OCTAVE = 4
 _LOWEST_OCTAVE, _HIGHEST_OCTAVE = -32, 48  # L1 of a token lies between 2^-32 and 2^48, or is counted in the end bins
 
+_OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, which no text was drawn for"
+_HISTOGRAM = f"{NO_INTERVAL} a histogram is drawn as it was counted"
+
 DEFINITIONS = {
-    "alive": Definition(text="share of features active on at least one token", unit="share", better="higher", label="alive"),
-    "share_dense_1pct": Definition(text="share of features active on more than 1 % of tokens", unit="share", label="> 1 %"),
-    "share_dense_10pct": Definition(text="share of features active on more than 10 % of tokens", unit="share", label="> 10 %"),
+    "alive": Definition(
+        text="share of features active on at least one token", unit="share", better="higher", label="alive", interval=JACKKNIFE
+    ),
+    "share_dense_1pct": Definition(
+        text="share of features active on more than 1 % of tokens", unit="share", label="> 1 %", interval=JACKKNIFE
+    ),
+    "share_dense_10pct": Definition(
+        text="share of features active on more than 10 % of tokens", unit="share", label="> 10 %", interval=JACKKNIFE
+    ),
     "mean_activation": Definition(text="mean of z_i ‖W_dec,i‖ over all active entries", unit="activation units"),
-    "max_activation": Definition(text="largest z_i ‖W_dec,i‖ of any feature on any token", unit="activation units"),
+    "max_activation": Definition(
+        text="largest z_i ‖W_dec,i‖ of any feature on any token",
+        unit="activation units",
+        interval=f"{NO_INTERVAL} resampling never exceeds the maximum of what is resampled",
+    ),
     "density": Definition(
         text="histogram over features of the share of tokens on which a feature is active; dead features are not in it",
         unit="share",
+        interval=_HISTOGRAM,
     ),
-    "l0_distribution": Definition(text="histogram over tokens of the number of active features", unit="features"),
-    "l1_distribution": Definition(text="histogram over tokens of Σ_i z_i ‖W_dec,i‖", unit="activation units"),
+    "l0_distribution": Definition(
+        text="histogram over tokens of the number of active features", unit="features", interval=_HISTOGRAM
+    ),
+    "l1_distribution": Definition(
+        text="histogram over tokens of Σ_i z_i ‖W_dec,i‖", unit="activation units", interval=_HISTOGRAM
+    ),
     "near_duplicate_share": Definition(
         text=f"share of alive features whose decoder row has a cosine ≥ {NEAR_DUPLICATE} with that of another alive feature",
         unit="share",
         better="lower",
         label="near-duplicates",
+        interval=_OF_WEIGHTS,
     ),
     "neighbour_cosine": Definition(
         text="mean over alive features of the largest cosine between the decoder row and another alive feature's",
         unit="1",
         better="lower",
+        interval=_OF_WEIGHTS,
     ),
-    "decoder_norm": Definition(text="mean norm of the decoder rows", unit="1"),
-    "encoder_norm": Definition(text="mean norm of the encoder columns", unit="1"),
-    "decoder_bias_norm": Definition(text="norm of the decoder's bias", unit="activation units"),
+    "decoder_norm": Definition(text="mean norm of the decoder rows", unit="1", interval=_OF_WEIGHTS),
+    "encoder_norm": Definition(text="mean norm of the encoder columns", unit="1", interval=_OF_WEIGHTS),
+    "decoder_bias_norm": Definition(text="norm of the decoder's bias", unit="activation units", interval=_OF_WEIGHTS),
 }
 
 
@@ -60,6 +82,7 @@ class FeatureStatistics:
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self._active_GF = torch.zeros(GROUPS, size, dtype=torch.float64, device=device)
         self._sum_F = torch.zeros(size, dtype=torch.float64, device=device)
+        self._ledger = Ledger()
         self._max_F = torch.zeros(size, dtype=torch.float64, device=device)
         self._l0 = torch.zeros(size + 1, dtype=torch.float64, device=device)
         self._l1 = torch.zeros((_HIGHEST_OCTAVE - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE, dtype=torch.float64, device=device)
@@ -68,12 +91,13 @@ class FeatureStatistics:
         """Take one batch in."""
         group_N = group_of(batch.units_BT)
         self._tokens_G += torch.bincount(group_N[codes.valid_N], minlength=GROUPS)
-        place = group_N[codes.token_E] * codes.n_features + codes.feature_E
-        self._active_GF.view(-1).index_add_(0, place, torch.ones_like(codes.value_E))
+        self._active_GF += codes.per_group(group_N, GROUPS)
         self._sum_F += codes.per_feature(codes.value_E)
         self._max_F.scatter_reduce_(0, codes.feature_E, codes.value_E, "amax")
         l0_N, l1_N = codes.per_token(), codes.per_token(codes.value_E.abs() * self._norm_F[codes.feature_E])
         self._l0 += torch.bincount(l0_N[codes.valid_N].long(), minlength=len(self._l0))
+        units_N = batch.units_BT.reshape(-1)[codes.valid_N]
+        self._ledger.add(units_N, strength=l1_N[codes.valid_N], entries=l0_N[codes.valid_N])
         octave = l1_N[codes.valid_N].clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
         bins = (octave * _BINS_PER_OCTAVE).long().clamp(max=len(self._l1) - 1)
         self._l1 += torch.bincount(bins, minlength=len(self._l1))
@@ -84,7 +108,9 @@ class FeatureStatistics:
         density_F = (active_F / tokens if tokens else active_F * torch.nan).cpu().numpy()
         mean_F = (self._sum_F / active_F).cpu().numpy()
         neighbour, cosine = decoder_neighbours(self._sae.W_dec.detach(), alive_F=active_F > 0)
+        strength = replace(self._ledger.ratio("strength", "entries", "activation units"), definition="mean_activation")
         return Findings(
+            sums={"mean_activation": strength},
             metrics={**self._shares(), **self._sizes(), **_redundancy(cosine)},
             curves=self._curves(density_F),
             per_feature={
@@ -108,17 +134,14 @@ class FeatureStatistics:
                 definition=name,
                 n=size,
             )
-            bounds = {end: min(max(at, 0.0), 1.0) for end in ("low", "high") if (at := getattr(metric, end)) is not None}
-            found[name] = metric.model_copy(update=bounds)
+            found[name] = metric.within(0.0, 1.0)
         return found
 
     def _sizes(self) -> dict[str, Metric]:
         sae, entries = self._sae, int(self._active_GF.sum())
-        total = float((self._sum_F * self._norm_F).sum())
         largest = float((self._max_F * self._norm_F).max())
         width = self._sae.n_features
         return {
-            "mean_activation": _plain("mean_activation", total / entries if entries else None, entries),
             "max_activation": _plain("max_activation", largest if entries else None, entries),
             "decoder_norm": _plain("decoder_norm", float(self._norm_F.mean()), width),
             "encoder_norm": _plain("encoder_norm", float(sae.W_enc.detach().double().norm(dim=0).mean()), width),

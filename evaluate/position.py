@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .codes import Codes
-from .jackknife import group_of, jackknife
+from .jackknife import group_of, jackknife, jackknife_band
 from .protocol import Findings, SparseCoder, TokenBatch
-from .results import Curve, Definition, Metric
+from .results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .rotation import ROTATIONS, RotationSample, false_discovery_rate
 
 FALSE_DISCOVERY_RATE = 0.05
@@ -24,12 +24,15 @@ LOCKED = 0.5
 _GROUPS = 4  # of the jackknife: each holds all sums once
 _EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual information is computed exactly
 
+_TEST = f"{NO_INTERVAL} it counts outcomes of a test whose power grows with the text: leaving text out moves the count itself"
+
 DEFINITIONS = {
     "eta_squared": Definition(
         text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² corrected for "
-        "bias (ε²); positions 1 … T − 1, mean over features that vary. Interval: jackknife over text.",
+        "bias (ε²); positions 1 … T − 1, mean over features that vary.",
         unit="share",
         label="position η²",
+        interval=JACKKNIFE,
     ),
     "position_specific_share": Definition(
         text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within "
@@ -38,25 +41,35 @@ DEFINITIONS = {
         unit="share",
         better="lower",
         label="position-specific",
+        interval=_TEST,
     ),
     "position_locked_share": Definition(
         text=f"share of the tested features that are position-specific and have an η² of at least {LOCKED}",
         unit="share",
         better="lower",
         label="position-locked",
+        interval=_TEST,
     ),
-    "position_tested_share": Definition(text="share of alive features active enough for the rotation test", unit="share"),
+    "position_tested_share": Definition(
+        text="share of alive features active enough for the rotation test", unit="share", interval=_TEST
+    ),
     "position_mutual_information": Definition(
         text="mutual information between firing and position, less its expectation if as many firings fell at random; "
-        "mean over alive features. Interval: jackknife over text.",
+        "mean over alive features",
         unit="nats",
+        interval=JACKKNIFE,
         label="firing–position information",
     ),
     "position_profile": Definition(
         text="E[z_i | position] / E[z_i], mean over alive features; 1 everywhere without position dependence",
         unit="1",
+        interval=JACKKNIFE,
     ),
-    "eta_squared_distribution": Definition(text="histogram over alive features of η² (bias-corrected)", unit="share"),
+    "eta_squared_distribution": Definition(
+        text="histogram over alive features of η² (bias-corrected)",
+        unit="share",
+        interval=f"{NO_INTERVAL} a histogram is drawn as it was counted",
+    ),
 }
 
 
@@ -115,7 +128,7 @@ class PositionStatistics:
         }
         return Findings(
             metrics=means | _shares(eta_F, q_F, alive_F),
-            curves=_curves(eta_F, mean_FT[:, 1:], (sum_FP.sum(1) / tokens_P.sum()).numpy(), tokens_P.numpy()),
+            curves=_histogram(eta_F) | _profile(sum_GFP, tokens_GP),
             per_feature={
                 "eta_squared": eta_F,
                 "position_p": p_F,
@@ -205,15 +218,12 @@ def _mean(key: str, values: np.ndarray) -> Metric:
     return Metric(value=value, unit=DEFINITIONS[key].unit, n=len(values), definition=key)
 
 
-def _curves(eta_F: np.ndarray, mean_FP: np.ndarray, overall_F: np.ndarray, tokens_P: np.ndarray) -> dict[str, Curve]:
+def _histogram(eta_F: np.ndarray) -> dict[str, Curve]:
     found = eta_F[np.isfinite(eta_F)]
     if not len(found):
         return {}
     edges = np.linspace(-0.05, 1.0, 43)
     counts = np.histogram(np.clip(found, -0.05, 1), edges)[0]
-    alive, used = overall_F > 0, tokens_P > 0
-    profile = (mean_FP[alive] / overall_F[alive, None]).mean(0)
-    positions = np.arange(1, len(tokens_P) + 1)
     return {
         "eta_squared": Curve(
             kind="histogram",
@@ -222,12 +232,30 @@ def _curves(eta_F: np.ndarray, mean_FP: np.ndarray, overall_F: np.ndarray, token
             x_label="η², bias-corrected",
             y_label="features",
             definition="eta_squared_distribution",
-        ),
+        )
+    }
+
+
+def _profile(sum_GFP: Tensor, tokens_GP: Tensor) -> dict[str, Curve]:
+    """Mean activation by position over the overall mean, averaged over the features alive in all of the text."""
+    used, alive = tokens_GP.sum(0) > 0, sum_GFP.sum((0, 2)) > 0
+    if not bool(alive.any()):
+        return {}
+
+    def profile(_: Tensor, sum_FP: Tensor, tokens_P: Tensor) -> Tensor:
+        overall_F = sum_FP.sum(1) / tokens_P.sum()
+        still = alive & (overall_F > 0)
+        return (sum_FP[still] / tokens_P / overall_F[still, None]).mean(0)[used]
+
+    y, low, high = jackknife_band(profile, tokens_GP.sum(1), sum_GFP, tokens_GP)
+    return {
         "position_profile": Curve(
-            x=positions[used].astype(float).tolist(),
-            y=profile[used].tolist(),
+            x=(used.nonzero().squeeze(1) + 1).double().tolist(),
+            y=y,
+            low=low,
+            high=high,
             x_label="position in the row",
             y_label="mean activation / overall mean",
             definition="position_profile",
-        ),
+        )
     }

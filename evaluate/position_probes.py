@@ -26,23 +26,31 @@ SHIFTS = (1, 4, 16, 64)
 BURN_IN = 16
 """First tokens of a passage that are not compared: unshifted they have hardly any context, shifted they have."""
 
+_PASSAGES = "delete-a-group jackknife over passages"
+
 DEFINITIONS = {
     "prefix_shift": Definition(
         text="mean cosine between the codes of a passage's tokens run right after BOS and behind k unrelated tokens (k: the "
-        f"largest of the curve), from the passage's {BURN_IN}th token on. Interval: jackknife over passages.",
+        f"largest of the curve), from the passage's {BURN_IN}th token on",
         unit="1",
+        interval=_PASSAGES,
         better="higher",
         label="prefix shift",
     ),
     "prefix_shift_control": Definition(
-        text="the same between two unrelated prefixes of the same length: the context differs, the position does not", unit="1"
+        text="the same between two unrelated prefixes of the same length: the context differs, the position does not",
+        unit="1",
+        interval=_PASSAGES,
     ),
     "prefix_shift_activation": Definition(
         text="prefix_shift of the raw activations, centred on their mean: the ceiling",
         unit="1",
+        interval=_PASSAGES,
         label="prefix shift, raw activations",
     ),
-    "prefix_shift_activation_control": Definition(text="prefix_shift_control of the raw activations, centred", unit="1"),
+    "prefix_shift_activation_control": Definition(
+        text="prefix_shift_control of the raw activations, centred", unit="1", interval=_PASSAGES
+    ),
 }
 
 

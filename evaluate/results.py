@@ -19,6 +19,9 @@ from ..errors import RunError
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
+BOOTSTRAP = "bootstrap over what the report's `resampling` names"
+JACKKNIFE = "delete-a-group jackknife over the text"
+NO_INTERVAL = "none:"
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -46,6 +49,9 @@ class Definition(Frozen):
         default=None, description="which direction is good; null where neither is"
     )
     label: str = Field(default="", description="a short name for tables; empty means the key itself")
+    interval: str = Field(
+        default=BOOTSTRAP, description="how the 95 % interval is made; beginning with `none:`, why there is none"
+    )
 
 
 class Metric(Frozen):
@@ -54,8 +60,12 @@ class Metric(Frozen):
     value: Number = Field(description="null where undefined (no token to average over, 0 / 0)")
     unit: str
     n: int = Field(description="how many tokens, pairs or features the value is an average over")
-    low: Number = Field(default=None, description="lower end of the 95 % interval")
-    high: Number = Field(default=None, description="upper end of the 95 % interval")
+    low: Number = Field(
+        default=None,
+        description="lower end of the 95 % interval; null where the definition's `interval` says why, where the text is too "
+        "short for one (the report's `resampling` says so), and where the value is undefined without some part of the text",
+    )
+    high: Number = Field(default=None, description="upper end of it, null in the same places")
     definition: str = Field(description="key into the report's definitions")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .compat import SAEBenchSums
 from .fidelity import Fidelity
 from .heldout import LayerSurvey
+from .jackknife import Jackknifed
 from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
 from .references import replacement
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
@@ -89,7 +90,11 @@ class MeasuredRow:
             return None
 
 
-_MODELS: dict[str, Any] = {"metrics": Metric, "curves": Curve, "definitions": Definition}
+def _metric(**kept: Any) -> Metric:
+    return Jackknifed(**kept) if "left_out" in kept else Metric(**kept)
+
+
+_MODELS: dict[str, Any] = {"metrics": _metric, "curves": Curve, "definitions": Definition}
 _SIDES = ("numerator", "denominator")
 _ABOUT = ("unit", "definition", "offset", "scale", "n")
 

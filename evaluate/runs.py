@@ -1,6 +1,6 @@
 """For how many tokens a feature stays active, and how long the largest jump of a feature is within a row.
 
-Shapes: F features, N tokens, E active entries, T positions.
+Shapes: F features, N tokens, E active entries, T positions, G jackknife groups.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .codes import Codes, Matches, PairMasks
+from .jackknife import GROUPS
 
 
 def followed(codes: Codes, found: Matches) -> tuple[Tensor, Tensor]:
@@ -25,38 +26,44 @@ class RunCounts:
     """Ends of runs against chances to end, and how long the runs lasted that were seen to begin."""
 
     def __init__(self, n_features: int, context: int, device: torch.device):
-        self.chances_F = torch.zeros(n_features, dtype=torch.float64, device=device)  # active, and the next token counts
-        self.ends_F = torch.zeros_like(self.chances_F)  # … and the feature is not active there
-        self.starts_F = torch.zeros_like(self.chances_F)  # active, and not so at the token before, which counts
-        self.ended_T = torch.zeros(context + 1, dtype=torch.float64, device=device)
-        self.cut_T = torch.zeros_like(self.ended_T)  # runs cut by a row's, document's or gap's edge, by the length seen
+        self.chances_GF = torch.zeros(GROUPS, n_features, dtype=torch.float64, device=device)  # active, the next token counts
+        self.ends_GF = torch.zeros_like(self.chances_GF)  # … and the feature is not active there
+        self.starts_GF = torch.zeros_like(self.chances_GF)  # active, and not so at the token before, which counts
+        self.ended_GT = torch.zeros(GROUPS, context + 1, dtype=torch.float64, device=device)
+        self.cut_GT = torch.zeros_like(self.ended_GT)  # runs cut by a row's, document's or gap's edge, by the length seen
 
-    def update(self, codes: Codes, masks: PairMasks, next_E: Tensor, previous_E: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, codes: Codes, masks: PairMasks, group_N: Tensor, next_E: Tensor, previous_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Take one batch in; returns chances and ends per token [N]."""
         chance_E = masks.earlier_LN[1][codes.token_E]
         end_E = chance_E & ~next_E
         start_E = masks.later_LN[1][codes.token_E] & ~previous_E
-        for total, flags in ((self.chances_F, chance_E), (self.ends_F, end_E), (self.starts_F, start_E)):
-            total += codes.per_feature(flags)
+        for total, flags in ((self.chances_GF, chance_E), (self.ends_GF, end_E), (self.starts_GF, start_E)):
+            total += codes.per_group(group_N, GROUPS, flags)
         if len(codes.token_E):
             run_E = torch.cumsum(~previous_E, 0) - 1
             length_R = torch.bincount(run_E)
             seen_R = start_E[~previous_E]  # a run's first entry is the one that nothing precedes
             ended_R = end_E[~next_E]  # its last one is the one that nothing follows
-            self.ended_T += torch.bincount(length_R[seen_R & ended_R], minlength=len(self.ended_T))
-            self.cut_T += torch.bincount(length_R[seen_R & ~ended_R], minlength=len(self.cut_T))
+            lengths = self.ended_GT.shape[1]
+            place_R = group_N[codes.token_E[~previous_E]] * lengths + length_R
+            for total, ended in ((self.ended_GT, ended_R), (self.cut_GT, ~ended_R)):
+                total += torch.bincount(place_R[seen_R & ended], minlength=total.numel()).view_as(total)
         return codes.per_token(chance_E), codes.per_token(end_E)
 
-    def survival(self) -> Tensor:
-        """Kaplan–Meier estimate of P(a run lasts longer than l tokens), l = 1 … T: runs that were cut count while seen."""
-        # A run that was cut after l tokens had no chance to end there: it was at risk only before.
-        at_risk = (self.ended_T + self.cut_T).flip(0).cumsum(0).flip(0)[1:] - self.cut_T[1:]
-        return torch.cumprod(torch.where(at_risk > 0, 1 - self.ended_T[1:] / at_risk, torch.nan), 0)
 
-    def geometric_survival(self, density_F: Tensor) -> Tensor:
-        """The same if every feature fired independently from token to token: Σ starts_i p_i^l / Σ starts_i."""
-        share_F = self.starts_F / self.starts_F.sum()
-        return torch.stack([(share_F * density_F**length).sum() for length in range(1, len(self.ended_T))])
+def survival(ended_T: Tensor, cut_T: Tensor) -> Tensor:
+    """Kaplan–Meier estimate of P(a run lasts longer than l tokens), l = 1 … T: runs that were cut count while seen."""
+    # A run that was cut after l tokens had no chance to end there: it was at risk only before.
+    at_risk = (ended_T + cut_T).flip(0).cumsum(0).flip(0)[1:] - cut_T[1:]
+    return torch.cumprod(torch.where(at_risk > 0, 1 - ended_T[1:] / at_risk, torch.nan), 0)
+
+
+def geometric_survival(starts_F: Tensor, density_F: Tensor, context: int) -> Tensor:
+    """The same if every feature fired independently from token to token: Σ starts_i p_i^l / Σ starts_i."""
+    share_F = starts_F / starts_F.sum()
+    return torch.stack([(share_F * density_F**length).sum() for length in range(1, context + 1)])
 
 
 def smoothness(codes: Codes, masks: PairMasks, found: Matches, next_E: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .codes import Codes, uniform_hash
+from .jackknife import group_of
 from .protocol import TokenBatch
 
 
@@ -23,7 +24,7 @@ class TokenSample:
 
         self._priority_M = empty(torch.float64)
         self.x_MD = empty(torch.float32, d_model)
-        self.document_M, self.token_M, self.position_M, self.row_M = (empty(torch.int64) for _ in range(4))
+        self.document_M, self.token_M, self.position_M, self.row_M, self.group_M = (empty(torch.int64) for _ in range(5))
         self.owner_E, self.feature_E, self.value_E = empty(torch.int64), empty(torch.int64), empty(torch.float64)
 
     def __len__(self) -> int:
@@ -47,6 +48,7 @@ class TokenSample:
         self.token_M = torch.cat([self.token_M, batch.tokens_BT.reshape(-1)[new].long()])
         self.position_M = torch.cat([self.position_M, new % codes.context])
         self.row_M = torch.cat([self.row_M, batch.rows_B[new // codes.context].long()])
+        self.group_M = torch.cat([self.group_M, group_of(batch.units_BT)[new]])
         self.owner_E = torch.cat([self.owner_E, slot_N[codes.token_E[mine]]])
         self.feature_E = torch.cat([self.feature_E, codes.feature_E[mine]])
         self.value_E = torch.cat([self.value_E, codes.value_E[mine]])
@@ -59,7 +61,7 @@ class TokenSample:
         owner_E = slot_M[self.owner_E]
         stays = owner_E >= 0
         self.owner_E, self.feature_E, self.value_E = owner_E[stays], self.feature_E[stays], self.value_E[stays]
-        for name in ("_priority_M", "x_MD", "document_M", "token_M", "position_M", "row_M"):
+        for name in ("_priority_M", "x_MD", "document_M", "token_M", "position_M", "row_M", "group_M"):
             setattr(self, name, getattr(self, name)[kept])
 
     def dense(self) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from .row import MeasuredRow
 from .subjects import Subject
 
-MEASURES_VERSION = 1
+MEASURES_VERSION = 2
 """Raised when a kept row of an earlier version would mean something else."""
 
 

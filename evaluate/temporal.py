@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .codes import Codes, Matches, matches, pair_masks
 from .gain import refit_gains
-from .jackknife import GROUPS, group_of, jackknife
+from .jackknife import GROUPS, group_of, jackknife, jackknife_band
 from .lags import LagSums, autocorrelation, variation
 from .protocol import Findings, Ledger, TokenBatch, UnitSums
 from .results import Curve, Metric
-from .runs import RunCounts, followed, smoothness
+from .runs import RunCounts, followed, geometric_survival, smoothness, survival
 from .sample import TokenSample
-from .similarity import adjacent_cosine, adjacent_similarity, chance, same_token, sample_similarity
+from .similarity import AdjacentPairs, adjacent_cosine, chance, same_token, sample_similarity
 from .temporal_definitions import DEFINITIONS
 
 LAGS = 9
@@ -43,19 +43,19 @@ class TemporalStatistics:
         self._sample = TokenSample(SAMPLE_TOKENS, sae.d_model, seed, device)
         self._ledger = Ledger()
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
-        self._active_F = torch.zeros(sae.n_features, dtype=torch.float64, device=device)
+        self._active_GF = torch.zeros(GROUPS, sae.n_features, dtype=torch.float64, device=device)
 
     def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:
         """Take one batch in."""
         group_N = group_of(batch.units_BT)
         self._tokens_G += torch.bincount(group_N[codes.valid_N], minlength=GROUPS)
-        self._active_F += codes.per_feature()
+        self._active_GF += codes.per_group(group_N, GROUPS)
         self._sample.update(batch, codes)
         masks = pair_masks(batch.valid_BT, batch.documents_BT, self._lags)
         found = matches(codes, masks)
         self._sums.update(codes, masks, found, group_N)
         next_E, previous_E = followed(codes, found)
-        chances_N, ends_N = self._runs.update(codes, masks, next_E, previous_E)
+        chances_N, ends_N = self._runs.update(codes, masks, group_N, next_E, previous_E)
         units_N, first_N = batch.units_BT.reshape(-1), masks.earlier_LN[1]
         self._ledger.add(units_N[first_N], run_chances=chances_N[first_N], run_ends=ends_N[first_N])
         self._record_pairs(units_N[first_N], first_N, batch, codes, found, x_hat_BTD)
@@ -66,19 +66,11 @@ class TemporalStatistics:
         self, units_P: Tensor, first_N: Tensor, batch: TokenBatch, codes: Codes, found: Matches, x_hat_BTD: Tensor
     ) -> None:
         """Everything that is an average over pairs of adjacent tokens."""
-        adjacent = found.lag_M == 1
-        earlier, later = found.earlier_M[adjacent], found.later_M[adjacent]
-        product = codes.value_E[earlier] * codes.value_E[later]
-        dot_N = torch.zeros(codes.n_tokens, dtype=torch.float64, device=first_N.device)
-        dot_N.index_add_(0, codes.token_E[earlier], product)
-        square_N = codes.per_token(codes.value_E**2)
-        t = first_N.nonzero().squeeze(1)
-        energy = (square_N[t] + square_N[t + 1]) / 2
-        self._ledger.add(units_P, variation=(2 * energy - 2 * dot_N[t]).clamp(min=0), energy=energy)
-        cosine, jaccard = adjacent_similarity(codes, found, first_N)
+        pairs = AdjacentPairs.of(codes, found, first_N)
+        self._ledger.add(units_P, variation=pairs.variation(), energy=pairs.energy())
         for name, values in (
-            ("cosine", cosine),
-            ("jaccard", jaccard),
+            ("cosine", pairs.cosine()),
+            ("jaccard", pairs.jaccard()),
             ("activation_cosine", adjacent_cosine(batch.x_BTD, first_N)),
             ("reconstruction_cosine", adjacent_cosine(x_hat_BTD, first_N)),
         ):
@@ -121,23 +113,21 @@ class TemporalStatistics:
         """Adjacent cosine and Jaccard corrected for chance; the same token far away."""
         cosine_MM, jaccard_MM, activation_MM = sample_similarity(self._sample)
         for name, similarity_MM in (("cosine", cosine_MM), ("jaccard", jaccard_MM)):
-            expected, n = chance(self._sample, similarity_MM)
             key = f"adjacent_{name}"
             findings.sums[f"{key}_raw"] = self._mean(name, f"{key}_raw")
-            findings.metrics[f"{key}_chance"] = _metric(f"{key}_chance", expected, n)
-            if math.isfinite(expected) and expected < 1:
+            level = chance(self._sample, similarity_MM, definition=f"{key}_chance")
+            findings.metrics[level.definition], expected = level, level.value
+            if expected is not None and expected < 1:
                 findings.sums[key] = self._mean(name, key, offset=-expected / (1 - expected), scale=1 / (1 - expected))
             else:
                 findings.metrics[key] = _metric(key, math.nan, 0)
-        expected, _ = chance(self._sample, cosine_MM)
         for prefix, similarity_MM in (("same_token", cosine_MM), ("same_token_activation", activation_MM)):
-            kinds = same_token(self._sample, similarity_MM, self._context)
-            (near, n), (far, _) = kinds["near"], kinds["far"]
-            findings.metrics[prefix] = _metric(prefix, far, n)
-            findings.metrics[f"{prefix}_near"] = _metric(f"{prefix}_near", near, n)
+            keys = (prefix, f"{prefix}_near")
+            found = same_token(self._sample, similarity_MM, self._context, far=keys[0], near=keys[1])
+            findings.metrics |= dict(zip(keys, found, strict=True))
 
     def _enough(self) -> Tensor:
-        return self._active_F >= MIN_ACTIVE
+        return self._active_GF.sum(0) >= MIN_ACTIVE
 
     def _autocorrelations(self, findings: Findings) -> None:
         sums, enough = self._sums, self._enough()
@@ -145,13 +135,13 @@ class TemporalStatistics:
             per_lag = []
             for at in range(self._lags):
 
-                def mean(pairs_L: Tensor, sums_SFL: Tensor, at: int = at, centred: bool = centred) -> float:
+                def mean(_: Tensor, pairs_L: Tensor, sums_SFL: Tensor, at: int = at, centred: bool = centred) -> float:
                     found_F = autocorrelation(pairs_L[at : at + 1], sums_SFL[:, :, at : at + 1], centred=centred)
                     return float(found_F[enough].nanmean())
 
                 definition = f"lag_autocorrelation{suffix}"
-                metric = _jackknife_first(mean, sums.pairs_GL, sums.sums_GSFL, at, "1", definition, int(enough.sum()))
-                per_lag.append(metric)
+                every = (sums.pairs_GL[:, at], sums.pairs_GL, sums.sums_GSFL)  # the first says which groups have pairs
+                per_lag.append(jackknife(mean, *every, unit="1", definition=definition, n=int(enough.sum())))
             name = f"lag1_autocorrelation{suffix}"
             findings.metrics[name] = per_lag[0].model_copy(update={"definition": name})
             findings.curves[f"lag_autocorrelation{suffix}"] = Curve(
@@ -180,40 +170,59 @@ class TemporalStatistics:
         findings.metrics[key] = jackknife(
             refitted, self._sums.pairs_GL[:, 0], self._sums.sums_GSFL, unit="1", definition=key, n=self._pairs()
         )
-        _, energy_F = variation(self._sums.sums_GSFL.sum(0), sae.W_dec.detach().double().norm(dim=1))
-        fitted = torch.isfinite(gain_F)
-        gain = float((energy_F * gain_F)[fitted].sum() / energy_F[fitted].sum()) if bool(fitted.any()) else math.nan
-        findings.metrics["refit_gain"] = _metric("refit_gain", gain, int(fitted.sum()))
-        covered = float(energy_F[fitted].sum() / energy_F.sum())
-        findings.metrics["refit_coverage"] = _metric("refit_coverage", covered, len(gain_F))
+        norm_F, fitted = sae.W_dec.detach().double().norm(dim=1), torch.isfinite(gain_F)
+
+        def gain(_: Tensor, sums_SFL: Tensor) -> float:
+            energy_F = variation(sums_SFL, norm_F)[1][fitted]
+            return float((energy_F * gain_F[fitted]).sum() / energy_F.sum())
+
+        def covered(_: Tensor, sums_SFL: Tensor) -> float:
+            energy_F = variation(sums_SFL, norm_F)[1]
+            return float(energy_F[fitted].sum() / energy_F.sum())
+
+        for key, statistic, n in (("refit_gain", gain, int(fitted.sum())), ("refit_coverage", covered, len(gain_F))):
+            sums = (self._sums.pairs_GL[:, 0], self._sums.sums_GSFL)
+            findings.metrics[key] = jackknife(statistic, *sums, unit=DEFINITIONS[key].unit, definition=key, n=n)
 
     def _run_lengths(self, findings: Findings) -> None:
-        runs, density_F = self._runs, self._active_F / self._tokens_G.sum()
-        length_F = runs.chances_F / runs.ends_F
-        expected = float(runs.chances_F.sum() / (runs.chances_F * (1 - density_F)).sum())
-        findings.metrics["run_length_geometric"] = _metric("run_length_geometric", expected, int(runs.chances_F.sum()))
-        observed = float(runs.chances_F.sum() / runs.ends_F.sum())
-        findings.metrics["run_length_excess"] = _metric("run_length_excess", observed / expected, int(runs.ends_F.sum()))
+        runs = self._runs
+
+        def geometric(tokens: Tensor, active_F: Tensor, chances_F: Tensor, _: Tensor) -> float:
+            return float(chances_F.sum() / (chances_F * (1 - active_F / tokens)).sum())
+
+        def excess(tokens: Tensor, active_F: Tensor, chances_F: Tensor, ends_F: Tensor) -> float:
+            return float(chances_F.sum() / ends_F.sum()) / geometric(tokens, active_F, chances_F, ends_F)
+
+        sums = (self._tokens_G, self._active_GF, runs.chances_GF, runs.ends_GF)
+        for key, statistic, counted_GF in (
+            ("run_length_geometric", geometric, runs.chances_GF),
+            ("run_length_excess", excess, runs.ends_GF),
+        ):
+            n = int(counted_GF.sum())
+            findings.metrics[key] = jackknife(statistic, *sums, unit=DEFINITIONS[key].unit, definition=key, n=n)
+        length_F = runs.chances_GF.sum(0) / runs.ends_GF.sum(0)
         findings.per_feature["run_length"] = torch.where(self._enough(), length_F, torch.nan).cpu().numpy()
-        for key, survival_T in (("run_length", runs.survival()), ("run_length_geometric", runs.geometric_survival(density_F))):
-            shown = int((survival_T > 1e-4).sum()) + 1
-            y = [1.0, *survival_T[:shown].tolist()]
+        self._survival(findings)
+
+    def _survival(self, findings: Findings) -> None:
+        """How long runs last, and would last by chance: curves from 1 at no token to where next to none is left."""
+        runs, context = self._runs, self._context
+        seen = jackknife_band(lambda _, *sums: survival(*sums), self._tokens_G, runs.ended_GT, runs.cut_GT)
+        by_chance = jackknife_band(
+            lambda tokens, active_F, starts_F: geometric_survival(starts_F, active_F / tokens, context),
+            *(self._tokens_G, self._active_GF, runs.starts_GF),
+        )
+        for key, (y, low, high) in (("run_length", seen), ("run_length_geometric", by_chance)):
+            shown = sum((value or 0.0) > 1e-4 for value in y) + 1
             findings.curves[key] = Curve(
-                x=[float(length) for length in range(len(y))],
-                y=y,
+                x=[float(length) for length in range(len(y[:shown]) + 1)],
+                y=[1.0, *y[:shown]],
+                low=[1.0, *(None if end is None else max(end, 0.0) for end in low[:shown])],
+                high=[1.0, *(None if end is None else min(end, 1.0) for end in high[:shown])],
                 x_label="tokens",
                 y_label="share of runs that last longer",
                 definition=f"{key}_curve",
             )
-
-
-def _jackknife_first(statistic, pairs_GL: Tensor, sums_GSFL: Tensor, at: int, unit: str, definition: str, n: int) -> Metric:
-    """Jackknife with the pairs of one lag as the groups' weight."""
-    metric = jackknife(
-        lambda _, pairs_L, sums_SFL: statistic(pairs_L, sums_SFL), pairs_GL[:, at], pairs_GL, sums_GSFL, unit=unit,
-        definition=definition, n=n,
-    )  # fmt: skip
-    return metric
 
 
 def _metric(key: str, value: float, n: int) -> Metric:

@@ -8,7 +8,7 @@ from tcsae.evaluate.codes import Codes, matches, pair_masks, uniform_hash
 from tcsae.evaluate.features import FeatureStatistics
 from tcsae.evaluate.jackknife import GROUPS, jackknife
 from tcsae.evaluate.measures import accumulators
-from worlds import batch_of, fake_sae, random_world
+from worlds import batch_of, fake_sae, random_world, value
 
 FEW = settings(max_examples=20, deadline=None)
 
@@ -85,7 +85,7 @@ def test_counts_equal_the_dense_ones_whatever_the_batches(seed):
     inside = l1[l1 > 0]
     assert inside.min() >= edges[0] * (1 - 1e-9)
     assert inside.max() <= edges[-1] * (1 + 1e-9)
-    assert found.metrics["mean_activation"].value == pytest.approx(l1.sum() / active.sum().item())
+    assert value(found.sums["mean_activation"]) == pytest.approx(l1.sum() / active.sum().item())
 
 
 def test_dense_shares_count_features_above_their_thresholds():

@@ -5,6 +5,7 @@ from synthetic import paired, synthetic_report
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.report import render_page
+from tcsae.evaluate.results import NO_INTERVAL
 from tcsae.evaluate.sections import sections
 from tcsae.evaluate.wording import in_reading_order, outcomes, short_name
 from tcsae.train.activation import Activation
@@ -45,6 +46,26 @@ def test_a_pruned_run_is_compared_with_its_original(report):
         assert pair.metrics[key].value == pytest.approx(difference), key
     assert (pair.warning or "").startswith("pruning took L0 from 6.0 to ")
     assert (found["twin"].first, found["twin"].second) == ("b-tc", "b-twin")
+
+
+def test_what_the_jackknife_measured_is_paired_too(report):
+    for pair in report.paired:
+        one, other = (report.record(name, 1) for name in (pair.first, pair.second))
+        for key in ("lag1_autocorrelation", "same_token", "eta_squared", "temporal_variation_refit", "run_length_excess"):
+            found = pair.metrics[key]
+            assert found.value == pytest.approx(one.metrics[key].value - other.metrics[key].value, abs=1e-12), key
+            assert found.low is not None, key
+        assert not {"ce_clean", "kl_noise_floor", "activation_adjacent_cosine", "same_token_activation"} & set(pair.metrics)
+
+
+def test_every_number_has_an_interval_or_a_reason(report):
+    for record in report.records:
+        for name, metric in record.metrics.items():
+            told = report.definitions[metric.definition].interval
+            if told.startswith(NO_INTERVAL):
+                assert (metric.low, metric.high) == (None, None), name
+            elif metric.value is not None:
+                assert metric.low is not None, name
 
 
 def test_its_label_names_the_original_and_it_stands_below(report):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.evaluate.codes import Codes, matches, pair_masks
 from tcsae.evaluate.gain import refit_gains
+from tcsae.evaluate.jackknife import group_of
 from tcsae.evaluate.lags import autocorrelation
 from tcsae.evaluate.runs import RunCounts, followed
 from tcsae.evaluate.sample import TokenSample
@@ -70,15 +71,15 @@ def test_runs_equal_the_slow_ones(seed, density):
     codes = Codes.from_dense(z, batch.valid_BT)
     masks = pair_masks(batch.valid_BT, batch.documents_BT, 1)
     runs = RunCounts(4, 9, z.device)
-    runs.update(codes, masks, *followed(codes, matches(codes, masks)))
+    runs.update(codes, masks, group_of(batch.units_BT), *followed(codes, matches(codes, masks)))
     slow = reference.metric_runs(z.tolist(), batch.valid_BT.tolist(), batch.documents_BT.tolist())
     seen = [(length, ended) for _, length, begun, ended in slow if begun]
-    for kept, wanted in ((runs.ended_T, True), (runs.cut_T, False)):
+    for kept, wanted in ((runs.ended_GT.sum(0), True), (runs.cut_GT.sum(0), False)):
         assert kept.tolist() == [sum(length == at and ended == wanted for length, ended in seen) for at in range(10)]
     # A token is a chance to end when its successor counts: all of a run's tokens but the last, and the last if the end is seen.
-    assert runs.chances_F.sum() == sum(length - 1 + ended for _, length, _, ended in slow)
-    assert runs.ends_F.tolist() == [sum(f == i and ended for f, _, _, ended in slow) for i in range(4)]
-    assert runs.starts_F.sum() == len(seen)
+    assert runs.chances_GF.sum() == sum(length - 1 + ended for _, length, _, ended in slow)
+    assert runs.ends_GF.sum(0).tolist() == [sum(f == i and ended for f, _, _, ended in slow) for i in range(4)]
+    assert runs.starts_GF.sum() == len(seen)
 
 
 def ar1(rho: float, rows: int, context: int, features: int, seed: int = 0):
