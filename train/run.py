@@ -144,6 +144,8 @@ def _train_pass(
     if step is not None:
         inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
     plans = [each.plan for each in claims]
+    if step is None and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
+        inputs = inputs.with_median(store)
     if world.writes:
         _announce(plans, inputs, store, step)
     work = Pass(plans, store, inputs, device, dtype, world)

@@ -59,7 +59,7 @@ class Pass:
     ):
         self.inputs, self.device, self.world = inputs, device, world
         self.config = plans[0].config
-        self.members = [Member(plan, inputs.mean_D, device, dtype, world) for plan in plans]
+        self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
         self.mean_D = inputs.mean_D.to(device)
         self.stream = open_stream(store, self.config, inputs)
         self.step, self.steps = 0, self.config.run.steps
