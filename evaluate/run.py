@@ -35,6 +35,7 @@ from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row import Candidate, MeasuredRow, row_of
 from .shelf import Shelf, slug
 from .splice import Head, SplicedModel
+from .splits import SplitMeasures
 from .subjects import Group, gather_subjects
 
 PASS_BYTES = 4e9
@@ -240,13 +241,17 @@ class _Evaluation:
                 return None
         if sae is not None:
             sae = sae.to(self.lm.device, torch.float32)
-        return Candidate(row, sae, surveys[layer], self._accumulators(row, sae), key)
+        scope = 1.0 if isinstance(what, str) else what.scope
+        return Candidate(row, sae, surveys[layer], self._accumulators(row, sae, scope), key)
 
-    def _accumulators(self, row: MeasuredRow, sae: Any) -> dict[str, Any]:
+    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float) -> dict[str, Any]:
         if sae is None or row.name == "zero_sae":
             return {}
         common = {"context": self.text.context, "seed": self.config.seed}
         found: dict[str, Any] = dict(accumulators(sae, **common))
+        inside = max(1, round(scope * sae.n_features))
+        if inside < sae.n_features:
+            found["splits"] = SplitMeasures(sae, **common, inside=inside)
         if row.kind == "sae" and not self.config.quick:
             cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
             found["browser"] = browser(sae, n_cards=cards, **common)

@@ -51,7 +51,9 @@ class Shelf:
             f"l{layer}-{name}.npz": (layer, name) for layer in layers for name in references
         }
         for subject in subjects:
-            self.wanted[f"l{subject.layer}-{slug(subject.name)}-{subject.fingerprint[:8]}.npz"] = (subject.layer, subject)
+            split = "" if subject.scope == 1 else f"-split{subject.scope:g}"
+            key = f"l{subject.layer}-{slug(subject.name)}-{subject.fingerprint[:8]}{split}.npz"
+            self.wanted[key] = (subject.layer, subject)
         self._rows: dict[str, MeasuredRow] = {}
         if not fresh:
             found = {key: MeasuredRow.load(self._folder / key) for key in self.wanted}

@@ -5,7 +5,7 @@ is loaded once. Whatever cannot be loaded becomes a failure with its sentence, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Subject:
     role: Role | None = None
     pair: str | None = None
     """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
+    scope: float = 1.0
+    """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too."""
 
 
 @dataclass
@@ -70,7 +72,21 @@ def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]
     for at, path in enumerate(config.saes):
         layer = config.layers[at if len(config.layers) > 1 else 0] if config.layers else None
         _attempt(path, failures, lambda path=path, layer=layer: _add_external(groups, config, path, layer))
+    for group in groups.values():
+        _split_twins(group)
     return list(groups.values()), failures
+
+
+def _scope(record: RunRecord) -> float:
+    return float(record.config.get("temporal", {}).get("scope", 1.0))
+
+
+def _split_twins(group: Group) -> None:
+    """A twin knows of no scope: it takes that of the TC-SAE it is paired with."""
+    scopes = {(one.layer, one.name): one.scope for one in group.subjects if one.role == "tc"}
+    for at, one in enumerate(group.subjects):
+        if one.role == "twin" and one.pair is not None:
+            group.subjects[at] = replace(one, scope=scopes.get((one.layer, one.pair), 1.0))
 
 
 def _attempt(path: str, failures: list[Failure], add: Callable[[], None]) -> None:
@@ -102,6 +118,7 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
             role="pruned" if original else record.role,
             pair=original or record.twin,
+            scope=1.0 if original else _scope(record),
         )
     )
 
