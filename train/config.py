@@ -57,8 +57,8 @@ class SAEConfig(_Group):
     """tied: random unit decoder rows, the encoder their transpose. paper: Kaiming-uniform encoder, orthogonal decoder."""
     decoder: Literal["unit", "free"] = "unit"
     """unit: decoder rows keep norm 1. free: they do not, and sparsity counts their norms unless loss.decoder_norms says no."""
-    b_dec: Literal["mean", "zero"] = "mean"
-    """Where the decoder's bias begins: the mean of the store or zero."""
+    b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where the decoder's bias begins: the mean of the store's tokens, the geometric median of a sample of them, or zero."""
     bandwidth: float = Field(default=0.05, gt=0)
     """jumprelu: width of the straight-through derivative."""
     threshold: float = Field(default=0.01, ge=0)

@@ -15,14 +15,14 @@ from .sae import TemporalSAE
 
 
 @torch.no_grad()
-def initialise(sae: TemporalSAE, config: SAEConfig, seed: int, mean_D: Tensor | None = None) -> None:
+def initialise(sae: TemporalSAE, config: SAEConfig, seed: int, centre_D: Tensor | None = None) -> None:
     """Fill ``sae`` as ``config`` says.
 
     Args:
         sae: overwritten in place.
         config: which initialisation, and whether the decoder's rows have unit norm.
         seed: of the one generator everything is drawn from.
-        mean_D: mean of the scaled inputs, where b_dec begins if the configuration says so.
+        centre_D: mean or median of the scaled inputs, where b_dec begins unless the configuration says zero.
 
     """
     generator = torch.Generator().manual_seed(seed)
@@ -36,8 +36,8 @@ def initialise(sae: TemporalSAE, config: SAEConfig, seed: int, mean_D: Tensor | 
         sae.W_enc.copy_(sae.W_dec.T)
     sae.b_enc.zero_()
     sae.b_dec.zero_()
-    if config.b_dec == "mean" and mean_D is not None:
-        sae.b_dec.copy_(mean_D)
+    if config.b_dec != "zero" and centre_D is not None:
+        sae.b_dec.copy_(centre_D)
     if sae.activation.kind == "jumprelu" and sae.threshold is not None:
         sae.threshold.fill_(config.threshold)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.statistics import StoreStatistics
+from ..cache.store import ActivationStore
 from ..errors import StoreError, UsageError
-from .config import DataConfig, RunConfig
+from .config import DataConfig, RunConfig, SAEConfig
+from .median import geometric_median, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Inputs:
     norm_limit: float | None  # raw norm beyond which tokens are left out
     mean_D: Tensor  # of the scaled inputs, float32
     spread: float  # Σ_d variance of the scaled inputs
+    median_D: Tensor | None = None  # geometric median of (a sample of) the scaled inputs, float32; where a member begins there
 
     @classmethod
     def of(cls, data: DataConfig, statistics: StoreStatistics) -> Inputs:
@@ -45,6 +48,15 @@ class Inputs:
             spread=statistics.variance * scale**2,
         )
 
+    def with_median(self, store: ActivationStore) -> Inputs:
+        """The same with the geometric median, which takes a look at up to 128 chunks of the store."""
+        median_D = geometric_median(sample_tokens(store, self.rows, self.norm_limit))
+        return replace(self, median_D=median_D * self.scale)
+
+    def centre(self, sae: SAEConfig) -> Tensor:
+        """Where b_dec begins unless it is at zero, [D]."""
+        return self.median_D if sae.b_dec == "geometric_median" and self.median_D is not None else self.mean_D
+
     def prepare(self, x_NWD: Tensor, device: torch.device) -> Tensor:
         """Stored bfloat16 windows as scaled float32 on ``device``."""
         x_NWD = x_NWD.to(device, non_blocking=True).float()
@@ -58,12 +70,13 @@ class Inputs:
             "norm_limit": self.norm_limit,
             "mean": self.mean_D,
             "spread": self.spread,
+            "median": self.median_D,
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Inputs:
         """The inverse of :meth:`state_dict`."""
-        return cls(state["rows"], state["scale"], state["norm_limit"], state["mean"], state["spread"])
+        return cls(state["rows"], state["scale"], state["norm_limit"], state["mean"], state["spread"], state.get("median"))
 
 
 def resolve_device(run: RunConfig) -> torch.device:
