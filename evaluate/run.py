@@ -7,6 +7,7 @@ missing is measured in as few passes over the text as memory allows; the report 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..console import note, progress, warn
-from ..errors import ResourceError, RunError, TcsaeError
+from ..console import Progress, note, progress, warn
+from ..errors import RunError, TcsaeError
 from ..extract.models import LanguageModel, load_language_model
 from ..extract.rows import row_blocks
 from ..extract.text import open_documents, resolve_text
@@ -26,6 +27,7 @@ from .heldout import HeldOutText, LayerSurvey, survey
 from .machine import describe_machine, peak_memory, versions
 from .measure import Measurement
 from .measures import accumulators
+from .memory import is_out_of_memory, release, within_memory
 from .position_probes import DEFINITIONS as PROBE_DEFINITIONS
 from .position_probes import probes
 from .probes import Bench, ProbeContext
@@ -77,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     outcomes = []
     for group, name in zip(groups, names, strict=True):
         try:
-            outcomes.append(_within_memory(_Evaluation(config, group, name, failures)))
+            outcomes.append(_Evaluation(config, group, name, failures).run())
             failures = []  # reported
         except TcsaeError as failure:
             if len(groups) == 1:
@@ -89,15 +91,6 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     if failures:
         outcomes[-1] = outcomes[-1].with_failures(failures)
     return outcomes
-
-
-def _within_memory(evaluation: _Evaluation) -> Outcome:
-    try:
-        return evaluation.run()
-    except torch.OutOfMemoryError as failure:
-        rows = evaluation.config.batch_rows
-        what = f"the device ran out of memory with batches of {rows} row{'' if rows == 1 else 's'}"
-        raise ResourceError(f"{what}: give a smaller --batch-size, or fewer SAEs with --run") from failure
 
 
 def _names(config: EvaluateConfig, groups: Sequence[Group]) -> list[str]:
@@ -138,7 +131,8 @@ class _Evaluation:
         facts = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, config.seed, config.quick)
         self.shelf = Shelf(self.folder, facts, self.layers, config.references, group.subjects, fresh=config.fresh)
         if self.shelf.missing:
-            self._measure()
+            with within_memory(config.batch_rows):
+                self._measure()
         report = compose(
             self.shelf.rows,
             self.text,
@@ -155,7 +149,7 @@ class _Evaluation:
             peak_memory_bytes=peak_memory(self.lm.device),
         )
         write_results(report, self.folder)
-        return Outcome(report, self.folder, self._page(report))
+        return Outcome(report, self.folder, write_report(report, self.folder))
 
     def _say(self, message: str) -> None:
         self.notes.append(message)
@@ -211,16 +205,31 @@ class _Evaluation:
         limit = PASS_BYTES
         if self.lm.device.type == "cuda":
             limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
-        passes = list(self.shelf.passes(limit))
+        passes = deque(self.shelf.passes(limit))
         with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
-            for part in passes:
-                candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-                measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
-                measurement.run(config.batch_rows, bar)
-                for failure in measurement.failures:
-                    warn(f"{failure.path}: {failure.message}")
-                self.failures += measurement.failures
-                self._finish(measurement.candidates)
+            while passes:
+                part = passes.popleft()
+                if not self._fits(part, surveys, uniform, bar):
+                    release()
+                    left = [key for key in part if key in self.shelf.missing]
+                    self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
+                    passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
+
+    def _fits(self, part: list[str], surveys: dict[int, LayerSurvey], uniform: frozenset[int], bar: Progress) -> bool:
+        """Measure these rows in one pass; false where they do not fit into memory together."""
+        try:
+            candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
+            measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
+            measurement.run(self.config.batch_rows, bar)
+            for failure in measurement.failures:
+                warn(f"{failure.path}: {failure.message}")
+            self.failures += measurement.failures
+            self._finish(measurement.candidates)
+        except Exception as failure:
+            if len(part) == 1 or not is_out_of_memory(failure):
+                raise
+            return False
+        return True
 
     def _candidate(self, key: str, surveys: dict[int, LayerSurvey]) -> Candidate | None:
         layer, what = self.shelf.wanted[key]
@@ -273,9 +282,6 @@ class _Evaluation:
                 shown: Any = candidate.accumulators["browser"]
                 candidate.row.cards = shown.cards(context)
             self.shelf.put(candidate.key, candidate.row)
-
-    def _page(self, report: EvaluationReport) -> Path | None:
-        return write_report(report, self.folder)
 
 
 def _model_facts(lm: LanguageModel) -> ModelFacts:

@@ -8,6 +8,7 @@ from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, EvaluateConfig
 from tcsae.evaluate.measure import Measurement
+from tcsae.evaluate.memory import within_memory
 from tcsae.evaluate.results import read_results
 from tcsae.pipeline import main
 from tcsae.train.activation import Activation
@@ -168,14 +169,46 @@ def test_a_language_model_that_is_gone_is_in_the_report_and_the_exit_status(plac
     assert [one.path for one in read_results(Path(facts["folder"])).failures] == [failure["path"]]
 
 
-def test_a_device_without_memory_is_one_sentence(place, tmp_path, monkeypatch):
-    def full(*_args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError("Unable to allocate 728. TiB for an array"),
+)
 
-    monkeypatch.setattr(run_module.Measurement, "run", full)
-    config = EvaluateConfig(runs=(str(place / "runs" / "tc"),), out=str(tmp_path), **SMALL)
-    with pytest.raises(ResourceError, match=r"out of memory with batches of \d+ rows: give a smaller --batch-size"):
-        run_module.evaluate(config)
+
+@pytest.mark.parametrize("failure", FULL, ids=lambda failure: type(failure).__name__)
+def test_a_device_without_memory_is_one_sentence_and_what_is_finished_is_kept(place, tmp_path, monkeypatch, failure):
+    real, passes = Measurement.run, []
+
+    def one_row_and_no_tc(self, batch_rows, progress):
+        """Room for one row of the table at a time, and none for the TC-SAE."""
+        passes.append([candidate.row.name for candidate in self.candidates])
+        if len(self.candidates) > 1 or passes[-1] == ["tc"]:
+            raise failure
+        real(self, batch_rows, progress)
+
+    common = ["--out", str(tmp_path), "--batches", "3", "--batch-size", "4", "--device", "cpu", "--dtype", "float32", "--quick"]
+    command = ["evaluate", "--run", str(place / "runs" / "twin"), str(place / "runs" / "tc"), *common]
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurement, "run", one_row_and_no_tc)
+        assert main(command) == 1
+    assert len(passes[0]) == len(REFERENCES) + 2
+    kept = {part[0] for part in passes if len(part) == 1} - {"tc"}
+    assert kept == {*REFERENCES, "twin"}
+    seen = []
+    monkeypatch.setattr(
+        Measurement, "run", lambda self, *a: (seen.append([c.row.name for c in self.candidates]), real(self, *a))[1]
+    )
+    assert main(command) == 0
+    assert seen == [["tc"]]
+
+
+def test_the_sentence_names_the_flag():
+    for rows, words in ((16, "batches of 16 rows, one SAE at a time: give a smaller --batch-size"), (1, "another --device")):
+        with pytest.raises(ResourceError, match=words), within_memory(rows):
+            raise FULL[1]
+    with pytest.raises(RuntimeError, match="something else"), within_memory(1):
+        raise RuntimeError("something else")
 
 
 def test_what_does_not_fit_is_one_sentence(place, tmp_path):
