@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,21 +81,28 @@ class Inputs:
 
 
 def resolve_device(run: RunConfig) -> torch.device:
-    """The device a configuration means.
+    """The device a configuration means; under torchrun each process of a machine has a CUDA device of its own.
 
     Raises:
-        UsageError: CUDA where there is none, or no such device.
+        UsageError: CUDA where there is none, no such device, or more processes than devices.
 
     """
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(run.device)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device)
     except RuntimeError:
         raise UsageError(f"device '{run.device}' is unknown: choose auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise UsageError(f"device '{run.device}' was asked for, this machine has no usable CUDA device: use --device cpu")
-    return device
+    n, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index is None and own >= n:
+        raise UsageError(
+            f"process {own} of this machine has no CUDA device of its own: start at most {n} (--nproc-per-node={n})"
+        )
+    if device.index is not None and device.index >= n:
+        raise UsageError(f"device '{run.device}' was asked for, this machine has {n} CUDA devices, counted from 0")
+    return torch.device("cuda", own if device.index is None else device.index)
 
 
 def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from ..cache.store import ActivationStore
-from ..console import format_bytes, format_count, format_duration, note, progress
+from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, UsageError
 from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .claims import Claim, claim, held
@@ -34,7 +34,7 @@ from .plan import MemberPlan, plan_members, tokens_per_step
 from .presets import changed
 from .record import RunRecord
 from .trainer import Pass, needs_siblings
-from .world import World, joined
+from .world import World, joined, seen_by_share
 
 _NAMED = 4  # runs in the sentence that announces them
 
@@ -87,6 +87,8 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
         metrics: dict[str, Metrics] = {}
         mine.enter_context(held(claims if world.writes else []))
         world.wait()
+        if world.writes and world.size > 1:
+            _say_what_differs([each.plan for each in claims if not each.done], world)
         for group in _groups([each for each in claims if not each.done]):
             for plans in split_passes([each.plan for each in group], available_bytes(device)):
                 part = [each for each in group if each.plan in plans]
@@ -104,6 +106,12 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
         seconds=time.perf_counter() - began,
         metrics=metrics,
     )
+
+
+def _say_what_differs(plans: Sequence[MemberPlan], world: World) -> None:
+    if found := seen_by_share(plan.config for plan in plans):
+        what = f"{' and '.join(found)} see{'s' if len(found) == 1 else ''} one process's share of a batch at a time"
+        warn(f"{what}: with {world.size} processes the result is not exactly that of one")
 
 
 def _too_large(plans: Sequence[MemberPlan], device: torch.device) -> ResourceError:

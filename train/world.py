@@ -1,8 +1,8 @@
 """One process or several: data parallelism over the windows of a batch, started by ``torchrun``.
 
 Every process draws the same batches from the same stream and takes its share of the windows; gradients are summed with weights,
-so that a step equals the one-process step on the whole batch up to rounding. (Terms that are no means over windows, the
-normalised and contrastive forms and batchtopk's competition, see one share at a time.) Only process 0 writes.
+so that a step equals the one-process step on the whole batch up to rounding. What is no mean over windows sees one share at a
+time, which :func:`seen_by_share` names and a run says at its start. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..console import set_quiet
+from .config import TrainConfig
 from .objective import StepResult
 from .sae import TemporalSAE
 
@@ -85,6 +86,20 @@ class World:
                 tensor.copy_(dense)
 
 
+def seen_by_share(configs: Iterable[TrainConfig]) -> list[str]:
+    """What of these runs is no mean over windows, and so is not the same for several processes as for one."""
+    found: set[str] = set()
+    for config in configs:
+        term = config.temporal
+        if config.sae.activation == "batchtopk":
+            found.add("batchtopk's choice of the largest codes")
+        if term.form in ("normalised", "contrastive"):
+            found.add(f"the {term.form} form")
+        if term.form != "none" and term.partner in ("same_document", "other_document", "shuffled"):
+            found.add(f"the draw of {term.partner} partners")
+    return sorted(found)
+
+
 def speaks() -> bool:
     """Whether this process is the one that prints, before and after it joins the others."""
     return os.environ.get("RANK", "0") == "0"
@@ -93,6 +108,8 @@ def speaks() -> bool:
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world that ``torchrun`` describes in the environment, joined for the block; a world of one without it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels of our own are started on the current device
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield World()
