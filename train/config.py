@@ -110,6 +110,8 @@ class OptimiserConfig(_Group):
     """adamw decays weights apart from the gradient; adam does not decay."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
+    threshold_rate: float = Field(default=0.0, ge=0)
+    """jumprelu: learning rate of the thresholds, in units of lr; 0: √d_model."""
     weight_decay: float = Field(default=0.01, ge=0)
     """adamw's decay (0.01 is its default)."""
     decay_decoder: bool = False

@@ -76,7 +76,7 @@ class Member:
         config, steps = self.config, self.config.run.steps
         lr = learning_rate(self.step, steps, config.optimiser)
         for group in self.optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("times", 1)
         objective = self.objective.warmed(
             warmup_factor(self.step, steps, config.loss.l1_warmup), warmup_factor(self.step, steps, config.temporal.warmup)
         )
@@ -147,11 +147,15 @@ def _new_optimiser(sae: TemporalSAE, config: TrainConfig) -> torch.optim.Optimiz
     chosen = config.optimiser
     decayed = [sae.W_enc, sae.b_enc]
     kept = [sae.W_dec, sae.b_dec]
-    if isinstance(sae.threshold, torch.nn.Parameter):
-        kept.append(sae.threshold)
     if chosen.decay_decoder:
         decayed, kept = decayed + kept, []
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": chosen.weight_decay}]
+    groups += [{"params": kept, "weight_decay": 0.0}]
+    if isinstance(sae.threshold, torch.nn.Parameter):
+        # Thresholds are of the size of pre-activations, 1, and weights of 1/√D: at one rate they would take √D times as long.
+        times = chosen.threshold_rate or math.sqrt(sae.d_model)
+        groups.append({"params": [sae.threshold], "weight_decay": 0.0, "times": times})
+    groups = [group for group in groups if group["params"]]
     if chosen.name == "adam":
-        return torch.optim.Adam([*decayed, *kept], lr=chosen.lr, fused=True)
-    groups = [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=chosen.lr, fused=True)
+        return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], lr=chosen.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)
