@@ -1,11 +1,13 @@
 """Our `saebench_compat` block against SAEBench's own `core` evaluator: same SAE, same model, same tokens.
 
-    python benchmarks/agreement.py ours FOLDER      # in this project's environment: writes what the other needs
-    python benchmarks/agreement.py theirs FOLDER    # where sae-bench 0.6.0 and sae-lens are installed: compares
+    python benchmarks/agreement.py ours FOLDER                        # small random Llama, random TopK SAE, random tokens
+    python benchmarks/agreement.py ours FOLDER --run runs/l5-…        # a trained run, its own model, its held-out text
+    python benchmarks/agreement.py ours FOLDER --model demo --layer 5 # the demo's model and text, random TopK SAE
+    python benchmarks/agreement.py theirs FOLDER                      # where sae-bench 0.6.0 and sae-lens are installed: compares
 
-`ours` takes `--model` (a folder of a Llama-like model; default: a small random one), `--sae` (a SAELens folder; default: random
-TopK) and `--layer`. `theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per
-metric, and ends with status 1 when one differs by more than 1e-3 relative.
+`ours` runs in this project's environment and writes what `theirs` needs: the tokens, where model and SAE are, and our numbers.
+`theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per metric, and ends with
+status 1 when one differs by more than 1e-3 relative.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,65 +23,115 @@ from typing import Any
 import numpy as np
 import torch
 
-BATCHES, ROWS, CONTEXT = 4, 4, 64
+BATCH_ROWS = 4
+SMALL_ROWS, SMALL_CONTEXT = 16, 64
 TOLERANCE = 1e-3
 
 
-def ours(options: argparse.Namespace) -> None:
+@dataclass
+class Case:
+    """A language model in what our evaluation takes for one, its folder, text, the tokens that do not count, and an SAE's place."""
+
+    lm: Any
+    model_folder: Path
+    text: Any
+    special: list[int]
+    layer: int
+    sae_folder: Path | None = None
+
+
+def small(options: argparse.Namespace) -> Case:
     import transformers
     from tcsae.cache.layout import SPECIAL, RowBlock
-    from tcsae.console import progress
-    from tcsae.evaluate.foreign import read_saelens
-    from tcsae.evaluate.heldout import HeldOutText, survey
-    from tcsae.evaluate.measure import Measurement
-    from tcsae.evaluate.row import Candidate, MeasuredRow
-    from tcsae.evaluate.splice import Head, SplicedModel
-    from tcsae.train.activation import Activation
-    from tcsae.train.sae import TemporalSAE
+    from tcsae.evaluate.heldout import HeldOutText
 
-    folder = Path(options.folder)
-    model_folder = Path(options.model) if options.model else folder / "model"
-    if not options.model:
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=1000, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=128, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
-        )  # fmt: skip
-        transformers.LlamaForCausalLM(config).save_pretrained(model_folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval().requires_grad_(False)
-    d_model, vocabulary = model.config.hidden_size, model.config.vocab_size
-    tokens = np.random.default_rng(0).integers(2, vocabulary, (BATCHES * ROWS, CONTEXT)).astype(np.int32)
+    folder = Path(options.folder) / "model"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    tokens = np.random.default_rng(0).integers(2, 1000, (SMALL_ROWS, SMALL_CONTEXT)).astype(np.int32)
     tokens[:, 0] = 0
     tokens[::3, 20] = 1  # an EOS inside the row: not an input that counts, but a target that SAEBench counts
     flags = np.where(tokens < 2, SPECIAL, 0).astype(np.uint8)
-    text = HeldOutText.gather([RowBlock(tokens, np.zeros_like(tokens), flags)], len(tokens))
     lm = SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device("cpu"), dtype=torch.float32,
-        identity=SimpleNamespace(architecture=type(model).__name__), d_model=d_model,
+        identity=SimpleNamespace(architecture=type(model).__name__), d_model=64,
     )  # fmt: skip
-    spliced = SplicedModel(lm)
-    found = survey(spliced, text, [options.layer], ROWS)[options.layer]
-    sae_folder = Path(options.sae) if options.sae else folder / "sae"
-    if not options.sae:
-        draw = torch.Generator().manual_seed(1)
-        rows = torch.nn.functional.normalize(torch.randn(4 * d_model, d_model, generator=draw), dim=1)
-        sae = TemporalSAE(d_model, 4 * d_model, Activation("topk", k=16))
-        with torch.no_grad():
-            sae.W_dec.copy_(rows)
-            sae.W_enc.copy_(rows.T)
-            sae.b_dec.copy_(found.mean_D)
-        sae.save(sae_folder)
+    return Case(
+        lm, folder, HeldOutText.gather([RowBlock(tokens, np.zeros_like(tokens), flags)], len(tokens)), [0, 1], options.layer
+    )
+
+
+def real(options: argparse.Namespace) -> Case:
+    """A model and text as `pipeline evaluate` takes them: those of the run's store, or the demo's text."""
+    from tcsae.evaluate.config import EvaluateConfig
+    from tcsae.evaluate.heldout import HeldOutText
+    from tcsae.evaluate.subjects import Group, gather_subjects
+    from tcsae.extract.assets import demo_model
+    from tcsae.extract.config import ModelSource, TextSource
+    from tcsae.extract.models import load_language_model
+    from tcsae.extract.rows import row_blocks
+    from tcsae.extract.text import open_documents
+
+    layer, sae_folder = options.layer, None
+    if options.run:
+        asked = EvaluateConfig(runs=(options.run,), model=options.model, device="cpu", dtype="float32")
+        (group,), _ = gather_subjects(asked)
+        layer, sae_folder = group.subjects[0].layer, Path(options.run).resolve()
+    else:
+        source = ModelSource(id=options.model, device="cpu", dtype="float32")
+        group = Group(source, TextSource(dataset="demo"), held_out=False, model_fingerprint=None)
+    lm = load_language_model(group.model)
+    documents = open_documents(group.text)
+    blocks = row_blocks(group.text, lm, held_out=group.held_out, documents=documents, rows_per_block=BATCH_ROWS)
+    text = HeldOutText.gather((block for block, _ in blocks), options.rows)
+    folder = demo_model() if group.model.id == "demo" else Path(group.model.id).resolve()
+    return Case(lm, folder, text, list(lm.special_token_ids), layer, sae_folder)
+
+
+def random_sae(d_model: int, mean_D: torch.Tensor, folder: Path) -> Path:
+    from tcsae.train.activation import Activation
+    from tcsae.train.sae import TemporalSAE
+
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.nn.functional.normalize(torch.randn(4 * d_model, d_model, generator=draw), dim=1)
+    sae = TemporalSAE(d_model, 4 * d_model, Activation("topk", k=16))
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows.T)
+        sae.b_dec.copy_(mean_D)
+    sae.save(folder)
+    return folder.resolve()
+
+
+def ours(options: argparse.Namespace) -> None:
+    from tcsae.console import progress
+    from tcsae.evaluate.foreign import read_saelens
+    from tcsae.evaluate.heldout import survey
+    from tcsae.evaluate.measure import Measurement
+    from tcsae.evaluate.row import Candidate, MeasuredRow
+    from tcsae.evaluate.splice import Head, SplicedModel
+
+    folder = Path(options.folder)
+    case = real(options) if options.run or options.model else small(options)
+    spliced = SplicedModel(case.lm)
+    found = survey(spliced, case.text, [case.layer], BATCH_ROWS)[case.layer]
+    sae_folder = case.sae_folder or random_sae(case.lm.d_model, found.mean_D, folder / "sae")
     measured = [
-        Candidate(MeasuredRow("sae", "sae", options.layer), read_saelens(sae_folder), found, {}, ""),
-        Candidate(MeasuredRow("zero_all", "reference", options.layer), None, found, {}, ""),
+        Candidate(MeasuredRow("sae", "sae", case.layer), read_saelens(sae_folder), found, {}, ""),
+        Candidate(MeasuredRow("zero_all", "reference", case.layer), None, found, {}, ""),
     ]
     with progress("measure", None) as bar:
-        Measurement(spliced, Head(lm), text, list(measured)).run(ROWS, bar)
-    np.save(folder / "tokens.npy", tokens)
+        Measurement(spliced, Head(case.lm), case.text, list(measured)).run(BATCH_ROWS, bar)
+    np.save(folder / "tokens.npy", case.text.tokens_RT)
     block = measured[0].compat.result(measured[1].compat)
-    about = {"model": str(model_folder), "sae": str(sae_folder), "layer": options.layer, "block": block}
-    (folder / "ours.json").write_text(json.dumps(about, indent=1))
-    print(f"wrote {folder}; now run `theirs` where SAEBench is installed")
+    about = {"model": str(case.model_folder.resolve()), "sae": str(sae_folder), "layer": case.layer, "special": case.special}
+    (folder / "ours.json").write_text(json.dumps(about | {"block": block}, indent=1))
+    print(f"wrote {folder}: {len(case.text)} rows of {case.text.context}; now run `theirs` where SAEBench is installed")
 
 
 def theirs(options: argparse.Namespace) -> int:
@@ -97,13 +150,14 @@ def theirs(options: argparse.Namespace) -> int:
         encode=loaded.encode, decode=loaded.decode, device=torch.device("cpu"), dtype=torch.float32,
         cfg=SimpleNamespace(hook_name=hook, hook_layer=about["layer"], hook_head_index=None, d_sae=loaded.cfg.d_sae),
     )  # fmt: skip
-    rows = torch.from_numpy(np.load(folder / "tokens.npy")).long().split(ROWS)
+    rows = torch.from_numpy(np.load(folder / "tokens.npy")).long().split(BATCH_ROWS)
 
     def store() -> Any:
         batches = iter(rows)
         return SimpleNamespace(get_batch_tokens=lambda _rows: next(batches))
 
-    common: dict[str, Any] = {"n_batches": len(rows), "eval_batch_size_prompts": ROWS, "ignore_tokens": {0, 1}}
+    common: dict[str, Any] = {"n_batches": len(rows), "eval_batch_size_prompts": BATCH_ROWS}
+    common["ignore_tokens"] = set(about["special"])
     with torch.no_grad():
         found = core.get_downstream_reconstruction_metrics(
             sae,
@@ -134,9 +188,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=["ours", "theirs"])
     parser.add_argument("folder")
-    parser.add_argument("--model")
-    parser.add_argument("--sae")
-    parser.add_argument("--layer", type=int, default=3)
+    parser.add_argument("--run", help="folder of a trained run: its model, layer and held-out text are used")
+    parser.add_argument("--model", help="'demo' or the folder of a Llama-like model; default: the run's, or a small random one")
+    parser.add_argument("--layer", type=int, default=3, help="where no run says it")
+    parser.add_argument("--rows", type=int, default=32, help="rows of real text")
     options = parser.parse_args()
     Path(options.folder).mkdir(parents=True, exist_ok=True)
     return theirs(options) if options.side == "theirs" else ours(options) or 0
