@@ -3,7 +3,7 @@
     python benchmarks/agreement.py ours FOLDER                        # small random Llama, random TopK SAE, random tokens
     python benchmarks/agreement.py ours FOLDER --run runs/l5-…        # a trained run, its own model, its held-out text
     python benchmarks/agreement.py ours FOLDER --model demo --layer 5 # the demo's model and text, random TopK SAE
-    python benchmarks/agreement.py theirs FOLDER                      # where sae-bench 0.6.0 and sae-lens are installed: compares
+    python benchmarks/agreement.py theirs FOLDER                      # where sae-bench 0.6.0 and sae-lens are: compares
 
 `ours` runs in this project's environment and writes what `theirs` needs: the tokens, where model and SAE are, and our numbers.
 `theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per metric, and ends with
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Case:
-    """A language model in what our evaluation takes for one, its folder, text, the tokens that do not count, and an SAE's place."""
+    """A language model as our evaluation takes it, its folder, the text, the token ids that do not count, and an SAE's place."""
 
     lm: Any
     model_folder: Path
