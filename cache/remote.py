@@ -88,7 +88,10 @@ class RemotePlace:
 
     def replace(self, key: str, data: bytes) -> None:  # noqa: D102
         with _plain(f"write {self}/{key}"):
-            self._fs.pipe_file(self._path(key), data)
+            try:
+                self._fs.pipe_file(self._path(key), data)
+            except FileNotFoundError as problem:
+                raise StoreError(f"cannot write {self}/{key}: {problem}; create the bucket first, or name another") from problem
 
     def append(self, key: str, line: bytes) -> None:  # noqa: D102
         self.replace(key, self.read(key) + line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -98,12 +100,22 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     # Loopback only, no dashboard; its server still listens, on any free port: 8787 may be taken, which is a warning.
     options: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
     options |= {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 10}),
-        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set({"distributed.scheduler.allowed-failures": 10}):
+        with _deaf_to_ctrl_c():
+            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options)
+        with cluster, Client(cluster) as client:
+            yield client
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Threads and processes begun inside, and whatever they begin, leave Ctrl-C, which a terminal sends to all, to this one."""
+    resource_tracker.ensure_running()  # it would lift the block when it is first needed
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Coordinator:

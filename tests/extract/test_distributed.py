@@ -14,7 +14,6 @@ from tcsae.cache.layout import StoreLayout
 from tcsae.cache.manifest import Execution
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, StaleRunError
-from tcsae.extract import plan as plan_module
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.distributed import Job, _passes
 from tcsae.extract.models import load_language_model
@@ -23,7 +22,10 @@ from tcsae.extract.run import extract
 
 from tests.extract.snapshots import contents
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
+pytestmark = [
+    pytest.mark.usefixtures("small_shards"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # sockets that Dask's event loop closes late
+]
 CONTEXT = 16
 SLOW = """
 import time
@@ -32,12 +34,6 @@ launch = ForwardPass.launch
 ForwardPass.launch = lambda self, block: (time.sleep(0.1), launch(self, block))[1]
 """
 EXECUTION = Execution(batch_size=4, threads=1, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    small = lambda d_model, context, *, compression, **_: StoreLayout(d_model, context, 4, 8, compression)  # noqa: E731
-    monkeypatch.setattr(plan_module, "plan_layout", small)
 
 
 @pytest.fixture
@@ -133,6 +129,15 @@ def test_our_own_failures_are_not_tried_again(config, monkeypatch):
         with pytest.raises(ResourceError, match="the disk is full: free some space"):
             extract(one)
     assert tried == [1]
+
+
+def test_ctrl_c_is_for_the_coordinator_alone():
+    """A terminal sends it to every process of the command: workers would answer with a traceback each."""
+    from tcsae.extract.distributed import _local_cluster
+
+    with _local_cluster(1) as client:
+        assert all(signal.SIGINT in mask for mask in client.run(signal.pthread_sigmask, signal.SIG_BLOCK, []).values())
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.slow

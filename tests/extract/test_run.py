@@ -15,7 +15,6 @@ import torch
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ModelError, ResourceError, StoreError, TextError
-from tcsae.extract import plan as plan_module
 from tcsae.extract import run as run_module
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource, command_line
 from tcsae.extract.estimate import estimate
@@ -43,11 +42,9 @@ ForwardPass.launch = lambda self, block: (time.sleep(0.05), launch(self, block))
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    """Shards of 8 rows: the planner would put these tiny stores into one. Power failures are the cache's tests' business."""
+def quick(small_shards, monkeypatch):
+    """Power failures are the cache's tests' business."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    small = lambda d_model, context, *, compression, **_: StoreLayout(d_model, context, 4, 8, compression)  # noqa: E731
-    monkeypatch.setattr(plan_module, "plan_layout", small)
 
 
 def start(config):
