@@ -184,6 +184,11 @@ class WindowStream:
                 self._batch += 1
                 return self._gather(self._current, low, low + size)
             self._leave(self._current)
+        if not self._dropped:
+            raise UsageError(
+                f"{self._store.path} holds no {self.window} consecutive tokens of one document, without special ones and "
+                "those over the norm limit: give a smaller --window"
+            )
         raise UsageError(
             f"no batch of {size} windows of {self.window} tokens can be filled from a pool of {self._store.path}: "
             "use a smaller batch, a larger pool, or extract more tokens"

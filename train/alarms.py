@@ -14,6 +14,7 @@ from .member import Member, Update
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
 _DIVERGED, _COLLAPSED, _DEAD = 100.0, 0.5, 0.9
 _NAMED_ROWS = 5
+_REMEDY = "use a smaller --lr and begin anew with --fresh"  # a run goes on only as it was begun
 
 
 def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
@@ -32,9 +33,7 @@ def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
     where = f"{what} of {member.plan.name} is not finite at step {member.step}"
     if rows:
         raise RunError(f"{where}: rows {rows} of the store hold NaN or infinity, run 'pipeline verify' on it")
-    raise RunError(
-        f"{where} (rows {_rows(batch, None)} of the store, all finite): use a smaller --lr, and resume or begin anew"
-    )
+    raise RunError(f"{where} (rows {_rows(batch, None)} of the store, all finite): {_REMEDY}")
 
 
 def check_weights(member: Member) -> None:
@@ -46,7 +45,7 @@ def check_weights(member: Member) -> None:
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in member.sae.parameters()):
         where = f"the weights of {member.plan.name} are not finite at step {member.step}"
-        raise RunError(f"{where}: use a smaller --lr, and resume or begin anew")
+        raise RunError(f"{where}: {_REMEDY}")
 
 
 def check_divergence(member: Member, reconstruction: float, spread: float) -> None:
@@ -63,7 +62,7 @@ def check_divergence(member: Member, reconstruction: float, spread: float) -> No
     """
     if member.step > 100 and spread > 0 and reconstruction > _DIVERGED * spread:
         ratio = f"{reconstruction / spread:.0f} times that of predicting the mean"
-        raise RunError(f"{member.plan.name} diverged: at step {member.step} its error is {ratio}; use a smaller --lr")
+        raise RunError(f"{member.plan.name} diverged: at step {member.step} its error is {ratio}: {_REMEDY}")
 
 
 def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | None:

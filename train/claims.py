@@ -15,7 +15,7 @@ from ..errors import RunError
 from .checkpoint import checkpoints, drop_checkpoints
 from .config import TrainConfig
 from .formats import CONFIG, WEIGHTS
-from .journal import METRICS
+from .journal import METRICS, read_metrics
 from .plan import MemberPlan
 from .presets import changed
 from .record import RECORD, RunRecord, load_run
@@ -89,6 +89,8 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
     if fresh or not (folder / RECORD).exists():
         return Claim(plan, folder)
     record = load_run(folder)
+    if not record.finished and not checkpoints(folder) and not read_metrics(folder):
+        return Claim(plan, folder)  # it failed before its first line of metrics: there is nothing to go on with or to lose
     if default_length:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     _same(plan.config, record, store, folder)
