@@ -12,7 +12,7 @@ from ..errors import RunError
 from .member import Member, Update
 
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
-_DIVERGED, _COLLAPSED, _DEAD = 100.0, 0.5, 0.9
+_DIVERGED, _COLLAPSED, _DEAD, _ALIKE = 100.0, 0.5, 0.9, 0.5
 _NAMED_ROWS = 5
 _REMEDY = "use a smaller --lr and begin anew with --fresh"  # a run goes on only as it was begun
 
@@ -66,12 +66,14 @@ def check_divergence(member: Member, reconstruction: float, spread: float) -> No
 
 
 def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | None:
-    """A sentence about a dictionary that does nothing any more, or None."""
-    dead, l0 = metrics.get("dead_share") or 0.0, metrics.get("l0")
+    """A sentence about a dictionary that does nothing any more, or always the same, or None."""
+    dead, alike, l0 = metrics.get("dead_share") or 0.0, metrics.get("near_duplicates") or 0.0, metrics.get("l0")
     if l0 is not None and l0 < _COLLAPSED:
         return f"collapse at step {step}: {l0:.2g} features are active per token; λ1 or λ2 is too large"
     if dead > _DEAD and step > steps // 10:
         return f"collapse at step {step}: {dead:.0%} of the features are dead"
+    if alike > _ALIKE:
+        return f"collapse at step {step}: {alike:.0%} of the decoder's rows are near-duplicates of another; λ2 may be too large"
     return None
 
 

@@ -69,7 +69,7 @@ class LossConfig(_Group):
     """Sparsity and dead features."""
 
     l1: float = Field(default=-1.0, ge=-1)
-    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 2.0 for relu, 1.0 for jumprelu. Unused by topk and batchtopk."""
+    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 1.5 for relu, 0.3 for jumprelu. Unused by topk and batchtopk."""
     decoder_norms: bool = True
     """Whether Σ z weighs every feature with its decoder row's norm (only matters where rows are free)."""
     l1_warmup: float = Field(default=0.05, ge=0, le=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import Partner, TemporalForm, TrainConfig
 
-DEFAULT_L1 = {"relu": 2.0, "jumprelu": 1.0, "topk": 0.0, "batchtopk": 0.0}
+DEFAULT_L1 = {"relu": 1.5, "jumprelu": 0.3, "topk": 0.0, "batchtopk": 0.0}  # L0 ≈ 50 on a real model (docs/LOG.md)
 
 
 @dataclass(frozen=True)

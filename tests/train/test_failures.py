@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from stores import make_store
 from tcsae.pipeline import main
+from tcsae.train.alarms import collapse
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,19 @@ def test_a_run_that_failed_in_its_first_steps_is_in_nobodys_way(store, tmp_path,
     assert status == 1
     assert "is not finite at step" in error
     assert trained(store, tmp_path, capsys, "--steps", "20", "--lr", "1e-3") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "step", "said"),
+    [
+        ({"l0": 60.0, "dead_share": 0.0, "near_duplicates": 0.1}, 50, None),
+        ({"l0": 0.2, "dead_share": 0.0, "near_duplicates": 0.0}, 50, "0.2 features are active per token"),
+        ({"l0": 60.0, "dead_share": 0.95, "near_duplicates": 0.0}, 5, None),  # all are dead at first
+        ({"l0": 60.0, "dead_share": 0.95, "near_duplicates": 0.0}, 50, "95% of the features are dead"),
+        ({"l0": 60.0, "dead_share": 0.0, "near_duplicates": 0.75}, 50, "75% of the decoder's rows are near-duplicates"),
+        ({"l0": None, "dead_share": None}, 50, None),
+    ],
+)
+def test_a_collapse_is_one_sentence(metrics, step, said):
+    message = collapse(metrics, 100, step)
+    assert message is None if said is None else message.startswith(f"collapse at step {step}: ") and said in message

@@ -29,3 +29,17 @@ def test_a_first_step_moves_thresholds_by_their_own_rate(tmp_path, optimiser, ra
     assert (sae.threshold - 0.5).abs().max().item() == pytest.approx(LR * times, rel=1e-3)
     assert sae.b_dec.abs().max().item() == pytest.approx(LR, rel=1e-3)
     assert torch.isfinite(sae.W_enc).all()
+
+
+def test_even_a_short_run_ends_at_an_l0_that_lambda_decides(tmp_path):
+    store = make_store(tmp_path, rows=128, context=32, d_model=64, documents=24)
+    base = {
+        "data.store": str(store), "data.batch_size": 512, "sae.activation": "jumprelu", "sae.width": 128, "run.steps": 100,
+        "run.log_every": 100, "optimiser.lr": 1e-3, "run.baseline": False, "run.out": str(tmp_path / "runs"), "run.device": "cpu",
+        "run.dtype": "float32",
+    }  # fmt: skip
+    done = run.train(build_config(None, None, base), sweep={"loss.l1": ("0.05", "3")})
+    weak, strong = (done.metrics[path.name]["l0"] for path in done.runs)
+    assert weak is not None
+    assert strong is not None
+    assert weak > 3 * strong
