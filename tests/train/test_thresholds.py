@@ -35,8 +35,8 @@ def test_even_a_short_run_ends_at_an_l0_that_lambda_decides(tmp_path):
     store = make_store(tmp_path, rows=128, context=32, d_model=64, documents=24)
     base = {
         "data.store": str(store), "data.batch_size": 512, "sae.activation": "jumprelu", "sae.width": 128, "run.steps": 100,
-        "run.log_every": 100, "optimiser.lr": 1e-3, "run.baseline": False, "run.out": str(tmp_path / "runs"), "run.device": "cpu",
-        "run.dtype": "float32",
+        "run.log_every": 100, "optimiser.lr": 1e-3, "run.baseline": False, "run.out": str(tmp_path / "runs"),
+        "run.device": "cpu", "run.dtype": "float32",
     }  # fmt: skip
     done = run.train(build_config(None, None, base), sweep={"loss.l1": ("0.05", "3")})
     weak, strong = (done.metrics[path.name]["l0"] for path in done.runs)
