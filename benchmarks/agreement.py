@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Case:
-    """A language model as our evaluation takes it, its folder, the text, the token ids that do not count, and an SAE's place."""
+    """A language model as our evaluation takes it, its folder, text, the token ids that do not count, and an SAE's place."""
 
     lm: Any
     model_folder: Path

@@ -71,6 +71,11 @@ def _l0_axis(marks: Sequence[Mark]) -> Axis:
     return Axis(label) if max(sizes) > 1.3 * min(sizes) else Axis(label, low=0, high=1.5 * max(sizes) or 1.0)
 
 
+def _from_zero(label: str, values: Sequence[float]) -> Axis:
+    """An axis that begins at zero, unless all values would then crowd at its other end."""
+    return Axis(label, low=0) if not values or max(values) > 1.3 * min(values) else Axis(label)
+
+
 def _plane(report: EvaluationReport, key: str, records: Iterable[Record]) -> tuple[tuple[Mark, ...], tuple[Rule, ...]]:
     marks, rules = [], []
     for record in records:
@@ -144,7 +149,8 @@ def kl_rows(report: EvaluationReport, layer: int) -> Panel | None:
 def variation_rows(report: EvaluationReport, layer: int) -> Panel | None:
     """Temporal variation after the gains are refitted: what shrinking cannot buy."""
     caption = "Shrinking a feature lowers the plain measure for nothing; here one gain per feature is refitted first."
-    axis = Axis("temporal variation, gains refitted", low=0)
+    found = [m.value for r in _saes(report, layer) if (m := r.metrics.get("temporal_variation_refit")) and m.value is not None]
+    axis = _from_zero("temporal variation, gains refitted", found)
     title = f"Variation that is not shrinkage, layer {layer}"
     return _rows(report, _saes(report, layer), "temporal_variation_refit", title, axis, caption)
 
@@ -195,7 +201,7 @@ def time_plane(report: EvaluationReport, layer: int) -> Panel | None:
     return Panel(
         f"time-plane-{layer}",
         f"Steadiness against fidelity, layer {layer}",
-        Axis("temporal variation, Σ(zₜ − zₜ₊₁)² / Σ z²", low=0),
+        _from_zero("temporal variation, Σ(zₜ − zₜ₊₁)² / Σ z²", [mark.x for mark in marks]),
         Axis("share of CE recovered"),
         tuple(marks),
         links=_links(report, layer, marks),
@@ -248,6 +254,7 @@ def density_histogram(report: EvaluationReport, layer: int) -> Panel | None:
 
 def _curves(report: EvaluationReport, layer: int, key: str, title: str, caption: str, *, log_y: bool = False) -> Panel | None:
     found = [(record, record.curves[key]) for record in _saes(report, layer) if key in record.curves]
+    found.sort(key=lambda item: item[0].role != "pruned")  # drawn first: it hardly differs, and must not hide its original
     lines = [line for record, curve in found if (line := _line(curve, role_of(record), short_name(record, report)))]
     if not lines:
         return None

@@ -22,7 +22,7 @@ from .payload import embedded, payload
 from .results import EvaluationReport, Metric
 from .sections import sections
 from .svg import render, swatch
-from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables
+from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables, reasons_of
 from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -79,6 +79,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         roles=list(ROLES),
         model_name=named(report.model.id, "model"),
         forensic=forensic_table,
+        forensic_reasons=reasons_of(cell for row in forensic_table[1] for cell in row.here) if forensic_table else {},
         ln_vocabulary=math.log(report.model.vocab_size),
         compat=_compat(report),
         sae_facts=[record for record in report.records if record.sae],

@@ -81,7 +81,7 @@ def describe(panel: Panel) -> str:
 def _frame(panel: Panel) -> _Frame:
     x_ends, y_ends = panel.ends()
     if panel.y.categories:
-        left = 13 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
+        left = 17 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
         top = 4 + 13 * sum(rule.x is not None for rule in panel.rules)  # a line of words over the rows for each level
         return _Frame(panel, left, top, WIDTH - 8, top + ROW * len(panel.y.categories), x_ends, y_ends)
     left = 10 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH
@@ -90,10 +90,11 @@ def _frame(panel: Panel) -> _Frame:
 
 def _grid(frame: _Frame) -> Iterator[str]:
     panel = frame.panel
+    gap = 10 if panel.y.categories else 6  # a point at the edge must not touch its row's name
     for value, text in panel.y.ticks(frame.y_ends):
         y = frame.y(value)
         yield f'<path class="grid" d="M{frame.left:.1f} {y:.1f}H{frame.right}"/>'
-        yield f'<text class="tick" x="{frame.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(shortened(text))}</text>'
+        yield _text("tick", frame.left - gap, y + 4, "end", shortened(text))
     yield f'<path class="axis" d="M{frame.left:.1f} {frame.bottom}H{frame.right}"/>'
     last = -99.0
     for value, text in panel.x.ticks(frame.x_ends):

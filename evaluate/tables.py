@@ -5,7 +5,7 @@ Digits are chosen per column, so that numbers of one metric line up; undefined i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -72,8 +72,13 @@ class Table:
 
     def reasons(self) -> dict[str, str]:
         """The footnotes that this table needs."""
-        used = {cell.reason for row in (*self.saes, *self.references) for cell in row.cells}
-        return {letter: text for letter, text in REASONS.items() if letter in used}
+        return reasons_of(cell for row in (*self.saes, *self.references) for cell in row.cells)
+
+
+def reasons_of(cells: Iterable[Cell]) -> dict[str, str]:
+    """The footnotes that these cells need, by letter."""
+    used = {cell.reason for cell in cells}
+    return {letter: text for letter, text in REASONS.items() if letter in used}
 
 
 def main_tables(report: EvaluationReport) -> list[Table]:

@@ -35,18 +35,21 @@ def role_of(record: Record) -> str:
 
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
-    """The same report with its rows as a reader wants them: SAEs before references, TC-SAE, twin, what was pruned of either."""
+    """The same report as a reader wants it: SAEs before references, by layer, TC-SAE, twin, what was pruned of either."""
     found = {(record.layer, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
 
-    def place(item: tuple[int, Record]) -> tuple[int, int, int]:
+    def place(item: tuple[int, Record]) -> tuple[bool, int, int, int]:
         i, record = item
-        head = i
+        head, rank = i, 0
         for _ in report.records:  # up to the head of the family, however often it was pruned
             above = report.records[head]
-            head = found.get((above.layer, above.pair or ""), head) if above.role in _BELOW else head
-        return (record.kind == "reference", head, _BELOW.get(record.role or "", 0))
+            next_above = found.get((above.layer, above.pair or ""), head) if above.role in _BELOW else head
+            rank += _BELOW[above.role or ""] if next_above != head else 0
+            head = next_above
+        return (record.kind == "reference", record.layer, head, rank)
 
-    return report.model_copy(update={"records": [record for _, record in sorted(enumerate(report.records), key=place)]})
+    records = [record for _, record in sorted(enumerate(report.records), key=place)]
+    return report.model_copy(update={"records": records, "paired": sorted(report.paired, key=lambda pair: pair.layer)})
 
 
 def short_name(record: Record, report: EvaluationReport) -> str:

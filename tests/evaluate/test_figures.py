@@ -8,7 +8,8 @@ from markupsafe import Markup
 from synthetic import metric, synthetic_report
 from tcsae.evaluate.chart import NIGHT, PAPER, STYLES, Axis, Line, Mark, Panel, Rule, number, power_label, set_apart
 from tcsae.evaluate.figures import write_figures, write_picture
-from tcsae.evaluate.panels import plane, plane_zoomed
+from tcsae.evaluate.panels import plane, plane_zoomed, time_plane, variation_rows
+from tcsae.evaluate.report import render_page
 from tcsae.evaluate.results import Curve, EvaluationReport, TrainingCurves
 from tcsae.evaluate.sections import sections
 from tcsae.evaluate.svg import interval_glyph, render
@@ -115,6 +116,27 @@ def test_plane_shows_references_with_an_l0_as_points_and_the_rest_as_levels(repo
     assert {rule.label for rule in panel.rules} == {"identity (bf16)", "zero, every position", "zero", "mean", "previous token"}
     a, b = panel.links[0]
     assert {panel.marks[a].role, panel.marks[b].role} == {"tc", "twin"}
+
+
+def test_time_panels_leave_out_zero_where_all_would_crowd_at_the_other_end(report):
+    def low(change: float) -> float:
+        near = with_records(report, lambda r: {"metrics": r.metrics | close(r, change)})
+        return min(
+            panel.x.range([mark.x for mark in panel.marks])[0] for panel in (time_plane(near, 5), variation_rows(near, 5))
+        )
+
+    def close(record, change: float):
+        value = 1.0 if record.role == "tc" else 1.0 + change
+        return {key: metric(key, value) for key in ("temporal_variation", "temporal_variation_refit")} if record.role else {}
+
+    assert low(0.02) > 0.9
+    assert low(0.5) == 0
+
+
+def test_forensic_dashes_are_explained_under_their_table(report):
+    page = render_page(report)
+    part = page[page.index('<section id="forensic">') :]
+    assert part.index("does not apply to this row") < part.index("</section>")
 
 
 def with_records(report: EvaluationReport, change) -> EvaluationReport:

@@ -68,19 +68,26 @@ def test_every_number_has_an_interval_or_a_reason(report):
                 assert metric.low is not None, name
 
 
+def test_pruned_saes_follow_in_the_order_of_their_originals():
+    report = with_pruned(families=("none", "pairwise0.1-w5"))
+    order = [short_name(record, report) for record in in_reading_order(report).records if record.kind == "sae"]
+    assert order[:4] == ["TC-SAE", "twin", "TC-SAE, pruned", "twin, pruned"]
+
+
 def test_its_label_names_the_original_and_it_stands_below(report):
     order = [record for record in in_reading_order(report).records if record.kind == "sae"]
     assert [record.name for record in order] == ["b-tc", "b-twin", "a-pruned"]
     assert [short_name(record, report) for record in order] == ["TC-SAE", "twin", "twin, pruned"]
 
 
-def with_pruned(**changes):
-    """The synthetic report with a pruned twin at layer 5."""
+def with_pruned(families=("none",)):
+    """The synthetic report with pruned SAEs at layer 5, listed first."""
     base = synthetic_report(layers=(5,), features=3)
-    twin = next(record for record in base.records if record.role == "twin")
-    pruned = twin.model_copy(update={"name": PRUNED, "role": "pruned", "pair": twin.name})
-    pair = paired(PRUNED, twin.name, 5).model_copy(update={"kind": "pruned"})
-    return base.model_copy(update={"records": [pruned, *base.records], "paired": [*base.paired, pair], **changes})
+    originals = [f"l5-topk64-{family}-s0" for family in families]
+    found = [base.record(name, 5) for name in originals]
+    pruned = [one.model_copy(update={"name": f"{one.name}-pruned", "role": "pruned", "pair": one.name}) for one in found]
+    pairs = [paired(f"{name}-pruned", name, 5).model_copy(update={"kind": "pruned"}) for name in originals]
+    return base.model_copy(update={"records": [*pruned, *base.records], "paired": [*base.paired, *pairs]})
 
 
 def test_the_page_shows_both_comparisons_under_their_own_names():

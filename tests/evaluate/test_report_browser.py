@@ -233,6 +233,17 @@ def test_only_tables_scroll_sideways(opened, pixels):
     assert opened.js(f"Math.min(...{small})") >= 9
 
 
+def test_on_a_phone_the_verdict_is_in_sight(opened):
+    opened.width(360)
+    words = "[...document.querySelectorAll('#twins > div > .scroll td.word')]"
+    assert (
+        opened.js(
+            f"Math.max(...{words}.map(t => t.getBoundingClientRect().right - parseFloat(getComputedStyle(t).paddingRight)))"
+        )
+        <= 360
+    )
+
+
 def test_every_table_fits_an_a4_page_in_print(opened):
     opened.send("Emulation.setEmulatedMedia", media="print")
     try:
