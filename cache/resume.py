@@ -166,8 +166,21 @@ def _repair_shapes(place: Place, layout: StoreLayout, rows: int) -> None:
             place.replace(f"{name}/zarr.json", wanted)
 
 
-def check_space(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout], planned: int, committed: int) -> None:
+def wiped_bytes(place: Place) -> int:
+    """Bytes on the disk that come free when ``fresh`` removes what is there; 0 where space is no local matter."""
+    if not isinstance(place, LocalPlace):
+        return 0
+    keys = ["zarr.json", *(f"{folder}/{name}" for folder in ARRAYS for name in place.names(folder))]
+    found = [place.path(key).stat() for key in keys if place.exists(key)]
+    return sum(file.st_blocks * 512 for file in found if file.st_nlink == 1)
+
+
+def check_space(
+    places: Mapping[int, Place], layouts: Mapping[int, StoreLayout], planned: int, committed: int, *, fresh: bool = False
+) -> None:
     """Whether the rows still to come fit, uncompressed, with a little to spare; stores on one file system are added up.
+
+    ``fresh``: what lies there now will be removed first, and is counted as free.
 
     Raises:
         ResourceError: they do not; both numbers are in the sentence.
@@ -179,13 +192,14 @@ def check_space(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout],
         found = place.free_bytes()
         if found is not None and planned > committed:
             where = found[0]
-            free[where] = found[1]
+            free[where] = free.get(where, found[1]) + (wiped_bytes(place) if fresh else 0)
             layout = layouts[layer]
             more = layout.store_bytes(planned) - layout.store_bytes(committed)
             needed[where] = needed.get(where, 0) + more
+    gone = " once --fresh has removed what is there" if fresh else ""
     for where, wanted in needed.items():
         if wanted + min(_SPARE_BYTES, wanted // 10) > free[where]:
             raise ResourceError(
                 f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows × {len(places)} "
-                f"layers) and {format_bytes(free[where])} are free: free some space, or ask for fewer tokens or layers"
+                f"layers) and {format_bytes(free[where])} are free{gone}: free some space, or ask for fewer tokens or layers"
             )

@@ -15,7 +15,7 @@ from ..cache.commits import execution_of
 from ..cache.layout import StoreLayout, plan_layout
 from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, first_difference
 from ..cache.places import place_of
-from ..cache.resume import check_space
+from ..cache.resume import check_space, wiped_bytes
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, note
 from ..errors import ModelError, StoreError
@@ -126,6 +126,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
         dict.fromkeys(config.paths, layout),
         config.rows,
         min(rows, config.rows),
+        fresh=config.fresh,
     )
     if not rows:
         next(read_rows(config.text, outline, documents, Cursor()))  # raises what is wrong with the text before a store is made
@@ -190,6 +191,8 @@ def announce(plan: Plan) -> None:
     layers = f"layers {' '.join(map(str, config.paths))} of {plan.outline.n_layers}"
     note(f"plan: {tokens} of {plan.text.dataset} through {plan.outline.files.name}, {layers}")
     space = f"; {format_bytes(plan.bytes_free)} free" if plan.bytes_free is not None else ""
+    if config.fresh and (freed := sum(wiped_bytes(place_of(path)) for path in config.paths.values())):
+        space += f", and {format_bytes(freed)} that --fresh removes"
     total = plan.store_bytes * len(config.paths)
     note(f"      {format_bytes(plan.store_bytes)} per layer, {format_bytes(total)} together under {config.out}{space}")
     if plan.stored and plan.stored.rows:

@@ -8,10 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tcsae.cache import local
 from tcsae.cache.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ModelError, ResourceError, StoreError, TextError
@@ -271,6 +273,26 @@ def test_plan_that_does_not_fit_on_the_disk_prints_the_bytes_and_makes_nothing(c
         extract(replace(config, tokens=10**13))
     assert "together under" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_what_fresh_removes_is_free_for_the_plan(config, tmp_path, monkeypatch, capsys):
+    extract(config)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    taken = lambda: sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())  # noqa: E731
+    room = taken() * 3 // 2
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=room - taken()))
+    anew = replace(config, fresh=True, text=replace(config.text, seed=5))
+    with monkeypatch.context() as linked:
+        for number, path in enumerate(files):  # removing a file that has another name frees nothing
+            (tmp_path / f"{number}.kept").hardlink_to(path)
+        linked.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(ResourceError, match="1 kB are free once --fresh has removed what is there"):
+            extract(anew)
+    for path in tmp_path.glob("*.kept"):
+        path.unlink()
+    extract(anew)
+    assert " that --fresh removes" in capsys.readouterr().err
+    assert ActivationStore.open(config.paths[1]).manifest.text.seed == 5
 
 
 def test_text_without_a_row_makes_no_store(config, tmp_path):
