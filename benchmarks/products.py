@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from tcsae.train.codes import SparseCodes, largest, true_positions
+from tcsae.train.codes import SparseCodes
 from tcsae.train.products import product
+from tcsae.train.selection import largest, true_positions
 from torch import Tensor
 
 Parts = dict[str, dict[str, Callable[[], Tensor]]]

@@ -32,10 +32,12 @@ from typing import Any
 import torch
 from peers_train import PEERS, Step, installed
 from tcsae.train import member as member_module
+from tcsae.train import stack as stack_module
 from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
 from tcsae.train.member import Member
 from tcsae.train.objective import TemporalTerm
 from tcsae.train.plan import MemberPlan
+from tcsae.train.stack import Stack
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
@@ -92,11 +94,11 @@ def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Memb
 
 def reach(member: Member, target: float, batches: Iterator[Tensor], most_steps: int) -> tuple[float, float]:
     """Train with λ1 steered until L0 is near ``target``; the λ1 and the L0 that were reached."""
-    l1, l0 = 1.0, math.nan
+    stack, l1, l0 = Stack([member]), 1.0, math.nan
     for step in range(most_steps):
         member.objective = replace(member.objective, sparsity_weight=l1)
         x = next(batches)
-        fired = int(member.train_step(x).result.fired_F.sum()) / (x.shape[0] * x.shape[1])
+        fired = int(stack.train_step(x)[0].result.fired_F.sum()) / (x.shape[0] * x.shape[1])
         l0 = fired if step == 0 else 0.9 * l0 + 0.1 * fired
         l1 *= min(1.1, max(0.9, (fired / target) ** 0.1))
         if step > most_steps // 4 and abs(math.log(l0 / target)) < 0.05:
@@ -113,14 +115,14 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
     member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
-    by_hand = member_module.supports
+    stack, by_hand = Stack([member]), stack_module.supports
 
     def step(x_NWD: Tensor) -> Callable[[], float]:
-        member_module.supports = by_hand if name.startswith("sparse") else lambda *_: False
+        stack_module.supports = by_hand if name.startswith("sparse") else lambda *_: False
         try:
-            result = member.train_step(x_NWD).result
+            result = stack.train_step(x_NWD)[0].result
         finally:
-            member_module.supports = by_hand
+            stack_module.supports = by_hand
         return lambda: int(result.fired_F.sum()) / (x_NWD.shape[0] * x_NWD.shape[1])
 
     return step

@@ -4,7 +4,8 @@ Every kernel sums in float32 whatever it reads, and none uses atomics: partial s
 step repeats bit for bit. Products of whole matrices stay with cuBLAS, which runs bfloat16 on tensor cores and sums in float32.
 Triton's interpreter (``TRITON_INTERPRET=1``) runs the same source on a CPU, which is how tests hold it to float64.
 
-Shapes: N windows, W positions, M = N·W tokens, D model width, F features, E active entries.
+Shapes: M members, N windows, W positions, R = M·N·W rows (tokens of one member after another), D model width, F features of a
+member, C = M·F columns, E active entries.
 """
 
 # pyright: reportArgumentType=false, reportMissingImports=false
@@ -21,55 +22,58 @@ _WINDOWS, _FEATURES = 16, 128  # tile of the two passes over [M, F]
 _ENTRIES, _WIDTH = 8, 256  # tile of the sparse products: entries at a time, so that several rows are on their way, and D
 
 
-def forward_codes(pre_MF: Tensor, w: int, codes_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_codes(
+    pre_RF: Tensor, w: int, codes_dtype: torch.dtype, n_members: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ReLU of the pre-activations and, in the same pass, everything the loss wants to know of the codes.
 
     Args:
-        pre_MF: contiguous pre-activations of M = N·w tokens, window after window.
+        pre_RF: contiguous pre-activations, for every member of its N·w tokens, window after window.
         w: positions of a window.
         codes_dtype: of the codes, which go into matrix products.
+        n_members: M.
 
     Returns:
-        Codes z [M, F]; Σ_n z [F]; the number of tokens on which each feature is active [F], int64; and Σ (z_t − z_{t+1})² over
-        the pairs of all windows [F].
+        Codes z [R, F]; Σ_n z [C]; the number of tokens on which each feature is active [C], int64; and Σ (z_t − z_{t+1})² over
+        the pairs of all windows [C].
 
     """
-    n_tokens, n_features = pre_MF.shape
-    n_blocks = triton.cdiv(n_tokens // w, _WINDOWS)
-    z = torch.empty_like(pre_MF, dtype=codes_dtype)
-    partial = torch.empty(3, n_blocks, n_features, device=pre_MF.device, dtype=torch.float32)
-    grid = (n_blocks, triton.cdiv(n_features, _FEATURES))
-    with torch.cuda.device_of(pre_MF):  # Triton starts kernels on the current device, wherever the tensors are
-        _forward_codes[grid](pre_MF, z, partial, n_tokens // w, n_features, n_blocks, W=w, BN=_WINDOWS, BF=_FEATURES)
+    n_windows, n_features = pre_RF.shape[0] // n_members // w, pre_RF.shape[1]
+    n_blocks = triton.cdiv(n_windows, _WINDOWS)
+    z = torch.empty_like(pre_RF, dtype=codes_dtype)
+    partial = torch.empty(3, n_blocks, n_members * n_features, device=pre_RF.device, dtype=torch.float32)
+    grid = (n_blocks, triton.cdiv(n_features, _FEATURES), n_members)
+    with torch.cuda.device_of(pre_RF):  # Triton starts kernels on the current device, wherever the tensors are
+        _forward_codes[grid](pre_RF, z, partial, n_windows, n_features, n_blocks, W=w, BN=_WINDOWS, BF=_FEATURES)
     sums, counts, changes = partial.sum(1)
     return z, sums, counts.long(), changes
 
 
 def backward_codes(
-    z_MF: Tensor, to_codes_MF: Tensor, w: int, sparsity_F: Tensor, temporal: float, scope: int
+    z_RF: Tensor, to_codes_RF: Tensor, w: int, sparsity_C: Tensor, temporal_C: Tensor, n_members: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The gradient at the active codes, in one pass: reconstruction, sparsity and temporal term.
 
     Args:
-        z_MF: codes, as :func:`forward_codes` gave them.
-        to_codes_MF: g·W_decᵀ; overwritten.
+        z_RF: codes, as :func:`forward_codes` gave them.
+        to_codes_RF: g·W_decᵀ; overwritten.
         w: positions of a window.
-        sparsity_F: λ1 / M per feature, times the norm of its decoder row if norms count.
-        temporal: λ2 / P, with P the number of pairs.
-        scope: the first so many features that the temporal term sees.
+        sparsity_C: λ1 over the number of tokens per feature, times the norm of its decoder row if norms count.
+        temporal_C: λ2 / P with P the number of pairs, zero for the features that the temporal term does not see.
+        n_members: M.
 
     Returns:
-        ``to_codes_MF``, now ∂L/∂z at the active entries and zero elsewhere, and its sum over tokens [F] in float32.
+        ``to_codes_RF``, now ∂L/∂z at the active entries and zero elsewhere, and its sum over tokens [C] in float32.
 
     """
-    n_tokens, n_features = z_MF.shape
-    n_blocks = triton.cdiv(n_tokens // w, _WINDOWS)
-    partial = torch.empty(n_blocks, n_features, device=z_MF.device, dtype=torch.float32)
-    grid = (n_blocks, triton.cdiv(n_features, _FEATURES))
-    sizes = (n_tokens // w, n_features)
-    with torch.cuda.device_of(z_MF):
-        _backward_codes[grid](z_MF, to_codes_MF, sparsity_F, partial, *sizes, temporal, scope, W=w, BN=_WINDOWS, BF=_FEATURES)
-    return to_codes_MF, partial.sum(0)
+    n_windows, n_features = z_RF.shape[0] // n_members // w, z_RF.shape[1]
+    n_blocks = triton.cdiv(n_windows, _WINDOWS)
+    partial = torch.empty(n_blocks, n_members * n_features, device=z_RF.device, dtype=torch.float32)
+    grid = (n_blocks, triton.cdiv(n_features, _FEATURES), n_members)
+    tensors = (z_RF, to_codes_RF, sparsity_C, temporal_C, partial)
+    with torch.cuda.device_of(z_RF):
+        _backward_codes[grid](*tensors, n_windows, n_features, W=w, BN=_WINDOWS, BF=_FEATURES)
+    return to_codes_RF, partial.sum(0)
 
 
 def weighted_rows(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:
@@ -98,8 +102,9 @@ def _forward_codes(pre, z, partial, n_windows, n_features, n_blocks, W: tl.const
     window = block * BN + tl.arange(0, BN)
     feature = tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (window < n_windows)[:, None] & (feature < n_features)[None, :]
-    # int64: M·F passes 2³¹ at 32k tokens of 65k features.
-    place = window.to(tl.int64)[:, None] * W * n_features + feature[None, :]
+    member = tl.program_id(2).to(tl.int64)
+    # int64: R·F passes 2³¹ at 32k tokens of 65k features.
+    place = (member * n_windows + window)[:, None] * W * n_features + feature[None, :]
     total = tl.zeros((BF,), tl.float32)
     count = tl.zeros((BF,), tl.float32)
     change = tl.zeros((BF,), tl.float32)
@@ -116,23 +121,26 @@ def _forward_codes(pre, z, partial, n_windows, n_features, n_blocks, W: tl.const
             change += tl.sum((now - before) * (now - before), axis=0)
         before = now
         place += n_features
-    out = partial + block * n_features + feature
+    n_columns = tl.num_programs(2) * n_features
+    out = partial + block * n_columns + member * n_features + feature
     tl.store(out, total, mask=feature < n_features)
-    tl.store(out + n_blocks * n_features, count, mask=feature < n_features)
-    tl.store(out + 2 * n_blocks * n_features, change, mask=feature < n_features)
+    tl.store(out + n_blocks * n_columns, count, mask=feature < n_features)
+    tl.store(out + 2 * n_blocks * n_columns, change, mask=feature < n_features)
 
 
 @triton.jit
 def _backward_codes(
-    z, slope, sparsity, partial, n_windows, n_features, temporal, scope, W: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr
+    z, slope, sparsity, temporal, partial, n_windows, n_features, W: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr
 ):
     block = tl.program_id(0)
     window = block * BN + tl.arange(0, BN)
     feature = tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (window < n_windows)[:, None] & (feature < n_features)[None, :]
-    place = window.to(tl.int64)[:, None] * W * n_features + feature[None, :]
-    penalty = tl.load(sparsity + feature, mask=feature < n_features, other=0.0).to(tl.float32)
-    pull = tl.where(feature < scope, 2.0 * temporal, 0.0)
+    member = tl.program_id(2).to(tl.int64)
+    place = (member * n_windows + window)[:, None] * W * n_features + feature[None, :]
+    column = member * n_features + feature
+    penalty = tl.load(sparsity + column, mask=feature < n_features, other=0.0).to(tl.float32)
+    pull = 2.0 * tl.load(temporal + column, mask=feature < n_features, other=0.0).to(tl.float32)
     total = tl.zeros((BF,), tl.float32)
     before = tl.zeros((BN, BF), tl.float32)
     now = tl.load(z + place, mask=inside, other=0.0).to(tl.float32)
@@ -151,7 +159,7 @@ def _backward_codes(
         before = now
         now = after
         place += n_features
-    tl.store(partial + block * n_features + feature, total, mask=feature < n_features)
+    tl.store(partial + block * tl.num_programs(2) * n_features + column, total, mask=feature < n_features)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
-"""A member: one SAE with its optimiser, schedule and dead-feature counters, stepped batch by batch.
+"""A member: one SAE with its optimiser, schedule and dead-feature counters; what a checkpoint keeps of it.
 
-Members know nothing of each other, of the disk, or of how batches come about; that is why a member of a sweep is bit for bit
-what it would be alone.
+Members know nothing of each other, of the disk, or of how batches come about; :mod:`.stack` steps them, alone or together.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from .initial import initialise
 from .objective import Objective, StepResult, objective_of
 from .plan import MemberPlan, tokens_per_step
 from .sae import TemporalSAE
-from .schedule import learning_rate, warmup_factor
-from .sparse import sparse_step, supports
-from .step import dense_step
+from .schedule import warmup_factor
 from .world import World
 
 _MOST_DEAD_AFTER, _FEWEST_DEAD_STEPS, _DEAD_SHARE = 10_000_000, 20, 0.05
@@ -71,49 +68,17 @@ class Member:
         """Bool [F]: features that have not fired for ``dead_after`` tokens."""
         return self.idle_F >= self.dead_after
 
-    def train_step(self, x_NWD: Tensor, partner_NP: Tensor | None = None, *, share: float = 1.0) -> Update:
-        """One step on scaled windows, which are ``share`` of the batch's. On a CPU, nothing changes if one is not finite."""
+    def current_objective(self) -> Objective:
+        """The terms of this step and their weights, warm-ups included."""
         config, steps = self.config, self.config.run.steps
-        lr = learning_rate(self.step, steps, config.optimiser)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr * group.get("times", 1)
-        objective = self.objective.warmed(
+        return self.objective.warmed(
             warmup_factor(self.step, steps, config.loss.l1_warmup), warmup_factor(self.step, steps, config.temporal.warmup)
         )
-        self.optimiser.zero_grad(set_to_none=True)
-        dead = self.dead if objective.aux_weight > 0 else None
-        step = sparse_step if supports(self.sae) else dense_step
-        result = step(self.sae, x_NWD, objective, partner_NP=partner_NP, dead_F=dead, compute_dtype=self.compute_dtype)
-        result = self.world.combine(self.sae, result, share)
-        norm = self._finish_gradient()
-        if x_NWD.device.type == "cpu" and not (math.isfinite(result.total) and math.isfinite(norm)):
-            return Update(result, objective, norm, lr)
-        self.optimiser.step()
-        self._constrain()
-        self.idle_F += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
-        self.idle_F[result.fired_F > 0] = 0
-        self.step += 1
-        return Update(result, objective, norm, lr)
-
-    @torch.no_grad()
-    def _finish_gradient(self) -> Tensor:
-        W_dec = self.sae.W_dec
-        if self.config.sae.decoder == "unit" and W_dec.grad is not None:
-            # What points along a row of unit norm would only be undone by the renormalisation.
-            W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
-        clip = self.config.optimiser.clip or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip)
-
-    @torch.no_grad()
-    def _constrain(self) -> None:
-        if self.config.sae.decoder == "unit":
-            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
-        if self.sae.activation.kind == "jumprelu" and self.sae.threshold is not None:
-            self.sae.threshold.clamp_(min=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed member needs to go on bit for bit."""
-        state = {"sae": self.sae.state_dict(), "optimiser": self.optimiser.state_dict(), "idle": self.idle_F}
+        weights = {name: _alone(tensor) for name, tensor in self.sae.state_dict().items()}
+        state = {"sae": weights, "optimiser": self.optimiser.state_dict(), "idle": _alone(self.idle_F)}
         return state | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,6 +87,11 @@ class Member:
         self.optimiser.load_state_dict(state["optimiser"])
         self.idle_F.copy_(state["idle"])
         self.step = state["step"]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Out of the stack it may be a part of: a file that holds a view holds all that is viewed."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def dead_after(config: TrainConfig) -> int:

@@ -90,7 +90,7 @@ def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = No
         if world.writes and world.size > 1:
             _say_what_differs([each.plan for each in claims if not each.done], world)
         for group in _groups([each for each in claims if not each.done]):
-            for plans in split_passes([each.plan for each in group], available_bytes(device)):
+            for plans in split_passes([each.plan for each in group], available_bytes(device), device.type):
                 part = [each for each in group if each.plan in plans]
                 inputs = Inputs.of(group[0].plan.config.data, statistics)
                 try:
@@ -155,7 +155,7 @@ def _train_pass(
     if step is None and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
         inputs = inputs.with_median(store)
     if world.writes:
-        _announce(plans, inputs, store, step)
+        _announce(plans, inputs, store, step, device)
     work = Pass(plans, store, inputs, device, dtype, world)
     if step is not None:
         work.restore(step)
@@ -175,7 +175,9 @@ def _train_pass(
     return {each.plan.name: work.last_metrics.get(each.plan.name, {}) for each in claims}
 
 
-def _announce(plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStore, step: int | None) -> None:
+def _announce(
+    plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStore, step: int | None, device: torch.device
+) -> None:
     config = plans[0].config
     per_step = tokens_per_step(config)
     dropped = config.data.batch_size - per_step
@@ -187,7 +189,7 @@ def _announce(plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStor
     more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
     note(f"layer {store.layer}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
     note(f"{config.run.steps} steps of {per_step} tokens ({windows}{remainder}), {tokens} in all")
-    note(f"memory {estimate(plans)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}")
+    note(f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}")
     if step is not None:
         note(f"going on from step {step}")
 

@@ -10,19 +10,24 @@ No autograd graph. With g = ∂L/∂x̂, one dense product and four on active en
 
 The gradient of W_enc is made as [F, D]: keep W_enc feature-major (shape [D, F], strides (1, D)) and nothing is transposed.
 
-Shapes: N windows, W positions, M = N·W tokens, D model width, F features, K dead features.
+Members of a sweep that see the same batch are stepped in the same calls (:func:`stacked_step`): their weights lie one after the
+other, and their codes are one block-diagonal matrix (:mod:`.codes`).
+
+Shapes: M members, N windows, W positions, T = N·W tokens, R = M·T rows, D model width, F features, C = M·F columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from . import consistency
 from .activation import Activation
 from .codes import Codes, codes_of
+from .consistency import add_temporal
 from .fused import FusedCodes, can_fuse, fused_codes
 from .objective import Objective, StepResult
 from .products import product
@@ -30,12 +35,26 @@ from .sae import TemporalSAE
 from .step import track_threshold
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """The weights of M SAEs, or gradients of these; W_enc feature-major as it lies in memory."""
+
+    W_enc: Tensor  # [M, F, D]
+    b_enc: Tensor  # [M, F]
+    W_dec: Tensor  # [M, F, D]
+    b_dec: Tensor  # [M, D]
+
+    @classmethod
+    def of(cls, sae: TemporalSAE) -> Stacked:
+        """A stack of one; a view."""
+        return cls(*(weight.unsqueeze(0) for weight in (sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)))
+
+
 def supports(sae: TemporalSAE) -> bool:
     """Whether :func:`sparse_step` can train this SAE: with every temporal term, and every activation but jumprelu."""
     return sae.training and sae.activation.kind in ("relu", "topk", "batchtopk")
 
 
-@torch.no_grad()
 def sparse_step(
     sae: TemporalSAE,
     x_NWD: Tensor,
@@ -59,128 +78,184 @@ def sparse_step(
         dense_above: share of active entries from which whole matrices are used; None: as measured (``codes.DENSE_ABOVE``).
 
     """
-    x = x_NWD.flatten(0, 1)
-    centred = x - sae.b_dec if sae.subtract_b_dec else x
-    pre = product(centred, sae.W_enc.t(), sae.b_enc, compute_dtype)
-    codes = _codes(sae, pre, objective, x_NWD.shape[1], dense_above, compute_dtype)
-    residual = codes.decode(sae.W_dec).add_(sae.b_dec).sub_(x)
+    dead_MF = None if dead_F is None else dead_F.unsqueeze(0)
+    options = {"dead_MF": dead_MF, "compute_dtype": compute_dtype, "dense_above": dense_above}
+    (result,), gradients = stacked_step(Stacked.of(sae), [sae], x_NWD, [objective], [partner_NP], **options)
+    _accumulate(sae.W_enc, gradients.W_enc[0].t())
+    _accumulate(sae.b_enc, gradients.b_enc[0])
+    _accumulate(sae.W_dec, gradients.W_dec[0])
+    _accumulate(sae.b_dec, gradients.b_dec[0])
+    return result
+
+
+@torch.no_grad()
+def stacked_step(
+    weights: Stacked,
+    saes: Sequence[TemporalSAE],
+    x_NWD: Tensor,
+    objectives: Sequence[Objective],
+    partners: Sequence[Tensor | None],
+    *,
+    dead_MF: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dense_above: float | None = None,
+) -> tuple[list[StepResult], Stacked]:
+    """Losses of M SAEs on one batch of windows, and their gradients; arguments as of :func:`sparse_step`, one per SAE.
+
+    Args:
+        weights: of the SAEs.
+        saes: all of one activation, which they and their running thresholds are asked for.
+        x_NWD: what all of them see.
+        objectives: of one ``decoder_norms``, ``aux_k`` and ``aux_weight``, otherwise each its own.
+        partners: each its own.
+        dead_MF: bool [M, F].
+        compute_dtype: see there.
+        dense_above: see there.
+
+    """
+    x, windows = x_NWD.flatten(0, 1), (x_NWD.shape[0], x_NWD.shape[1])
+    n_tokens, W_dec_CD = len(x), weights.W_dec.flatten(0, 1)
+    centred = x - weights.b_dec.unsqueeze(1) if saes[0].subtract_b_dec else x.expand(len(saes), -1, -1)
+    pre = _products(centred, weights, compute_dtype)
+    codes = _codes(saes, pre.view(-1, pre.shape[-1]), objectives, windows[1], dense_above, compute_dtype)
+    residual = codes.decode(W_dec_CD).view(centred.shape).add_(weights.b_dec.unsqueeze(1)).sub_(x)
     # A feature whose weights are NaN is never positive; its pre-activation must still poison the loss, or it would go unseen.
-    terms = {"reconstruction": residual.square().sum() / len(x) + 0 * pre[:1].sum()}
-    to_reconstruction = residual * (2 / len(x))
-    norms = sae.W_dec.norm(dim=-1) if objective.decoder_norms else None
+    terms = {"reconstruction": residual.square().sum((1, 2)) / n_tokens + 0 * pre[:, :1].sum((1, 2))}
+    to_reconstruction = (residual * (2 / n_tokens)).flatten(0, 1)
+    norms_C = W_dec_CD.norm(dim=-1) if objectives[0].decoder_norms else None
     if isinstance(codes, FusedCodes):
-        to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, sae.W_dec, objective, norms)
+        to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C)
     else:
-        windows = (x_NWD.shape[0], x_NWD.shape[1])
-        to_codes, to_b_enc, more = _slope(codes, to_reconstruction, sae.W_dec, objective, norms, windows, partner_NP)
-    gradients = _Gradients(
-        W_enc=codes.accumulate(to_codes, centred), b_enc=to_b_enc, W_dec=codes.accumulate(codes.value, to_reconstruction)
+        to_codes, to_b_enc, more = _slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C, windows, partners)
+    gradients = Stacked(
+        W_enc=codes.accumulate(to_codes, centred.flatten(0, 1)).view(weights.W_enc.shape),
+        b_enc=to_b_enc.view(weights.b_enc.shape),
+        W_dec=codes.accumulate(codes.value, to_reconstruction).view(weights.W_dec.shape),
+        b_dec=to_reconstruction.view(centred.shape).sum(1),
     )
-    if norms is not None:
-        # Σ z ‖W_dec‖ pulls on the rows themselves.
-        sums = codes.sums if isinstance(codes, FusedCodes) else codes.column_sums(codes.value)
-        shrink = sums * (objective.sparsity_weight / len(x)) / norms.clamp(min=1e-30)
-        gradients.W_dec.addcmul_(sae.W_dec, shrink.unsqueeze(1))
-    if objective.aux_weight > 0 and dead_F is not None and bool(dead_F.any()):
-        dead_K = dead_F.nonzero().view(-1)
-        more["auxiliary"] = _add_auxiliary(gradients, sae, pre, centred, residual, dead_K, objective)
-    _deposit(sae, gradients, to_reconstruction)
-    if sae.activation.kind == "batchtopk":
-        track_threshold(sae, codes.value)
-    return _result(terms | more, objective, codes.column_counts())
+    del to_codes
+    if norms_C is not None:
+        _shrink_rows(gradients, weights, codes, norms_C, [each.sparsity_weight / n_tokens for each in objectives])
+    if objectives[0].aux_weight > 0 and dead_MF is not None and bool(dead_MF.any()):
+        more["auxiliary"] = _add_auxiliary(gradients, weights, pre, centred, residual, dead_MF, objectives[0])
+    if saes[0].subtract_b_dec:
+        for W_enc, b_enc, b_dec in zip(weights.W_enc, gradients.b_enc, gradients.b_dec, strict=True):
+            b_dec.sub_(W_enc.t() @ b_enc)
+    if saes[0].activation.kind == "batchtopk":
+        for sae, values in zip(saes, codes.members(codes.value), strict=True):
+            track_threshold(sae, values)
+    return _results(terms | more, objectives, codes.column_counts().view(len(saes), -1)), gradients
+
+
+def _products(centred_MTD: Tensor, weights: Stacked, compute_dtype: torch.dtype | None) -> Tensor:
+    """Pre-activations [M, T, F]."""
+    if len(centred_MTD) > 1:
+        return product(centred_MTD, weights.W_enc, weights.b_enc, compute_dtype)
+    return product(centred_MTD[0], weights.W_enc[0], weights.b_enc[0], compute_dtype).unsqueeze(0)
 
 
 def _codes(
-    sae: TemporalSAE,
-    pre_MF: Tensor,
-    objective: Objective,
+    saes: Sequence[TemporalSAE],
+    pre_RF: Tensor,
+    objectives: Sequence[Objective],
     w: int,
     dense_above: float | None,
     compute_dtype: torch.dtype | None,
 ) -> Codes:
-    if sae.activation.kind == "relu" and can_fuse(pre_MF, objective):
-        return fused_codes(pre_MF, w, dense_above=dense_above, compute_dtype=compute_dtype)
-    return codes_of(pre_MF, sae.activation, dense_above=dense_above, compute_dtype=compute_dtype)
+    options = {"dense_above": dense_above, "compute_dtype": compute_dtype, "n_members": len(saes)}
+    if saes[0].activation.kind == "relu" and all(can_fuse(pre_RF, each) for each in objectives):
+        return fused_codes(pre_RF, w, **options)
+    return codes_of(pre_RF, saes[0].activation, **options)
 
 
 def _slope(
     codes: Codes,
-    to_reconstruction_MD: Tensor,
-    W_dec: Tensor,
-    objective: Objective,
-    norms_F: Tensor | None,
+    to_reconstruction_RD: Tensor,
+    W_dec_CD: Tensor,
+    objectives: Sequence[Objective],
+    norms_C: Tensor | None,
     windows: tuple[int, int],
-    partner_NP: Tensor | None,
+    partners: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """∂L/∂z at the active entries, its sum over tokens [F], and the terms of the loss that codes have to themselves."""
-    to_codes = codes.sampled(to_reconstruction_MD, W_dec)
-    weight = objective.sparsity_weight / codes.shape[0]
-    if norms_F is None:
-        to_codes.add_(weight)
-        total = codes.value.sum()
+    """∂L/∂z at the active entries, its sum over tokens [C], and the terms of the loss that codes have to themselves [M]."""
+    n_tokens = windows[0] * windows[1]
+    to_codes = codes.sampled(to_reconstruction_RD, W_dec_CD)
+    shares = [each.sparsity_weight / n_tokens for each in objectives]
+    if norms_C is None:
+        codes.add(to_codes, 1.0, shares)
+        total = codes.totals(codes.value)
     else:
-        per_entry = codes.of_columns(norms_F)
-        to_codes.add_(per_entry, alpha=weight)
-        total = (codes.value * per_entry).sum()
-    terms = {"sparsity": total / codes.shape[0]}
-    if objective.temporal.active:
-        terms["temporal"], pull = consistency.temporal(codes, objective.temporal, windows, partner_NP)
-        to_codes.add_(pull, alpha=objective.temporal.weight)
+        per_entry = codes.of_columns(norms_C)
+        codes.add(to_codes, per_entry, shares)
+        total = codes.totals(codes.value * per_entry)
+    terms = {"sparsity": total / n_tokens}
+    if any(each.temporal.active for each in objectives):
+        terms["temporal"] = add_temporal(to_codes, codes, [each.temporal for each in objectives], windows, partners)
     to_codes = codes.restricted(to_codes)
     return to_codes, codes.column_sums(to_codes), terms
 
 
 def _fused_slope(
-    codes: FusedCodes, to_reconstruction_MD: Tensor, W_dec: Tensor, objective: Objective, norms_F: Tensor | None
+    codes: FusedCodes,
+    to_reconstruction_RD: Tensor,
+    W_dec_CD: Tensor,
+    objectives: Sequence[Objective],
+    norms_C: Tensor | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same in one pass."""
-    to_codes, to_b_enc = codes.slopes(to_reconstruction_MD, W_dec, objective, norms_F)
-    terms = {"sparsity": (codes.sums if norms_F is None else codes.sums * norms_F).sum() / codes.shape[0]}
-    if objective.temporal.active:
-        terms["temporal"] = codes.changes[: objective.temporal.n_features].sum() / max(1, codes.n_pairs)
+    to_codes, to_b_enc = codes.slopes(to_reconstruction_RD, W_dec_CD, objectives, norms_C)
+    n_tokens, shape = codes.shape[0] // codes.n_members, (codes.n_members, -1)
+    terms = {"sparsity": (codes.sums if norms_C is None else codes.sums * norms_C).view(shape).sum(1) / n_tokens}
+    if any(each.temporal.active for each in objectives):
+        terms["temporal"] = codes.temporal([each.temporal for each in objectives])
     return to_codes, to_b_enc, terms
 
 
-@dataclass
-class _Gradients:
-    """Of the weights that codes are made with and decoded by, feature-major."""
-
-    W_enc: Tensor  # [F, D]
-    b_enc: Tensor  # [F]
-    W_dec: Tensor  # [F, D]
+def _shrink_rows(gradients: Stacked, weights: Stacked, codes: Codes, norms_C: Tensor, shares: Sequence[float]) -> None:
+    """Σ z ‖W_dec‖ pulls on the rows themselves."""
+    sums_C = codes.sums if isinstance(codes, FusedCodes) else codes.column_sums(codes.value)
+    shrink_MF = (sums_C / norms_C.clamp(min=1e-30)).view(len(shares), -1)
+    shrink_MF *= shrink_MF.new_tensor(shares).unsqueeze(1)
+    gradients.W_dec.addcmul_(weights.W_dec, shrink_MF.unsqueeze(2))
 
 
 def _add_auxiliary(
-    gradients: _Gradients,
-    sae: TemporalSAE,
-    pre_MF: Tensor,
-    centred_MD: Tensor,
-    residual_MD: Tensor,
-    dead_K: Tensor,
+    gradients: Stacked,
+    weights: Stacked,
+    pre_MTF: Tensor,
+    centred_MTD: Tensor,
+    residual_MTD: Tensor,
+    dead_MF: Tensor,
     objective: Objective,
 ) -> Tensor:
-    """AuxK, a step on the sub-dictionary of dead features: the strongest reconstruct what is left (:func:`.losses.aux_k`)."""
-    strongest = Activation("topk", k=min(objective.aux_k, dead_K.numel()))
-    codes = codes_of(pre_MF.index_select(1, dead_K), strongest)
-    W_dec = sae.W_dec.index_select(0, dead_K)
-    error = codes.decode(W_dec).add_(residual_MD)
-    loss = error.square().sum() / len(error)
-    to_reconstruction = error.mul_(2 * objective.aux_weight / len(error))
+    """AuxK, a step on the sub-dictionary of dead features: the strongest reconstruct what is left (:func:`.losses.aux_k`).
+
+    Members have as many dead features as they have: to be of one shape, each has the most of any, some of them always zero.
+    """
+    n_members, n_tokens, n_features = pre_MTF.shape
+    counts = dead_MF.sum(1).tolist()
+    most, columns_Q = max(counts), dead_MF.view(-1).nonzero().view(-1)
+    padded = []
+    for member, (pre_TF, columns) in enumerate(zip(pre_MTF, columns_Q.split(counts), strict=True)):
+        chosen = pre_TF.index_select(1, columns - member * n_features)
+        padded.append(chosen if len(columns) == most else functional.pad(chosen, (0, most - len(columns))))
+    places = [torch.arange(count, device=pre_MTF.device) + member * most for member, count in enumerate(counts)]
+    place_Q = torch.cat(places)
+    W_dec = weights.W_dec.new_zeros(n_members * most, weights.W_dec.shape[2])
+    W_dec.index_copy_(0, place_Q, weights.W_dec.flatten(0, 1).index_select(0, columns_Q))
+    strongest = Activation("topk", k=min(objective.aux_k, most))
+    codes = codes_of(torch.cat(padded), strongest, n_members=n_members)
+    error = codes.decode(W_dec).add_(residual_MTD.flatten(0, 1))
+    loss_M = error.view(residual_MTD.shape).square().sum((1, 2)) / n_tokens
+    to_reconstruction = error.mul_(2 * objective.aux_weight / n_tokens)
     to_codes = codes.sampled(to_reconstruction, W_dec)
-    gradients.W_enc.index_add_(0, dead_K, codes.accumulate(to_codes, centred_MD))
-    gradients.b_enc.index_add_(0, dead_K, codes.column_sums(to_codes))
-    gradients.W_dec.index_add_(0, dead_K, codes.accumulate(codes.value, to_reconstruction))
-    return loss
-
-
-def _deposit(sae: TemporalSAE, gradients: _Gradients, to_reconstruction_MD: Tensor) -> None:
-    to_b_dec = to_reconstruction_MD.sum(0)
-    if sae.subtract_b_dec:
-        to_b_dec.sub_(sae.W_enc @ gradients.b_enc)
-    _accumulate(sae.W_enc, gradients.W_enc.t())
-    _accumulate(sae.b_enc, gradients.b_enc)
-    _accumulate(sae.W_dec, gradients.W_dec)
-    _accumulate(sae.b_dec, to_b_dec)
+    for gradient, more in (
+        (gradients.W_enc.flatten(0, 1), codes.accumulate(to_codes, centred_MTD.flatten(0, 1))),
+        (gradients.b_enc.flatten(0, 1), codes.column_sums(to_codes)),
+        (gradients.W_dec.flatten(0, 1), codes.accumulate(codes.value, to_reconstruction)),
+    ):
+        gradient.index_add_(0, columns_Q, more.index_select(0, place_Q))
+    return loss_M * (dead_MF.any(1))
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -192,13 +267,18 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
-def _result(terms: dict[str, Tensor], objective: Objective, fired_F: Tensor) -> StepResult:
-    zero = terms["reconstruction"].new_zeros(())
-    found = {name: terms.get(name, zero).float() for name in ("reconstruction", "sparsity", "temporal", "auxiliary")}
-    total = (
-        found["reconstruction"]
-        + objective.sparsity_weight * found["sparsity"]
-        + objective.temporal.weight * found["temporal"]
-        + objective.aux_weight * found["auxiliary"]
-    )
-    return StepResult(total=total, fired_F=fired_F, **found)
+def _results(terms: dict[str, Tensor], objectives: Sequence[Objective], fired_MF: Tensor) -> list[StepResult]:
+    """What every member's step reports, from its terms [M]."""
+    zero_M = terms["reconstruction"].new_zeros(len(objectives))
+    found = {name: terms.get(name, zero_M).float() for name in ("reconstruction", "sparsity", "temporal", "auxiliary")}
+    weights = {
+        "sparsity": [each.sparsity_weight for each in objectives],
+        "temporal": [each.temporal.weight for each in objectives],
+        "auxiliary": [each.aux_weight for each in objectives],
+    }
+    total_M = found["reconstruction"]
+    for name, factors in weights.items():
+        factor = factors[0] if len(set(factors)) == 1 else total_M.new_tensor(factors)
+        total_M = total_M + found[name] * factor
+    columns = {name: values.unbind() for name, values in (found | {"total": total_M, "fired_F": fired_MF}).items()}
+    return [StepResult(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]

@@ -23,12 +23,15 @@ from ..console import Progress, warn
 from .alarms import check_divergence, check_finite, check_weights, collapse
 from .board import board
 from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Partner
 from .diagnostics import Metrics, diagnose
 from .inputs import Inputs
 from .journal import Journal
 from .member import Member, Update
+from .memory import stacks
 from .partners import NEED_SIBLINGS, draw_partners
 from .plan import MemberPlan, tokens_per_step
+from .stack import Stack
 from .world import World
 
 _CALIBRATION_BATCHES = 16
@@ -60,6 +63,8 @@ class Pass:
         self.inputs, self.device, self.world = inputs, device, world
         self.config = plans[0].config
         self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
+        by_name = {member.plan.name: member for member in self.members}
+        self.stacks = [Stack([by_name[plan.name] for plan in part]) for part in stacks(plans, device.type)]
         self.mean_D = inputs.mean_D.to(device)
         self.stream = open_stream(store, self.config, inputs)
         self.step, self.steps = 0, self.config.run.steps
@@ -110,25 +115,29 @@ class Pass:
         part = WindowBatch(batch.x_NWD[share], batch.documents_N[share], batch.rows_N[share], batch.starts_N[share])
         x_NWD = self.inputs.prepare(part.x_NWD, self.device)
         logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
-        for member in self.members:
-            update = member.train_step(x_NWD, self._partners(member, part), share=len(part.x_NWD) / len(batch.x_NWD))
-            if self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged:
-                check_finite(member, update, part)
-            if logged:
-                self._log(member, update, x_NWD, journals, len(part.x_NWD) / len(batch.x_NWD))
+        checked = self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged
+        partners, weight = self._partners(part), len(part.x_NWD) / len(batch.x_NWD)
+        for stack in self.stacks:
+            updates = stack.train_step(x_NWD, [partners[member.plan.name] for member in stack.members], share=weight)
+            for member, update in zip(stack.members, updates, strict=True):
+                if checked:
+                    check_finite(member, update, part)
+                if logged:
+                    self._log(member, update, x_NWD, journals, weight)
         self.step += 1
         bar.advance(tokens_per_step(self.config))
         if logged:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
 
-    def _partners(self, member: Member, batch: WindowBatch) -> torch.Tensor | None:
-        term = member.objective.temporal
-        if not term.active:
-            return None
-        partners = draw_partners(
-            term.partner, batch.documents_N, self.stream.window, seed=self.config.data.seed, step=self.step
-        )
-        return None if partners is None else partners.to(self.device)
+    def _partners(self, batch: WindowBatch) -> dict[str, torch.Tensor | None]:
+        """Of every member, by its name; members with partners of one kind have the same ones."""
+        terms = {m.plan.name: m.objective.temporal for m in self.members}
+        kinds: set[Partner] = {term.partner for term in terms.values() if term.active}
+        drawn: dict[Partner | None, torch.Tensor | None] = {None: None}
+        for kind in kinds:
+            found = draw_partners(kind, batch.documents_N, self.stream.window, seed=self.config.data.seed, step=self.step)
+            drawn[kind] = None if found is None else found.to(self.device)
+        return {name: drawn[term.partner if term.active else None] for name, term in terms.items()}
 
     def _log(self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal], share: float) -> None:
         check_divergence(member, float(update.result.reconstruction), self.inputs.spread)

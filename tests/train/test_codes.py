@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.train.activation import Activation
-from tcsae.train.codes import DenseCodes, SparseCodes, codes_of, largest, true_positions
+from tcsae.train.codes import DenseCodes, SparseCodes, codes_of
 from tcsae.train.products import matmul, product
+from tcsae.train.selection import largest, true_positions
 
 settings.register_profile("codes", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("codes")

@@ -55,7 +55,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability: int, dtype: str,
     sources = {
         "_forward_codes": ({"pre": "*fp32", "z": dtype, "partial": "*fp32", **codes, "n_blocks": "i32"}, tile),
         "_backward_codes": (
-            {"z": dtype, "slope": dtype, "sparsity": "*fp32", "partial": "*fp32", **codes, "temporal": "fp32", "scope": "i32"},
+            {"z": dtype, "slope": dtype, "sparsity": "*fp32", "temporal": "*fp32", "partial": "*fp32", **codes},
             tile,
         ),
         "_weighted_rows": ({"table": dtype, "index": "*i32", "weights": "*fp32", **bags}, {"BE": 8, "BD": 256}),
@@ -78,17 +78,16 @@ def rounded(pre: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @inside
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("n", "w", "f"), [(1, 1, 1), (19, 5, 200), (16, 2, 128), (3, 7, 130)])
-def test_forward_codes(n: int, w: int, f: int, dtype: torch.dtype) -> None:
-    pre = torch.randn(n * w, f, generator=torch.Generator().manual_seed(n))
-    z, sums, counts, changes = kernels.forward_codes(pre, w, dtype)
+@pytest.mark.parametrize(("m", "n", "w", "f"), [(1, 1, 1, 1), (1, 19, 5, 200), (3, 16, 2, 128), (2, 3, 7, 130)])
+def test_forward_codes(m: int, n: int, w: int, f: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(m * n * w, f, generator=torch.Generator().manual_seed(n))
+    z, sums, counts, changes = kernels.forward_codes(pre, w, dtype, m)
     # The interpreter cuts bfloat16 where hardware rounds: one unit in the last place is its own doing.
     torch.testing.assert_close(z.double(), rounded(pre, dtype), rtol=0 if dtype == F32 else 2**-7, atol=0)
-    z = z.double()
-    torch.testing.assert_close(sums.double(), z.sum(0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(counts, (z > 0).sum(0))
-    by_window = z.view(n, w, f)
-    change = (by_window[:, 1:] - by_window[:, :-1]).square().sum((0, 1))
+    by_window = z.double().view(m, n, w, f)
+    torch.testing.assert_close(sums.double(), by_window.sum((1, 2)).view(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts, (by_window > 0).sum((1, 2)).view(-1))
+    change = (by_window[:, :, 1:] - by_window[:, :, :-1]).square().sum((1, 2)).view(-1)
     torch.testing.assert_close(changes.double(), change, rtol=1e-5, atol=1e-5)
 
 
@@ -103,19 +102,22 @@ def test_nan_survives_the_forward_pass() -> None:
 
 
 @inside
-@pytest.mark.parametrize(("n", "w", "f", "scope"), [(1, 1, 3, 3), (19, 5, 200, 77), (16, 2, 128, 128), (3, 7, 130, 0)])
-def test_backward_codes(n: int, w: int, f: int, scope: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "w", "f", "scope"), [(1, 1, 1, 3, 3), (1, 19, 5, 200, 77), (3, 16, 2, 128, 128), (2, 3, 7, 130, 0)]
+)
+def test_backward_codes(m: int, n: int, w: int, f: int, scope: int) -> None:
     generator = torch.Generator().manual_seed(n)
-    z = torch.randn(n * w, f, generator=generator).relu()
-    slope, sparsity = torch.randn(n * w, f, generator=generator), torch.rand(f, generator=generator)
-    leaf = z.double().requires_grad_()
-    by_window = leaf.view(n, w, f)[..., :scope]
-    loss = (leaf * slope).sum() + (leaf * sparsity).sum() + 0.3 * (by_window[:, 1:] - by_window[:, :-1]).square().sum()
+    z = torch.randn(m * n * w, f, generator=generator).relu()
+    slope, sparsity = torch.randn(m * n * w, f, generator=generator), torch.rand(m, f, generator=generator)
+    temporal = torch.rand(m, 1, generator=generator) * (torch.arange(f) < scope)
+    leaf = z.double().view(m, n, w, f).requires_grad_()
+    loss = (leaf * slope.view(leaf.shape)).sum() + (leaf * sparsity[:, None, None]).sum()
+    loss = loss + ((leaf[:, :, 1:] - leaf[:, :, :-1]).square() * temporal[:, None, None]).sum()
     (expected,) = torch.autograd.grad(loss, leaf)
-    expected *= z > 0
-    mine, total = kernels.backward_codes(z, slope.clone(), w, sparsity, 0.3, scope)
-    torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(total.double(), expected.sum(0), rtol=1e-4, atol=1e-4)
+    expected *= leaf > 0
+    mine, total = kernels.backward_codes(z, slope.clone(), w, sparsity.view(-1), temporal.view(-1), m)
+    torch.testing.assert_close(mine.double().view(leaf.shape), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), expected.sum((1, 2)).view(-1), rtol=1e-4, atol=1e-4)
 
 
 @inside

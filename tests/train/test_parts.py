@@ -22,6 +22,7 @@ from tcsae.train.partners import draw_partners
 from tcsae.train.plan import plan_members
 from tcsae.train.presets import build_config
 from tcsae.train.sae import TemporalSAE
+from tcsae.train.stack import Stack
 from tcsae.train.world import World
 
 examples = settings(max_examples=15, deadline=None)
@@ -59,12 +60,12 @@ def test_the_tied_initialisation_and_the_mean():
 
 def test_unit_rows_stay_unit_and_gradients_along_them_are_gone():
     member = one_member({"sae.k": 3, "optimiser.weight_decay": 0.0})
-    member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
+    Stack([member]).train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
     gradient, rows = member.sae.W_dec.grad, member.sae.W_dec
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(32))
     assert gradient.norm() > 0
     member = one_member({"sae.k": 3, "optimiser.lr": 1e-20})
-    member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
+    Stack([member]).train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
     along = (member.sae.W_dec.grad * member.sae.W_dec).sum(-1)
     assert along.abs().max() < 1e-6
 
@@ -83,8 +84,8 @@ def test_features_that_do_not_fire_are_counted_and_revived():
     fired = torch.zeros(32, dtype=torch.bool)
     for step in range(4):
         fired |= (member.sae.encode(x).flatten(0, 1) > 0).any(0)
-        member.train_step(x)
-        revived.train_step(x)
+        Stack([member]).train_step(x)
+        Stack([revived]).train_step(x)
         assert torch.equal(member.idle_F == 0, member.idle_F < 30)
         if step < 1:
             assert not member.dead.any()
@@ -107,7 +108,7 @@ def test_jumprelu_thresholds_learn_and_stay_positive():
     member = one_member({"sae.activation": "jumprelu", "optimiser.lr": 0.05, "loss.l1": 0.5, "loss.l1_warmup": 0.0})
     before = member.sae.threshold.clone()
     for step in range(10):
-        member.train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(step)))
+        Stack([member]).train_step(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(step)))
     assert not torch.equal(member.sae.threshold, before)
     assert (member.sae.threshold >= 0).all()
 

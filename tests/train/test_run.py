@@ -308,7 +308,7 @@ def test_a_device_without_memory_is_one_sentence(store, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer.Member, "train_step", full)
+    monkeypatch.setattr(trainer.Stack, "train_step", full)
     with pytest.raises(
         ResourceError, match=r"cpu ran out of memory with 2 SAEs and batches of 60 tokens: .* smaller --batch-s"
     ):
