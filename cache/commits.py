@@ -8,7 +8,7 @@ row counts for fingerprints, so that growth never changes what an older fingerpr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,12 +121,25 @@ def rows_in(commits: Sequence[Commit]) -> int:
     return commits[-1].stop_row if commits else 0
 
 
-def common_prefix(logs: Sequence[Sequence[Commit]]) -> int:
-    """How many leading lines agree, in what they commit, across all layers."""
-    for at, lines in enumerate(zip(*logs, strict=False)):
-        if len({(c.shard, c.first_row, c.rows) for c in lines}) > 1:
-            return at
-    return min((len(log) for log in logs), default=0)
+def agreed(logs: Mapping[int, Sequence[Commit]], settled: Collection[int] = ()) -> dict[int, list[Commit]] | None:
+    """The logs of layers that are written together, each without the one line that a crash kept from the others.
+
+    None when they are further apart, or when it is a ``settled`` (finished) layer that would lose a line. Compared are the rows
+    that stand in the end: a store that grew and one that was written at once may hold the same.
+    """
+    standing = _standing(min(logs.values(), key=rows_in))
+    cut = {}
+    for layer, log in logs.items():
+        shorter = [log] if layer in settled else [log, log[:-1]]
+        found = next((lines for lines in shorter if _standing(lines) == standing), None)
+        if found is None:
+            return None
+        cut[layer] = list(found)
+    return cut
+
+
+def _standing(log: Sequence[Commit]) -> list[tuple[int, int]]:
+    return [(commit.first_row, commit.rows) for commit in latest(log)]
 
 
 def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..console import format_bytes
 from ..errors import ResourceError, StoreError
-from .commits import LOG, Commit, common_prefix, latest, parse_log, rows_in
+from .commits import LOG, Commit, agreed, latest, parse_log, rows_in
 from .layout import StoreLayout
 from .local import PARTIAL, LocalPlace
 from .lock import LOCK, Lock, acquire
@@ -71,8 +71,13 @@ def open_or_create(place: Place, manifest: StoreManifest, *, fresh: bool) -> Sto
     stored = manifest_at(place)
     difference = first_difference(stored, manifest)
     if difference:
-        raise StoreError(f"{place} holds other rows ({difference}): choose another --out, or --fresh to begin it anew")
+        raise StoreError(other_rows(place, difference))
     return stored
+
+
+def other_rows(path: object, difference: str) -> str:
+    """That a store holds something else than what is asked for."""
+    return f"{path} holds other rows ({difference}): choose another --out, or --fresh to begin it anew"
 
 
 def _wipe(place: Place) -> None:
@@ -105,21 +110,28 @@ def recover(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout]) -> 
 
     """
     logs = {layer: _sound_log(place) for layer, place in places.items()}
-    agreed = common_prefix(list(logs.values()))
-    longest = max(logs, key=lambda layer: len(logs[layer]))
-    if len(logs[longest]) > agreed + 1 or any(manifest_at(places[n]).finished and len(logs[n]) > agreed for n in logs):
-        shortest = min(logs, key=lambda layer: len(logs[layer]))
-        raise StoreError(
-            f"{places[longest]} holds {rows_in(logs[longest])} rows but {places[shortest]} {rows_in(logs[shortest])}: stores "
-            "written together grow together, so extract the missing layer by itself, or all of them with --fresh"
-        )
+    shard_rows = {layout.shard_rows for layout in layouts.values()}
+    kept = agreed(logs, [layer for layer, place in places.items() if manifest_at(place).finished])
+    if kept is None or len(shard_rows) > 1:
+        raise StoreError(uneven({str(places[layer]): rows_in(log) for layer, log in logs.items()}, shard_rows))
     for layer, place in places.items():
-        if len(logs[layer]) > agreed:
-            logs[layer] = logs[layer][:agreed]
-            place.replace(LOG, b"".join(commit.to_line() for commit in logs[layer]))
-        _clean(place, logs[layer])
-        _repair_shapes(place, layouts[layer], rows_in(logs[layer]))
-    return logs
+        if len(kept[layer]) < len(logs[layer]):
+            place.replace(LOG, b"".join(commit.to_line() for commit in kept[layer]))
+        _clean(place, kept[layer])
+        _repair_shapes(place, layouts[layer], rows_in(kept[layer]))
+    return kept
+
+
+def uneven(rows: Mapping[str, int], shard_rows: Collection[int]) -> str:
+    """Why stores (path → rows) cannot go on together, as a sentence without its remedy's command."""
+    if len(shard_rows) > 1:
+        sizes = " and ".join(map(str, sorted(shard_rows)))
+        return f"{' and '.join(rows)} have shards of {sizes} rows and cannot be written together: name one layer at a time"
+    longest, shortest = max(rows, key=rows.__getitem__), min(rows, key=rows.__getitem__)
+    return (
+        f"{longest} holds {rows[longest]} rows but {shortest} {rows[shortest]}: stores written together grow together, so "
+        "extract what is missing by itself first, or all of them with --fresh"
+    )
 
 
 def _sound_log(place: Place) -> list[Commit]:

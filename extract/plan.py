@@ -6,20 +6,21 @@ What a stored extraction recorded and the command leaves open (commit, dtype, ba
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..cache.commits import execution_of
+from ..cache.commits import agreed, execution_of
 from ..cache.layout import StoreLayout, plan_layout
-from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, first_difference
+from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, first_difference, identity_difference
 from ..cache.places import place_of
-from ..cache.resume import check_space, wiped_bytes
+from ..cache.resume import check_space, other_rows, uneven, wiped_bytes
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, note
 from ..errors import ModelError, StoreError
-from .config import ExtractConfig
+from .config import ExtractConfig, command_line
 from .documents import Documents
 from .models import ModelOutline, check_layers, outline_model
 from .rows import Cursor, read_rows
@@ -69,7 +70,7 @@ class Plan:
             difference = first_difference(stored, self.manifests(model, stored.execution)[stored.layer])
             if difference:
                 path = self.config.paths[stored.layer]
-                raise StoreError(f"{path} holds other rows ({difference}): choose another --out, or --fresh to begin it anew")
+                raise StoreError(other_rows(path, difference))
 
     @property
     def store_bytes(self) -> int:
@@ -110,7 +111,8 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
         ResourceError: the disk is too small; both numbers are in the sentence.
 
     """
-    stored = None if config.fresh else look(config)
+    asked, stores = config, {} if config.fresh else _open_stores(config)
+    stored = _stored(stores, config)
     config = _recall(config, stored)
     outline = outline_model(config.model, elsewhere=elsewhere)
     check_layers(outline, config.layers)
@@ -121,6 +123,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     plan = Plan(config, outline, documents, resolve_text(config.text, outline, documents), layout, stored)
     rows = stored.rows if stored else 0
     announce(plan)
+    _check_together(asked, plan, stores)
     check_space(
         {layer: place_of(path) for layer, path in config.paths.items()},
         dict.fromkeys(config.paths, layout),
@@ -135,10 +138,18 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
 
 def look(config: ExtractConfig) -> Stored | None:
     """What is stored at the config's paths; None when there is nothing at any of them."""
-    present = [path for path in config.paths.values() if place_of(path).exists("zarr.json")]
+    return _stored(_open_stores(config), config)
+
+
+def _open_stores(config: ExtractConfig) -> dict[int, ActivationStore]:
+    present = {layer: path for layer, path in config.paths.items() if place_of(path).exists("zarr.json")}
+    return {layer: ActivationStore.open(path, allow_unfinished=True) for layer, path in present.items()}
+
+
+def _stored(present: Mapping[int, ActivationStore], config: ExtractConfig) -> Stored | None:
     if not present:
         return None
-    stores = [ActivationStore.open(path, allow_unfinished=True) for path in present]
+    stores = list(present.values())
     shortest = min(stores, key=lambda store: store.n_rows)
     last = shortest.commits[-1] if shortest.commits else None
     execution = execution_of(last, shortest.manifest) if last else shortest.manifest.execution
@@ -150,6 +161,33 @@ def look(config: ExtractConfig) -> Stored | None:
         finished=whole and all(store.finished for store in stores),
         cursor=Cursor.read(last.cursor if last else None),
     )
+
+
+def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[int, ActivationStore]) -> None:
+    """Refuse, before anything heavy, what ``cache/resume.py`` would refuse: layers that hold different rows.
+
+    Raises:
+        StoreError: with the command that brings the missing or shorter layers level.
+
+    """
+    rows = {layer: stores[layer].n_rows if layer in stores else 0 for layer in asked.paths}
+    logs = {layer: stores[layer].commits if layer in stores else [] for layer in asked.paths}
+    finished = [layer for layer, store in stores.items() if store.finished]
+    shard_rows = {store.layout.shard_rows for store in stores.values()}
+    apart = len(stores) < len(rows) or agreed(logs, finished) is None
+    if plan.complete or not any(rows.values()) or not (apart or len(shard_rows) > 1):
+        return
+    paths = {asked.paths[layer]: n for layer, n in rows.items()}
+    behind = tuple(layer for layer, n in rows.items() if n < max(rows.values()))
+    if len(shard_rows) > 1 or not behind:
+        raise StoreError(uneven(paths, shard_rows))
+    for store in stores.values():
+        if difference := identity_difference(store.manifest.text, plan.text):
+            raise StoreError(other_rows(store.path, f"text.{difference}"))
+    planned = max(store.manifest.planned_rows for store in stores.values())
+    tokens = asked.tokens if asked.rows == planned else planned * asked.text.context
+    command = command_line(replace(asked, layers=behind, tokens=tokens))
+    raise StoreError(f"{uneven(paths, shard_rows)}; the same rows, by itself: {command}")
 
 
 def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:

@@ -14,7 +14,6 @@ from tcsae.cache.layout import StoreLayout
 from tcsae.cache.manifest import Execution
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, StaleRunError
-from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.distributed import Job, _passes
 from tcsae.extract.models import load_language_model
 from tcsae.extract.rows import row_blocks
@@ -37,10 +36,8 @@ EXECUTION = Execution(batch_size=4, threads=1, device="cpu")
 
 
 @pytest.fixture
-def config(tiny_gemma2, corpus, tmp_path):
-    text = TextSource(str(corpus), context=CONTEXT, held_out=0.1)
-    source = ModelSource(str(tiny_gemma2), dtype="float32", device="cpu")
-    return ExtractConfig((1, 2), source, text, tokens=60 * CONTEXT, batch_size=4, out=str(tmp_path / "a"))
+def config(config):
+    return replace(config, tokens=60 * CONTEXT)
 
 
 def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):

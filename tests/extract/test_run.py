@@ -18,7 +18,7 @@ from tcsae.cache.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ModelError, ResourceError, StoreError, TextError
 from tcsae.extract import run as run_module
-from tcsae.extract.config import ExtractConfig, ModelSource, TextSource, command_line
+from tcsae.extract.config import ModelSource, command_line
 from tcsae.extract.estimate import estimate
 from tcsae.extract.forward import ForwardPass, choose_batch_size
 from tcsae.extract.run import extract, how_to_go_on
@@ -60,13 +60,6 @@ def start(config):
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
     return process
-
-
-@pytest.fixture
-def config(tiny_gemma2, corpus, tmp_path):
-    text = TextSource(str(corpus), context=CONTEXT, held_out=0.1)
-    source = ModelSource(str(tiny_gemma2), dtype="float32", device="cpu")
-    return ExtractConfig((1, 2), source, text, tokens=100 * CONTEXT, batch_size=4, out=str(tmp_path / "a"))
 
 
 def stopped_after(monkeypatch, passes, failure=KeyboardInterrupt):
