@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate.py                              # random model of SmolLM2-135M's shape, layer 15, 8 SAEs and 1
     python benchmarks/evaluate.py --model demo --rows 8        # the demo's real model
-    python benchmarks/evaluate.py --memory                     # peak memory of the losses at a vocabulary of 256,000
+    python benchmarks/evaluate.py --memory                     # peak memory of a pass at a vocabulary of 256,000 (Linux)
 
 Both sides get the same model, tokens and SAEs in the same process, take turns, and must agree on CE and KL; what is printed is
 the median of the rounds' ratios. The usual procedure, as in SAELens and SAEBench: per SAE and batch one clean forward pass, one
@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,6 @@ import torch
 import transformers
 from tcsae.cache.layout import SPECIAL, RowBlock
 from tcsae.console import progress
-from tcsae.evaluate.fidelity import token_losses
 from tcsae.evaluate.heldout import HeldOutText, survey
 from tcsae.evaluate.measure import Measurement
 from tcsae.evaluate.row import Candidate, MeasuredRow
@@ -47,6 +45,7 @@ def random_model(shape: str, device: str) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=s["vocabulary"], hidden_size=s["d_model"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
         num_key_value_heads=s["kv"], intermediate_size=s["mlp"], bos_token_id=0, eos_token_id=0, pad_token_id=None,
+        tie_word_embeddings=shape == "256k",
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
@@ -174,33 +173,39 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses of 2048 tokens with a 256k vocabulary at Gemma-2-2b's width: how much more is held than states and head."""
-    V, D, N, n = 256_000, options.memory_width, 2048, max(options.saes)
-    head = SimpleNamespace(vocab_size=V, weight=torch.randn(V, D, device=options.device) * 0.02)
-    product = lambda states, out=None: torch.mm(states, head.weight.T, out=out)  # noqa: E731
-    states = [torch.randn(N, D, device=options.device) for _ in range(n + 1)]
-
-    class FakeHead:
-        vocab_size = V
-
-        def __call__(self, final_ND: Tensor, out: Tensor | None = None) -> Tensor:
-            return product(final_ND, out)
-
-    before = _peak(options.device)
+    """One evaluation pass over 2048 tokens with a 256k vocabulary at Gemma-2-2b's width: how much it adds to what is held."""
+    width, n = options.memory_width, max(options.saes)
+    SHAPES["256k"] = {"layers": 2, "d_model": width, "heads": 8, "kv": 4, "mlp": 4 * width, "vocabulary": 256_000}
+    lm = random_model("256k", options.device)
+    text = text_of(lm, 16, 128)
+    saes = make_saes(n, lm, options.width, torch.zeros(1, width))
+    found = survey(SplicedModel(lm), text, [0], 16)
+    _reset_peak(options.device)
+    held = _memory("VmRSS", options.device)
     start = time.perf_counter()
-    token_losses(FakeHead(), states[0], states[1:], torch.randint(V, (N,), device=options.device))  # type: ignore[arg-type]
-    after = _peak(options.device)
+    ours(lm, text, 0, saes, found, 16, frozenset({0}))
     return {
-        "vocabulary": V, "width": D, "tokens": N, "saes": n, "seconds": round(time.perf_counter() - start, 1),
-        "bytes held before (head and states)": before, "peak bytes above that": after - before,
-        "one set of whole logits would be": N * V * 4,
+        "vocabulary": lm.vocab_size, "width": width, "layers": 2, "tokens": text.tokens_RT.size, "saes": n,
+        "seconds": round(time.perf_counter() - start, 1), "bytes held before (model, SAEs, text)": held,
+        "peak bytes above that": _memory("VmHWM", options.device) - held,
+        "logits of one pass would be": text.tokens_RT.size * lm.vocab_size * 4,
     }  # fmt: skip
 
 
-def _peak(device: str) -> int:
+def _reset_peak(device: str) -> None:
+    """Forget how high memory once stood: making the weights took more than holding them."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(what: str, device: str) -> int:
+    """Memory held now (VmRSS) or at most (VmHWM) by this process, or on the GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() if what == "VmHWM" else torch.cuda.memory_allocated()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
 
 
 def main() -> None:
