@@ -34,11 +34,11 @@ from ..console import Progress, format_bytes, note, progress, warn
 from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
 from .config import ExtractConfig, ModelSource
 from .feed import RowFeed
-from .forward import ForwardPass, check_finite, choose_batch_size
+from .forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
 from .models import LanguageModel, identify_model, load_language_model, resolve_device, resolve_dtype
 from .plan import Plan, describe_execution, make_plan
 from .rows import Cursor, read_rows
-from .run import ExtractSummary, already_complete, record_execution, summarise, until_it_fits
+from .run import ExtractSummary, already_complete, record_execution, summarise
 
 _SHARDS_PER_THREAD = 2  # given out ahead, so that a worker never waits for text
 _RETRIES = 2  # of a shard whose task raises what is none of our failures; one whose worker dies is redone without counting
@@ -136,7 +136,8 @@ class _Coordinator:
         with writer, progress("extracting", config.rows * context, done=writer.rows_committed * context) as bar:
             record_execution(writer, execution)
             writer.begin()
-            until_it_fits(lambda now: self._shards(writer, now, paths, bar), execution, plan.outline.files.name, writer)
+            name = plan.outline.files.name
+            until_it_fits(lambda now: self._shards(writer, now, paths, bar), execution, name, writer.restart_shard)
             writer.finish()
         return summarise(plan, writer, start, time.perf_counter() - began)
 

@@ -13,8 +13,8 @@ from ..cache.layout import RowBlock
 from ..console import format_bytes, format_count, format_duration
 from .config import ExtractConfig
 from .files import weights_in
-from .forward import ForwardPass, choose_batch_size
-from .models import identify_model, load_language_model
+from .forward import ForwardPass, choose_batch_size, until_it_fits
+from .models import LanguageModel, identify_model, load_language_model
 from .plan import Plan, make_plan, resolve_execution
 
 
@@ -77,7 +77,12 @@ def estimate(config: ExtractConfig) -> Estimate:
 def _time_forward(plan: Plan) -> tuple[float, int]:
     lm = load_language_model(plan.outline, deepest_layer=max(plan.config.layers), identity=identify_model(plan.outline))
     batch_size = plan.config.batch_size or choose_batch_size(lm, plan.layout, plan.config.rows)
-    torch.set_num_threads(resolve_execution(plan, batch_size).threads)
+    execution = resolve_execution(plan, batch_size)
+    torch.set_num_threads(execution.threads)
+    return until_it_fits(lambda now: _time_batch(plan, lm, now.batch_size), execution, lm.identity.id, lambda _: None)
+
+
+def _time_batch(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, int]:
     shape = (batch_size, plan.config.text.context)
     tokens_BT = np.random.default_rng(0).integers(0, lm.vocab_size, shape).astype(np.int32)
     block = RowBlock(tokens_BT, np.zeros(shape, np.int32), np.zeros(shape, np.uint8))

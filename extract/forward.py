@@ -6,15 +6,17 @@ and its place in the batch, not on how many rows came with it, and a shard that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ..cache.layout import RowBlock, StoreLayout, to_bits
-from ..errors import ModelError
+from ..cache.manifest import Execution
+from ..console import warn
+from ..errors import ModelError, ResourceError
 from .models import LanguageModel
 from .tap import capture
 
@@ -97,6 +99,32 @@ def check_finite(bits: dict[int, np.ndarray], block: RowBlock, first_row: int, l
             f"(token {block.tokens_BT[row, position]}) in {lm.identity.dtype}: what was committed before is good; "
             f"check the weights{remedy}"
         )
+
+
+Outcome = TypeVar("Outcome")
+
+
+def until_it_fits(
+    work: Callable[[Execution], Outcome], execution: Execution, model: str, restart: Callable[[Execution], object]
+) -> Outcome:
+    """What ``work`` returns; as often as it runs out of memory, ``restart`` and try again with half the batch.
+
+    Raises:
+        ResourceError: a single row does not fit.
+
+    """
+    while True:
+        try:
+            return work(execution)
+        except torch.OutOfMemoryError:
+            if execution.batch_size == 1:
+                remedy = "use a smaller --context"
+                raise ResourceError(f"{model} runs out of memory on {execution.device} with a single row: {remedy}") from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        execution = execution.model_copy(update={"batch_size": execution.batch_size // 2})
+        warn(f"out of memory on {execution.device}: going on with {execution.batch_size} rows at a time")
+        restart(execution)
 
 
 def choose_batch_size(lm: LanguageModel, layout: StoreLayout, planned_rows: int) -> int:

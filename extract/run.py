@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,11 +15,11 @@ import torch
 
 from ..cache.manifest import Execution
 from ..cache.writer import StoreSetWriter
-from ..console import Progress, format_bytes, format_count, format_duration, note, progress, warn
-from ..errors import ResourceError, TcsaeError
+from ..console import Progress, format_bytes, format_count, format_duration, note, progress
+from ..errors import TcsaeError
 from .config import ExtractConfig, command_line
 from .feed import Batch, RowFeed, batches
-from .forward import Flight, ForwardPass, check_finite, choose_batch_size
+from .forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
 from .models import LanguageModel, identify_model, load_language_model
 from .plan import Plan, look, make_plan, resolve_execution
 from .rows import Cursor, read_rows
@@ -121,7 +121,8 @@ class Filling:
         record_execution(self.writer, execution)
         done = self.writer.rows_committed * context
         with progress("extracting", config.rows * context, done=done) as bar:
-            until_it_fits(lambda now: self._batches(now.batch_size, bar), execution, self.lm.identity.id, self.writer)
+            name, restart = self.lm.identity.id, self.writer.restart_shard
+            until_it_fits(lambda now: self._batches(now.batch_size, bar), execution, name, restart)
 
     def _batches(self, batch_size: int, bar: Progress) -> None:
         plan, writer = self.plan, self.writer
@@ -160,27 +161,6 @@ class Filling:
         speed = self._tokens / seconds
         left = (self.plan.config.rows - batch.first_row) * self.plan.config.text.context / speed
         note(f"      {speed:,.0f} tokens/s: about {format_duration(left)} to go")
-
-
-def until_it_fits(work: Callable[[Execution], None], execution: Execution, model: str, writer: StoreSetWriter) -> None:
-    """Run ``work``; as often as it runs out of memory, begin the current shard anew with half the batch, and record that.
-
-    Raises:
-        ResourceError: a single row does not fit.
-
-    """
-    while True:
-        try:
-            return work(execution)
-        except torch.OutOfMemoryError:
-            if execution.batch_size == 1:
-                remedy = "use a smaller --context"
-                raise ResourceError(f"{model} runs out of memory on {execution.device} with a single row: {remedy}") from None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        execution = execution.model_copy(update={"batch_size": execution.batch_size // 2})
-        warn(f"out of memory on {execution.device}: going on with {execution.batch_size} rows at a time")
-        writer.restart_shard(execution)
 
 
 def record_execution(writer: StoreSetWriter, execution: Execution) -> None:

@@ -304,6 +304,24 @@ def test_dry_run_measures_and_writes_nothing(config, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_dry_run_halves_the_batch_as_the_run_would(config, monkeypatch):
+    real = ForwardPass.launch
+
+    def small_only(self, block):
+        if self.batch_size > limit:
+            raise torch.OutOfMemoryError("no")
+        return real(self, block)
+
+    monkeypatch.setattr(ForwardPass, "launch", small_only)
+    limit = 2
+    planned = estimate(replace(config, batch_size=8))
+    assert planned.batch_size == 2
+    assert planned.seconds
+    limit = 0
+    with pytest.raises(ResourceError, match="runs out of memory on cpu with a single row"):
+        estimate(config)
+
+
 def test_batch_size_is_a_power_of_two_within_shard_and_plan(tiny_gpt2):
     from tcsae.extract.models import load_language_model
 
