@@ -20,10 +20,11 @@ def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
     go on.
 
     Raises:
-        ResourceError: no scheduler answers there, it has no workers, or it is lost before the block is left.
+        ResourceError: no scheduler answers there, it has no workers, or it is lost before the block is left; or a task took
+            several workers down with it.
 
     """
-    from distributed import Client
+    from distributed import Client, KilledWorker
     from distributed.client import FutureCancelledError
     from distributed.comm.core import CommClosedError
 
@@ -41,6 +42,9 @@ def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
                 yield client
         except (FutureCancelledError, CommClosedError) as lost:
             raise ResourceError(f"the Dask scheduler at {address} was lost in the middle ({_reason(lost)}): {then}") from lost
+        except KilledWorker as lost:
+            many = "a task took every worker that tried it down with it, most likely out of memory"
+            raise ResourceError(f"{many}: give the workers of {address} more of it") from lost
 
 
 def _reason(lost: Exception) -> str:

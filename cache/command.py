@@ -25,6 +25,9 @@ def inspect(
         bool | None,
         typer.Option("--statistics/--no-statistics", help="Compute norms that are not kept; by default below 4 GB."),
     ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Compute them on the Dask cluster at this address, tcp://…, instead of threads here.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw norms of a store into this file (.png, .svg, .pdf).")] = None,
     json_output: Json = False,
 ) -> None:
@@ -34,6 +37,8 @@ def inspect(
         pipeline inspect cache/l12.zarr
 
         pipeline inspect cache/l12.zarr --picture norms.png
+
+        pipeline inspect s3://bucket/l12.zarr --scheduler tcp://host:8786
 
         pipeline inspect runs/l12-topk64-pairwise0.03-w5-s0 --json
 
@@ -47,7 +52,8 @@ def inspect(
     from .store import ActivationStore
 
     store = ActivationStore.open(path, allow_unfinished=True)
-    facts = store_facts(store, statistics=statistics)
+    wanted = True if scheduler and statistics is None else statistics
+    facts = store_facts(store, statistics=wanted, scheduler=scheduler or "threads")
     if picture is not None:
         if not store.n_rows:
             raise StoreError(f"{path} holds no rows to draw: extract some first")

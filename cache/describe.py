@@ -17,12 +17,13 @@ from .store import ActivationStore
 _SMALL = 4_000_000_000  # bytes of activations up to which statistics are computed without being asked for
 
 
-def store_facts(store: ActivationStore, *, statistics: bool | None = None) -> dict[str, Any]:
+def store_facts(store: ActivationStore, *, statistics: bool | None = None, scheduler: str = "threads") -> dict[str, Any]:
     """Name → value of everything worth knowing at a glance.
 
     Args:
         store: opened, finished or not.
         statistics: compute norms if they are not kept; None does so for stores below 4 GB.
+        scheduler: where: ``threads``, or the address of a Dask cluster.
 
     """
     manifest, layout = store.manifest, store.layout
@@ -47,16 +48,16 @@ def store_facts(store: ActivationStore, *, statistics: bool | None = None) -> di
         "created": manifest.created,
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
-    found = statistics_of(store, statistics)
+    found = statistics_of(store, statistics, scheduler)
     return facts | (_norm_facts(found) if found else {})
 
 
-def statistics_of(store: ActivationStore, wanted: bool | None) -> StoreStatistics | None:
+def statistics_of(store: ActivationStore, wanted: bool | None, scheduler: str) -> StoreStatistics | None:
     """The statistics, if they are kept, asked for, or cheap."""
     small = store.n_tokens * store.d_model * 2 <= _SMALL
     if not store.n_rows or wanted is False or (wanted is None and not small):
         return cached_statistics(store)
-    return store.statistics()
+    return store.statistics(scheduler=scheduler)
 
 
 def _norm_facts(found: StoreStatistics) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..console import note, progress
 from ..errors import StoreError, TcsaeError
+from .cluster import connected
 from .codecs import CRC_BYTES, check, checksum_bytes
 from .manifest import checksum
 from .moments import Moments, NormSums, counted, merge, token_norms
@@ -88,7 +90,7 @@ def store_statistics(store: ActivationStore, *, scheduler: str = "threads") -> S
     """Statistics of all rows: from the store if they were computed since it last grew, else computed and kept there.
 
     Raises:
-        StoreError: damage, or no row at all. TcsaeError: the Dask scheduler cannot be reached.
+        StoreError: damage, or no row at all. ResourceError: the Dask scheduler cannot be reached, or is lost.
 
     """
     kept = cached_statistics(store)
@@ -181,19 +183,14 @@ def _map_shards(store: ActivationStore, shards: Sequence[int], limit: float, sch
     from dask.base import compute
     from dask.delayed import delayed
 
-    tasks = [delayed(_shard_task, pure=False)(store.path, shard, limit) for shard in shards]
+    path = os.path.abspath(store.path) if store.place.local else store.path  # workers have working folders of their own
+    tasks = [delayed(_shard_task, pure=False)(path, shard, limit) for shard in shards]
     groups = [tasks[at : at + _GROUP] for at in range(0, len(tasks), _GROUP)]
     if scheduler in ("threads", "synchronous", "sync"):
         for group in groups:
             yield from compute(*group, scheduler=scheduler)
         return
-    from distributed import Client
-
-    try:
-        client = Client(scheduler, timeout="10s")
-    except (OSError, ValueError) as problem:
-        raise TcsaeError(f"no Dask scheduler answers at {scheduler} ({problem}): start one, or leave --scheduler out") from None
-    with client:
+    with connected(scheduler, instead="leave --scheduler out", then="nothing is kept of the statistics; ask again") as client:
         for group in groups:
             yield from cast(list[_ShardResult], client.gather(client.compute(group)))
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from clusters import cluster_elsewhere
 from stores import make_manifest, make_store
-from tcsae.cache import command
+from tcsae.cache import cluster, command
+from tcsae.cache.statistics import STATISTICS
 from tcsae.cache.store import ActivationStore
 from tcsae.pipeline import main
 from tiny import tiny_corpus
@@ -33,6 +35,27 @@ def test_inspect_a_store(tmp_path, capsys):
     assert status == 0
     assert "special mean norm" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
+def test_inspect_computes_on_a_cluster_elsewhere(tmp_path, capsys, monkeypatch):
+    here, there = (make_store(tmp_path / name, rows=45) for name in ("here", "there"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with cluster_elsewhere(folder=tmp_path / "elsewhere") as (address, process):
+        status, out, _ = ask(capsys, "inspect", "there/l3.zarr", "--scheduler", address, "--json")
+        assert status == 0
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+        (there / STATISTICS).unlink()
+        status, _, said = ask(capsys, "inspect", there, "--scheduler", address)
+        assert status == 1
+        assert f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or leave --scheduler out" in said
+    monkeypatch.undo()
+    facts, expected = json.loads(out), json.loads(ask(capsys, "inspect", here, "--json")[1])
+    assert {**facts, "path": ""} == {**expected, "path": ""}
+    assert facts["median_norm"] > 0
 
 
 def test_inspect_an_unfinished_store_without_statistics(tmp_path, capsys):
