@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from tcsae.cache.commits import LOG, parse_log
 from tcsae.cache.layout import SPECIAL, Compression, RowBlock, StoreLayout
-from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity
+from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, group_document, read_manifest
+from tcsae.cache.metadata import ARRAYS, array_document, shard_key, to_json
 from tcsae.cache.writer import StoreSetWriter
 
 if TYPE_CHECKING:
@@ -142,6 +146,21 @@ def grow_store(path: Path, rows: int) -> Path:
     with StoreSetWriter.open({store.layer: path}, {store.layer: manifest}) as writer:
         write_rows(writer, block, {store.layer: bits})
     return path
+
+
+def tile_store(path: Path, shards: int) -> None:
+    """Lengthen a finished store of whole shards to ``shards``: the others are hard links to the first ones, hashes and all."""
+    manifest, (first, _) = read_manifest(path), parse_log((path / LOG).read_bytes())
+    size = manifest.layout.shard_rows
+    lines = [replace(first[n % len(first)], shard=n, first_row=n * size).to_line() for n in range(shards)]
+    for shard in range(len(first), shards):
+        for name in ARRAYS:
+            os.link(path / shard_key(name, shard % len(first)), path / shard_key(name, shard))
+    (path / LOG).write_bytes(b"".join(lines))
+    grown = manifest.model_copy(update={"planned_rows": shards * size})
+    (path / "zarr.json").write_bytes(to_json(group_document(grown)))
+    for name in ARRAYS:
+        (path / name / "zarr.json").write_bytes(to_json(array_document(name, manifest.layout, shards * size)))
 
 
 def make_store(folder: Path, *, layer: int = 3, **options) -> Path:

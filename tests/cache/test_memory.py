@@ -1,14 +1,9 @@
 """Memory does not grow with the store: a store of hard links to one shard, far larger than what reading it may take."""
 
-import os
-
 import psutil
 import torch
-from stores import make_block, make_manifest, write_rows
-from tcsae.cache.commits import LOG, Commit, parse_log
+from stores import make_block, make_manifest, tile_store, write_rows
 from tcsae.cache.layout import StoreLayout
-from tcsae.cache.manifest import group_document
-from tcsae.cache.metadata import ARRAYS, array_document, shard_key, to_json
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.windows import WindowStream
 from tcsae.cache.writer import StoreSetWriter
@@ -24,18 +19,7 @@ def tiled_store(path):
     about = make_manifest(layout=LAYOUT, planned_rows=LAYOUT.shard_rows)
     with StoreSetWriter.open({3: path}, {3: about}) as writer:
         write_rows(writer, block, {3: x.bfloat16().view(torch.uint16).numpy()}, step=16)
-    ((one,), _) = parse_log((path / LOG).read_bytes())
-    lines = []
-    for shard in range(SHARDS):
-        if shard:
-            for name in ARRAYS:
-                os.link(path / shard_key(name, 0), path / shard_key(name, shard))
-        lines.append(Commit(shard, shard * LAYOUT.shard_rows, LAYOUT.shard_rows, one.files, None).to_line())
-    rows = SHARDS * LAYOUT.shard_rows
-    (path / LOG).write_bytes(b"".join(lines))
-    (path / "zarr.json").write_bytes(to_json(group_document(about.model_copy(update={"planned_rows": rows, "finished": True}))))
-    for name in ARRAYS:
-        (path / name / "zarr.json").write_bytes(to_json(array_document(name, LAYOUT, rows)))
+    tile_store(path, SHARDS)
     return path
 
 
