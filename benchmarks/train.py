@@ -164,14 +164,18 @@ def _run(step: Step, batches: list[Tensor], first: int, n_steps: int) -> Callabl
 
 
 def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
-    """MiB that a few steps of each of ours add to the process (or allocate on the GPU), each in a process of its own."""
-    found = {}
+    """MiB that a few steps of each of ours add to the process (or allocate on the GPU), each in a process of its own.
+
+    The C library is told to give freed memory back at once: what it keeps otherwise varies by more than the term takes.
+    """
+    found, thrifty = {}, {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name in OURS:
         keys = ("d_model", "width", "tokens", "window", "k", "threads", "activation", "device")
         same = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in keys]
         command = [sys.executable, __file__, *same, "--dtype", str(args.dtype).removeprefix("torch.")]
         command += ["--memory-of", name, "--l0", str(l0)]
-        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | thrifty)
+        found[name] = float(done.stdout)
     return found
 
 

@@ -36,7 +36,7 @@ from .selection import largest, true_positions
 # the first. CPU: the steps cross at 0.30 on two Zen 5 cores (2048 × 576 × 4608, float32). CUDA: an estimate, since tensor cores
 # multiply about 50 times faster than a gather brings rows.
 DENSE_ABOVE = {"cpu": 0.25, "cuda": 0.01}
-_TOO_SMALL = 2**17  # pre-activations, below which starting so many small operations costs more than it saves
+_TOO_SMALL = 2**16  # pre-activations (of all members), below which so many small operations cost more than they save
 
 
 class _OfMembers:

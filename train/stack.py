@@ -9,6 +9,7 @@ Shapes: M members, N windows, W positions, D model width, F features.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ class Stack:
             W_dec=_joined([sae.W_dec for sae in saes]),
             b_dec=_joined([sae.b_dec for sae in saes]),
         )
+        self._parameters = [list(sae.parameters()) for sae in saes]
         self._idle_MF = _joined([member.idle_F for member in members])
         self._gradients_of_rows: list[tuple[Tensor, Tensor]] = []  # and these rows
         self._optimiser = members[0].optimiser if len(members) == 1 else _joint_optimiser(members)
@@ -61,7 +63,7 @@ class Stack:
         pairs = zip(self.members, results, strict=True)
         results = [member.world.combine(member.sae, result, share) for member, result in pairs]
         self._keep_rows_unit()
-        norms = [_clipped(member) for member in self.members]
+        norms = self._clip()
         updates = [Update(*each, lr) for each in zip(results, objectives, norms, strict=True)]
         if x_NWD.device.type == "cpu" and not all(map(_is_finite, updates)):
             return updates
@@ -84,6 +86,8 @@ class Stack:
         """Of all members, into ``.grad`` of their parameters."""
         dead = [m.dead if objective.aux_weight > 0 else None for m, objective in zip(self.members, objectives, strict=True)]
         compute_dtype, by_hand = self.members[0].compute_dtype, supports(self.sae)
+        for parameter in itertools.chain(*self._parameters):
+            parameter.grad = None
         if by_hand and len(self.members) > 1:
             dead_MF = None if dead[0] is None else torch.stack([each for each in dead if each is not None])
             options = {"dead_MF": dead_MF, "compute_dtype": compute_dtype}
@@ -96,7 +100,6 @@ class Stack:
             return results
         results, step = [], sparse_step if by_hand else dense_step
         for member, objective, partner_NP, dead_F in zip(self.members, objectives, partners, dead, strict=True):
-            member.sae.zero_grad(set_to_none=True)
             options = {"partner_NP": partner_NP, "dead_F": dead_F, "compute_dtype": compute_dtype}
             results.append(step(member.sae, x_NWD, objective, **options))
         rows = [member.sae.W_dec for member in self.members]
@@ -109,12 +112,27 @@ class Stack:
             # What points along a row of unit norm would only be undone by the renormalisation.
             for gradient, rows in self._gradients_of_rows:
                 gradient -= (gradient * rows).sum(-1, keepdim=True) * rows
+        self._gradients_of_rows = []  # so that the next step finds their memory free
+
+    @torch.no_grad()
+    def _clip(self) -> list[Tensor]:
+        """Every member's gradient norm, before the gradient is clipped by it."""
+        gradients = [p.grad for parameters in self._parameters for p in parameters if p.grad is not None]
+        # As torch.nn.utils.clip_grad_norm_ does it, for all members in as few calls as for one.
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norm_M = torch.linalg.vector_norm(norms.view(len(self.members), -1), dim=1)
+        clip = self.members[0].config.optimiser.clip
+        if clip:
+            each = len(gradients) // len(self.members)
+            shrink = [factor for factor in (clip / (norm_M + 1e-6)).clamp_(max=1.0).unbind() for _ in range(each)]
+            torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
+        return list(norm_M.unbind())
 
     @torch.no_grad()
     def _descend(self) -> None:
         """The optimiser's step, and what holds of the weights after it."""
-        for member in self.members:  # whose states may just have been loaded
-            for parameter in member.sae.parameters():
+        for member, parameters in zip(self.members, self._parameters, strict=True):
+            for parameter in parameters:  # whose state may just have been loaded
                 self._optimiser.state[parameter] = member.optimiser.state[parameter]
         self._optimiser.step()
         if self.members[0].config.sae.decoder == "unit":
@@ -127,18 +145,6 @@ class Stack:
 
 def _is_finite(update: Update) -> bool:
     return math.isfinite(update.result.total) and math.isfinite(update.grad_norm)
-
-
-@torch.no_grad()
-def _clipped(member: Member) -> Tensor:
-    """The norm of a member's gradient, which is clipped afterwards."""
-    gradients = [parameter.grad for parameter in member.sae.parameters() if parameter.grad is not None]
-    # As torch.nn.utils.clip_grad_norm_ does it, without the search for devices that costs more than the norms.
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
-    if member.config.optimiser.clip:
-        shrink = (member.config.optimiser.clip / (norm + 1e-6)).clamp_(max=1.0)
-        torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ if INTERPRETED:
     from tcsae.train.fused import FusedCodes, fused_codes
     from tcsae.train.objective import Objective, TemporalTerm
     from tcsae.train.sae import TemporalSAE
-    from tcsae.train.sparse import sparse_step
+    from tcsae.train.sparse import Stacked, sparse_step, stacked_step
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -168,6 +168,28 @@ def test_whole_step_on_kernels_equals_autograd(kind: str, form: str, norms: bool
     assert torch.equal(result.fired_F, fired)
     for name in WEIGHTS:
         torch.testing.assert_close(getattr(sae, name).grad.double(), gradients[name], rtol=1e-4, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize("above", [1.0, -1.0])
+def test_a_stack_on_kernels_equals_its_members_alone(above: float) -> None:
+    saes = [sae_and_windows(Activation("relu"), seed)[0] for seed in (2, 3, 4)]
+    x = sae_and_windows(Activation("relu"), 5)[1]
+    terms = [TemporalTerm(), TemporalTerm("pairwise", 0.3, n_features=40), TemporalTerm("pairwise", 0.1, n_features=25)]
+    objectives = [Objective(weight, True, term) for weight, term in zip((0.2, 0.0, 0.5), terms, strict=True)]
+    single = [Stacked.of(sae) for sae in saes]
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    weights = Stacked(*(torch.cat([getattr(each, name) for each in single]) for name in names))
+    results, gradients = stacked_step(weights, saes, x, objectives, [None] * 3, dense_above=above)
+    for m, (sae, objective) in enumerate(zip(saes, objectives, strict=True)):
+        expected = sparse_step(sae, x, objective, dense_above=above)
+        torch.testing.assert_close(results[m].total, expected.total)
+        torch.testing.assert_close(results[m].temporal, expected.temporal)
+        assert torch.equal(results[m].fired_F, expected.fired_F)
+        for name in names:
+            alone = getattr(sae, name).grad
+            mine = getattr(gradients, name)[m]
+            torch.testing.assert_close(mine.t() if name == "W_enc" else mine, alone, rtol=1e-5, atol=1e-6)
 
 
 @inside

@@ -30,6 +30,15 @@ def test_training_benchmark_trains_all_contenders_to_one_l0() -> None:
 
 
 @pytest.mark.slow
+def test_sweep_benchmark_reads_the_store_once_where_runs_read_it_eight_times() -> None:
+    results = record_of("sweep.py", "--quick")["results"]
+    assert results["small"]["stacks"] == [8]
+    for result in results.values():
+        assert result["sweep_by_runs"]["bytes"] == pytest.approx(1 / 8, rel=0.05)
+        assert result["sweep_by_runs"]["seconds"] > 0
+
+
+@pytest.mark.slow
 def test_candidates_of_every_part_agree() -> None:
     record = record_of("products.py", "--tokens", "64", "--d-model", "16", "--width", "256", "--l0", "8", "--rounds", "2")
     assert "weight gradient" in record["l0 8"]
