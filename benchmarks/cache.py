@@ -7,8 +7,8 @@ Reading: whole chunks in order and at random through ``ActivationStore.read_chun
 ``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same threads; a row
 by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python reading, zarr-python
 appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page cache when they are read.
-``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect shuffle. Prints one JSON record of
-medians; GB are of bfloat16 activations, whatever a format stores.
+``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect shuffle. Prints one JSON record:
+medians, and ratios as medians over turns (the machine's own speed changes); GB are of bfloat16, whatever a format stores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import operator
 import os
 import platform
 import statistics
@@ -46,13 +47,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def medians(repeats: int, **ways: Callable[[], float]) -> dict[str, float]:
-    """Each way ``repeats`` times, taking turns, so that all meet the same machine; the median of what each returns."""
+def turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
+    """What each way returns, ``repeats`` times, all taking turns so that they meet the same machine."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             found[name].append(way())
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
 
 
 def aligned(n: int) -> np.ndarray:
@@ -218,7 +219,7 @@ class Reads:
         return times[n // 2], times[int(n * 0.99)]
 
 
-def arrow(data: Data, folder: Path, rows: int) -> float:
+def arrow(data: Data, folder: Path, rows: int) -> Callable[[], float]:
     """GB/s (of the bfloat16 they stand for) of a float32 Arrow dataset of rows, read as torch batches as SAELens does."""
     import datasets
 
@@ -229,37 +230,43 @@ def arrow(data: Data, folder: Path, rows: int) -> float:
     made = datasets.Dataset.from_dict({"acts": floats}, features=features)
     made.save_to_disk(str(folder / "arrow"))
     stored = datasets.load_from_disk(str(folder / "arrow")).with_format("torch")
-    taken = seconds(lambda: [stored[low : low + 8]["acts"] for low in range(0, rows, 8)])
-    return rows * data.layout.bytes_per_row / taken / 1e9
+
+    def read() -> float:
+        taken = seconds(lambda: [stored[low : low + 8]["acts"] for low in range(0, rows, 8)])
+        return rows * data.layout.bytes_per_row / taken / 1e9
+
+    return read
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Everything, in GB/s or milliseconds."""
     data = Data(options.gb, options.d_model)
-    found = medians(
+    found = turns(
         options.repeats,
         write_store=lambda: write_store(data, folder),
         write_raw=lambda: write_raw(data, folder),
+        zarr_python_append=lambda: append_zarr(data, folder, min(data.rows, data.layout.shard_rows)),
     )
     for file in folder.glob("raw*"):
         file.unlink()
-    threads = read_pool()._max_workers
-    reads = Reads(data, folder / "l0.zarr", threads)
+    reads = Reads(data, folder / "l0.zarr", read_pool()._max_workers)
     reads.ours(random=False)  # into the page cache
-    found |= medians(
+    found |= turns(  # by themselves: what the others do to caches and free memory is felt by whoever comes next
         options.repeats,
-        sequential=lambda: reads.ours(random=False),
         sequential_pread=lambda: reads.pread(random=False),
-        random=lambda: reads.ours(random=True),
+        sequential=lambda: reads.ours(random=False),
         random_pread=lambda: reads.pread(random=True),
+        random=lambda: reads.ours(random=True),
+    )
+    found |= turns(
+        options.repeats,
+        beside_others=lambda: reads.ours(random=False),
         windows=reads.windows,
         zarr_python=lambda: reads.zarr(random=False),
+        arrow=arrow(data, folder, min(data.layout.shard_rows, 128)),
     )
-    found["mixing"] = reads.mixing()
-    found["row_ms"], found["row_p99_ms"] = reads.point()
-    found["zarr_python_append"] = append_zarr(data, folder, min(data.rows, data.layout.shard_rows))
-    found["arrow"] = arrow(data, folder, min(data.layout.shard_rows, 128))
-    return found
+    row_ms, row_p99_ms = reads.point()
+    return found | {"mixing": [reads.mixing()], "row_ms": [row_ms], "row_p99_ms": [row_p99_ms]}
 
 
 def main() -> None:
@@ -272,18 +279,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(options, Path(folder))
-    ratios = {
-        "sequential / pread (goal 0.8)": found["sequential"] / found["sequential_pread"],
-        "random / pread (goal 0.8)": found["random"] / found["random_pread"],
-        "windows / pread": found["windows"] / found["random_pread"],
-        "write / raw write + fsync (goal 0.8)": found["write_store"] / found["write_raw"],
-        "read / zarr-python (goal 3)": found["sequential"] / found["zarr_python"],
-        "read / Arrow cache (goal 10)": found["sequential"] / found["arrow"],
-        "write / zarr-python appending (goal 5)": found["write_store"] / found["zarr_python_append"],
+    pairs = {
+        "sequential / pread (goal 0.8)": ("sequential", "sequential_pread"),
+        "random / pread (goal 0.8)": ("random", "random_pread"),
+        "windows / pread": ("windows", "random_pread"),
+        "write / raw write + fsync (goal 0.8)": ("write_store", "write_raw"),
+        "read / zarr-python (goal 3)": ("beside_others", "zarr_python"),
+        "read / Arrow cache (goal 10)": ("beside_others", "arrow"),
+        "write / zarr-python appending (goal 5)": ("write_store", "zarr_python_append"),
     }
+    ratios = {name: statistics.median(map(operator.truediv, found[one], found[other])) for name, (one, other) in pairs.items()}
+    medians = {name: statistics.median(values) for name, values in found.items()}
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gb": options.gb}
     machine |= {name: version(name) for name in ("torch", "numpy", "zarr", "crc32c", "datasets")}
-    rounded = ({name: round(value, 3) for name, value in part.items()} for part in (ratios, found))
+    rounded = ({name: round(value, 3) for name, value in part.items()} for part in (ratios, medians))
     print(json.dumps({"ratios": next(rounded), "measured": next(rounded), "machine": machine}, indent=2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import uuid
 from collections import OrderedDict
@@ -95,8 +96,8 @@ class LocalPlace:
         return os.stat(nearest).st_dev, shutil.disk_usage(nearest).free
 
 
-# Parts are looked at while they are still in the core's cache: with a hash 0.88 of the speed of reading alone, against 0.78.
-_SLICE_BYTES = 1 << 20
+# Parts are looked at while they are still in the core's cache: hashed so, 0.85 of the speed of reading alone; whole, 0.7.
+_SLICE_BYTES = 1 << 19
 
 
 class LocalFiles:
@@ -119,13 +120,14 @@ class LocalFiles:
 
     def stream_into(self, key: str, offset: int, body: Any, seen: Callable[[Any], object]) -> int:  # noqa: D102
         with plain_errors(f"read {self._place}/{key}"):
-            file = self._file(key)
-            for start in range(0, len(body), _SLICE_BYTES):
-                part = body[start : start + _SLICE_BYTES]
-                if (n := preadv_all(file.fd, offset + start, [part])) < len(part):
+            file, view = self._file(key), memoryview(body).cast("B")
+            for start in range(0, len(view), _SLICE_BYTES):
+                part = view[start : start + _SLICE_BYTES]
+                n = os.preadv(file.fd, (part,), offset + start)
+                if n < len(part) and (n := n + preadv_all(file.fd, offset + start + n, [part[n:]])) < len(part):
                     return start + n
                 seen(part)
-            return len(body)
+            return len(view)
 
     def close(self) -> None:  # noqa: D102
         with self._lock:
@@ -146,8 +148,12 @@ class _OpenFile:
     def __init__(self, fd: int):
         self.fd = fd
 
-    def __del__(self):
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close):  # bound: at the interpreter's end `os` may be gone
+        close(self.fd)
+
+
+# Writeback begins while the rest of a file is still hashed and written, so that the fsync at its end has little left to do.
+_WRITEBACK_BYTES = 16 << 20
 
 
 class LocalSink:
@@ -161,10 +167,15 @@ class LocalSink:
         self._partial = final.with_name(f"{final.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
         with plain_errors(f"write {final}"):
             self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._written = self._started = 0
 
     def write(self, buffers: Sequence[Any]) -> None:  # noqa: D102
         with plain_errors(f"write {self._final}"):
             write_all(self._fd, buffers)
+            self._written += sum(memoryview(b).nbytes for b in buffers)
+            if self._written - self._started >= _WRITEBACK_BYTES:
+                start_writeback(self._fd, self._started, self._written - self._started)
+                self._started = self._written
 
     def commit(self, confirm: Callable[[], None] | None = None) -> None:  # noqa: D102
         with plain_errors(f"write {self._final}"):
@@ -213,6 +224,12 @@ def write_all(fd: int, buffers: Sequence[Any]) -> None:
     pending = [memoryview(b).cast("B") for b in buffers]
     while pending:
         pending = _advance(pending, os.writev(fd, pending))
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write dirty pages, without waiting: advice that Linux takes so; others have no such call."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _advance(pending: list[memoryview], n: int) -> list[memoryview]:

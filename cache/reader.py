@@ -139,7 +139,13 @@ class ShardReader:
         if len(jobs) == 1:
             jobs[0]()
             return
-        futures = [read_pool().submit(job) for job in jobs]
+        pool, waiting = read_pool(), iter(jobs)
+
+        def work() -> None:
+            for job in waiting:  # shared: a thread takes the next job when it is done with one
+                job()
+
+        futures = [pool.submit(work) for _ in range(min(pool._max_workers, len(jobs)))]
         problems = [future.exception() for future in futures]  # nobody may write into a buffer after we return
         for problem in problems:
             if problem is not None:
