@@ -46,6 +46,7 @@ from tcsae.train.trainer import open_stream
 GOAL = -0.005
 CLAIMED = ("explained_variance", "ce_score_mean")
 SHOWN = (*CLAIMED, "ce_score_zero", "kl", "l0")
+VERDICT = {True: "met", False: "**missed**", None: "no interval"}
 ORDER = "order.json"
 KINDS = {"relu": "standard", "batchtopk": "batchtopk"}
 # 97.5 % points of Student's t with 1 … 9 degrees of freedom.
@@ -85,7 +86,8 @@ def peer_orders(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         "lr_decay_steps": int(chosen.decay_share * steps),
         "dead_feature_window": dead_after(config) // per_step,
     }
-    sizes = {"d_in": args.d_model, "d_sae": args.width, "decoder_init_norm": 1.0}  # its default, 0.1, is worse in short runs
+    # As ours begins. In trials of 200 steps its default, 0.1, was worse for standard and .001 better for batchtopk.
+    sizes = {"d_in": args.d_model, "d_sae": args.width, "decoder_init_norm": 1.0}
     rising = {"l1_warm_up_steps": int(config.loss.l1_warmup * steps)}
     wanted = [(f"standard{l1:g}", "standard", {"l1_coefficient": l1, **rising}) for l1 in args.l1]
     wanted.append((f"batchtopk{args.k}", "batchtopk", {"k": args.k}))
@@ -178,7 +180,7 @@ def at_l0(points: Sequence[Point], l0: float) -> Point:
     upper = next((i for i in range(1, len(points)) if points[i]["l0"] >= l0), len(points) - 1)
     a, b = points[upper - 1], points[upper]
     share = math.log(l0 / a["l0"]) / math.log(b["l0"] / a["l0"])
-    return {name: a[name] + share * (b[name] - a[name]) for name in SHOWN}
+    return {name: a[name] + share * (b[name] - a[name]) for name in SHOWN} | {"l0": l0}
 
 
 def common_l0(frontiers: Sequence[Sequence[Point]], wanted: float) -> float:
@@ -214,8 +216,9 @@ def compare(args: argparse.Namespace, report: EvaluationReport) -> dict[str, Any
             }
             for side in ("ours", "tc")
         }
-        met = {name: (low := differences["ours - theirs"][name]["low"]) is not None and low > GOAL for name in CLAIMED}
+        lowest = [differences["ours - theirs"][name]["low"] for name in CLAIMED]
         how = f"interpolated in log L0 at {l0:.1f}" if frontier else f"equal k = {args.k}, own thresholds"
+        met = None if None in lowest else all(low > GOAL for low in lowest)  # a single seed has no interval
         found[kind] = {"l0": how, "means": means, "differences": differences, "goal_met": met, "measured": mine}
     return found
 
@@ -229,7 +232,7 @@ def table(found: dict[str, Any]) -> str:
             cells = [f"{kind}, {label}", *(f"{m[name]:.4f}" for name in CLAIMED), f"{m['kl']:.4f}", f"{m['l0']:.1f}"]
             difference = one["differences"].get(f"{side} - theirs")
             cells += [_with_bounds(difference[name]) if difference else "" for name in CLAIMED]
-            cells.append("" if side != "ours" else "met" if all(one["goal_met"].values()) else "**missed**")
+            cells.append(VERDICT[one["goal_met"]] if side == "ours" else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -252,7 +255,7 @@ def main() -> None:
     record = {
         "goal": f"lower bounds of {' and '.join(CLAIMED)} above {GOAL}",
         "results": found,
-        "goal_met": all(met for one in found.values() for met in one["goal_met"].values()),
+        "goal_met": None if len(args.seeds) < 2 else all(one["goal_met"] for one in found.values()),
         "evaluated_on": {"tokens": report.n_tokens, "documents": report.n_documents},
         "settings": {name: str(value) for name, value in vars(args).items()},
         "peer": peer_orders(args, args.seeds[0]),
@@ -282,7 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3, help="of both")
     parser.add_argument("--batches", type=int, default=5, help="of 16 rows of held-out text; at most 10")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="of each of the two sides")
-    parser.add_argument("--quick", action="store_true", help="a few steps of two seeds")
+    parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see it run")
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.steps, args.seeds, args.width, args.k, args.batches = 20_000, 20, [0, 1], 256, 16, 1
