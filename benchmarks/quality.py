@@ -31,6 +31,7 @@ import torch
 from tcsae.cache.store import ActivationStore
 from tcsae.console import note
 from tcsae.evaluate.config import EvaluateConfig
+from tcsae.evaluate.jackknife import STUDENT
 from tcsae.evaluate.machine import describe_machine, versions
 from tcsae.evaluate.results import EvaluationReport, Record
 from tcsae.evaluate.run import evaluate
@@ -49,8 +50,6 @@ SHOWN = (*CLAIMED, "ce_score_zero", "kl", "l0")
 VERDICT = {True: "met", False: "**missed**", None: "no interval"}
 ORDER = "order.json"
 KINDS = {"relu": "standard", "batchtopk": "batchtopk"}
-# 97.5 % points of Student's t with 1 … 9 degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def our_config(args: argparse.Namespace, activation: str, seed: int) -> TrainConfig:

@@ -168,14 +168,14 @@ def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
 
     The C library is told to give freed memory back at once: what it keeps otherwise varies by more than the term takes.
     """
-    found, thrifty = {}, {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    thrifty = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = {}
     for name in OURS:
         keys = ("d_model", "width", "tokens", "window", "k", "threads", "activation", "device")
         same = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in keys]
         command = [sys.executable, __file__, *same, "--dtype", str(args.dtype).removeprefix("torch.")]
         command += ["--memory-of", name, "--l0", str(l0)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | thrifty)
-        found[name] = float(done.stdout)
+        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True, env=thrifty).stdout)
     return found
 
 
@@ -209,9 +209,8 @@ def floor(args: argparse.Namespace) -> dict[str, float]:
     copied = _best(lambda a: a.add_(1), torch.randn(2**26, device=args.device))
     flops, adam_bytes = 5 * 2 * args.tokens * args.d_model * args.width, 2 * args.d_model * args.width * 4 * 7
     product, traffic = flops / (2 * 4096**3 / rate), adam_bytes / (2 * 4 * 2**26 / copied)
-    tokens = args.tokens / (product + traffic)
     parts = {"products_ms": 1e3 * product, "adam_ms": 1e3 * traffic}
-    return {"matmul_tflops": 2e-12 * 4096**3 / rate, **parts, "tokens_per_second": tokens}
+    return {"matmul_tflops": 2e-12 * 4096**3 / rate, **parts, "tokens_per_second": args.tokens / (product + traffic)}
 
 
 def _best(function: Callable[[Tensor], object], tensor: Tensor) -> float:
@@ -262,9 +261,8 @@ def main() -> None:
         if args.peers and args.activation == "relu":
             n_tokens = args.tokens // args.window * args.window
             contenders |= {name: partial(PEERS[name], trained.sae, l1, LR, n_tokens, args.dtype) for name in installed()}
-        result = {"target_l0": target, "reached_l0": round(reached, 1), "l1": round(l1, 3)}
-        result |= {"contenders": compete(contenders, batches, args.steps), "peak_mib": peak_memory(args, target)}
-        record["results"].append(result)
+        measured = {"contenders": compete(contenders, batches, args.steps), "peak_mib": peak_memory(args, target)}
+        record["results"].append({"target_l0": target, "reached_l0": round(reached, 1), "l1": round(l1, 3), **measured})
     print(json.dumps(record, indent=2))
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=2) + "\n")

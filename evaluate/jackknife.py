@@ -16,8 +16,8 @@ from torch import Tensor
 from .results import Metric, Number
 
 GROUPS = 8
-# 97.5 % points of Student's t with 1 … 7 degrees of freedom.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
+# 97.5 % points of Student's t with 1 … 9 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Jackknifed(Metric):
@@ -105,4 +105,4 @@ def _half_width(left_out: Sequence[float]) -> float | None:
         return None
     found = torch.tensor(left_out, dtype=torch.float64)
     spread = (len(found) - 1) / len(found) * float(((found - found.mean()) ** 2).sum())
-    return _STUDENT[len(found) - 2] * math.sqrt(spread)
+    return STUDENT[len(found) - 2] * math.sqrt(spread)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -329,8 +330,12 @@ def test_writeback_begins_while_a_file_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"".join(bytes([size]) * size + b"tail" for size in (60, 60, 10, 250, 30))
 
 
-def test_starting_writeback_keeps_the_bytes(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice means this on Linux only")
+def test_starting_writeback_keeps_the_bytes(tmp_path, monkeypatch):
+    real, asked = os.posix_fadvise, []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *advice: asked.append(advice) or real(fd, *advice))
     with open(tmp_path / "file", "wb+", buffering=0) as file:
         file.write(b"x" * 10_000)
-        local.start_writeback(file.fileno(), 0, 10_000)
+        local.start_writeback(file.fileno(), 100, 9_000)
         assert os.pread(file.fileno(), 10_000, 0) == b"x" * 10_000
+    assert asked == [(100, 9_000, os.POSIX_FADV_DONTNEED)]
