@@ -49,6 +49,10 @@ class Stacked:
         """A stack of one; a view."""
         return cls(*(weight.unsqueeze(0) for weight in (sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)))
 
+    def part(self, of: slice) -> Stacked:
+        """Some of the members; a view."""
+        return Stacked(self.W_enc[of], self.b_enc[of], self.W_dec[of], self.b_dec[of])
+
 
 def supports(sae: TemporalSAE) -> bool:
     """Whether :func:`sparse_step` can train this SAE: with every temporal term, and every activation but jumprelu."""
@@ -137,7 +141,10 @@ def stacked_step(
     if norms_C is not None:
         _shrink_rows(gradients, weights, codes, norms_C, [each.sparsity_weight / n_tokens for each in objectives])
     if objectives[0].aux_weight > 0 and dead_MF is not None and bool(dead_MF.any()):
-        more["auxiliary"] = _add_auxiliary(gradients, weights, pre, centred, residual, dead_MF, objectives[0])
+        # Padded together a call is saved; on a CPU the bits of a member alone come first, and they depend on a matrix's width.
+        together = [slice(m, m + 1) for m in range(len(saes))] if x.device.type == "cpu" else [slice(None)]
+        parts = ((gradients.part(of), weights.part(of), pre[of], centred[of], residual[of], dead_MF[of]) for of in together)
+        more["auxiliary"] = torch.cat([_add_auxiliary(*part, objectives[0]) for part in parts])
     if saes[0].subtract_b_dec:
         for W_enc, b_enc, b_dec in zip(weights.W_enc, gradients.b_enc, gradients.b_dec, strict=True):
             b_dec.sub_(W_enc.t() @ b_enc)
@@ -234,6 +241,8 @@ def _add_auxiliary(
     """
     n_members, n_tokens, n_features = pre_MTF.shape
     counts = dead_MF.sum(1).tolist()
+    if not any(counts):
+        return residual_MTD.new_zeros(n_members)
     most, columns_Q = max(counts), dead_MF.view(-1).nonzero().view(-1)
     padded = []
     for member, (pre_TF, columns) in enumerate(zip(pre_MTF, columns_Q.split(counts), strict=True)):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from stores import make_store
-from tcsae.train import codes, memory, run
+from tcsae.train import codes, memory, run, sparse
 from tcsae.train.checkpoint import load_checkpoint, save_checkpoint
 from tcsae.train.member import Member
 from tcsae.train.memory import member_bytes, split_passes, stacks, step_bytes
@@ -105,6 +105,23 @@ def test_entries_in_company_and_matrices_alone_agree_within_rounding(monkeypatch
     # The stack is large enough for active entries, its members alone are not: other kernels, other sums.
     monkeypatch.setattr(codes, "_TOO_SMALL", 2 * WINDOWS * W * F)
     check_alike(plans_of({}, {"run.seed": ("0", "1", "2")}), bits=False)
+
+
+@pytest.mark.usefixtures("kind_of_codes")
+def test_auxiliary_terms_padded_together_are_those_of_every_member() -> None:
+    """As on a GPU, where a call costs more than padding."""
+    members = members_of(plans_of({}, {"run.seed": ("0", "1", "2", "3")}))
+    weights = Stack(members).weights
+    generator = torch.Generator().manual_seed(0)
+    pre, centred, residual = (torch.randn(4, WINDOWS * W, n, generator=generator) for n in (F, D, D))
+    dead_MF, objective = torch.stack([member.dead for member in members]), members[0].objective
+    found = []
+    for parts in ([slice(None)], [slice(m, m + 1) for m in range(4)]):
+        sums = sparse.Stacked(*(torch.zeros_like(each) for each in vars(weights).values()))
+        args = [(sums.part(of), weights.part(of), pre[of], centred[of], residual[of], dead_MF[of]) for of in parts]
+        found.append((torch.cat([sparse._add_auxiliary(*each, objective) for each in args]), *vars(sums).values()))
+    assert found[0][0].count_nonzero() == 2
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_member_that_is_not_finite_stops_the_stack_and_is_known() -> None:
