@@ -1,6 +1,6 @@
 """A sweep of 8 SAEs on one stream against the same 8 trained one after the other: time, and bytes read from the store.
 
-    python benchmarks/sweep.py                            both shapes, about four minutes on two cores
+    python benchmarks/sweep.py                            both shapes, about a quarter of an hour on two cores
     python benchmarks/sweep.py --only small --turns 5     the launch-bound shape alone
     python benchmarks/sweep.py --quick                    does it run at all?
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tcsae.allocator import keeping_freed_memory
 from tcsae.cache.store import ActivationStore
 from tcsae.console import set_quiet
 from tcsae.train.config import TrainConfig
@@ -44,7 +45,7 @@ from stores import make_store
 GRID = {"temporal.weight": ("0", "0.03", "0.1", "0.3"), "run.seed": ("0", "1")}
 CONTEXT = 128
 SHAPES = {  # d_model, features, k, tokens per batch, steps
-    "large": (576, 4608, 64, 2048, 20),
+    "large": (576, 4608, 64, 2048, 100),
     "small": (64, 256, 16, 64, 500),
 }
 QUICK = {"large": (32, 256, 8, 256, 4), "small": (16, 64, 4, 64, 6)}
@@ -87,6 +88,7 @@ class Contest:
         for plan in self.plans:
             train(_alone(plan.config))
 
+    @keeping_freed_memory()
     def compute(self) -> None:
         """Nothing but the steps of each."""
         for plan in self.plans:

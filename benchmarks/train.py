@@ -6,9 +6,9 @@
     python benchmarks/train.py --quick                         does it run at all?
 
 For every L0 one SAE is trained, λ1 steered, until it has that L0. Then all train on the same batches in turns of ten timed
-steps, so that whatever else the machine does hits all alike, and begin every turn with the trained weights, so that L0 stays.
-Ratios are medians over turns of a contender's time by that of ours in the same turn; tokens per second are the best turn's.
-Prints one JSON record.
+steps, so that other work on the machine hits all alike, and begin every turn with the trained weights, so that L0 stays. Freed
+memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a contender's time by that of ours in the
+same turn; tokens per second are the best turn's. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from peers_train import PEERS, Step, installed
+from tcsae.allocator import keeping_freed_memory
 from tcsae.train import member as member_module
 from tcsae.train import stack as stack_module
 from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
@@ -110,8 +111,7 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     """One of OURS, going on from the trained member."""
     member = copy.deepcopy(trained)
     member.config = member.config.model_copy(update={"optimiser": member.config.optimiser.model_copy(update={"lr": LR})})
-    # A deep copy of an optimiser would still hold the old weights.
-    member.optimiser = member_module._new_optimiser(member.sae, member.config)
+    member.optimiser = member_module._new_optimiser(member.sae, member.config)  # a copied one would hold the old weights
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
     member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
@@ -128,10 +128,10 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     return step
 
 
+@keeping_freed_memory()
 def compete(contenders: dict[str, Callable[[], Step]], batches: list[Tensor], n_steps: int) -> dict[str, Any]:
     """Turns of TURN steps; seconds per step of each turn and the L0 at its end."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    l0: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds, l0 = ({name: [] for name in contenders} for _ in range(2))
     for turn in range(max(1, n_steps // TURN)):
         for name, contender in contenders.items():
             step = contender()

@@ -19,6 +19,7 @@ import safetensors
 import torch
 
 from .. import __version__
+from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, UsageError
@@ -59,6 +60,7 @@ class TrainSummary:
         return facts | {"folder": self.runs[0].parent}
 
 
+@keeping_freed_memory()
 def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False) -> TrainSummary:
     """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is finished.
 
