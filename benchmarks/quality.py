@@ -38,11 +38,11 @@ from tcsae.evaluate.run import evaluate
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.run import extract
 from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
+from tcsae.train.feed import open_stream
 from tcsae.train.inputs import Inputs
 from tcsae.train.member import dead_after
 from tcsae.train.plan import tokens_per_step
 from tcsae.train.run import train
-from tcsae.train.trainer import open_stream
 
 GOAL = -0.005
 CLAIMED = ("explained_variance", "ce_score_mean")
@@ -110,7 +110,7 @@ def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
     command = [args.peer_python, str(Path(__file__).with_name("peers_quality.py"))]
     command.append(json.dumps({**order, "scale": inputs.scale, "out": str(partial)}))
     log = folder.with_name(f"{folder.name}.log")
-    with log.open("w") as stderr, open_stream(store, config, inputs) as stream:
+    with log.open("w") as stderr, open_stream(store, config.data, inputs) as stream:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr)
         assert process.stdin is not None
         try:

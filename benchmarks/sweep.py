@@ -30,6 +30,7 @@ from tcsae.allocator import keeping_freed_memory
 from tcsae.cache.store import ActivationStore
 from tcsae.console import set_quiet
 from tcsae.train.config import TrainConfig
+from tcsae.train.feed import open_stream
 from tcsae.train.inputs import Inputs
 from tcsae.train.member import Member
 from tcsae.train.memory import stacks
@@ -37,7 +38,6 @@ from tcsae.train.plan import MemberPlan, plan_members, tokens_per_step
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
 from tcsae.train.stack import Stack
-from tcsae.train.trainer import open_stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from stores import make_store
@@ -75,7 +75,7 @@ class Contest:
         self.inputs = Inputs.of(self.config.data, statistics_)
         known = {"layer": opened.layer, "d_model": opened.d_model, "n_tokens": statistics_.n_tokens}
         self.plans: list[MemberPlan] = plan_members(self.config, GRID, **known)
-        stream = open_stream(opened, self.config, self.inputs)
+        stream = open_stream(opened, self.config.data, self.inputs)
         self.batches = [self.inputs.prepare(stream.next_batch().x_NWD, self.device) for _ in range(min(self.steps, 32))]
         stream.close()
 

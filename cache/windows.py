@@ -1,8 +1,9 @@
 """Endless shuffled windows over a store: a pure function of its rows, the settings and a seed, resumable from a few numbers.
 
 An *epoch* visits every chunk once, in a seeded order. Consecutive chunks of that order form a *pool* in memory, while a thread
-reads the next one. Inside a pool every run of usable consecutive tokens is cut into windows from a random offset, and the
-windows of all its runs are shuffled together. What is left of a pool after its last whole batch is dropped and counted.
+reads the next one; rows that fit into one pool are read once, whatever the number of epochs. Inside a pool every run of usable
+consecutive tokens is cut into windows from a random offset, and the windows of all its runs are shuffled together. What is left
+of a pool after its last whole batch is dropped and counted.
 
 Shapes: W window, D model width, N windows of a batch.
 """
@@ -61,6 +62,7 @@ class WindowStream:
         norm_limit: tokens of a larger norm are left out, and windows end at them.
         rows: use only the first so many rows (all by default), so that a store may grow without changing the stream.
         prefetch: read the next pool in a thread.
+        pin_memory: batches come in page-locked memory, from which a GPU copies while it computes.
         together: so many windows of one row and document stay side by side, for pairs that are no neighbours.
 
     Raises:
@@ -80,6 +82,7 @@ class WindowStream:
         norm_limit: float | None = None,
         rows: int | None = None,
         prefetch: bool = True,
+        pin_memory: bool = False,
         together: int = 1,
     ):
         if not 1 <= window <= store.context or tokens_per_batch < window * together:
@@ -95,8 +98,10 @@ class WindowStream:
         self._limit = norm_limit
         self._norms_kept = norm_limit is not None and cached_statistics(store) is not None
         self._pools = self._split(pool_tokens, tokens_per_batch)
+        self._pin = pin_memory
         self._thread = ThreadPoolExecutor(1, "window-prefetch") if prefetch else None
         self._buffers = [torch.empty(0, dtype=torch.bfloat16) for _ in range(2)]
+        self._whole: torch.Tensor | None = None  # all rows, where they are one pool
         self._next: tuple[tuple[int, int], Future[_Pool]] | None = None
         self.seconds_waiting = 0.0
         self._begin(epoch=0, pool=0, batch=0, dropped_windows=0, unused_tokens=0)
@@ -205,7 +210,7 @@ class WindowStream:
 
     def _gather(self, pool: _Pool, low: int, high: int) -> WindowBatch:
         index = (pool.at_N[low:high, None] + torch.arange(self.window)).flatten()
-        x_NWD = take_rows(pool.x_ND, index).unflatten(0, (high - low, self.window))
+        x_NWD = take_rows(pool.x_ND, index, pin_memory=self._pin).unflatten(0, (high - low, self.window))
         return WindowBatch(x_NWD, pool.documents_N[low:high], pool.rows_N[low:high], pool.starts_N[low:high])
 
     # --- pools ---------------------------------------------------------------------------------------------------------
@@ -222,33 +227,44 @@ class WindowStream:
         return taken
 
     def _read(self, epoch: int, pool: int) -> _Pool:
-        store, parity = self._store, (epoch * self._pools + pool) % 2
+        store = self._store
         order = np.random.default_rng([self._seed, epoch]).permutation(store.layout.chunks_for(self._rows))
         chunks = [int(c) for c in np.array_split(order, self._pools)[pool]]
         ranges = [store.chunk_range(chunk) for chunk in chunks]
-        n_rows = sum(map(len, ranges))
-        if len(self._buffers[parity]) < n_rows:
-            self._buffers[parity] = torch.empty((n_rows, store.context, store.d_model), dtype=torch.bfloat16)
-        x_RTD = store.read_chunks(chunks, self._buffers[parity])
         rows_R = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+        x_RTD, places_R = self._tokens(chunks, rows_R, (epoch * self._pools + pool) % 2)
         documents_RT = np.concatenate([store.documents(r.start, r.stop) for r in ranges])
-        usable_RT = self._usable(x_RTD, ranges) & (rows_R < self._rows)[:, None]
+        usable_RT = self._usable(x_RTD, places_R, ranges) & (rows_R < self._rows)[:, None]
         rng = np.random.default_rng([self._seed, epoch, pool])
         at, unused = cut_windows(usable_RT, documents_RT, self.window, rng)
         at, alone = shuffle_windows(at, documents_RT, self._together, rng)
         unused += alone * self.window
         row, start = np.divmod(at, store.context)
         documents = documents_RT.reshape(-1)[at].astype(np.int64)
-        numbers = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (at, documents, rows_R[row], start)]
+        found = (places_R[row] * store.context + start, documents, rows_R[row], start)
+        numbers = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in found]
         return _Pool(x_RTD.flatten(0, 1), numbers[0], numbers[1], numbers[2], numbers[3], unused)
 
-    def _usable(self, x_RTD: torch.Tensor, ranges: list[range]) -> np.ndarray:
+    def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Rows in memory, and the place of each of ``rows_R`` (those of ``chunks``) among them."""
+        if self._whole is not None:
+            return self._whole, rows_R
+        if len(self._buffers[buffer]) < len(rows_R):
+            shape = (len(rows_R), self._store.context, self._store.d_model)
+            self._buffers[buffer] = torch.empty(shape, dtype=torch.bfloat16)
+        if self._pools > 1:
+            return self._store.read_chunks(chunks, self._buffers[buffer]), np.arange(len(rows_R))
+        self._whole = self._store.read_chunks(sorted(chunks), self._buffers[buffer])
+        return self._whole, rows_R
+
+    def _usable(self, x_RTD: torch.Tensor, places_R: np.ndarray, ranges: list[range]) -> np.ndarray:
         store = self._store
         flags = np.concatenate([store.flags(r.start, r.stop) for r in ranges])
         if self._limit is None:
             return counted(np.zeros(flags.shape, np.float32), flags, 0.0)
         kept = [self._kept(r) for r in ranges] if self._norms_kept else [None]
-        norms = token_norms(x_RTD) if any(k is None for k in kept) else np.concatenate([k for k in kept if k is not None])
+        known = [norms for norms in kept if norms is not None]
+        norms = np.concatenate(known) if len(known) == len(kept) else token_norms(x_RTD)[places_R]
         return counted(norms, flags, self._limit)
 
     def _kept(self, rows: range) -> np.ndarray | None:
@@ -269,13 +285,13 @@ class WindowStream:
         self.close()
 
 
-def take_rows(x_ND: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
-    """``x_ND[index_N]`` of bfloat16, by one thread.
+def take_rows(x_ND: torch.Tensor, index_N: torch.Tensor, *, pin_memory: bool = False) -> torch.Tensor:
+    """``x_ND[index_N]`` of bfloat16, by one thread, on request into page-locked memory.
 
     Torch would share the work among OpenMP threads, and while others keep the cores busy (the prefetch thread does) waiting for
     them takes ten times as long as copying a batch.
     """
-    out = torch.empty((len(index_N), x_ND.shape[1]), dtype=x_ND.dtype)
+    out = torch.empty((len(index_N), x_ND.shape[1]), dtype=x_ND.dtype, pin_memory=pin_memory)
     unit = torch.int64 if x_ND.shape[1] % 4 == 0 else torch.int16
     np.take(x_ND.view(unit).numpy(), index_N.numpy(), axis=0, out=out.view(unit).numpy(), mode="clip")
     return out

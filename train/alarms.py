@@ -29,7 +29,7 @@ def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
         return
     bad = [name for name in _TERMS if not math.isfinite(getattr(result, name))]
     what = f"the {bad[0]} term" if bad else "the total loss" if not math.isfinite(result.total) else "a gradient"
-    rows = _rows(batch, ~torch.isfinite(batch.x_NWD).flatten(1).all(1))
+    rows = _rows(batch, ~torch.isfinite(batch.x_NWD).flatten(1).all(1).cpu())
     where = f"{what} of {member.plan.name} is not finite at step {member.step}"
     if rows:
         raise RunError(f"{where}: rows {rows} of the store hold NaN or infinity, run 'pipeline verify' on it")

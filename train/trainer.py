@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from ..cache.store import ActivationStore
-from ..cache.windows import WindowBatch, WindowStream
+from ..cache.windows import WindowBatch
 from ..console import Progress, warn
 from .alarms import check_divergence, check_finite, check_weights, collapse
 from .board import board
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Partner
 from .diagnostics import Metrics, diagnose
+from .feed import open_feed
 from .inputs import Inputs
 from .journal import Journal
 from .member import Member, Update
@@ -66,7 +67,7 @@ class Pass:
         by_name = {member.plan.name: member for member in self.members}
         self.stacks = [Stack([by_name[plan.name] for plan in part]) for part in stacks(plans, device.type)]
         self.mean_D = inputs.mean_D.to(device)
-        self.stream = open_stream(store, self.config, inputs)
+        self.feed = open_feed(store, self.config.data, inputs, device)
         self.step, self.steps = 0, self.config.run.steps
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
@@ -77,7 +78,7 @@ class Pass:
         for member in self.members:
             state = load_checkpoint(self.folder(member), step)
             member.load_state_dict(state["member"])
-            self.stream.load_state_dict(json.loads(state["stream"]))
+            self.feed.load_state_dict(json.loads(state["stream"]))
         self.step = step
 
     def folder(self, member: Member) -> Path:
@@ -93,7 +94,7 @@ class Pass:
 
         """
         journals = self._open_journals()
-        self._rate.start(self.step, self.stream.seconds_waiting)
+        self._rate.start(self.step, self.feed.seconds_waiting)
         try:
             with interruptible() as stop:
                 while self.step < self.steps:
@@ -105,12 +106,12 @@ class Pass:
                         self.checkpoint()
                 self.calibrate()
         finally:
-            self.stream.close()
+            self.feed.close()
             for journal in journals.values():
                 journal.close()
 
     def _train_batch(self, journals: dict[str, Journal], bar: Progress) -> None:
-        batch = self.stream.next_batch()
+        batch = self.feed.next_batch()
         share = self.world.share(len(batch.x_NWD), pairs=self.config.data.siblings)
         part = WindowBatch(batch.x_NWD[share], batch.documents_N[share], batch.rows_N[share], batch.starts_N[share])
         x_NWD = self.inputs.prepare(part.x_NWD, self.device)
@@ -135,7 +136,7 @@ class Pass:
         kinds: set[Partner] = {term.partner for term in terms.values() if term.active}
         drawn: dict[Partner | None, torch.Tensor | None] = {None: None}
         for kind in kinds:
-            found = draw_partners(kind, batch.documents_N, self.stream.window, seed=self.config.data.seed, step=self.step)
+            found = draw_partners(kind, batch.documents_N, self.feed.window, seed=self.config.data.seed, step=self.step)
             drawn[kind] = None if found is None else found.to(self.device)
         return {name: drawn[term.partner if term.active else None] for name, term in terms.items()}
 
@@ -146,9 +147,9 @@ class Pass:
         if not self.world.writes:
             return
         step = self.step + 1
-        rate = self._rate.since(step, tokens_per_step(self.config), self.stream.seconds_waiting)
+        rate = self._rate.since(step, tokens_per_step(self.config), self.feed.seconds_waiting)
         journal = journals[member.plan.name]
-        journal.write(step, {"tokens": step * tokens_per_step(self.config), "epoch": self.stream.epoch, **metrics, **rate})
+        journal.write(step, {"tokens": step * tokens_per_step(self.config), "epoch": self.feed.epoch, **metrics, **rate})
         message = collapse(metrics, self.steps, step)
         if message and member.plan.name not in self._alarmed:
             self._alarmed.add(member.plan.name)
@@ -164,7 +165,7 @@ class Pass:
         members = [member for member in self.members if member.sae.activation.kind == "batchtopk"]
         smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
         for _ in range(_CALIBRATION_BATCHES if members else 0):
-            x_NWD = self.inputs.prepare(self.stream.next_batch().x_NWD, self.device)
+            x_NWD = self.inputs.prepare(self.feed.next_batch().x_NWD, self.device)
             for member in members:
                 z = member.sae.encode(x_NWD)
                 kept = z[z > 0]
@@ -191,7 +192,7 @@ class Pass:
     def _state(self, member: Member) -> dict[str, Any]:
         return {
             "member": member.state_dict(),
-            "stream": json.dumps(self.stream.state_dict()),
+            "stream": json.dumps(self.feed.state_dict()),
             "inputs": self.inputs.state_dict(),
         }
 
@@ -203,21 +204,6 @@ class Pass:
             m.plan.name: Journal(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
             for m in self.members
         }
-
-
-def open_stream(store: ActivationStore, config: Any, inputs: Inputs) -> WindowStream:
-    """The windows of a data configuration."""
-    data = config.data
-    return WindowStream(
-        store,
-        window=data.window,
-        tokens_per_batch=data.batch_size,
-        pool_tokens=data.pool or None,
-        seed=data.seed,
-        norm_limit=inputs.norm_limit,
-        rows=inputs.rows,
-        together=2 if data.siblings else 1,
-    )
 
 
 def needs_siblings(plan: MemberPlan) -> bool:

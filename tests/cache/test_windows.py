@@ -81,6 +81,31 @@ def test_an_epoch_holds_every_usable_token_at_most_once_and_its_own_values(tmp_p
     assert len(seen) == window * sum(length // window for _, _, length in runs)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_rows_that_are_one_pool_are_read_once(tmp_path, monkeypatch, together):
+    store = ActivationStore.open(make_store(tmp_path, rows=45, chunk_rows=2, shard_rows=6))
+    x, reads = store.rows(0, 45), []
+    real = ActivationStore.read_chunks
+    monkeypatch.setattr(ActivationStore, "read_chunks", lambda self, *args: reads.append(1) or real(self, *args))
+    limit = float(x.double().norm(dim=-1).quantile(0.9))
+    options = {"window": 3, "tokens_per_batch": 30, "seed": 1, "norm_limit": limit, "rows": 43, "together": together}
+    with WindowStream(store, **options) as stream:
+        states = []
+        while stream.epoch < 4:
+            states.append(stream.state_dict())
+            batch = stream.next_batch()
+            for own, row, start in zip(batch.x_NWD, batch.rows_N, batch.starts_N, strict=True):
+                assert torch.equal(own, x[row, start : start + 3])
+                assert row < 43
+                assert (own.double().norm(dim=-1) <= limit * (1 + 1e-6)).all()
+        assert len(reads) == 1
+        last = stream.next_batch()
+    with WindowStream(store, **options) as resumed:
+        resumed.load_state_dict(states[-1])
+        resumed.next_batch()
+        assert same(resumed.next_batch(), last)
+
+
 def test_norm_limit_ends_windows_and_kept_norms_change_nothing(tmp_path):
     store = ActivationStore.open(make_store(tmp_path, rows=40, packing="concat"))
     norms = np.linalg.norm(store.rows(0, 40, dtype=torch.float64).numpy(), axis=-1)

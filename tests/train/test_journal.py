@@ -9,7 +9,7 @@ import pytest
 from stores import make_store
 from tcsae.errors import RunError
 from tcsae.pipeline import main
-from tcsae.train import trainer
+from tcsae.train.feed import Feed
 from tcsae.train.journal import Journal, read_metrics
 
 
@@ -41,7 +41,7 @@ def killed_and_resumed(tmp_path, monkeypatch, *more):
     store = make_store(tmp_path / "cache", rows=64, context=16, d_model=8)
     small = ["--steps", "20", "--batch-size", "60", "--k", "4", "--width", "16", "--log-every", "2", "--checkpoint-every", "7"]
     arguments = ["--quiet", "train", "--store", str(store), "--out", str(tmp_path / "runs"), *small, *more]
-    real, calls = trainer.WindowStream.next_batch, []
+    real, calls = Feed.next_batch, []
 
     def next_batch(self):
         calls.append(1)
@@ -50,7 +50,7 @@ def killed_and_resumed(tmp_path, monkeypatch, *more):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.WindowStream, "next_batch", next_batch)
+        patch.setattr(Feed, "next_batch", next_batch)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             main(arguments)
     assert main(arguments) == 0

@@ -17,6 +17,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
 from tcsae.train import memory, run, trainer
 from tcsae.train.checkpoint import checkpoints
+from tcsae.train.feed import Feed
 from tcsae.train.journal import read_metrics
 from tcsae.train.presets import build_config
 from tcsae.train.record import find_runs, load_run
@@ -124,7 +125,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, m
 
 def pull_the_plug(config, monkeypatch, *, after):
     """Train until so many batches were read, then fail as a power cut would: nothing is cleaned up or written."""
-    real, calls = trainer.WindowStream.next_batch, []
+    real, calls = Feed.next_batch, []
 
     def next_batch(self):
         calls.append(1)
@@ -133,7 +134,7 @@ def pull_the_plug(config, monkeypatch, *, after):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.WindowStream, "next_batch", next_batch)
+        patch.setattr(Feed, "next_batch", next_batch)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run.train(config)
 
@@ -166,7 +167,7 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
 
 
 def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch):
-    real = trainer.WindowStream.next_batch
+    real = Feed.next_batch
     calls = []
 
     def next_batch(self):
@@ -175,7 +176,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
-    monkeypatch.setattr(trainer.WindowStream, "next_batch", next_batch)
+    monkeypatch.setattr(Feed, "next_batch", next_batch)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
         run.train(config_for(store, tmp_path))
@@ -325,7 +326,7 @@ def test_shares_are_of_the_loss_as_it_was_minimised_warm_ups_included(store, tmp
 
 
 def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, monkeypatch):
-    real = trainer.WindowStream.next_batch
+    real = Feed.next_batch
 
     def poisoned(self):
         batch = real(self)
@@ -333,7 +334,7 @@ def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, mo
         poisoned.row = int(batch.rows_N[3])
         return batch
 
-    monkeypatch.setattr(trainer.WindowStream, "next_batch", poisoned)
+    monkeypatch.setattr(Feed, "next_batch", poisoned)
     with pytest.raises(RunError, match=r"rows .* of the store hold NaN") as caught:
         run.train(config_for(store, tmp_path))
     assert f"rows {poisoned.row} of" in str(caught.value)
