@@ -39,6 +39,7 @@ from tcsae.train.member import Member
 from tcsae.train.objective import TemporalTerm
 from tcsae.train.plan import MemberPlan
 from tcsae.train.stack import Stack
+from tcsae.train.step import dense_step
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
@@ -115,14 +116,14 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
     member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
-    stack, by_hand = Stack([member]), stack_module.supports
+    stack, by_hand = Stack([member]), stack_module.sparse_step
 
     def step(x_NWD: Tensor) -> Callable[[], float]:
-        stack_module.supports = by_hand if name.startswith("sparse") else lambda *_: False
+        stack_module.sparse_step = by_hand if name.startswith("sparse") else dense_step
         try:
             result = stack.train_step(x_NWD)[0].result
         finally:
-            stack_module.supports = by_hand
+            stack_module.sparse_step = by_hand
         return lambda: int(result.fired_F.sum()) / (x_NWD.shape[0] * x_NWD.shape[1])
 
     return step

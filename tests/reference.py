@@ -90,18 +90,19 @@ def aux_k_loss(residual, pre, decoder, dead, k: int) -> float:
 
 
 def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
-    """Terms of the loss and the gradients of the four weights, for relu, topk and batchtopk; ``x`` [windows, tokens, width]."""
+    """Terms of the loss and the gradients of the weights, thresholds of jumprelu included; ``x`` [windows, tokens, width]."""
     import torch
 
     weights = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     x = x.double()
     n, w, _ = x.shape
     pre = (x - weights["b_dec"] if sae.subtract_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
-    z = _step_codes(pre, sae.activation)
+    jumps = sae.activation.kind == "jumprelu"
+    z = pre * (pre > sae.threshold.detach().double()) if jumps else _step_codes(pre, sae.activation)
     residual = x - (z @ weights["W_dec"] + weights["b_dec"])
     terms = {"reconstruction": (residual**2).sum() / (n * w)}
     norms = (weights["W_dec"] ** 2).sum(1).sqrt() if objective.decoder_norms else 1.0
-    terms["sparsity"] = (z * norms).sum() / (n * w)
+    terms["sparsity"] = (z > 0).sum().double() / (n * w) if jumps else (z * norms).sum() / (n * w)
     term = objective.temporal
     if term.active:
         pairs = [((a, b), (c, d)) for (a, b), (c, d) in loss_pairs(n, w, term.lag, partner)]
@@ -114,8 +115,26 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
     shares = {"reconstruction": 1.0, "sparsity": objective.sparsity_weight}
     shares |= {"temporal": term.weight, "auxiliary": objective.aux_weight}
     total = sum(shares[name] * value for name, value in terms.items())
-    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
-    return terms | {"total": total}, dict(zip(weights, gradients, strict=True)), (z > 0).sum((0, 1))
+    found = torch.autograd.grad(total, [*weights.values(), z], allow_unused=True)
+    gradients = dict(zip(weights, found[:-1], strict=True))
+    if jumps:
+        gradients["threshold"] = _to_thresholds(
+            sae, pre.detach().flatten(0, 1), found[-1].flatten(0, 1), objective.sparsity_weight
+        )
+    return terms | {"total": total}, gradients, (z > 0).sum((0, 1))
+
+
+def _to_thresholds(sae, pre, to_z, l1):
+    """JumpReLU, arXiv 2407.14435, eq 11 and 12: the rectangle of width ε in the place of the step's derivative."""
+    import torch
+
+    n_tokens, width, gradient = len(pre), sae.activation.bandwidth, torch.zeros(sae.n_features, dtype=torch.float64)
+    for token in range(n_tokens):
+        for feature in range(sae.n_features):
+            threshold = float(sae.threshold.detach()[feature])
+            if abs(float(pre[token, feature]) - threshold) < width / 2:
+                gradient[feature] -= (threshold * float(to_z[token, feature]) + l1 / n_tokens) / width
+    return gradient
 
 
 def _step_codes(pre, activation):

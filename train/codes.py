@@ -19,17 +19,15 @@ Shapes: M members, N tokens, R = M·N rows, D model width, F features of a membe
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
-from functools import cache, cached_property
-from types import ModuleType
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .activation import Activation
-from .products import matmul, product
+from .products import kernels_for, matmul, product
 from .selection import largest, true_positions
 
 # Share of active entries above which whole matrices are faster. Constants, never a timing: a resumed run must take the turns of
@@ -43,6 +41,11 @@ class _OfMembers:
     """What codes of several members can do whatever they are made of."""
 
     n_members: int
+    value: Tensor
+
+    def of_columns(self, per_feature_C: Tensor) -> Tensor:
+        """A number per feature, to be multiplied with ``value``."""
+        raise NotImplementedError
 
     def members(self, values: Tensor) -> tuple[Tensor, ...]:
         """Every member's part of ``values``, which are like ``value``; views."""
@@ -66,6 +69,12 @@ class _OfMembers:
             if factor:
                 part.add_(more, alpha=factor)
         return values
+
+    def penalise(self, slope: Tensor, shares: Sequence[float], norms_C: Tensor | None) -> Tensor:
+        """Σ z of every member [M], each z times its column's norm if given; a share of its gradient goes to ``slope``."""
+        weights = 1.0 if norms_C is None else self.of_columns(norms_C)
+        self.add(slope, weights, shares)
+        return self.totals(self.value if norms_C is None else self.value * weights)
 
 
 class SparseCodes(_OfMembers):
@@ -195,8 +204,11 @@ class DenseCodes(_OfMembers):
 
     def sampled(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
         """(a·Wᵀ) at the active entries, zero elsewhere."""
-        whole = product(self._apart(a_RD), self._apart(W_CD), compute_dtype=self._compute)
-        return self.restricted(whole.view(self.shape))
+        return self.restricted(self.product(a_RD, W_CD))
+
+    def product(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
+        """a·Wᵀ [R, F]."""
+        return product(self._apart(a_RD), self._apart(W_CD), compute_dtype=self._compute).view(self.shape)
 
     def accumulate(self, values: Tensor, a_RD: Tensor) -> Tensor:
         """valuesᵀ·a [C, D]."""
@@ -267,22 +279,6 @@ def is_dense(active: int, pre_RF: Tensor, dense_above: float | None) -> bool:
     if dense_above is not None:
         return active > dense_above * pre_RF.numel()
     return active > DENSE_ABOVE.get(pre_RF.device.type, 0.0) * pre_RF.numel() or pre_RF.numel() < _TOO_SMALL
-
-
-def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """Triton's kernels where they can run: Triton is installed, and the tensor in float32 on CUDA (or Triton interprets)."""
-    if tensor.dtype != torch.float32 or not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    return _kernels()
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    try:
-        from . import kernels
-    except ImportError:  # torch's builds for CPUs come without Triton
-        return None
-    return kernels
 
 
 def _bags(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:

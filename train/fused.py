@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .codes import DenseCodes, SparseCodes, is_dense, kernels_for
+from .codes import DenseCodes, SparseCodes, is_dense
 from .objective import Objective, TemporalTerm
-from .products import matmul
+from .products import kernels_for, matmul
 from .selection import true_positions
 
 

@@ -6,6 +6,10 @@ the first factor.
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -44,6 +48,22 @@ def matmul(
     if one.dim() == 3 and not one.is_cuda:
         return torch.stack([matrix @ factor for matrix, factor in zip(one, other, strict=True)]).to(out_dtype)
     return (one @ other).to(out_dtype)
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """Triton's kernels where they can run: Triton is installed, and the tensor in float32 on CUDA (or Triton interprets)."""
+    if tensor.dtype != torch.float32 or not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return _kernels()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import kernels
+    except ImportError:  # torch's builds for CPUs come without Triton
+        return None
+    return kernels
 
 
 def _prefer_onednn(a: Tensor, W: Tensor) -> bool:

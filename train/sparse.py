@@ -2,9 +2,9 @@
 
 No autograd graph. With g = ∂L/∂x̂, one dense product and four on active entries (:mod:`.codes`):
 
-    pre   = (x − b_dec) W_enc + b_enc               dense; z = relu or topk of it
+    pre   = (x − b_dec) W_enc + b_enc               dense; z = relu, topk … of it
     x̂     = z W_dec + b_dec                         g = 2 (x̂ − x) / N
-    ∂L/∂z = g W_decᵀ + λ1 + λ2 ∂L_temp/∂z           at active entries: elsewhere relu and topk stop it
+    ∂L/∂z = g W_decᵀ + λ1 + λ2 ∂L_temp/∂z           at active entries: elsewhere the activation stops it
     ∂L/∂W_dec = zᵀ g        ∂L/∂W_enc = (x − b_dec)ᵀ ∂L/∂z
     ∂L/∂b_enc = Σ_n ∂L/∂z   ∂L/∂b_dec = Σ_n g − W_enc ∂L/∂b_enc
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from .activation import Activation
 from .codes import Codes, codes_of
 from .consistency import add_temporal
 from .fused import FusedCodes, can_fuse, fused_codes
+from .jumps import Jumps, jump_codes, to_thresholds
 from .objective import Objective, StepResult
 from .products import product
 from .sae import TemporalSAE
@@ -43,20 +45,17 @@ class Stacked:
     b_enc: Tensor  # [M, F]
     W_dec: Tensor  # [M, F, D]
     b_dec: Tensor  # [M, D]
+    threshold: Tensor | None = None  # [M, F], of jumprelu
 
     @classmethod
     def of(cls, sae: TemporalSAE) -> Stacked:
         """A stack of one; a view."""
-        return cls(*(weight.unsqueeze(0) for weight in (sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)))
+        threshold = (sae.threshold.unsqueeze(0),) if sae.threshold is not None and sae.activation.kind == "jumprelu" else ()
+        return cls(*(weight.unsqueeze(0) for weight in (sae.W_enc.t(), sae.b_enc, sae.W_dec, sae.b_dec)), *threshold)
 
     def part(self, of: slice) -> Stacked:
         """Some of the members; a view."""
         return Stacked(self.W_enc[of], self.b_enc[of], self.W_dec[of], self.b_dec[of])
-
-
-def supports(sae: TemporalSAE) -> bool:
-    """Whether :func:`sparse_step` can train this SAE: with every temporal term, and every activation but jumprelu."""
-    return sae.training and sae.activation.kind in ("relu", "topk", "batchtopk")
 
 
 def sparse_step(
@@ -72,7 +71,7 @@ def sparse_step(
     """Loss of a batch of windows and its gradients, added to ``.grad`` of the parameters.
 
     Args:
-        sae: one that :func:`supports` accepts.
+        sae: in training mode.
         x_NWD: scaled activations in the dtype of the weights.
         objective: the terms and their weights.
         partner_NP: see :func:`.losses.pairs`; for the partners that are not neighbours.
@@ -89,6 +88,8 @@ def sparse_step(
     _accumulate(sae.b_enc, gradients.b_enc[0])
     _accumulate(sae.W_dec, gradients.W_dec[0])
     _accumulate(sae.b_dec, gradients.b_dec[0])
+    if gradients.threshold is not None and isinstance(sae.threshold, nn.Parameter):
+        _accumulate(sae.threshold, gradients.threshold[0])
     return result
 
 
@@ -121,21 +122,29 @@ def stacked_step(
     n_tokens, W_dec_CD = len(x), weights.W_dec.flatten(0, 1)
     centred = x - weights.b_dec.unsqueeze(1) if saes[0].subtract_b_dec else x.expand(len(saes), -1, -1)
     pre = _products(centred, weights, compute_dtype)
-    codes = _codes(saes, pre.view(-1, pre.shape[-1]), objectives, windows[1], dense_above, compute_dtype)
+    options = {"dense_above": dense_above, "compute_dtype": compute_dtype}
+    codes = _codes(saes, pre.view(-1, pre.shape[-1]), objectives, weights.threshold, windows[1], options)
     residual = codes.decode(W_dec_CD).view(centred.shape).add_(weights.b_dec.unsqueeze(1)).sub_(x)
     # A feature whose weights are NaN is never positive; its pre-activation must still poison the loss, or it would go unseen.
     terms = {"reconstruction": residual.square().sum((1, 2)) / n_tokens + 0 * pre[:, :1].sum((1, 2))}
     to_reconstruction = (residual * (2 / n_tokens)).flatten(0, 1)
-    norms_C = W_dec_CD.norm(dim=-1) if objectives[0].decoder_norms else None
+    norms_C = W_dec_CD.norm(dim=-1) if objectives[0].decoder_norms and weights.threshold is None else None
+    to_threshold = None
     if isinstance(codes, FusedCodes):
         to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C)
     else:
-        to_codes, to_b_enc, more = _slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C, windows, partners)
+        to_codes, more = _slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C, windows, partners)
+        if isinstance(codes, Jumps) and weights.threshold is not None:
+            shares = [each.sparsity_weight / n_tokens for each in objectives]
+            to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, shares)
+        to_codes = codes.restricted(to_codes)
+        to_b_enc = codes.column_sums(to_codes)
     gradients = Stacked(
         W_enc=codes.accumulate(to_codes, centred.flatten(0, 1)).view(weights.W_enc.shape),
         b_enc=to_b_enc.view(weights.b_enc.shape),
         W_dec=codes.accumulate(codes.value, to_reconstruction).view(weights.W_dec.shape),
         b_dec=to_reconstruction.view(centred.shape).sum(1),
+        threshold=to_threshold,
     )
     del to_codes
     if norms_C is not None:
@@ -165,14 +174,16 @@ def _codes(
     saes: Sequence[TemporalSAE],
     pre_RF: Tensor,
     objectives: Sequence[Objective],
+    threshold_MF: Tensor | None,
     w: int,
-    dense_above: float | None,
-    compute_dtype: torch.dtype | None,
+    options: dict[str, Any],
 ) -> Codes:
-    options = {"dense_above": dense_above, "compute_dtype": compute_dtype, "n_members": len(saes)}
-    if saes[0].activation.kind == "relu" and all(can_fuse(pre_RF, each) for each in objectives):
-        return fused_codes(pre_RF, w, **options)
-    return codes_of(pre_RF, saes[0].activation, **options)
+    activation = saes[0].activation
+    if threshold_MF is not None:
+        return jump_codes(pre_RF, threshold_MF, activation.bandwidth, **options)
+    if activation.kind == "relu" and all(can_fuse(pre_RF, each) for each in objectives):
+        return fused_codes(pre_RF, w, **options, n_members=len(saes))
+    return codes_of(pre_RF, activation, **options, n_members=len(saes))
 
 
 def _slope(
@@ -183,23 +194,18 @@ def _slope(
     norms_C: Tensor | None,
     windows: tuple[int, int],
     partners: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """∂L/∂z at the active entries, its sum over tokens [C], and the terms of the loss that codes have to themselves [M]."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """∂L/∂z at the entries of the codes, and the terms of the loss that codes have to themselves [M]."""
     n_tokens = windows[0] * windows[1]
     to_codes = codes.sampled(to_reconstruction_RD, W_dec_CD)
     shares = [each.sparsity_weight / n_tokens for each in objectives]
-    if norms_C is None:
-        codes.add(to_codes, 1.0, shares)
-        total = codes.totals(codes.value)
+    if isinstance(codes, Jumps):  # their L0 pulls at the thresholds alone
+        terms = {"sparsity": codes.totals(codes.active) / n_tokens}
     else:
-        per_entry = codes.of_columns(norms_C)
-        codes.add(to_codes, per_entry, shares)
-        total = codes.totals(codes.value * per_entry)
-    terms = {"sparsity": total / n_tokens}
+        terms = {"sparsity": codes.penalise(to_codes, shares, norms_C) / n_tokens}
     if any(each.temporal.active for each in objectives):
         terms["temporal"] = add_temporal(to_codes, codes, [each.temporal for each in objectives], windows, partners)
-    to_codes = codes.restricted(to_codes)
-    return to_codes, codes.column_sums(to_codes), terms
+    return to_codes, terms
 
 
 def _fused_slope(
@@ -209,7 +215,7 @@ def _fused_slope(
     objectives: Sequence[Objective],
     norms_C: Tensor | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same in one pass."""
+    """The same in one pass, at active entries alone, and its sum over tokens [C]."""
     to_codes, to_b_enc = codes.slopes(to_reconstruction_RD, W_dec_CD, objectives, norms_C)
     n_tokens, shape = codes.shape[0] // codes.n_members, (codes.n_members, -1)
     terms = {"sparsity": (codes.sums if norms_C is None else codes.sums * norms_C).view(shape).sum(1) / n_tokens}

@@ -19,8 +19,7 @@ from torch import Tensor
 from .member import Member, Update
 from .objective import Objective, StepResult
 from .schedule import learning_rate
-from .sparse import Stacked, sparse_step, stacked_step, supports
-from .step import dense_step
+from .sparse import Stacked, sparse_step, stacked_step
 
 
 class Stack:
@@ -35,15 +34,17 @@ class Stack:
     def __init__(self, members: Sequence[Member]):
         self.members, self.sae = list(members), members[0].sae
         saes = [member.sae for member in members]
+        thresholds = [sae.threshold for sae in saes if sae.threshold is not None and sae.activation.kind == "jumprelu"]
         self.weights = Stacked(
             W_enc=_joined([sae.W_enc for sae in saes], feature_major=True),
             b_enc=_joined([sae.b_enc for sae in saes]),
             W_dec=_joined([sae.W_dec for sae in saes]),
             b_dec=_joined([sae.b_dec for sae in saes]),
+            threshold=_joined(thresholds) if thresholds else None,
         )
         self._parameters = [list(sae.parameters()) for sae in saes]
         self._idle_MF = _joined([member.idle_F for member in members])
-        self._gradients_of_rows: list[tuple[Tensor, Tensor]] = []  # and these rows
+        self._gradients_of_rows: list[tuple[Tensor | None, Tensor]] = []  # and these rows
         self._optimiser = members[0].optimiser if len(members) == 1 else _joint_optimiser(members)
 
     def train_step(self, x_NWD: Tensor, partners: Sequence[Tensor | None] | None = None, *, share: float = 1.0) -> list[Update]:
@@ -85,25 +86,24 @@ class Stack:
     def _gradients(self, x_NWD: Tensor, objectives: Sequence[Objective], partners: Sequence[Tensor | None]) -> list[StepResult]:
         """Of all members, into ``.grad`` of their parameters."""
         dead = [m.dead if objective.aux_weight > 0 else None for m, objective in zip(self.members, objectives, strict=True)]
-        compute_dtype, by_hand = self.members[0].compute_dtype, supports(self.sae)
+        compute_dtype = self.members[0].compute_dtype
         for parameter in itertools.chain(*self._parameters):
             parameter.grad = None
-        if by_hand and len(self.members) > 1:
-            dead_MF = None if dead[0] is None else torch.stack([each for each in dead if each is not None])
-            options = {"dead_MF": dead_MF, "compute_dtype": compute_dtype}
-            saes = [member.sae for member in self.members]
-            results, gradients = stacked_step(self.weights, saes, x_NWD, objectives, partners, **options)
-            for m, sae in enumerate(saes):
-                sae.W_enc.grad, sae.b_enc.grad = gradients.W_enc[m].t(), gradients.b_enc[m]
-                sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec[m], gradients.b_dec[m]
-            self._gradients_of_rows = [(gradients.W_dec, self.weights.W_dec)]
-            return results
-        results, step = [], sparse_step if by_hand else dense_step
-        for member, objective, partner_NP, dead_F in zip(self.members, objectives, partners, dead, strict=True):
-            options = {"partner_NP": partner_NP, "dead_F": dead_F, "compute_dtype": compute_dtype}
-            results.append(step(member.sae, x_NWD, objective, **options))
-        rows = [member.sae.W_dec for member in self.members]
-        self._gradients_of_rows = [(each.grad, each) for each in rows if each.grad is not None]
+        saes = [member.sae for member in self.members]
+        if len(saes) == 1:
+            options = {"partner_NP": partners[0], "dead_F": dead[0], "compute_dtype": compute_dtype}
+            result = sparse_step(self.sae, x_NWD, objectives[0], **options)
+            self._gradients_of_rows = [(self.sae.W_dec.grad, self.sae.W_dec)]
+            return [result]
+        dead_MF = None if dead[0] is None else torch.stack([each for each in dead if each is not None])
+        options = {"dead_MF": dead_MF, "compute_dtype": compute_dtype}
+        results, gradients = stacked_step(self.weights, saes, x_NWD, objectives, partners, **options)
+        for m, sae in enumerate(saes):
+            sae.W_enc.grad, sae.b_enc.grad = gradients.W_enc[m].t(), gradients.b_enc[m]
+            sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec[m], gradients.b_dec[m]
+            if sae.threshold is not None and gradients.threshold is not None:
+                sae.threshold.grad = gradients.threshold[m]
+        self._gradients_of_rows = [(gradients.W_dec, self.weights.W_dec)]
         return results
 
     @torch.no_grad()
@@ -111,6 +111,7 @@ class Stack:
         if self.members[0].config.sae.decoder == "unit":
             # What points along a row of unit norm would only be undone by the renormalisation.
             for gradient, rows in self._gradients_of_rows:
+                assert gradient is not None  # noqa: S101 - for the type checker
                 gradient -= (gradient * rows).sum(-1, keepdim=True) * rows
         self._gradients_of_rows = []  # so that the next step finds their memory free
 
@@ -137,10 +138,8 @@ class Stack:
         self._optimiser.step()
         if self.members[0].config.sae.decoder == "unit":
             self.weights.W_dec.div_(self.weights.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
-        if self.sae.activation.kind == "jumprelu":
-            for member in self.members:
-                if member.sae.threshold is not None:
-                    member.sae.threshold.clamp_(min=0)
+        if self.weights.threshold is not None:
+            self.weights.threshold.clamp_(min=0)
 
 
 def _is_finite(update: Update) -> bool:

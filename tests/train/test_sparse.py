@@ -12,7 +12,7 @@ from reference import step_terms_and_gradients
 from tcsae.train.activation import Activation
 from tcsae.train.objective import Objective, TemporalTerm
 from tcsae.train.sae import TemporalSAE
-from tcsae.train.sparse import sparse_step, supports
+from tcsae.train.sparse import sparse_step
 from tcsae.train.step import dense_step
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -29,6 +29,8 @@ def random_sae(
         for name in WEIGHTS:
             weight = getattr(sae, name)
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.5)
+        if activation.kind == "jumprelu":
+            sae.threshold.copy_(torch.rand(f, generator=generator, dtype=torch.float64))
         sae.b_enc.add_(bias)
         if unit:
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
@@ -52,7 +54,7 @@ def check(sae: TemporalSAE, x: torch.Tensor, objective: Objective, *, tolerance:
         for name, value in terms.items():
             torch.testing.assert_close(getattr(result, name), value.detach().float(), rtol=1e-5, atol=1e-6, msg=f"{name}")
         assert torch.equal(result.fired_F, fired)
-        for name in WEIGHTS:
+        for name in gradients:
             mine = getattr(sae, name)
             assert mine.grad.stride() == mine.stride()
             expected = torch.zeros_like(mine.grad) if gradients[name] is None else gradients[name]
@@ -60,7 +62,8 @@ def check(sae: TemporalSAE, x: torch.Tensor, objective: Objective, *, tolerance:
             assert difference <= tolerance * (1 + expected.abs().max()), f"{name}, dense above {above}: {difference}"
 
 
-ACTIVATIONS = (Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3))
+JUMPS = Activation("jumprelu", bandwidth=0.4)
+ACTIVATIONS = (Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3), JUMPS)
 TERMS = (
     {"form": "none"},
     {"form": "pairwise"},
@@ -182,7 +185,18 @@ def test_nan_reaches_the_loss(above: float, where: str) -> None:
     assert torch.isnan(sparse_step(sae, x, Objective(), dense_above=above).total)
 
 
-def test_what_is_supported() -> None:
-    assert supports(random_sae(Activation("relu")))
-    assert not supports(random_sae(Activation("jumprelu")))
-    assert not supports(random_sae(Activation("batchtopk", k=3)).eval())
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 5.0])
+@pytest.mark.parametrize("bandwidth", [0.05, 1.0])
+def test_thresholds_learn_what_the_dense_step_teaches_them(threshold: float, bandwidth: float) -> None:
+    sae = random_sae(Activation("jumprelu", bandwidth=bandwidth)).float()
+    with torch.no_grad():
+        sae.threshold.fill_(threshold)  # type: ignore[union-attr]
+    x, temporal = windows(20, 5).float(), TemporalTerm(form="pairwise", weight=0.3, n_features=24)
+    found = []
+    for step, options in ((dense_step, {}), (sparse_step, {"dense_above": SPARSE}), (sparse_step, {"dense_above": DENSE})):
+        sae.zero_grad(set_to_none=True)
+        result = step(sae, x, Objective(0.4, False, temporal), **options)
+        found.append([result.total, result.sparsity, *(parameter.grad for parameter in sae.parameters())])
+    assert found[0][-1].count_nonzero() > 0 or threshold == 5.0
+    for mine in found[1:]:
+        torch.testing.assert_close(mine, found[0], rtol=1e-4, atol=1e-5)

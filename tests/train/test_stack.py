@@ -117,9 +117,12 @@ def test_auxiliary_terms_padded_together_are_those_of_every_member() -> None:
     dead_MF, objective = torch.stack([member.dead for member in members]), members[0].objective
     found = []
     for parts in ([slice(None)], [slice(m, m + 1) for m in range(4)]):
-        sums = sparse.Stacked(*(torch.zeros_like(each) for each in vars(weights).values()))
+        names = ("W_enc", "b_enc", "W_dec", "b_dec")
+        sums = sparse.Stacked(*(torch.zeros_like(getattr(weights, name)) for name in names))
         args = [(sums.part(of), weights.part(of), pre[of], centred[of], residual[of], dead_MF[of]) for of in parts]
-        found.append((torch.cat([sparse._add_auxiliary(*each, objective) for each in args]), *vars(sums).values()))
+        found.append(
+            (torch.cat([sparse._add_auxiliary(*each, objective) for each in args]), *(getattr(sums, name) for name in names))
+        )
     assert found[0][0].count_nonzero() == 2
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
