@@ -1,8 +1,8 @@
-"""SAELens' and dictionary_learning's own trainers as contenders of ``benchmarks/train.py``; neither is needed to import this.
+"""The contenders of ``benchmarks/train.py``: SAELens' and dictionary_learning's own trainers, and a dense step, compiled.
 
-They get the weights, the λ1 and the batches of ours, and the constraints it trains under: Adam with torch's fused kernel,
-gradients clipped at norm 1, unit decoder rows. What a trainer lacks of these is added through its optimiser's hooks, at the
-price that our own step pays for it.
+Neither peer is needed to import this. They get the weights, the λ1 and the batches of ours, and the constraints it trains
+under: Adam with torch's fused kernel, gradients clipped at norm 1, unit decoder rows. What a trainer lacks of these is added
+through its optimiser's hooks, at the price that our own step pays for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,6 +92,41 @@ def dictionary_learning(sae: Any, l1: float, lr: float, n_tokens: int, compute_d
         return lambda: float((codes[0] > 0).count_nonzero()) / n_tokens
 
     return step
+
+
+def compiled(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.dtype) -> Step:
+    """The plain dense step through autograd, its loss through torch.compile: what anyone with a GPU would write first."""
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    weights = {name: getattr(sae, name).detach().clone().contiguous().requires_grad_() for name in names}
+    optimiser = torch.optim.Adam(weights.values(), lr=lr, fused=True)
+    optimiser.register_step_pre_hook(lambda *_: _clip(weights.values()))
+    _constrain(optimiser, weights["W_dec"])
+    loss, l1_weight = _compiled_loss(), torch.tensor(l1, device=sae.W_enc.device)
+
+    def step(x_NWD: Tensor) -> Callable[[], float]:
+        optimiser.zero_grad(set_to_none=True)
+        total, fired = loss(x_NWD.flatten(0, 1), l1_weight, compute_dtype == torch.bfloat16, **weights)
+        total.backward()
+        optimiser.step()
+        return lambda: float(fired) / n_tokens
+
+    return step
+
+
+@cache
+def _compiled_loss() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compiled once, for all turns."""
+
+    def loss(
+        x_ND: Tensor, l1: Tensor, half: bool, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x_ND.device.type, dtype=torch.bfloat16, enabled=half):
+            z = torch.relu((x_ND - b_dec) @ W_enc + b_enc)
+            reconstruction = z @ W_dec + b_dec
+        error = (x_ND - reconstruction.float()).square().sum(-1).mean()
+        return error + l1 * z.float().sum(-1).mean(), (z > 0).sum()
+
+    return torch.compile(loss)
 
 
 PEERS = {"sae-lens": saelens, "dictionary-learning": dictionary_learning}

@@ -5,10 +5,10 @@
     python benchmarks/train.py --store cache/l12.zarr --peers  on real activations
     python benchmarks/train.py --quick                         does it run at all?
 
-For every L0 one SAE is trained, λ1 steered, until it has that L0. Then all train on the same batches in turns of ten timed
-steps, so that other work on the machine hits all alike, and begin every turn with the trained weights, so that L0 stays. Freed
-memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a contender's time by that of ours in the
-same turn; tokens per second are the best turn's. Prints one JSON record.
+For every L0 one SAE is trained, λ1 steered, to that L0. Then all train on the same batches in turns of ten timed steps, so that
+other work on the machine hits all alike, and begin every turn with the trained weights; the rate is so small that L0 stays.
+Freed memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a contender's time by that of ours
+in the same turn; tokens per second are the best turn's. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import platform
 import statistics
@@ -30,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_train import PEERS, Step, installed
+from limits import floor, most_of_the_time
+from peers_train import PEERS, Step, compiled, installed
 from tcsae.allocator import keeping_freed_memory
 from tcsae.train import member as member_module
 from tcsae.train import stack as stack_module
@@ -43,7 +43,7 @@ from tcsae.train.step import dense_step
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
-WARM_LR, LR, TURN, UNTIMED = 3e-3, 3e-4, 10, 2
+WARM_LR, LR, TURN, UNTIMED = 3e-3, 1e-6, 10, 2
 
 
 def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
@@ -87,31 +87,29 @@ def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Memb
         sae=SAEConfig(activation=args.activation, width=args.width, **counted),
         loss=LossConfig(l1=1.0, l1_warmup=0.0),
         temporal=TemporalConfig(weight=0.1) if temporal else TemporalConfig(form="none"),
-        optimiser=OptimiserConfig(name="adam", lr=WARM_LR, warmup=0, decay_share=0.0),
-        run=RunConfig(steps=10**9),
+        optimiser=OptimiserConfig(name="adam", lr=WARM_LR, warmup=0, decay_share=0.4),
+        run=RunConfig(steps=args.warm_steps),
     )
     plan = MemberPlan("benchmark", config, "tc", None, args.d_model)
     return Member(plan, mean_D, torch.device(args.device), args.dtype)
 
 
-def reach(member: Member, target: float, batches: Iterator[Tensor], most_steps: int) -> tuple[float, float]:
-    """Train with λ1 steered until L0 is near ``target``; the λ1 and the L0 that were reached."""
-    stack, l1, l0 = Stack([member]), 1.0, math.nan
-    for step in range(most_steps):
+def reach(member: Member, target: float, batches: Iterator[Tensor]) -> float:
+    """Train with λ1 steered so that L0 becomes ``target``; the λ1 at the end, when the rate has fallen to zero and L0 stays."""
+    stack, l1 = Stack([member]), 1.0
+    for _ in range(member.config.run.steps):
         member.objective = replace(member.objective, sparsity_weight=l1)
         x = next(batches)
         fired = int(stack.train_step(x)[0].result.fired_F.sum()) / (x.shape[0] * x.shape[1])
-        l0 = fired if step == 0 else 0.9 * l0 + 0.1 * fired
-        l1 *= min(1.1, max(0.9, (fired / target) ** 0.1))
-        if step > most_steps // 4 and abs(math.log(l0 / target)) < 0.05:
-            break
-    return l1, l0
+        l1 *= min(1.1, max(0.9, (fired / target) ** 0.03))
+    return l1
 
 
 def ours(name: str, trained: Member, l1: float) -> Step:
     """One of OURS, going on from the trained member."""
     member = copy.deepcopy(trained)
-    member.config = member.config.model_copy(update={"optimiser": member.config.optimiser.model_copy(update={"lr": LR})})
+    constant = member.config.optimiser.model_copy(update={"lr": LR, "decay_share": 0.0})
+    member.config = member.config.model_copy(update={"optimiser": constant, "run": RunConfig(steps=10**9)})
     member.optimiser = member_module._new_optimiser(member.sae, member.config)  # a copied one would hold the old weights
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
@@ -204,27 +202,6 @@ def _status(field: str) -> int:
     return int(line.split()[1])
 
 
-def floor(args: argparse.Namespace) -> dict[str, float]:
-    """What a dense step cannot beat: its five products and Adam's traffic at this machine's own best speed."""
-    rate = _best(lambda a: a @ a, torch.randn(4096, 4096, device=args.device, dtype=args.dtype))
-    copied = _best(lambda a: a.add_(1), torch.randn(2**26, device=args.device))
-    flops, adam_bytes = 5 * 2 * args.tokens * args.d_model * args.width, 2 * args.d_model * args.width * 4 * 7
-    product, traffic = flops / (2 * 4096**3 / rate), adam_bytes / (2 * 4 * 2**26 / copied)
-    parts = {"products_ms": 1e3 * product, "adam_ms": 1e3 * traffic}
-    return {"matmul_tflops": 2e-12 * 4096**3 / rate, **parts, "tokens_per_second": args.tokens / (product + traffic)}
-
-
-def _best(function: Callable[[Tensor], object], tensor: Tensor) -> float:
-    seconds = []
-    for _ in range(8):
-        begun = time.perf_counter()
-        function(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
-
-
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -251,19 +228,23 @@ def main() -> None:
         return
     batches = (stored_batches if args.store else synthetic_batches)(args, args.batches)
     record: dict[str, Any] = {"machine": machine(args), "settings": {k: str(v) for k, v in vars(args).items()}, "results": []}
-    if args.device.startswith("cuda"):
-        record["floor"] = floor(args)
+    if args.device.startswith("cuda") or args.profile:
+        record["floor"] = floor(args.tokens, args.d_model, args.width, args.device, args.dtype)
     for target in args.l0 if args.activation == "relu" else [args.k]:
         trained = new_member(args, torch.stack(batches).mean((0, 1, 2)), temporal=False)
         endless = (batches[i % len(batches)] for i in range(10**9))
-        l1, reached = reach(trained, target, endless, args.warm_steps)
+        l1 = reach(trained, target, endless)
         l1 = l1 if args.activation == "relu" else 0.0
         contenders = {name: partial(ours, name, trained, l1) for name in OURS}
-        if args.peers and args.activation == "relu":
-            n_tokens = args.tokens // args.window * args.window
-            contenders |= {name: partial(PEERS[name], trained.sae, l1, LR, n_tokens, args.dtype) for name in installed()}
+        others = {name: PEERS[name] for name in installed()} if args.peers else {}
+        others |= {"dense, torch.compile": compiled} if args.compiled else {}
+        n_tokens = args.tokens // args.window * args.window
+        for name, other in others.items() if args.activation == "relu" else ():
+            contenders[name] = partial(other, trained.sae, l1, LR, n_tokens, args.dtype)
         measured = {"contenders": compete(contenders, batches, args.steps), "peak_mib": peak_memory(args, target)}
-        record["results"].append({"target_l0": target, "reached_l0": round(reached, 1), "l1": round(l1, 3), **measured})
+        if args.profile:
+            measured["profile"] = most_of_the_time(contenders["sparse"](), batches)
+        record["results"].append({"target_l0": target, "l1": round(l1, 3), **measured})
     print(json.dumps(record, indent=2))
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
@@ -279,13 +260,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--l0", type=float, nargs="+", default=[50, 400], help="relu: the L0s to train to")
     parser.add_argument("--k", type=int, default=64, help="topk and batchtopk")
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
-    parser.add_argument("--warm-steps", type=int, default=800, help="at most so many to reach the L0")
+    parser.add_argument("--warm-steps", type=int, default=500, help="training that reaches the L0")
     parser.add_argument("--batches", type=int, default=24, help="batches held in memory")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     parser.add_argument("--store", default="", help="an activation store instead of synthetic activations")
     parser.add_argument("--peers", action="store_true", help="with the peers that are installed")
+    parser.add_argument("--compiled", action="store_true", help="with a dense step through torch.compile (relu)")
+    parser.add_argument("--profile", action="store_true", help="with the kernels that take the most of our time, and the floor")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
     parser.add_argument("--out", default="", help="file for the record")
     parser.add_argument("--memory-of", default="", choices=("", *OURS), help=argparse.SUPPRESS)

@@ -76,9 +76,10 @@ def jump_codes(
     pre_MTF, threshold_M1F = pre_RF.view(n_members, -1, pre_RF.shape[1]), threshold_MF.unsqueeze(1)
     active_RF = (pre_MTF > threshold_M1F.clamp(min=0)).view(pre_RF.shape)
     held_RF = (pre_MTF > threshold_M1F - bandwidth / 2).view(pre_RF.shape)
-    if is_dense(int(held_RF.count_nonzero()), pre_RF, dense_above):
+    held = int(held_RF.count_nonzero())
+    if is_dense(held, pre_RF, dense_above):
         return DenseJumps(pre_RF, active_RF, compute_dtype, n_members)
-    return SparseJumps(pre_RF, active_RF, true_positions(held_RF), n_members)
+    return SparseJumps(pre_RF, active_RF, true_positions(held_RF, held), n_members)
 
 
 def to_thresholds(codes: Jumps, slope: Tensor, threshold_MF: Tensor, bandwidth: float, shares: Sequence[float]) -> Tensor:

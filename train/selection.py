@@ -50,10 +50,10 @@ def _surplus(values_C: Tensor, races_C: Tensor, n_races: int, kept: int) -> Tens
     return surplus.view(-1).index_select(0, place)
 
 
-def true_positions(mask: Tensor) -> Tensor:
-    """Where a contiguous mask is true, as ascending positions in its flat form."""
+def true_positions(mask: Tensor, n_true: int = 0) -> Tensor:
+    """Where a contiguous mask is true, as ascending positions in its flat form; ``n_true`` is how often, if known."""
     flat = mask.view(-1)
-    if flat.is_cuda or flat.numel() % 8:
+    if flat.is_cuda or flat.numel() % 8 or n_true > flat.numel() // 32:
         return flat.nonzero().view(-1)
     # Eight flags at a time: in a sparse mask most words are zero. Measured three times faster than nonzero at a density of 1 %.
     words = flat.view(torch.int64).nonzero().view(-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tcsae.train import codes as module
 from tcsae.train.activation import Activation
 from tcsae.train.codes import DenseCodes, SparseCodes, codes_of
 from tcsae.train.products import matmul, product
@@ -53,6 +54,25 @@ def test_both_kinds_of_codes_compute_the_same_products(seed: int, n: int, f: int
         torch.testing.assert_close(codes.column_sums(mine), values.sum(0))
         assert torch.equal(codes.column_counts(), (z > 0).sum(0))
         torch.testing.assert_close(dense(codes.value * codes.of_columns(per_feature)), z * per_feature)
+
+
+@pytest.mark.parametrize("d", [7, 32, 33, 64, 150])
+def test_tables_in_slices_give_the_products_of_whole_ones(monkeypatch: pytest.MonkeyPatch, d: int) -> None:
+    pre = random_pre(3, 40, 30, 0.3, torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    a, W = (torch.randn(rows, d, generator=generator) for rows in pre.shape)
+    found = []
+    for reread in (10**9, 0):
+        monkeypatch.setattr(module, "_REREAD", reread)
+        monkeypatch.setattr(module, "_REREAD_BY_PRODUCTS", reread)
+        monkeypatch.setattr(module, "_SLICE_BYTES", 1)
+        codes = SparseCodes(pre, pre > 0, true_positions(pre > 0), all_positive=True)
+        found.append((codes.decode(W), codes.accumulate(codes.value, a), codes.sampled(a, W)))
+        assert len(module._slices(W, codes.value.numel(), reread)) == (1 if reread else -(-d // 32))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2])
+    torch.testing.assert_close(found[1][2], (a @ W.t())[pre > 0], rtol=1e-4, atol=1e-5)
 
 
 @given(**shapes)

@@ -1,0 +1,88 @@
+"""Everything about a training step that a GPU decides, in one command: speed, share of the floor, and where the time goes.
+
+    python benchmarks/gpu.py --out gpu.json               d = 2304, 16k and 65k features, 2048 to 16384 tokens a step
+    python benchmarks/gpu.py --quick --device cpu         does it run at all?
+
+For every size ``benchmarks/train.py`` in a process of its own (bfloat16 products; relu at L0 = 64 with the peers that are
+installed and a dense step through torch.compile, and topk with k = 64), so that running out of memory ends one size and not the
+rest. Then torch's profiler on a few of our own steps: the kernels that take the most of the device's time. Prints the record of
+all, and a line per contender: tokens per second, its time by ours, and the share of the floor (the dense step's five products
+and Adam's traffic, at the best speed this device shows for each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SIZES = ((16384, 2048), (16384, 16384), (65536, 2048), (65536, 8192))
+QUICK = ((256, 256),)
+ACTIVATIONS = ("relu", "topk")
+
+
+def measured(args: argparse.Namespace, activation: str, width: int, tokens: int) -> dict[str, Any]:
+    """The record of one size, or what its process said last."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "record.json"
+        command = [
+            sys.executable, str(Path(__file__).with_name("train.py")), "--device", args.device, "--dtype", args.dtype,
+            "--activation", activation, "--d-model", str(args.d_model), "--width", str(width), "--tokens", str(tokens),
+            "--k", str(args.k), "--l0", str(args.k), "--steps", str(args.steps), "--warm-steps", str(args.warm_steps),
+            "--batches", "8", "--compiled", "--profile", "--peers", "--out", str(out),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not out.exists():
+            return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+        return json.loads(out.read_text())
+
+
+def lines(record: dict[str, Any], size: str) -> list[str]:
+    """For people."""
+    if "failed" in record:
+        return [f"{size}: {record['failed']}"]
+    most = record["floor"]["tokens_per_second"]
+    found = []
+    for result in record["results"]:
+        for name, one in result["contenders"].items():
+            speed = f"{one['tokens_per_second']:>10,} tokens/s, {one['time_by_ours']:5.2f} of our time"
+            found.append(f"{size}, {name:<20} {speed}, {one['tokens_per_second'] / most:.2f} of the floor, L0 {one['l0']}")
+        found += [f"    {share:5.1%}  {kernel}" for kernel, share in result["profile"].items()]
+    return found
+
+
+def main() -> None:
+    args = parse()
+    records = {}
+    for width, tokens in QUICK if args.quick else SIZES:
+        for activation in ACTIVATIONS:
+            size = f"{activation}, {width} features, {tokens} tokens"
+            records[size] = measured(args, activation, width, tokens)
+            print("\n".join(lines(records[size], size)), file=sys.stderr, flush=True)
+            if args.out:  # after every size: a run that is cut off leaves what it has
+                Path(args.out).write_text(json.dumps(records, indent=2) + "\n")
+    print(json.dumps(records, indent=2))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products")
+    parser.add_argument("--d-model", type=int, default=2304)
+    parser.add_argument("--k", type=int, default=64, help="active features: k of topk, L0 of relu")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
+    parser.add_argument("--warm-steps", type=int, default=400, help="at most so many to reach the L0")
+    parser.add_argument("--out", default="", help="file for the record")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
+    args = parser.parse_args()
+    if args.quick:
+        args.d_model, args.k, args.steps, args.warm_steps, args.dtype = 32, 8, 20, 100, "float32"
+    return args
+
+
+if __name__ == "__main__":
+    main()
