@@ -8,8 +8,7 @@ all zeros:
     accumulate  vᵀ·a, v like z         one row of a added per active entry
 
 :class:`SparseCodes` does them on the entries, :class:`DenseCodes` on whole matrices; the two answer alike, so a step is
-written once. torch's embedding_bag and sampled_addmm do the work: of the ways torch offers they measured fastest on a CPU
-(``benchmarks/products.py`` repeats the measurement), and they run on CUDA too.
+written once.
 
 Codes of several members that see the same tokens are one block-diagonal matrix: rows n of member m are at m·N + n, its features
 at m·F + f, and every product of all of them is one call.
@@ -19,7 +18,6 @@ Shapes: M members, N tokens, R = M·N rows, D model width, F features of a membe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -27,16 +25,14 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .products import kernels_for, matmul, product
-from .selection import largest, true_positions
+from .bags import inner_products, weighted_rows
+from .products import matmul, product
+from .selection import count_true, largest, true_positions
 
 # Share of active entries above which whole matrices are faster. Constants, never a timing: a resumed run must take the turns of
-# the first. CPU: the steps cross at 0.30 on two Zen 5 cores (2048 × 576 × 4608, float32). CUDA: an estimate, since tensor cores
-# multiply about 50 times faster than a gather brings rows.
-DENSE_ABOVE = {"cpu": 0.25, "cuda": 0.01}
-# Tables are cut into slices of about this size where their rows are read so many times on average (CPU; measured on Intel cores
-# with 2 MiB of cache each, 2045 × 576 × 4608: three times faster at 180 reads, equal at 20; inner products need more to gain).
-_SLICE_BYTES, _NARROWEST, _REREAD, _REREAD_BY_PRODUCTS = 7 * 2**18, 32, 16, 64
+# the first. CPU: the steps cross at 0.15 on two Intel cores with AVX-512, at 0.30 on two of Zen 5 (2045 × 576 × 4608, float32).
+# CUDA: an estimate, since tensor cores multiply about 50 times faster than a gather brings rows.
+DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.01}
 _TOO_SMALL = 2**16  # pre-activations (of all members), below which so many small operations cost more than they save
 
 
@@ -116,27 +112,16 @@ class SparseCodes(_OfMembers):
 
     def decode(self, W_CD: Tensor) -> Tensor:
         """z·W [R, D]."""
-        return _bags(W_CD, self._column, self._row_starts, self.value)
+        return weighted_rows(W_CD, self._column, self._row_starts, self.value)
 
     def sampled(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
         """(a·Wᵀ) at the active entries, like ``value``."""
-        kernels = kernels_for(a_RD)
-        if kernels is not None:
-            return kernels.inner_products(a_RD, W_CD, self._column, self._row_starts)
-        with warnings.catch_warnings():
-            # The second is what torch 2.11 says even when told not to check.
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta|Sparse invariant checks")
-            shape, found = (self.shape[0], self._n_columns), self.value
-            columns = _slices(W_CD, self.value.numel(), _REREAD_BY_PRODUCTS)
-            for n, (part_RD, part_CD) in enumerate(zip(a_RD.split(columns[0].shape[1], 1), columns, strict=True)):
-                pattern = torch.sparse_csr_tensor(self._row_starts, self._column, found, shape, check_invariants=False)
-                found = torch.sparse.sampled_addmm(pattern, part_RD, part_CD.t(), beta=float(n > 0)).values()
-            return found
+        return inner_products(a_RD, W_CD, self._column, self._row_starts)
 
     def accumulate(self, values: Tensor, a_RD: Tensor) -> Tensor:
         """valuesᵀ·a [C, D] for ``values`` like ``value``: Σ_r values[r, c]·a[r]."""
         order, rows, column_starts = self._by_column
-        return _bags(a_RD, rows, column_starts, values.index_select(0, order))
+        return weighted_rows(a_RD, rows, column_starts, values.index_select(0, order))
 
     def column_sums(self, values: Tensor) -> Tensor:
         """Σ_r of ``values`` [C]."""
@@ -271,7 +256,7 @@ def codes_of(
     else:
         over_batch = activation.kind == "batchtopk"
         mask, flat = largest(pre_RF, activation.k or 0, over_batch=over_batch, n_members=n_members)
-    active = int(mask.count_nonzero()) if flat is None else flat.numel()
+    active = count_true(mask) if flat is None else flat.numel()
     if is_dense(active, pre_RF, dense_above):
         return DenseCodes(pre_RF, mask, compute_dtype, n_members)
     flat, all_positive = (true_positions(mask, active), True) if flat is None else (flat, False)
@@ -283,21 +268,3 @@ def is_dense(active: int, pre_RF: Tensor, dense_above: float | None) -> bool:
     if dense_above is not None:
         return active > dense_above * pre_RF.numel()
     return active > DENSE_ABOVE.get(pre_RF.device.type, 0.0) * pre_RF.numel() or pre_RF.numel() < _TOO_SMALL
-
-
-def _bags(table: Tensor, index_E: Tensor, starts: Tensor, weights_E: Tensor) -> Tensor:
-    """One weighted sum of rows of ``table`` per bag, bag b holding the entries starts[b] … starts[b + 1]."""
-    kernels = kernels_for(table)
-    if kernels is not None:
-        return kernels.weighted_rows(table, index_E, starts, weights_E)
-    options = {"mode": 0, "per_sample_weights": weights_E, "include_last_offset": True}
-    parts = [torch.embedding_bag(part, index_E, starts, **options)[0] for part in _slices(table, index_E.numel(), _REREAD)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _slices(table: Tensor, n_reads: int, reread: int) -> Sequence[Tensor]:
-    """The table whole or, if its rows are read often, in slices of its width that stay in a core's cache while they are."""
-    if table.is_cuda or n_reads < reread * len(table):
-        return [table]
-    width = max(_NARROWEST, _SLICE_BYTES // (table.element_size() * len(table)) // _NARROWEST * _NARROWEST)
-    return [part.contiguous() for part in table.split(width, 1)]

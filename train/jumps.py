@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .codes import DenseCodes, SparseCodes, is_dense
-from .selection import true_positions
+from .selection import count_true, true_positions
 
 
 class SparseJumps(SparseCodes):
@@ -76,7 +76,7 @@ def jump_codes(
     pre_MTF, threshold_M1F = pre_RF.view(n_members, -1, pre_RF.shape[1]), threshold_MF.unsqueeze(1)
     active_RF = (pre_MTF > threshold_M1F.clamp(min=0)).view(pre_RF.shape)
     held_RF = (pre_MTF > threshold_M1F - bandwidth / 2).view(pre_RF.shape)
-    held = int(held_RF.count_nonzero())
+    held = count_true(held_RF)
     if is_dense(held, pre_RF, dense_above):
         return DenseJumps(pre_RF, active_RF, compute_dtype, n_members)
     return SparseJumps(pre_RF, active_RF, true_positions(held_RF, held), n_members)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -135,7 +136,8 @@ class Stack:
         for member, parameters in zip(self.members, self._parameters, strict=True):
             for parameter in parameters:  # whose state may just have been loaded
                 self._optimiser.state[parameter] = member.optimiser.state[parameter]
-        self._optimiser.step()
+        with _as_they_lie([member.sae.W_enc for member in self.members]):
+            self._optimiser.step()
         if self.members[0].config.sae.decoder == "unit":
             self.weights.W_dec.div_(self.weights.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
         if self.weights.threshold is not None:
@@ -156,6 +158,23 @@ def _joined(parts: Sequence[Tensor], *, feature_major: bool = False) -> Tensor:
     for part, own in zip(parts, joined, strict=True):
         part.data = own.t() if feature_major else own
     return joined
+
+
+@contextmanager
+def _as_they_lie(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Each W_enc as [F, D], the order of its memory: given as [D, F], the optimiser copies its gradient before it reads it."""
+
+    def turn() -> None:
+        for weight in weights:
+            gradient, weight.grad = weight.grad, None
+            weight.data = weight.data.t()
+            weight.grad = None if gradient is None else gradient.t()
+
+    turn()
+    try:
+        yield
+    finally:
+        turn()
 
 
 def _joint_optimiser(members: Sequence[Member]) -> torch.optim.Optimizer:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcsae.train import codes as module
+from tcsae.train import bags, memory
 from tcsae.train.activation import Activation
-from tcsae.train.codes import DenseCodes, SparseCodes, codes_of
+from tcsae.train.codes import DENSE_ABOVE, DenseCodes, SparseCodes, codes_of
 from tcsae.train.products import matmul, product
-from tcsae.train.selection import largest, true_positions
+from tcsae.train.selection import count_true, largest, true_positions
 
 settings.register_profile("codes", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("codes")
@@ -56,6 +56,17 @@ def test_both_kinds_of_codes_compute_the_same_products(seed: int, n: int, f: int
         torch.testing.assert_close(dense(codes.value * codes.of_columns(per_feature)), z * per_feature)
 
 
+def test_what_is_sliced_is_never_stacked() -> None:
+    assert memory.STACK_BELOW["cpu"] * DENSE_ABOVE["cpu"] < bags._MANY
+
+
+@given(n=st.integers(0, 5000), share=st.sampled_from([0.0, 0.01, 0.5, 1.0]), seed=st.integers(0, 99))
+def test_flags_are_counted(n: int, share: float, seed: int) -> None:
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
+    assert count_true(mask) == int(mask.sum())
+    assert torch.equal(true_positions(mask, int(mask.sum())), mask.nonzero().view(-1))
+
+
 @pytest.mark.parametrize("d", [7, 32, 33, 64, 150])
 def test_tables_in_slices_give_the_products_of_whole_ones(monkeypatch: pytest.MonkeyPatch, d: int) -> None:
     pre = random_pre(3, 40, 30, 0.3, torch.float32)
@@ -63,12 +74,12 @@ def test_tables_in_slices_give_the_products_of_whole_ones(monkeypatch: pytest.Mo
     a, W = (torch.randn(rows, d, generator=generator) for rows in pre.shape)
     found = []
     for reread in (10**9, 0):
-        monkeypatch.setattr(module, "_REREAD", reread)
-        monkeypatch.setattr(module, "_REREAD_BY_PRODUCTS", reread)
-        monkeypatch.setattr(module, "_SLICE_BYTES", 1)
+        monkeypatch.setattr(bags, "_REREAD", reread)
+        monkeypatch.setattr(bags, "_MANY", 0)
+        monkeypatch.setattr(bags, "_SLICE_BYTES", 1)
         codes = SparseCodes(pre, pre > 0, true_positions(pre > 0), all_positive=True)
         found.append((codes.decode(W), codes.accumulate(codes.value, a), codes.sampled(a, W)))
-        assert len(module._slices(W, codes.value.numel(), reread)) == (1 if reread else -(-d // 32))
+        assert len(bags._slices(W, codes.value.numel())) == (1 if reread else -(-d // 32))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][2], found[1][2])
