@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ..allocator import keeping_freed_memory
 from ..console import Progress, note, progress, warn
 from ..errors import RunError, TcsaeError
 from ..extract.models import LanguageModel, load_language_model
@@ -63,7 +62,6 @@ class Outcome:
         return Outcome(report, self.folder, write_report(report, self.folder))
 
 
-@keeping_freed_memory()
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
     """Evaluate everything asked for: one report per language model and text.
 

@@ -16,6 +16,7 @@ from tcsae.train.partners import draw_partners
 from tcsae.train.plan import MemberPlan, plan_members
 from tcsae.train.presets import build_config
 from tcsae.train.stack import Stack
+from tcsae.train.step import dense_step
 
 WINDOWS, W, D, F = 8, 5, 8, 24
 SMALL = {"sae.width": F, "sae.k": 3, "loss.l1": 0.3, "run.steps": 12, "run.baseline": False, "data.batch_size": WINDOWS * W}
@@ -105,6 +106,31 @@ def test_entries_in_company_and_matrices_alone_agree_within_rounding(monkeypatch
     # The stack is large enough for active entries, its members alone are not: other kernels, other sums.
     monkeypatch.setattr(codes, "_TOO_SMALL", 2 * WINDOWS * W * F)
     check_alike(plans_of({}, {"run.seed": ("0", "1", "2")}), bits=False)
+
+
+@pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_descent_is_torchs_own_with_nothing_fused(activation: str, seeds: tuple[str, ...]) -> None:
+    """dense_step, clip_grad_norm_ and AdamW one tensor at a time, on rows left free: the slow twin of the whole step."""
+    changes = {"sae.activation": activation, "sae.decoder": "free", "loss.decoder_norms": False, "loss.l1_warmup": 0.0}
+    plans = plans_of(changes | {"optimiser.lr": 1e-2, "optimiser.warmup": 0, "optimiser.decay_share": 0.0}, {"run.seed": seeds})
+    stack, twins = Stack(members_of(plans)), members_of(plans)
+    optimisers = []
+    for twin in twins:
+        groups = [{**group, "lr": 1e-2 * group.get("times", 1)} for group in twin.optimiser.param_groups]
+        plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+        optimisers.append(torch.optim.AdamW(plain, foreach=False, fused=False))
+    for step in range(4):
+        updates = stack.train_step(batch(step))
+        for twin, optimiser, update in zip(twins, optimisers, updates, strict=True):
+            optimiser.zero_grad(set_to_none=True)
+            dense_step(twin.sae, batch(step), twin.objective)
+            norm = torch.nn.utils.clip_grad_norm_(twin.sae.parameters(), 1.0)
+            optimiser.step()
+            torch.testing.assert_close(update.grad_norm, norm, rtol=1e-4, atol=1e-5)
+    for member, twin in zip(stack.members, twins, strict=True):
+        for name, value in twin.sae.named_parameters():
+            torch.testing.assert_close(dict(member.sae.named_parameters())[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.usefixtures("kind_of_codes")
