@@ -85,6 +85,9 @@ class Member:
         """Go on from such a state."""
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
+        of_W_enc = self.optimiser.state[self.sae.W_enc]
+        for name, moment in of_W_enc.items():  # [F, D], as memory lies; until 2026-11-27 they were seen as [D, F]
+            of_W_enc[name] = moment if moment.is_contiguous() else moment.t()
         self.idle_F.copy_(state["idle"])
         self.step = state["step"]
 

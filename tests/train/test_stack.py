@@ -193,6 +193,25 @@ def test_a_checkpoint_fits_either_way_of_stepping(tmp_path, stacked_first: bool)
         assert all(torch.equal(other.sae.state_dict()[name], value) for name, value in one.sae.state_dict().items())
 
 
+def test_a_checkpoint_with_moments_the_other_way_round_goes_on_the_same(tmp_path) -> None:
+    (one,), (other,) = members_of(plans_of({}, {})), members_of(plans_of({}, {}))
+    stack = Stack([one])
+    for step in range(3):
+        stack.train_step(batch(step))
+    state = one.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        of_W_enc = state["optimiser"]["state"][0]
+        assert of_W_enc[name].shape == (F, D)
+        of_W_enc[name] = of_W_enc[name].t()
+    save_checkpoint(tmp_path, 3, {"member": state})
+    other.load_state_dict(load_checkpoint(tmp_path, 3)["member"])
+    again = Stack([other])
+    for step in range(3, 5):
+        stack.train_step(batch(step))
+        again.train_step(batch(step))
+    assert all(torch.equal(other.sae.state_dict()[name], value) for name, value in one.sae.state_dict().items())
+
+
 def test_only_what_is_alike_is_stacked_and_only_so_many() -> None:
     plans = plans_of({}, {"sae.width": ("24", "48"), "run.seed": ("0", "1", "2", "3", "4")})
     by_width = [[plan.config.sae.width for plan in stack] for stack in stacks(plans, "cpu")]
