@@ -156,18 +156,22 @@ def sae_and_windows(activation: Activation, w: int) -> tuple[TemporalSAE, torch.
         ("relu", "pairwise", True, 1),
         ("relu", "window_mean", True, 3),
         ("topk", "pairwise", False, 5),
+        ("jumprelu", "pairwise", False, 5),
     ],
 )
 def test_whole_step_on_kernels_equals_autograd(kind: str, form: str, norms: bool, above: float, w: int) -> None:
-    sae, x = sae_and_windows(Activation("topk", k=4) if kind == "topk" else Activation("relu"), w)
+    activation = {"topk": Activation("topk", k=4), "jumprelu": Activation("jumprelu", bandwidth=0.5)}.get(kind, Activation())
+    sae, x = sae_and_windows(activation, w)
+    if kind == "jumprelu":
+        torch.nn.init.uniform_(sae.threshold)  # type: ignore[arg-type]
     objective = Objective(0.2, norms, TemporalTerm(form=form, weight=0.3, n_features=25))  # type: ignore[arg-type]
     terms, gradients, fired = step_terms_and_gradients(sae, x, objective)
     result = sparse_step(sae, x, objective, dense_above=above)
     for name, value in terms.items():
         torch.testing.assert_close(getattr(result, name), value.detach().float(), rtol=1e-4, atol=1e-5)
     assert torch.equal(result.fired_F, fired)
-    for name in WEIGHTS:
-        torch.testing.assert_close(getattr(sae, name).grad.double(), gradients[name], rtol=1e-4, atol=1e-5)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(getattr(sae, name).grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @inside
