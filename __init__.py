@@ -1,6 +1,7 @@
 """tcsae: train and judge sparse autoencoders with temporal consistency on cached language-model activations.
 
-The public names are imported on first use, so that importing the package (and opening the command line's help) costs nothing.
+The public names are imported on first use, so that importing the package (and opening the command line's help) costs
+nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache.store import ActivationStore
-    from .train.sae import SAEOutput, TemporalSAE
+    from .train.sae.temporal_sae import SAEOutput, TemporalSAE
 
 __version__ = "0.1.0"
 __all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__"]
 
-_HOMES = {"ActivationStore": ".cache.store", "TemporalSAE": ".train.sae", "SAEOutput": ".train.sae"}
+_HOMES = {
+    "ActivationStore": ".cache.store",
+    "TemporalSAE": ".train.sae.temporal_sae",
+    "SAEOutput": ".train.sae.temporal_sae",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Freed memory that stays with the process for as long as it does the same thing over and over.
 
-A step allocates tens of megabytes and frees them again. The C library hands blocks of that size back to the system at once, and
-the next step gets them as new pages, each of which faults and is filled with zeros: on two cores a fifth of a training step
-(benchmarks/README.md). A caching allocator, as CUDA's tensors have one, is what a CPU lacks.
+A step allocates tens of megabytes and frees them again. The C library hands blocks of that size back to the system at
+once, and the next step gets them as new pages, each of which faults and is filled with zeros: on two cores a fifth of a
+training step (benchmarks/README.md). A caching allocator, as CUDA's tensors have one, is what a CPU lacks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2
 def keeping_freed_memory() -> Iterator[None]:
     """Inside, freed memory is reused and not given back to the system; at the end it is given back.
 
-    Only for what allocates the same again and again: elsewhere the process would stay as large as it ever was. Does nothing
+    Only for what allocates the same again and again: elsewhere the process would stay as large as it ever was. Does
+        nothing
     where the C library is not glibc.
     """
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

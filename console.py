@@ -1,7 +1,7 @@
 """What the user sees: progress, the closing summary, and numbers written for people.
 
-Everything goes to standard error except the summary, so that ``--json`` leaves standard output to machines. Progress is silent
-when standard error is not a terminal or after :func:`set_quiet`.
+Everything goes to standard error except the summary, so that ``--json`` leaves standard output to machines. Progress is
+silent when standard error is not a terminal or after :func:`set_quiet`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .bars import Table
+    from .progress_bar import Table
 
 _quiet = False
 _COUNT = re.compile(r"^([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgGtT]?)$")
@@ -105,7 +105,7 @@ def progress(description: str, total: float | None, *, unit: str = "tokens", don
     if _quiet or not sys.stderr.isatty():
         yield _Silent()
         return
-    from .bars import Bar
+    from .progress_bar import Bar
 
     def rate(speed: float | None) -> str:
         return f"{format_count(speed) if speed else '—'} {unit}/s"

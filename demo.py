@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .evaluate.run import Outcome
 
 
-# The previous token is left out for time: it costs a pass through the upper layers, as zero_sae (which shares zero's) does not.
+# The previous token is left out for time: it costs a pass through the upper layers, as zero_sae (which shares zero's)
+# does not.
 REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "untrained", "zero_sae")
 
 
@@ -104,7 +105,9 @@ def _train(config: DemoConfig, store: str) -> list[Path]:
 
 def demo(
     model: str = typer.Option(DemoConfig.model, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
-    dataset: str = typer.Option(DemoConfig.dataset, "--dataset", help="Hub id, text files or a folder of them, or 'demo'."),
+    dataset: str = typer.Option(
+        DemoConfig.dataset, "--dataset", help="Hub id, text files or a folder of them, or 'demo'."
+    ),
     layers: list[int] = typer.Option(list(DemoConfig.layers), "--layers", help="Layers, such as 5 10."),
     tokens: str = typer.Option(str(DemoConfig.tokens), "--tokens", help="Tokens extracted per layer: 200k, 2M."),
     steps: int = typer.Option(DemoConfig.steps, "--steps", help="Training steps of 2045 tokens."),
@@ -121,7 +124,7 @@ def demo(
         pipeline demo --tokens 2M --layers 3 6 9 --steps 1000
 
     """
-    from .evaluate.table import print_outcomes
+    from .evaluate.report.terminal import print_outcomes
 
     config = DemoConfig(
         model=model,

@@ -1,7 +1,7 @@
 """The failures a user can cause: one clear sentence each, naming both sides and the remedy.
 
-Anything else that escapes is a bug and shows a traceback. ``pipeline.main`` turns a :class:`TcsaeError` into its sentence and
-its exit status; ``--debug`` shows where it came from.
+Anything else that escapes is a bug and shows a traceback. ``pipeline.main`` turns a :class:`TcsaeError` into its
+sentence and its exit status; ``--debug`` shows where it came from.
 """
 
 

@@ -1,8 +1,8 @@
 """The command line: every command parses, builds one config, calls one stage, prints one summary.
 
-The commands themselves live beside their stages (``extract/command.py`` …) and import torch and transformers only when they
-run, so that ``pipeline --help`` answers at once. This file holds what they share: lists written ``--layers 5 12 19``, failures
-as one sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ctrl-C, and ``--debug``.
+The commands themselves live beside their stages (``extract/command.py`` …) and import torch and transformers only when
+they run, so that ``pipeline --help`` answers at once. This file holds what they share: lists written ``--layers 5 12
+19``, failures as one sentence with an exit status (0 done, 1 a named failure, 2 bad usage), Ctrl-C, and ``--debug``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__, demo
-from .cache import command as cache_command
+from . import commands as cache_command
 from .console import set_quiet
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
@@ -33,8 +33,8 @@ class _Stopped(Exception):  # noqa: N818 — being told to stop is no error
 class ListCommand(TyperCommand):
     """A command whose repeatable options also take ``--layers 5 12 19``, ``--layers=5 12 19`` and ``--layers 5,12,19``.
 
-    Typer itself wants ``--layers 5 --layers 12``; the arguments are rewritten to that before it sees them. Options that are not
-    repeatable, positional arguments and everything after ``--`` are left as they were.
+    Typer itself wants ``--layers 5 --layers 12``; the arguments are rewritten to that before it sees them. Options that
+    are not repeatable, positional arguments and everything after ``--`` are left as they were.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:

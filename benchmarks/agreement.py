@@ -1,13 +1,13 @@
 """Our `saebench_compat` block against SAEBench's own `core` evaluator: same SAE, same model, same tokens.
 
-    python benchmarks/agreement.py ours FOLDER                        # small random Llama, random TopK SAE, random tokens
+    python benchmarks/agreement.py ours FOLDER  # small random Llama, random TopK SAE, random tokens
     python benchmarks/agreement.py ours FOLDER --run runs/l5-…        # a trained run, its own model, its held-out text
     python benchmarks/agreement.py ours FOLDER --model demo --layer 5 # the demo's model and text, random TopK SAE
     python benchmarks/agreement.py theirs FOLDER                      # where sae-bench 0.6.0 and sae-lens are: compares
 
-`ours` runs in this project's environment and writes what `theirs` needs: the tokens, where model and SAE are, and our numbers.
-`theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per metric, and ends with
-status 1 when one differs by more than 1e-3 relative.
+`ours` runs in this project's environment and writes what `theirs` needs: the tokens, where model and SAE are, and our
+numbers. `theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per
+metric, and ends with status 1 when one differs by more than 1e-3 relative.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Case:
-    """A language model as our evaluation takes it, its folder, text, the token ids that do not count, and an SAE's place."""
+    """A language model as our evaluation takes it, its folder, text, the token ids that do not count, and an SAE's
+    place.
+    """
 
     lm: Any
     model_folder: Path
@@ -42,8 +44,8 @@ class Case:
 
 def small(options: argparse.Namespace) -> Case:
     import transformers
-    from tcsae.cache.layout import SPECIAL, RowBlock
-    from tcsae.evaluate.heldout import HeldOutText
+    from tcsae.cache.format.layout import SPECIAL, RowBlock
+    from tcsae.evaluate.model.heldout_text import HeldOutText
 
     folder = Path(options.folder) / "model"
     torch.manual_seed(0)
@@ -62,20 +64,24 @@ def small(options: argparse.Namespace) -> Case:
         identity=SimpleNamespace(architecture=type(model).__name__), d_model=64,
     )  # fmt: skip
     return Case(
-        lm, folder, HeldOutText.gather([RowBlock(tokens, np.zeros_like(tokens), flags)], len(tokens)), [0, 1], options.layer
+        lm,
+        folder,
+        HeldOutText.gather([RowBlock(tokens, np.zeros_like(tokens), flags)], len(tokens)),
+        [0, 1],
+        options.layer,
     )
 
 
 def real(options: argparse.Namespace) -> Case:
     """A model and text as `pipeline evaluate` takes them: those of the run's store, or the demo's text."""
     from tcsae.evaluate.config import EvaluateConfig
-    from tcsae.evaluate.heldout import HeldOutText
+    from tcsae.evaluate.model.heldout_text import HeldOutText
     from tcsae.evaluate.subjects import Group, gather_subjects
     from tcsae.extract.assets import demo_model
     from tcsae.extract.config import ModelSource, TextSource
-    from tcsae.extract.models import load_language_model
-    from tcsae.extract.rows import row_blocks
-    from tcsae.extract.text import open_documents
+    from tcsae.extract.model.load import load_language_model
+    from tcsae.extract.text.open import open_documents
+    from tcsae.extract.text.rows import row_blocks
 
     layer, sae_folder = options.layer, None
     if options.run:
@@ -94,8 +100,8 @@ def real(options: argparse.Namespace) -> Case:
 
 
 def random_sae(d_model: int, mean_D: torch.Tensor, folder: Path) -> Path:
-    from tcsae.train.activation import Activation
-    from tcsae.train.sae import TemporalSAE
+    from tcsae.train.sae.activation import Activation
+    from tcsae.train.sae.temporal_sae import TemporalSAE
 
     draw = torch.Generator().manual_seed(1)
     rows = torch.nn.functional.normalize(torch.randn(4 * d_model, d_model, generator=draw), dim=1)
@@ -110,11 +116,11 @@ def random_sae(d_model: int, mean_D: torch.Tensor, folder: Path) -> Path:
 
 def ours(options: argparse.Namespace) -> None:
     from tcsae.console import progress
-    from tcsae.evaluate.foreign import read_saelens
-    from tcsae.evaluate.heldout import survey
-    from tcsae.evaluate.measure import Measurement
-    from tcsae.evaluate.row import Candidate, MeasuredRow
-    from tcsae.evaluate.splice import Head, SplicedModel
+    from tcsae.evaluate.model.heldout_text import survey
+    from tcsae.evaluate.model.splice import Head, SplicedModel
+    from tcsae.evaluate.one_pass import Measurement
+    from tcsae.evaluate.table_row import Candidate, MeasuredRow
+    from tcsae.train.formats.foreign import read_saelens
 
     folder = Path(options.folder)
     case = real(options) if options.run or options.model else small(options)
@@ -129,7 +135,12 @@ def ours(options: argparse.Namespace) -> None:
         Measurement(spliced, Head(case.lm), case.text, list(measured)).run(BATCH_ROWS, bar)
     np.save(folder / "tokens.npy", case.text.tokens_RT)
     block = measured[0].compat.result(measured[1].compat)
-    about = {"model": str(case.model_folder.resolve()), "sae": str(sae_folder), "layer": case.layer, "special": case.special}
+    about = {
+        "model": str(case.model_folder.resolve()),
+        "sae": str(sae_folder),
+        "layer": case.layer,
+        "special": case.special,
+    }
     (folder / "ours.json").write_text(json.dumps(about | {"block": block}, indent=1))
     print(f"wrote {folder}: {len(case.text)} rows of {case.text.context}; now run `theirs` where SAEBench is installed")
 
@@ -189,7 +200,9 @@ def main() -> int:
     parser.add_argument("side", choices=["ours", "theirs"])
     parser.add_argument("folder")
     parser.add_argument("--run", help="folder of a trained run: its model, layer and held-out text are used")
-    parser.add_argument("--model", help="'demo' or the folder of a Llama-like model; default: the run's, or a small random one")
+    parser.add_argument(
+        "--model", help="'demo' or the folder of a Llama-like model; default: the run's, or a small random one"
+    )
     parser.add_argument("--layer", type=int, default=3, help="where no run says it")
     parser.add_argument("--rows", type=int, default=32, help="rows of real text")
     options = parser.parse_args()

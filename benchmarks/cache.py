@@ -3,12 +3,13 @@
     python benchmarks/cache.py                  # 2.4 GB of Gemma-2-2b-shaped activations, a few minutes
     python benchmarks/cache.py --gb 0.3 --repeats 2
 
-Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash verified) and windows through
-``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same threads; a row
-by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python reading, zarr-python
-appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page cache when they are read.
-``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect shuffle. Prints one JSON record:
-medians, and ratios as medians over turns (the machine's own speed changes); GB are of bfloat16, whatever a format stores.
+Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash verified) and windows
+through ``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same
+threads; a row by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python
+reading, zarr-python appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page
+cache when they are read. ``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect
+shuffle. Prints one JSON record: medians, and ratios as medians over turns (the machine's own speed changes); GB are of
+bfloat16, whatever a format stores.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tcsae.cache.layout import RowBlock, plan_layout
-from tcsae.cache.reader import read_pool
+from tcsae.cache.format.layout import RowBlock, plan_layout
+from tcsae.cache.format.shard_reader import read_pool
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.windows import WindowStream
 from tcsae.cache.writer import StoreSetWriter
@@ -180,7 +181,9 @@ class Reads:
         return self.data.bytes / seconds(work) / 1e9
 
     def windows(self) -> float:
-        """GB/s of windows of 5 in batches of 2048 tokens, over an epoch of eight pools after one that warms the buffers."""
+        """GB/s of windows of 5 in batches of 2048 tokens, over an epoch of eight pools after one that warms the
+        buffers.
+        """
         pool = self.store.n_tokens // 8
         with WindowStream(self.store, window=5, tokens_per_batch=2048, pool_tokens=pool, seed=0) as stream:
             while stream.epoch == 0:
@@ -193,7 +196,9 @@ class Reads:
             return tokens * self.data.layout.d_model * 2 / (time.perf_counter() - began) / 1e9
 
     def mixing(self) -> float:
-        """Chance that neighbouring windows of a batch share a row, relative to that of a perfect shuffle of the store."""
+        """Chance that neighbouring windows of a batch share a row, relative to that of a perfect shuffle
+        of the store.
+        """
         with WindowStream(self.store, window=5, tokens_per_batch=2048, seed=0) as stream:
             same = pairs = 0
             while stream.epoch == 0:
@@ -220,7 +225,9 @@ class Reads:
 
 
 def arrow(data: Data, folder: Path, rows: int) -> Callable[[], float]:
-    """GB/s (of the bfloat16 they stand for) of a float32 Arrow dataset of rows, read as torch batches as SAELens does."""
+    """GB/s (of the bfloat16 they stand for) of a float32 Arrow dataset of rows, read as torch batches as
+    SAELens does.
+    """
     import datasets
 
     shape = (CONTEXT, data.layout.d_model)
@@ -288,7 +295,9 @@ def main() -> None:
         "read / Arrow cache (goal 10)": ("beside_others", "arrow"),
         "write / zarr-python appending (goal 5)": ("write_store", "zarr_python_append"),
     }
-    ratios = {name: statistics.median(map(operator.truediv, found[one], found[other])) for name, (one, other) in pairs.items()}
+    ratios = {
+        name: statistics.median(map(operator.truediv, found[one], found[other])) for name, (one, other) in pairs.items()
+    }
     medians = {name: statistics.median(values) for name, values in found.items()}
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gb": options.gb}
     machine |= {name: version(name) for name in ("torch", "numpy", "zarr", "crc32c", "datasets")}

@@ -1,12 +1,13 @@
 """Splice evaluation against the usual procedure, which runs the whole model three times per SAE and batch.
 
-    python benchmarks/evaluate.py                              # random model of SmolLM2-135M's shape, layer 15, 8 SAEs and 1
+    python benchmarks/evaluate.py  # random model of SmolLM2-135M's shape, layer 15, 8 SAEs and 1
     python benchmarks/evaluate.py --model demo --rows 8        # the demo's real model
-    python benchmarks/evaluate.py --memory                     # peak memory of a pass at a vocabulary of 256,000 (Linux)
+    python benchmarks/evaluate.py --memory  # peak memory of a pass at a vocabulary of 256,000 (Linux)
 
-Both sides get the same model, tokens and SAEs in the same process, take turns, and must agree on CE and KL; what is printed is
-the median of the rounds' ratios. The usual procedure, as in SAELens and SAEBench: per SAE and batch one clean forward pass, one
-with the reconstruction put in by a hook and one with zeros, whole logits of each, KL from softmax and log. Prints JSON.
+Both sides get the same model, tokens and SAEs in the same process, take turns, and must agree on CE and KL; what is
+printed is the median of the rounds' ratios. The usual procedure, as in SAELens and SAEBench: per SAE and batch one
+clean forward pass, one with the reconstruction put in by a hook and one with zeros, whole logits of each, KL from
+softmax and log. Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tcsae.cache.layout import SPECIAL, RowBlock
+from tcsae.cache.format.layout import SPECIAL, RowBlock
 from tcsae.console import progress
-from tcsae.evaluate.heldout import HeldOutText, survey
-from tcsae.evaluate.measure import Measurement
-from tcsae.evaluate.row import Candidate, MeasuredRow
-from tcsae.evaluate.splice import Head, SplicedModel
-from tcsae.train.activation import Activation
-from tcsae.train.sae import TemporalSAE
+from tcsae.evaluate.model.heldout_text import HeldOutText, survey
+from tcsae.evaluate.model.splice import Head, SplicedModel
+from tcsae.evaluate.one_pass import Measurement
+from tcsae.evaluate.table_row import Candidate, MeasuredRow
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch import Tensor
 
 SHAPES = {
@@ -43,7 +44,8 @@ def random_model(shape: str, device: str) -> Any:
     """A Llama with random weights, in what the evaluation takes for a language model."""
     s = SHAPES[shape]
     config = transformers.LlamaConfig(
-        vocab_size=s["vocabulary"], hidden_size=s["d_model"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
+        vocab_size=s["vocabulary"], hidden_size=s["d_model"], num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
         num_key_value_heads=s["kv"], intermediate_size=s["mlp"], bos_token_id=0, eos_token_id=0, pad_token_id=None,
         tie_word_embeddings=shape == "256k",
     )  # fmt: skip
@@ -51,13 +53,14 @@ def random_model(shape: str, device: str) -> Any:
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
     return SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device(device), dtype=torch.float32,
-        identity=SimpleNamespace(architecture="LlamaForCausalLM", id=shape), d_model=s["d_model"], vocab_size=s["vocabulary"],
+        identity=SimpleNamespace(architecture="LlamaForCausalLM", id=shape), d_model=s["d_model"],
+        vocab_size=s["vocabulary"],
     )  # fmt: skip
 
 
 def real_model(name: str, device: str) -> Any:
     from tcsae.extract.config import ModelSource
-    from tcsae.extract.models import load_language_model
+    from tcsae.extract.model.load import load_language_model
 
     return load_language_model(ModelSource(id=name, device=device, dtype="float32"))
 
@@ -78,7 +81,9 @@ def make_saes(n: int, lm: Any, width: int, x_ND: Tensor) -> list[TemporalSAE]:
 
 @torch.no_grad()
 def usual(lm: Any, tokens_BT: Tensor, layer: int, saes: list[TemporalSAE]) -> list[tuple[float, float]]:
-    """Three full passes per SAE; positions whose input is not special, CE over those with a target. (CE, KL) per SAE."""
+    """Three full passes per SAE; positions whose input is not special, CE over those with a target. (CE,
+    KL) per SAE.
+    """
     found = []
     for sae in saes:
         clean = lm.model(input_ids=tokens_BT, use_cache=False).logits
@@ -134,7 +139,11 @@ def text_of(lm: Any, rows: int, context: int) -> HeldOutText:
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
-    lm = random_model(options.model, options.device) if options.model in SHAPES else real_model(options.model, options.device)
+    lm = (
+        random_model(options.model, options.device)
+        if options.model in SHAPES
+        else real_model(options.model, options.device)
+    )
     layer = len(lm.blocks) // 2 if options.layer is None else options.layer
     text = text_of(lm, options.rows, options.context)
     tokens = text.tokens(slice(0, options.rows), lm.device)
@@ -142,7 +151,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     residuals, _ = SplicedModel(lm).clean(tokens, [layer])
     zeroed = SplicedModel(lm).spliced(tokens[:1], layer, torch.zeros_like(residuals[layer][:1]))
     uniform = frozenset() if zeroed.any() else frozenset({layer})
-    record: dict[str, Any] = {"model": options.model, "layer": layer, "layers": len(lm.blocks), "tokens": tokens.numel()}
+    record: dict[str, Any] = {
+        "model": options.model,
+        "layer": layer,
+        "layers": len(lm.blocks),
+        "tokens": tokens.numel(),
+    }
     for n in options.saes:
         saes = make_saes(n, lm, options.width, residuals[layer][:, 1:].flatten(0, 1))
         rounds = []
@@ -173,7 +187,9 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """One evaluation pass over 2048 tokens with a 256k vocabulary at Gemma-2-2b's width: how much it adds to what is held."""
+    """One evaluation pass over 2048 tokens with a 256k vocabulary at Gemma-2-2b's width: how much it adds to what is
+    held.
+    """
     width, n = options.memory_width, max(options.saes)
     SHAPES["256k"] = {"layers": 2, "d_model": width, "heads": 8, "kv": 4, "mlp": 4 * width, "vocabulary": 256_000}
     lm = random_model("256k", options.device)
@@ -210,7 +226,9 @@ def _memory(what: str, device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help=f"{', '.join(SHAPES)} (random), or a folder, hub id or 'demo'")
+    parser.add_argument(
+        "--model", default="smollm2", help=f"{', '.join(SHAPES)} (random), or a folder, hub id or 'demo'"
+    )
     parser.add_argument("--layer", type=int, help="default: the middle one")
     parser.add_argument("--saes", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--width", type=int, default=2048, help="features per SAE")

@@ -1,11 +1,11 @@
 """Extraction speed as a share of the bare truncated forward pass: same process, same model, same batch, same rows.
 
     python benchmarks/extract.py --layers 8 --tokens 65536                     # the demo model, on this machine
-    python benchmarks/extract.py --random-gemma2 --layers 5 12 19 --tokens 4M  # Gemma-2-2b's shape, random weights: for GPUs
+    python benchmarks/extract.py --random-gemma2 --layers 5 12 19 --tokens 4M  # random weights
 
-The two take turns and the medians are compared. Extraction is everything: reading and tokenising text, the pass, copying out,
-checks, writing every layer's store, fsync and commit, until the last byte is durable. On a machine that is busy otherwise the
-share of processor time says more than that of the clock. Prints one line of JSON.
+The two take turns and the medians are compared. Extraction is everything: reading and tokenising text, the pass,
+copying out, checks, writing every layer's store, fsync and commit, until the last byte is durable. On a machine that is
+busy otherwise the share of processor time says more than that of the clock. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from tcsae.cache.manifest import installed_versions
+from tcsae.cache.format.manifest import installed_versions
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.console import parse_count
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
-from tcsae.extract.feed import RowFeed, batches
-from tcsae.extract.forward import choose_batch_size
-from tcsae.extract.models import LanguageModel, identify_model, load_language_model
+from tcsae.extract.model.forward import choose_batch_size
+from tcsae.extract.model.load import LanguageModel, identify_model, load_language_model
 from tcsae.extract.plan import Plan, describe_execution, make_plan, resolve_execution
-from tcsae.extract.rows import Cursor, read_rows
 from tcsae.extract.run import Filling
+from tcsae.extract.text.row_batches import RowFeed, batches
+from tcsae.extract.text.rows import Cursor, read_rows
 
 TESTS = Path(__file__).parents[1] / "tests"
 
 
 def random_gemma2(folder: Path, tokens: int) -> tuple[str, str]:
-    """Gemma-2-2b's architecture with random weights, a small tokenizer and enough made-up text, saved under ``folder``."""
+    """Gemma-2-2b's architecture with random weights, a small tokenizer and enough made-up text, saved
+    under ``folder``.
+    """
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sys.path.insert(0, str(TESTS))
@@ -106,10 +108,14 @@ def measure(config: ExtractConfig, repeats: int) -> dict:
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     turns = [(*bare(plan, lm, batch_size), *whole(plan, lm, batch_size)) for _ in range(repeats)]
-    bare_s, bare_cpu, whole_s, whole_cpu, written, blocked = (statistics.median(column) for column in zip(*turns, strict=True))
+    bare_s, bare_cpu, whole_s, whole_cpu, written, blocked = (
+        statistics.median(column) for column in zip(*turns, strict=True)
+    )
     tokens = plan.config.rows * config.text.context
     gpu = lm.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(lm.device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated(lm.device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {
         "model": lm.identity.architecture,
         "layers": list(config.layers),

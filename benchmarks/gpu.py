@@ -1,13 +1,14 @@
-"""Everything about a training step that a GPU decides, in one command: speed, share of the floor, and where the time goes.
+"""Everything about a training step that a GPU decides, in one command: speed, share of the floor, and where the time
+goes.
 
     python benchmarks/gpu.py --out gpu.json               d = 2304, 16k and 65k features, 2048 to 16384 tokens a step
     python benchmarks/gpu.py --quick --device cpu         does it run at all?
 
-For every size ``benchmarks/train.py`` in a process of its own (bfloat16 products; relu at L0 = 64 with the peers that are
-installed and a dense step through torch.compile, and topk with k = 64), so that running out of memory ends one size and not the
-rest. Then torch's profiler on a few of our own steps: the kernels that take the most of the device's time. Prints the record of
-all, and a line per contender: tokens per second, its time by ours, and the share of the floor (the dense step's five products
-and Adam's traffic, at the best speed this device shows for each).
+For every size ``benchmarks/train.py`` in a process of its own (bfloat16 products; relu at L0 = 64 with the peers that
+are installed and a dense step through torch.compile, and topk with k = 64), so that running out of memory ends one size
+and not the rest. Then torch's profiler on a few of our own steps: the kernels that take the most of the device's time.
+Prints the record of all, and a line per contender: tokens per second, its time by ours, and the share of the floor (the
+dense step's five products and Adam's traffic, at the best speed this device shows for each).
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def lines(record: dict[str, Any], size: str) -> list[str]:
     for result in record["results"]:
         for name, one in result["contenders"].items():
             speed = f"{one['tokens_per_second']:>10,} tokens/s, {one['time_by_ours']:5.2f} of our time"
-            found.append(f"{size}, {name:<20} {speed}, {one['tokens_per_second'] / most:.2f} of the floor, L0 {one['l0']}")
+            found.append(
+                f"{size}, {name:<20} {speed}, {one['tokens_per_second'] / most:.2f} of the floor, L0 {one['l0']}"
+            )
         found += [f"    {share:5.1%}  {kernel}" for kernel, share in result["profile"].items()]
     return found
 

@@ -3,8 +3,9 @@
     python benchmarks/kill9.py --kills 50                   # the writer alone, seconds
     python benchmarks/kill9.py --kills 50 --what extract    # the whole extraction with a tiny model, minutes
 
-Deaths alternate between a random moment and a random operation of a chosen kind: inside a shard's write (half of it done),
-before or after an fsync, before or after a rename, inside the commit log's line, inside a zarr.json. Prints one JSON record.
+Deaths alternate between a random moment and a random operation of a chosen kind: inside a shard's write (half of it
+done), before or after an fsync, before or after a rename, inside the commit log's line, inside a zarr.json. Prints one
+JSON record.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ LAYERS = (1, 3)
 KINDS = ("moment", "shard", "log", "document", "fsync", "rename")
 
 
-# --- the child: writes until it is done or dies ------------------------------------------------------------------------
+# --- the child: writes until it is done or dies
+# ------------------------------------------------------------------------
 
 
 def arm(kind: str, at: int, when: str) -> None:
@@ -70,7 +72,7 @@ def write_stores(folder: Path, rows: int) -> None:
     """Fill two layers with seeded rows, resuming."""
     sys.path.insert(0, str(HERE.parents[1] / "tests"))
     from stores import make_activations, make_block, make_manifest, write_rows
-    from tcsae.cache.layout import StoreLayout
+    from tcsae.cache.format.layout import StoreLayout
     from tcsae.cache.writer import StoreSetWriter
 
     layout = StoreLayout(d_model=64, context=16, chunk_rows=4, shard_rows=32)
@@ -87,8 +89,15 @@ def extract_stores(folder: Path, rows: int) -> None:
     from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
     from tcsae.extract.run import extract
 
-    model, text = ModelSource(str(folder.parent / "model"), device="cpu"), TextSource(str(folder.parent / "text"), context=16)
-    extract(ExtractConfig(LAYERS, model, text, tokens=rows * 16, batch_size=8, out=str(folder), shard_bytes=32 * 16 * 2 * 32))
+    model, text = (
+        ModelSource(str(folder.parent / "model"), device="cpu"),
+        TextSource(str(folder.parent / "text"), context=16),
+    )
+    extract(
+        ExtractConfig(
+            LAYERS, model, text, tokens=rows * 16, batch_size=8, out=str(folder), shard_bytes=32 * 16 * 2 * 32
+        )
+    )
 
 
 def prepare(base: Path, what: str) -> None:
@@ -101,7 +110,8 @@ def prepare(base: Path, what: str) -> None:
         tiny_corpus(base / "text", documents=400)
 
 
-# --- the parent: kills and compares ------------------------------------------------------------------------------------
+# --- the parent: kills and compares
+# ------------------------------------------------------------------------------------
 
 
 def life(folder: Path, options: argparse.Namespace, death: tuple[str, int, str] | None, delay: float | None) -> int:
@@ -124,7 +134,7 @@ def life(folder: Path, options: argparse.Namespace, death: tuple[str, int, str] 
 
 def committed(folder: Path) -> tuple[int, ...]:
     """Sound lines in each layer's log."""
-    from tcsae.cache.commits import LOG, parse_log
+    from tcsae.cache.format.commit_log import LOG, parse_log
 
     logs = [folder / f"l{layer}.zarr" / LOG for layer in LAYERS]
     return tuple(len(parse_log(log.read_bytes())[0]) if log.exists() else 0 for log in logs)
@@ -151,7 +161,11 @@ def stress(base: Path, options: argparse.Namespace) -> dict:
     folder, before = base / "0", (0,) * len(LAYERS)
     while sum(done.values()) < options.kills:
         kind = KINDS[sum(done.values()) % len(KINDS)]
-        death = (kind, rng.randint(1, 24 if kind in ("fsync", "rename") else 6), rng.choice(("before", "half", "after")))
+        death = (
+            kind,
+            rng.randint(1, 24 if kind in ("fsync", "rename") else 6),
+            rng.choice(("before", "half", "after")),
+        )
         moment = kind == "moment"
         status = life(folder, options, None if moment else death, rng.uniform(0, duration) if moment else None)
         done[kind] += status == -9
@@ -190,7 +204,9 @@ def main() -> None:
     parser.add_argument("--what", choices=("writer", "extract"), default="writer")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-sync", action="store_true", help="leave fsync out: faster, and kill -9 loses no written page")
+    parser.add_argument(
+        "--no-sync", action="store_true", help="leave fsync out: faster, and kill -9 loses no written page"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--death", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -43,6 +43,8 @@ def most_of_the_time(step: Step, batches: list[Tensor], n_steps: int = 10) -> di
             step(batches[n % len(batches)])
         if on_gpu:
             torch.cuda.synchronize()
-    times = {each.key: each.self_device_time_total if on_gpu else each.self_cpu_time_total for each in found.key_averages()}
+    times = {
+        each.key: each.self_device_time_total if on_gpu else each.self_cpu_time_total for each in found.key_averages()
+    }
     longest = sorted(times, key=lambda name: times[name], reverse=True)[:_NAMED]
     return {name[:80]: round(times[name] / max(1e-9, sum(times.values())), 3) for name in longest}

@@ -3,8 +3,9 @@
     python benchmarks/measures.py                         # 16384 features, 64 active, width 2304, 2048 tokens a batch
     python benchmarks/measures.py --features 4096 --active 32 --width 576 --device cuda
 
-All metrics run as in an evaluation, on the codes of activations that drift (so that every kind of pair occurs). Prints a JSON
-record: medians of the batches in milliseconds, the closing computation in seconds, and the memory held between batches.
+All metrics run as in an evaluation, on the codes of activations that drift (so that every kind of pair occurs). Prints
+a JSON record: medians of the batches in milliseconds, the closing computation in seconds, and the memory held between
+batches.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tcsae.evaluate.codes import Codes
-from tcsae.evaluate.measures import Measures
+from tcsae.evaluate.metrics.active_entries import Codes
+from tcsae.evaluate.metrics.all import Measures
 from tcsae.evaluate.protocol import TokenBatch
-from tcsae.train.activation import Activation
-from tcsae.train.sae import TemporalSAE
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch import Tensor
 
 CONTEXT = 128
@@ -38,7 +39,9 @@ def batch_of(rows: int, first_row: int, width: int, device: str) -> TokenBatch:
     for t in range(1, CONTEXT):
         x_BTD[:, t] = 0.8 * x_BTD[:, t - 1] + 0.6 * x_BTD[:, t]
     tokens_BT = torch.randint(0, 1000, (rows, CONTEXT), device=device)
-    return TokenBatch(x_BTD, tokens_BT, document_BT, (row_B // 8)[:, None].expand(-1, CONTEXT), valid_BT, valid_BT, row_B)
+    return TokenBatch(
+        x_BTD, tokens_BT, document_BT, (row_B // 8)[:, None].expand(-1, CONTEXT), valid_BT, valid_BT, row_B
+    )
 
 
 def milliseconds(work: Callable[[], object], device: str) -> float:

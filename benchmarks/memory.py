@@ -3,12 +3,12 @@
     python benchmarks/memory.py                 # 64 GB of Gemma-2-2b-shaped activations in 0.6 GB of disk
     python benchmarks/memory.py --gb 4
 
-A process of its own writes two different shards; all others are hard links to one of them, with a commit line each, so that
-every read is compared with a true hash. Then the store is read once in order (``ActivationStore.iter_rows``) and once as an
-epoch of windows of 5 (``WindowStream``). Reported is the peak of the process's own memory (RssAnon of /proc/self/status, looked
-at every 10 ms) in each tenth of the way; the page cache, which belongs to the machine, is not in it. All shards being the same
-two files, the page cache is hot: the speeds are those of memory, not of a disk. Prints a JSON record; MB and GB are decimal.
-Linux only.
+A process of its own writes two different shards; all others are hard links to one of them, with a commit line each, so
+that every read is compared with a true hash. Then the store is read once in order (``ActivationStore.iter_rows``) and
+once as an epoch of windows of 5 (``WindowStream``). Reported is the peak of the process's own memory (RssAnon of
+/proc/self/status, looked at every 10 ms) in each tenth of the way; the page cache, which belongs to the machine, is not
+in it. All shards being the same two files, the page cache is hot: the speeds are those of memory, not of a disk. Prints
+a JSON record; MB and GB are decimal. Linux only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tcsae.cache.layout import plan_layout
+from tcsae.cache.format.layout import plan_layout
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.windows import WindowStream
 from tcsae.cache.writer import StoreSetWriter
@@ -85,7 +85,9 @@ class Peaks:
             thread.join()
 
     def facts(self, read: float, seconds: float) -> dict[str, object]:
-        """MB in each tenth, what the later ones have over the second (the first begins empty), and the speed of ``read`` GB."""
+        """MB in each tenth, what the later ones have over the second (the first begins empty), and the speed of
+        ``read`` GB.
+        """
         peaks = (self._peaks / 1e6).round().astype(int).tolist()
         speed = {"gb_read": round(read, 1), "gb_per_s": round(read / seconds, 1)}
         return {"peak_mb_by_tenth": peaks, "grown_mb": max(peaks[2:]) - peaks[1], **speed}
@@ -137,7 +139,11 @@ def main() -> None:
             "in_order": in_order(store),
             "shuffled": shuffled(store),
         }
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     machine |= {name: version(name) for name in ("torch", "numpy")}
     print(json.dumps(record | {"machine": machine}))
 

@@ -2,8 +2,8 @@
 
     python benchmarks/peers_quality.py '{"kind": "standard", "sae": {…}, "trainer": {…}, …}' < batches
 
-Run by the other side with the Python of an environment that has sae-lens; tcsae is not needed there. On standard input come the
-point where b_dec begins, [D] float32, and then batch after batch of raw activations, [N, D] bfloat16.
+Run by the other side with the Python of an environment that has sae-lens; tcsae is not needed there. On standard input
+come the point where b_dec begins, [D] float32, and then batch after batch of raw activations, [N, D] bfloat16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The contenders of ``benchmarks/train.py``: SAELens' and dictionary_learning's own trainers, and a dense step, compiled.
+"""The contenders of ``benchmarks/train.py``: SAELens' and dictionary_learning's own trainers, and a dense step,
+compiled.
 
-Neither peer is needed to import this. They get the weights, the λ1 and the batches of ours, and the constraints it trains
-under: Adam with torch's fused kernel, gradients clipped at norm 1, unit decoder rows. What a trainer lacks of these is added
-through its optimiser's hooks, at the price that our own step pays for it.
+Neither peer is needed to import this. They get the weights, the λ1 and the batches of ours, and the constraints it
+trains under: Adam with torch's fused kernel, gradients clipped at norm 1, unit decoder rows. What a trainer lacks of
+these is added through its optimiser's hooks, at the price that our own step pays for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def saelens(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.
 
     device = str(sae.W_enc.device)
     config = StandardTrainingSAEConfig(
-        d_in=sae.d_model, d_sae=sae.n_features, dtype="float32", device=device, apply_b_dec_to_input=True, l1_coefficient=l1
+        d_in=sae.d_model,
+        d_sae=sae.n_features,
+        dtype="float32",
+        device=device,
+        apply_b_dec_to_input=True,
+        l1_coefficient=l1,
     )
     theirs = StandardTrainingSAE(config)
     trainer = SAETrainer(
@@ -95,7 +101,9 @@ def dictionary_learning(sae: Any, l1: float, lr: float, n_tokens: int, compute_d
 
 
 def compiled(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.dtype) -> Step:
-    """The plain dense step through autograd, its loss through torch.compile: what anyone with a GPU would write first."""
+    """The plain dense step through autograd, its loss through torch.compile: what anyone with a GPU would
+    write first.
+    """
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     weights = {name: getattr(sae, name).detach().clone().contiguous().requires_grad_() for name in names}
     optimiser = torch.optim.Adam(weights.values(), lr=lr, fused=True)

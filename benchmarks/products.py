@@ -1,9 +1,10 @@
-"""Which of torch's own operations does each part of the sparse step fastest: the choices of ``train/codes.py``, measured again.
+"""Which of torch's own operations does each part of the sparse step fastest: the choices of ``train/codes.py``,
+measured again.
 
     python benchmarks/products.py --l0 50 400
 
-Every candidate of a part gives the same numbers (checked); the first named is the one in use. Milliseconds, best of many, each
-candidate in turn. Prints one JSON record.
+Every candidate of a part gives the same numbers (checked); the first named is the one in use. Milliseconds, best of
+many, each candidate in turn. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from tcsae.train.codes import SparseCodes
-from tcsae.train.products import product
-from tcsae.train.selection import largest, true_positions
+from tcsae.train.step.active_entries import SparseCodes
+from tcsae.train.step.matmul import product
+from tcsae.train.step.top_k import largest, true_positions
 from torch import Tensor
 
 Parts = dict[str, dict[str, Callable[[], Tensor]]]
@@ -29,7 +30,12 @@ def parts(n: int, d: int, f: int, l0: int) -> Parts:
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(n, f, generator=generator)
     pre -= pre[:64].flatten().sort(descending=True).values[64 * l0]
-    W, a, z, bias = torch.randn(f, d, generator=generator), torch.randn(n, d, generator=generator), pre.relu(), torch.zeros(f)
+    W, a, z, bias = (
+        torch.randn(f, d, generator=generator),
+        torch.randn(n, d, generator=generator),
+        pre.relu(),
+        torch.zeros(f),
+    )
     mask = pre > 0
     codes = SparseCodes(pre, mask, true_positions(mask), all_positive=True)
     csr = z.to_sparse_csr()

@@ -1,16 +1,17 @@
-"""Quality on the real model: our trainer against SAELens' standard and batchtopk trainers, at equal activations, tokens and L0.
+"""Quality on the real model: our trainer against SAELens' standard and batchtopk trainers, at equal activations, tokens
+and L0.
 
     python benchmarks/quality.py --peer-python PATH                     PATH: a Python that has sae-lens
     python benchmarks/quality.py --peer-python PATH --quick             does it run at all?
 
 For every seed both trainers see the same windows of the demo model's activations in the same order. Both have the same
-learning rate, its warm-up and decay, Adam, clipping, scale of the inputs, λ1 and its warm-up, beginning of b_dec, norm of the
-decoder at the beginning (which ours keeps and theirs does not) and patience with dead features. The draw of the initial
-weights, AuxK and the thresholds are each trainer's own. Standard SAEs are trained at several λ1 and compared at one L0, between
-two λ1 linearly in log L0; batchtopk at equal k, each with its own threshold. Everything is measured by the evaluator of
-``pipeline evaluate`` on held-out documents. Paired differences ours − theirs come with 95 % t-intervals over seeds: the lower
-bounds of explained variance and of CE recovered should be above −0.005. What is finished in --folder is not done again. Prints
-a table and one JSON record.
+learning rate, its warm-up and decay, Adam, clipping, scale of the inputs, λ1 and its warm-up, beginning of b_dec, norm
+of the decoder at the beginning (which ours keeps and theirs does not) and patience with dead features. The draw of the
+initial weights, AuxK and the thresholds are each trainer's own. Standard SAEs are trained at several λ1 and compared at
+one L0, between two λ1 linearly in log L0; batchtopk at equal k, each with its own threshold. Everything is measured by
+the evaluator of ``pipeline evaluate`` on held-out documents. Paired differences ours − theirs come with 95 %
+t-intervals over seeds: the lower bounds of explained variance and of CE recovered should be above −0.005. What is
+finished in --folder is not done again. Prints a table and one JSON record.
 """
 
 from __future__ import annotations
@@ -31,16 +32,23 @@ import torch
 from tcsae.cache.store import ActivationStore
 from tcsae.console import note
 from tcsae.evaluate.config import EvaluateConfig
-from tcsae.evaluate.jackknife import STUDENT
-from tcsae.evaluate.machine import describe_machine, versions
+from tcsae.evaluate.intervals.jackknife import STUDENT
 from tcsae.evaluate.results import EvaluationReport, Record
-from tcsae.evaluate.run import evaluate
+from tcsae.evaluate.run import describe_machine, evaluate, versions
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.run import extract
-from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
-from tcsae.train.feed import open_stream
-from tcsae.train.inputs import Inputs
-from tcsae.train.member import dead_after
+from tcsae.train.config import (
+    DataConfig,
+    LossConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    TemporalConfig,
+    TrainConfig,
+)
+from tcsae.train.loop.batches import open_stream
+from tcsae.train.loop.inputs import Inputs
+from tcsae.train.loop.member import dead_after
 from tcsae.train.plan import tokens_per_step
 from tcsae.train.run import train
 
@@ -91,7 +99,10 @@ def peer_orders(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     wanted = [(f"standard{l1:g}", "standard", {"l1_coefficient": l1, **rising}) for l1 in args.l1]
     wanted.append((f"batchtopk{args.k}", "batchtopk", {"k": args.k}))
     common = {"seed": seed, "trainer": trainer, "threads": args.threads}
-    return [{"name": f"saelens-{name}-s{seed}", "kind": kind, "sae": {**sizes, **own}, **common} for name, kind, own in wanted]
+    return [
+        {"name": f"saelens-{name}-s{seed}", "kind": kind, "sae": {**sizes, **own}, **common}
+        for name, kind, own in wanted
+    ]
 
 
 def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
@@ -207,7 +218,9 @@ def compare(args: argparse.Namespace, report: EvaluationReport) -> dict[str, Any
         frontier = kind == "standard"
         l0 = common_l0([one for many in mine.values() for one in many], args.k) if frontier else float(args.k)
         values = {side: [at_l0(one, l0) for one in many] for side, many in mine.items()}
-        means = {side: {name: statistics.mean(v[name] for v in many) for name in SHOWN} for side, many in values.items()}
+        means = {
+            side: {name: statistics.mean(v[name] for v in many) for name in SHOWN} for side, many in values.items()
+        }
         differences = {
             f"{side} - theirs": {
                 name: interval([a[name] - b[name] for a, b in zip(values[side], values["theirs"], strict=True)])
@@ -224,7 +237,10 @@ def compare(args: argparse.Namespace, report: EvaluationReport) -> dict[str, Any
 
 def table(found: dict[str, Any]) -> str:
     """For people."""
-    lines = ["| | EV | CE recovered | KL | L0 | EV, ours − theirs | CE recovered, ours − theirs | goal |", "|" + "---|" * 8]
+    lines = [
+        "| | EV | CE recovered | KL | L0 | EV, ours − theirs | CE recovered, ours − theirs | goal |",
+        "|" + "---|" * 8,
+    ]
     for kind, one in found.items():
         for side, label in (("theirs", "sae-lens"), ("ours", "ours, λ2 = 0"), ("tc", "ours, λ2 = 0.03")):
             m = one["means"][side]
@@ -246,7 +262,9 @@ def main() -> None:
     args.store = args.folder / "cache" / f"l{args.layer}.zarr"
     text = TextSource(dataset=args.dataset, held_out=0.08)
     out = str(args.folder / "cache")
-    extract(ExtractConfig(layers=(args.layer,), model=ModelSource(id=args.model), text=text, tokens=args.tokens, out=out))
+    extract(
+        ExtractConfig(layers=(args.layer,), model=ModelSource(id=args.model), text=text, tokens=args.tokens, out=out)
+    )
     args.d_model = ActivationStore.open(args.store).d_model
     ours, theirs = train_all(args)
     report = measure(args, ours, theirs)
@@ -283,7 +301,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--l1", type=float, nargs="+", default=[0.6, 0.85, 1.2], help="λ1 of standard, on both sides")
     parser.add_argument("--lr", type=float, default=3e-3, help="of both")
     parser.add_argument("--batches", type=int, default=5, help="of 16 rows of held-out text; at most 10")
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="of each of the two sides")
+    parser.add_argument(
+        "--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="of each of the two sides"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see it run")
     args = parser.parse_args()
     if args.quick:

@@ -4,10 +4,10 @@
     python benchmarks/sweep.py --only small --turns 5     the launch-bound shape alone
     python benchmarks/sweep.py --quick                    does it run at all?
 
-Four values of λ2 (one of them 0) times two seeds, through the trainer itself, with everything a run does: store opened, windows
-shuffled, metrics, weights and record written. In turns: the sweep, the eight runs, and nothing but the eight members' steps on
-batches held in memory (their summed compute). Ratios are medians over turns of one by another of the same turn. Bytes are what
-the process read by system calls while it trained. Prints one JSON record.
+Four values of λ2 (one of them 0) times two seeds, through the trainer itself, with everything a run does: store opened,
+windows shuffled, metrics, weights and record written. In turns: the sweep, the eight runs, and nothing but the eight
+members' steps on batches held in memory (their summed compute). Ratios are medians over turns of one by another of the
+same turn. Bytes are what the process read by system calls while it trained. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tcsae.allocator import keeping_freed_memory
 from tcsae.cache.store import ActivationStore
 from tcsae.console import set_quiet
 from tcsae.train.config import TrainConfig
-from tcsae.train.feed import open_stream
-from tcsae.train.inputs import Inputs
-from tcsae.train.member import Member
-from tcsae.train.memory import stacks
+from tcsae.train.loop.batches import open_stream
+from tcsae.train.loop.inputs import Inputs
+from tcsae.train.loop.member import Member
+from tcsae.train.loop.memory_plan import stacks
+from tcsae.train.loop.stack import Stack
 from tcsae.train.plan import MemberPlan, plan_members, tokens_per_step
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
-from tcsae.train.stack import Stack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from stores import make_store
@@ -67,7 +67,9 @@ class Contest:
         }  # fmt: skip
         sae = {"activation": args.activation, "k": k, "width": width}
         changes = {"data.store": str(self.store), "data.batch_size": batch}
-        changes |= {f"sae.{key}": value for key, value in sae.items()} | {f"run.{key}": value for key, value in run.items()}
+        changes |= {f"sae.{key}": value for key, value in sae.items()} | {
+            f"run.{key}": value for key, value in run.items()
+        }
         self.config, self.device = build_config(None, None, changes), torch.device(args.device)
         self.dtype = getattr(torch, args.dtype)
         opened = ActivationStore.open(self.store)
@@ -120,7 +122,8 @@ class Contest:
             return round(statistics.median(one[key] / max(two[key], 1e-9) for one, two in each), 3)
 
         medians = {
-            name: {key: statistics.median(turn[key] for turn in each) for key in each[0]} for name, each in found.items()
+            name: {key: statistics.median(turn[key] for turn in each) for key in each[0]}
+            for name, each in found.items()
         }
         return {
             "shape": {"d_model": self.d_model, "features": self.config.sae.width, "k": self.config.sae.k},
@@ -161,7 +164,11 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    record: dict[str, Any] = {"machine": facts | {"date": time.strftime("%Y-%m-%d")}, "settings": vars(args), "results": {}}
+    record: dict[str, Any] = {
+        "machine": facts | {"date": time.strftime("%Y-%m-%d")},
+        "settings": vars(args),
+        "results": {},
+    }
     for name in [args.only] if args.only else SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             contest = Contest((QUICK if args.quick else SHAPES)[name], Path(folder), args)

@@ -1,14 +1,15 @@
-"""Tokens per second of a training step: our sparse step, our dense step, with and without the temporal term, and the peers.
+"""Tokens per second of a training step: our sparse step, our dense step, with and without the temporal term, and the
+peers.
 
     python benchmarks/train.py --l0 50 400                     ours alone
     python benchmarks/train.py --l0 50 400 --peers             where sae-lens and dictionary-learning are installed too
     python benchmarks/train.py --store cache/l12.zarr --peers  on real activations
     python benchmarks/train.py --quick                         does it run at all?
 
-For every L0 one SAE is trained, λ1 steered, to that L0. Then all train on the same batches in turns of ten timed steps, so that
-other work on the machine hits all alike, and begin every turn with the trained weights; the rate is so small that L0 stays.
-Freed memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a contender's time by that of ours
-in the same turn; tokens per second are the best turn's. Prints one JSON record.
+For every L0 one SAE is trained, λ1 steered, to that L0. Then all train on the same batches in turns of ten timed steps,
+so that other work on the machine hits all alike, and begin every turn with the trained weights; the rate is so small
+that L0 stays. Freed memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a
+contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ import torch
 from limits import floor, most_of_the_time
 from peers_train import PEERS, Step, compiled, installed
 from tcsae.allocator import keeping_freed_memory
-from tcsae.train import member as member_module
-from tcsae.train import stack as stack_module
-from tcsae.train.config import DataConfig, LossConfig, OptimiserConfig, RunConfig, SAEConfig, TemporalConfig, TrainConfig
-from tcsae.train.member import Member
-from tcsae.train.objective import TemporalTerm
+from tcsae.train.config import (
+    DataConfig,
+    LossConfig,
+    OptimiserConfig,
+    RunConfig,
+    SAEConfig,
+    TemporalConfig,
+    TrainConfig,
+)
+from tcsae.train.loop import member as member_module
+from tcsae.train.loop import stack as stack_module
+from tcsae.train.loop.member import Member
+from tcsae.train.loop.stack import Stack
+from tcsae.train.loss.objective import TemporalTerm
 from tcsae.train.plan import MemberPlan
-from tcsae.train.stack import Stack
-from tcsae.train.step import dense_step
+from tcsae.train.step.autograd import dense_step
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
@@ -95,7 +104,9 @@ def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Memb
 
 
 def reach(member: Member, target: float, batches: Iterator[Tensor]) -> float:
-    """Train with λ1 steered so that L0 becomes ``target``; the λ1 at the end, when the rate has fallen to zero and L0 stays."""
+    """Train with λ1 steered so that L0 becomes ``target``; the λ1 at the end, when the rate has fallen to zero and L0
+    stays.
+    """
     stack, l1 = Stack([member]), 1.0
     for _ in range(member.config.run.steps):
         member.objective = replace(member.objective, sparsity_weight=l1)
@@ -110,7 +121,9 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     member = copy.deepcopy(trained)
     constant = member.config.optimiser.model_copy(update={"lr": LR, "decay_share": 0.0})
     member.config = member.config.model_copy(update={"optimiser": constant, "run": RunConfig(steps=10**9)})
-    member.optimiser = member_module._new_optimiser(member.sae, member.config)  # a copied one would hold the old weights
+    member.optimiser = member_module._new_optimiser(
+        member.sae, member.config
+    )  # a copied one would hold the old weights
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
     member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
@@ -205,7 +218,9 @@ def _status(field: str) -> int:
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -227,7 +242,11 @@ def main() -> None:
         print(memory_of(args))
         return
     batches = (stored_batches if args.store else synthetic_batches)(args, args.batches)
-    record: dict[str, Any] = {"machine": machine(args), "settings": {k: str(v) for k, v in vars(args).items()}, "results": []}
+    record: dict[str, Any] = {
+        "machine": machine(args),
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "results": [],
+    }
     if args.device.startswith("cuda") or args.profile:
         record["floor"] = floor(args.tokens, args.d_model, args.width, args.device, args.dtype)
     for target in args.l0 if args.activation == "relu" else [args.k]:
@@ -268,7 +287,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--store", default="", help="an activation store instead of synthetic activations")
     parser.add_argument("--peers", action="store_true", help="with the peers that are installed")
     parser.add_argument("--compiled", action="store_true", help="with a dense step through torch.compile (relu)")
-    parser.add_argument("--profile", action="store_true", help="with the kernels that take the most of our time, and the floor")
+    parser.add_argument(
+        "--profile", action="store_true", help="with the kernels that take the most of our time, and the floor"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
     parser.add_argument("--out", default="", help="file for the record")
     parser.add_argument("--memory-of", default="", choices=("", *OURS), help=argparse.SUPPRESS)

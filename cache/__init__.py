@@ -1,1 +1,1 @@
-"""The activation cache: what is on disk, and how it is written, read, windowed, measured and verified."""
+"""The activation store: written once, read by everything else; adoptable by itself."""

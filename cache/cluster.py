@@ -16,12 +16,12 @@ CONNECT_SECONDS = 15
 def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
     """A Dask client of the scheduler at ``address``.
 
-    ``instead`` ends the sentence where none answers ("use --workers"), ``then`` that of one lost inside: what was kept, how to
-    go on.
+    ``instead`` ends the sentence where none answers ("use --workers"), ``then`` that of one lost inside: what was kept,
+    how to go on.
 
     Raises:
-        ResourceError: no scheduler answers there, it has no workers, or it is lost before the block is left; or a task took
-            several workers down with it.
+        ResourceError: no scheduler answers there, it has no workers, or it is lost before the block is left; or a task
+            took several workers down with it.
 
     """
     from distributed import Client, KilledWorker
@@ -41,7 +41,9 @@ def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
                     raise ResourceError(f"the Dask scheduler at {address} has no workers: {start}")
                 yield client
         except (FutureCancelledError, CommClosedError) as lost:
-            raise ResourceError(f"the Dask scheduler at {address} was lost in the middle ({_reason(lost)}): {then}") from lost
+            raise ResourceError(
+                f"the Dask scheduler at {address} was lost in the middle ({_reason(lost)}): {then}"
+            ) from lost
         except KilledWorker as lost:
             many = "a task took every worker that tried it down with it, most likely out of memory"
             raise ResourceError(f"{many}: give the workers of {address} more of it") from lost
@@ -56,5 +58,8 @@ def _our_words_only() -> Iterator[None]:
     """Dask's client logs a lost connection in a hundred lines; here it is one sentence."""
     from distributed.utils import silence_logging_cmgr
 
-    with silence_logging_cmgr(logging.CRITICAL, "distributed"), silence_logging_cmgr(logging.CRITICAL, "distributed.client"):
+    with (
+        silence_logging_cmgr(logging.CRITICAL, "distributed"),
+        silence_logging_cmgr(logging.CRITICAL, "distributed.client"),
+    ):
         yield

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from ..console import format_bytes, format_count
-from .layout import PADDING, SPECIAL
-from .moments import token_norms
-from .statistics import StoreStatistics, cached_statistics
+from .format.layout import PADDING, SPECIAL
+from .statistics import StoreStatistics, cached_statistics, token_norms
 from .store import ActivationStore
 
 _SMALL = 4_000_000_000  # bytes of activations up to which statistics are computed without being asked for
 
 
-def store_facts(store: ActivationStore, *, statistics: bool | None = None, scheduler: str = "threads") -> dict[str, Any]:
+def store_facts(
+    store: ActivationStore, *, statistics: bool | None = None, scheduler: str = "threads"
+) -> dict[str, Any]:
     """Name → value of everything worth knowing at a glance.
 
     Args:
@@ -90,7 +91,9 @@ def readable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_norms(store: ActivationStore, file: Path, *, chunks: int = 64) -> None:
-    """A picture: histogram of norms (ordinary and special tokens) and mean norm per position, from a sample of chunks."""
+    """A picture: histogram of norms (ordinary and special tokens) and mean norm per position, from a
+    sample of chunks.
+    """
     from matplotlib.figure import Figure
 
     norms, flags = _sampled_norms(store, chunks)

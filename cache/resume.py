@@ -1,4 +1,6 @@
-"""Opening stores for writing: create or recognise them, bring all layers to their common last commit, check the disk."""
+"""Opening stores for writing: create or recognise them, bring all layers to their common last commit,
+check the disk.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from collections.abc import Collection, Mapping
 
 from ..console import format_bytes
 from ..errors import ResourceError, StoreError
-from .commits import LOG, Commit, agreed, latest, parse_log, rows_in
-from .layout import StoreLayout
-from .local import PARTIAL, LocalPlace
-from .lock import LOCK, Lock, acquire
-from .manifest import StoreManifest, first_difference, group_document, manifest_at
-from .metadata import ARRAYS, array_document, shard_key, shard_of_name, to_json
-from .places import Place
+from .format.commit_log import LOG, Commit, agreed, latest, parse_log, rows_in
+from .format.layout import StoreLayout
+from .format.manifest import StoreManifest, first_difference, group_document, manifest_at
+from .format.zarr_documents import ARRAYS, array_document, shard_key, shard_of_name, to_json
+from .storage.local import PARTIAL, LocalPlace
+from .storage.lock import LOCK, Lock, acquire
+from .storage.places import Place
 
 _SPARE_BYTES = 64_000_000  # left on the disk for everything else, or a tenth of the plan if that is less
 
@@ -105,8 +107,8 @@ def recover(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout]) -> 
     """Each layer's log, cut to what all layers committed; leftovers of a killed writer are removed.
 
     Raises:
-        StoreError: a log is damaged beyond a torn last line, the layers are further apart than a crash leaves them, or a
-            committed file is missing or has another size.
+        StoreError: a log is damaged beyond a torn last line, the layers are further apart than a crash leaves them, or
+            a committed file is missing or has another size.
 
     """
     logs = {layer: _sound_log(place) for layer, place in places.items()}
@@ -126,10 +128,13 @@ def uneven(rows: Mapping[str, int], shard_rows: Collection[int]) -> str:
     """Why stores (path → rows) cannot go on together, as a sentence without its remedy's command."""
     if len(shard_rows) > 1:
         sizes = " and ".join(map(str, sorted(shard_rows)))
-        return f"{' and '.join(rows)} have shards of {sizes} rows and cannot be written together: name one layer at a time"
+        return (
+            f"{' and '.join(rows)} have shards of {sizes} rows and cannot be written together: name one layer at a time"
+        )
     longest, shortest = max(rows, key=rows.__getitem__), min(rows, key=rows.__getitem__)
     return (
-        f"{longest} holds {rows[longest]} rows but {shortest} {rows[shortest]}: stores written together grow together, so "
+        f"{longest} holds {rows[longest]} rows but {shortest} {rows[shortest]}: stores written "
+        "together grow together, so "
         "extract what is missing by itself first, or all of them with --fresh"
     )
 
@@ -138,11 +143,15 @@ def _sound_log(place: Place) -> list[Commit]:
     try:
         raw = place.read(LOG)
     except FileNotFoundError:
-        raise StoreError(f"{place}/{LOG} is missing, so nothing says which rows are good: restore it or use --fresh") from None
+        raise StoreError(
+            f"{place}/{LOG} is missing, so nothing says which rows are good: restore it or use --fresh"
+        ) from None
     commits, sound = parse_log(raw)
     rest = raw[sound:]
     if rest.count(b"\n") > 1 or (b"\n" in rest and not rest.endswith(b"\n")):
-        raise StoreError(f"{place}/{LOG} is damaged at line {len(commits) + 1}, before its end: restore it or use --fresh")
+        raise StoreError(
+            f"{place}/{LOG} is damaged at line {len(commits) + 1}, before its end: restore it or use --fresh"
+        )
     if rest:  # the line a crash tore; its shard is written again
         place.replace(LOG, raw[:sound])
     return commits
@@ -188,7 +197,12 @@ def wiped_bytes(place: Place) -> int:
 
 
 def check_space(
-    places: Mapping[int, Place], layouts: Mapping[int, StoreLayout], planned: int, committed: int, *, fresh: bool = False
+    places: Mapping[int, Place],
+    layouts: Mapping[int, StoreLayout],
+    planned: int,
+    committed: int,
+    *,
+    fresh: bool = False,
 ) -> None:
     """Whether the rows still to come fit, uncompressed, with a little to spare; stores on one file system are added up.
 
@@ -212,6 +226,8 @@ def check_space(
     for where, wanted in needed.items():
         if wanted + min(_SPARE_BYTES, wanted // 10) > free[where]:
             raise ResourceError(
-                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows × {len(places)} "
-                f"layers) and {format_bytes(free[where])} are free{gone}: free some space, or ask for fewer tokens or layers"
+                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} "
+                f"rows × {len(places)} "
+                f"layers) and {format_bytes(free[where])} are free{gone}: free some space, or ask for "
+                "fewer tokens or layers"
             )

@@ -1,7 +1,7 @@
 """What a store's activations are like: computed once over Dask, one task per shard, and kept beside the shards.
 
-One pass, usually: each shard's moments are taken with a limit on the norm guessed from a sample, and taken again only for the
-shards where the exact limit (10 × the median over the whole store) counts other tokens than the guess did.
+One pass, usually: each shard's moments are taken with a limit on the norm guessed from a sample, and taken again only
+for the shards where the exact limit (10 × the median over the whole store) counts other tokens than the guess did.
 """
 
 from __future__ import annotations
@@ -9,21 +9,132 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
 from ..console import note, progress
 from ..errors import StoreError, TcsaeError
 from .cluster import connected
-from .codecs import CRC_BYTES, check, checksum_bytes
-from .manifest import checksum
-from .moments import Moments, NormSums, counted, merge, token_norms
+from .format.codecs import CRC_BYTES, check, checksum_bytes
+from .format.layout import PADDING, SPECIAL
+from .format.manifest import checksum
 
 if TYPE_CHECKING:
     from .store import ActivationStore
+
+
+_SHIFT = 12  # bits of float32 dropped by the histogram: 2048 bins per octave, each 0.05 % wide
+
+
+def token_norms(x_BTD: torch.Tensor) -> np.ndarray:
+    """‖x‖₂ of every token, float32 ``[B, T]``; not finite where the token is not."""
+    # Row by row: the same shapes, hence the same bits, however many rows come at once.
+    norms = [torch.linalg.vector_norm(row.float(), dim=-1) for row in x_BTD]
+    return torch.stack(norms).numpy() if norms else np.empty(x_BTD.shape[:2], np.float32)
+
+
+@dataclass
+class Moments:
+    """Count, mean vector and summed squared distance from it, of the tokens seen so far."""
+
+    n: int
+    mean_D: np.ndarray  # float64
+    m2: float  # Σ_n ‖x_n − mean‖²
+
+    @classmethod
+    def none(cls, d_model: int) -> Moments:
+        """Of no token."""
+        return cls(0, np.zeros(d_model), 0.0)
+
+    @classmethod
+    def of(cls, x_ND: torch.Tensor) -> Moments:
+        """Of these tokens, two passes."""
+        if not len(x_ND):
+            return cls.none(x_ND.shape[1])
+        x = x_ND.float()
+        mean = x.sum(0, dtype=torch.float64) / len(x)
+        return cls(len(x), mean.numpy(), float((x - mean.float()).square_().sum(dtype=torch.float64)))
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both sets of tokens."""
+        n = self.n + other.n
+        if not n:
+            return self
+        delta = other.mean_D - self.mean_D
+        mean = self.mean_D + delta * (other.n / n)
+        return Moments(n, mean, self.m2 + other.m2 + float(delta @ delta) * self.n * other.n / n)
+
+
+@dataclass
+class NormSums:
+    """What the norms alone tell: histogram of ordinary tokens, sums per position and over special tokens."""
+
+    context: int
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << (31 - _SHIFT), np.int64))
+    position_sum_T: np.ndarray = field(init=False)
+    position_count_T: np.ndarray = field(init=False)
+    special_sum: float = 0.0
+    n_special: int = 0
+    n_nonfinite: int = 0
+
+    def __post_init__(self):
+        self.position_sum_T = np.zeros(self.context)
+        self.position_count_T = np.zeros(self.context, np.int64)
+
+    def add(self, norms_BT: np.ndarray, flags_BT: np.ndarray) -> None:
+        """Count the tokens of some rows."""
+        finite = np.isfinite(norms_BT)
+        token = finite & (flags_BT & PADDING == 0)
+        special = token & (flags_BT & SPECIAL != 0)
+        ordinary = norms_BT[token & ~special]
+        self.counts += np.bincount(ordinary.view(np.uint32) >> _SHIFT, minlength=len(self.counts))
+        self.position_sum_T += np.where(token, norms_BT, 0).sum(0, dtype=np.float64)
+        self.position_count_T += token.sum(0)
+        self.special_sum += float(norms_BT[special].sum(dtype=np.float64))
+        self.n_special += int(special.sum())
+        self.n_nonfinite += int((~finite).sum())
+
+    def median(self) -> float:
+        """Median norm of ordinary tokens, to 0.03 %; 0 without any."""
+        total = int(self.counts.sum())
+        if not total:
+            return 0.0
+        upto = np.cumsum(self.counts)
+        return (self._value((total - 1) // 2, upto) + self._value(total // 2, upto)) / 2
+
+    def _value(self, rank: int, upto: np.ndarray) -> float:
+        """The norm of a rank (from 0), as if the norms of a bin lay evenly in it."""
+        at = int(np.searchsorted(upto, rank, side="right"))
+        share = (rank - int(upto[at]) + int(self.counts[at]) + 0.5) / int(self.counts[at])
+        low, high = (float(np.uint32(bin_ << _SHIFT).view(np.float32)) for bin_ in (at, at + 1))
+        return low + share * (high - low)
+
+    def mean_by_position(self) -> np.ndarray:
+        """Mean norm at every position, special tokens included; NaN where only padding lies."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.position_sum_T / self.position_count_T
+
+
+def counted(norms_BT: np.ndarray, flags_BT: np.ndarray, limit: float) -> np.ndarray:
+    """Which tokens enter means and training: neither special nor padding, finite, norm at most ``limit``; bool ``[B,
+    T]``.
+    """
+    return (flags_BT & (SPECIAL | PADDING) == 0) & (norms_BT <= limit)
+
+
+def merge(parts: Iterable[Moments], d_model: int) -> Moments:
+    """All parts together, in the order given."""
+    total = Moments.none(d_model)
+    for part in parts:
+        total = total.merged(part)
+    return total
+
 
 STATISTICS = "activations/statistics.json"
 LIMIT_FACTOR = 10  # massive activations: norms beyond this many medians (see docs/METHOD.md)
@@ -33,7 +144,9 @@ _GROUP = 64  # shards per call to Dask: bounds what the coordinator holds
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """Statistics of the first ``rows`` rows. *Counted* tokens are neither special nor padding nor beyond ``norm_limit``."""
+    """Statistics of the first ``rows`` rows. *Counted* tokens are neither special nor padding nor beyond
+    ``norm_limit``.
+    """
 
     rows: int
     n_tokens: int  # counted tokens
@@ -62,7 +175,9 @@ class StoreStatistics:
         """Plain JSON; NaN positions become null."""
         record = asdict(self)
         record["mean_D"] = self.mean_D.tolist()
-        record["mean_norm_by_position_T"] = [x if math.isfinite(x) else None for x in self.mean_norm_by_position_T.tolist()]
+        record["mean_norm_by_position_T"] = [
+            x if math.isfinite(x) else None for x in self.mean_norm_by_position_T.tolist()
+        ]
         return record
 
     @classmethod
@@ -83,7 +198,9 @@ class _ShardResult:
     moments: Moments
     n_over: int
     square_norms: float
-    near: tuple[float, float]  # the largest counted norm and the smallest beyond the limit: limits between them change nothing
+    near: tuple[
+        float, float
+    ]  # the largest counted norm and the smallest beyond the limit: limits between them change nothing
 
 
 def store_statistics(store: ActivationStore, *, scheduler: str = "threads") -> StoreStatistics:
@@ -180,26 +297,27 @@ def _sampled_median(store: ActivationStore) -> float:
 
 
 def _map_shards(store: ActivationStore, shards: Sequence[int], limit: float, scheduler: str) -> Iterator[_ShardResult]:
-    from dask.base import compute
+    path = os.path.abspath(store.path) if store.place.local else store.path  # workers have working folders of their own
+    task = partial(_shard_task, type(store).open, path, limit)
+    if scheduler in ("threads", "synchronous", "sync"):
+        with ThreadPoolExecutor(os.cpu_count() if scheduler == "threads" else 1) as pool:
+            for at in range(0, len(shards), _GROUP):
+                yield from pool.map(task, shards[at : at + _GROUP])
+        return
     from dask.delayed import delayed
 
-    path = os.path.abspath(store.path) if store.place.local else store.path  # workers have working folders of their own
-    tasks = [delayed(_shard_task, pure=False)(path, shard, limit) for shard in shards]
+    tasks = [delayed(task, pure=False)(shard) for shard in shards]
     groups = [tasks[at : at + _GROUP] for at in range(0, len(tasks), _GROUP)]
-    if scheduler in ("threads", "synchronous", "sync"):
-        for group in groups:
-            yield from compute(*group, scheduler=scheduler)
-        return
-    with connected(scheduler, instead="leave --scheduler out", then="nothing is kept of the statistics; ask again") as client:
+    with connected(
+        scheduler, instead="leave --scheduler out", then="nothing is kept of the statistics; ask again"
+    ) as client:
         for group in groups:
             yield from cast(list[_ShardResult], client.gather(client.compute(group)))
 
 
-def _shard_task(path: str, shard: int, limit: float) -> _ShardResult:
+def _shard_task(open_store: Callable[..., ActivationStore], path: str, limit: float, shard: int) -> _ShardResult:
     """One shard, chunk by chunk, in a worker that can reach the store."""
-    from .store import ActivationStore
-
-    store = ActivationStore.open(path, allow_unfinished=True)
+    store = open_store(path, allow_unfinished=True)
     rows = store.layout.rows_of(shard, store.n_rows)
     flags = store.flags(rows.start, rows.stop)
     norms, moments = [], []

@@ -11,18 +11,20 @@ import numpy as np
 import torch
 
 from ..errors import StoreError
-from .commits import LOG, Commit, fingerprint, latest, parse_log, rows_in
-from .layout import StoreLayout
-from .manifest import StoreManifest, manifest_at
-from .places import Place, place_of
-from .reader import ShardReader
+from .format.commit_log import LOG, Commit, fingerprint, latest, parse_log, rows_in
+from .format.layout import StoreLayout
+from .format.manifest import StoreManifest, manifest_at
+from .format.shard_reader import ShardReader
+from .storage.open_place import place_of
+from .storage.places import Place
 
 if TYPE_CHECKING:
     from .statistics import StoreStatistics
 
 
 class ActivationStore:
-    """Committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with their tokens, documents and flags.
+    """Committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with their tokens, documents and
+    flags.
 
     Every read compares the chunk's hash with the committed one. Thread-safe. Works on folders and on fsspec URLs alike.
     What was opened stays readable while the store grows.
@@ -56,10 +58,13 @@ class ActivationStore:
         rows = rows_in(commits)
         if not manifest.finished and not allow_unfinished:
             raise StoreError(
-                f"{place} holds {rows} of {manifest.planned_rows} rows, not finished: finish it with the same extract command"
+                f"{place} holds {rows} of {manifest.planned_rows} rows, not finished: finish it with "
+                "the same extract command"
             )
         if manifest.finished and (sound != len(raw) or rows != manifest.planned_rows):
-            raise StoreError(f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it")
+            raise StoreError(
+                f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it"
+            )
         return cls(place, manifest, commits)
 
     def __repr__(self) -> str:
@@ -127,7 +132,8 @@ class ActivationStore:
         return self.manifest.finished
 
     def fingerprint(self, rows: int | None = None) -> str:
-        """Hash of the identity and of the committed files of the first ``rows`` rows (all by default); growth leaves it valid.
+        """Hash of the identity and of the committed files of the first ``rows`` rows (all by default); growth leaves it
+        valid.
 
         Raises:
             StoreError: the store has fewer rows.
@@ -137,7 +143,8 @@ class ActivationStore:
         self._check_rows(0, rows)
         return fingerprint(self.manifest, self._commits, rows)
 
-    # --- activations ---------------------------------------------------------------------------------------------------
+    # --- activations
+    # ---------------------------------------------------------------------------------------------------
 
     def chunk_range(self, chunk: int) -> range:
         """The rows of one chunk."""
@@ -149,8 +156,8 @@ class ActivationStore:
 
         Args:
             chunks: chunk numbers.
-            out: bfloat16 memory to fill, contiguous, at least as many rows as the chunks hold; reuse it, fresh memory costs
-                more than the read. Pinned memory works.
+            out: bfloat16 memory to fill, contiguous, at least as many rows as the chunks hold; reuse it, fresh memory
+                costs more than the read. Pinned memory works.
 
         Raises:
             StoreError: a chunk is not there, or its bytes are not what was written.
@@ -184,13 +191,17 @@ class ActivationStore:
         size, jobs = self.chunk_rows, []
         for chunk in range(start // size, -(-stop // size)):
             low, high = max(start, chunk * size), min(stop, (chunk + 1) * size)
-            jobs.append(partial(self._fill, chunk, low - chunk * size, high - chunk * size, target[low - start : high - start]))
+            jobs.append(
+                partial(self._fill, chunk, low - chunk * size, high - chunk * size, target[low - start : high - start])
+            )
         if jobs:
             self._reader.run(jobs)
         return out.to(dtype)
 
     def _fill(self, chunk: int, low: int, high: int, into: np.ndarray) -> None:
-        """Rows ``low`` … ``high`` of a chunk into ``into``: directly when it is the whole chunk, else through scratch."""
+        """Rows ``low`` … ``high`` of a chunk into ``into``: directly when it is the whole chunk, else
+        through scratch.
+        """
         commit = self._latest[chunk * self.chunk_rows // self.layout.shard_rows]
         within = chunk % self.layout.shard_chunks
         direct = high - low == self.chunk_rows
@@ -207,7 +218,8 @@ class ActivationStore:
         for start in range(0, self.n_rows, rows_per_step):
             yield self.rows(start, min(start + rows_per_step, self.n_rows), dtype=dtype)
 
-    # --- text ----------------------------------------------------------------------------------------------------------
+    # --- text
+    # ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of rows ``start`` … ``stop``, int32 ``[rows, T]``."""
@@ -229,7 +241,8 @@ class ActivationStore:
             parts.append(self._reader.text(shard)[name][max(start - first, 0) : stop - first])
         return np.concatenate(parts) if parts else np.empty((0, self.context), np.int32)
 
-    # --- statistics ----------------------------------------------------------------------------------------------------
+    # --- statistics
+    # ----------------------------------------------------------------------------------------------------
 
     def statistics(self, *, scheduler: str = "threads") -> StoreStatistics:
         """Mean, variance, norms and profile over positions, computed once over Dask and kept in the store.

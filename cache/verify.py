@@ -1,4 +1,6 @@
-"""Is every committed byte what was written, and every row what the model produces? Reads everything, changes nothing."""
+"""Is every committed byte what was written, and every row what the model produces? Reads everything,
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ import xxhash
 
 from ..console import progress
 from ..errors import StoreError, UsageError
-from .codecs import CRC_BYTES, DamageError, check
-from .commits import LOG, Commit, execution_of, latest, parse_log, rows_in
-from .layout import PADDING, RowBlock
-from .lock import LOCK
-from .manifest import Execution, StoreManifest, checksum, group_document, manifest_at
-from .metadata import ARRAYS, array_document, shard_key
-from .places import Place, place_of
-from .reader import ShardReader
+from .format.codecs import CRC_BYTES, DamageError, check
+from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
+from .format.layout import PADDING, RowBlock
+from .format.manifest import Execution, StoreManifest, checksum, group_document, manifest_at
+from .format.shard_reader import ShardReader
+from .format.zarr_documents import ARRAYS, array_document, shard_key
 from .statistics import STATISTICS
+from .storage.lock import LOCK
+from .storage.open_place import place_of
+from .storage.places import Place
 from .store import ActivationStore
 
 _PIECE = 8_000_000  # bytes hashed at a time
@@ -207,7 +210,10 @@ def _content(place: Place, manifest: StoreManifest, commit: Commit) -> Iterator[
         bad = 0
         for chunk, xxh3 in enumerate(hashes):
             bits = reader.scratch()
-            for compared in (None, xxh3):  # the chunk's own CRC-32C, which any Zarr reader looks at, and what ours compares
+            for compared in (
+                None,
+                xxh3,
+            ):  # the chunk's own CRC-32C, which any Zarr reader looks at, and what ours compares
                 reader.read_chunk(commit.shard, chunk, commit.rows, bits, compared)
             bad += nonfinite_tokens(bits[: commit.rows - chunk * layout.chunk_rows])
     except StoreError as damage:
@@ -219,7 +225,9 @@ def _content(place: Place, manifest: StoreManifest, commit: Commit) -> Iterator[
         yield Finding(key, f"holds NaN or Inf at {bad} tokens")
     tokens, padded = text["tokens"], text["flags"] & PADDING != 0
     if ((tokens < 0) | (tokens >= manifest.model.vocab_size))[~padded].any():
-        yield Finding(shard_key("tokens", commit.shard), f"holds tokens outside the vocabulary of {manifest.model.vocab_size}")
+        yield Finding(
+            shard_key("tokens", commit.shard), f"holds tokens outside the vocabulary of {manifest.model.vocab_size}"
+        )
     if (text["documents"] < 0).any():
         yield Finding(shard_key("documents", commit.shard), "holds negative document numbers")
 
@@ -249,7 +257,9 @@ def _recomputed(
             for row, difference in zip(rows, differences.tolist(), strict=True):
                 if not difference <= tolerance:
                     findings.append(
-                        Finding(f"row {row}", f"differs from the model by {difference:.2g} of the token's largest value")
+                        Finding(
+                            f"row {row}", f"differs from the model by {difference:.2g} of the token's largest value"
+                        )
                     )
             bar.advance(1)
     return Verification(seen.path, seen.rows, seen.files, seen.bytes, tuple(findings), rows_done, identical, worst)
@@ -272,7 +282,7 @@ def _block(store: ActivationStore, rows: range) -> RowBlock:
 
 def _differences(new_bits: Any, stored: torch.Tensor, block: RowBlock) -> np.ndarray:
     """Largest relative difference of every row, padding left out."""
-    from .layout import from_bits
+    from .format.layout import from_bits
 
     new, old = from_bits(np.asarray(new_bits)).float(), stored.float()
     scale = old.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,9 +1,10 @@
-"""Endless shuffled windows over a store: a pure function of its rows, the settings and a seed, resumable from a few numbers.
+"""Endless shuffled windows over a store: a pure function of its rows, the settings and a seed, resumable from a few
+numbers.
 
-An *epoch* visits every chunk once, in a seeded order. Consecutive chunks of that order form a *pool* in memory, while a thread
-reads the next one; rows that fit into one pool are read once, whatever the number of epochs. Inside a pool every run of usable
-consecutive tokens is cut into windows from a random offset, and the windows of all its runs are shuffled together. What is left
-of a pool after its last whole batch is dropped and counted.
+An *epoch* visits every chunk once, in a seeded order. Consecutive chunks of that order form a *pool* in memory, while a
+thread reads the next one; rows that fit into one pool are read once, whatever the number of epochs. Inside a pool every
+run of usable consecutive tokens is cut into windows from a random offset, and the windows of all its runs are shuffled
+together. What is left of a pool after its last whole batch is dropped and counted.
 
 Shapes: W window, D model width, N windows of a batch.
 """
@@ -19,10 +20,62 @@ import numpy as np
 import torch
 
 from ..errors import StoreError, UsageError
-from .cuts import cut_windows, shuffle_windows
-from .moments import counted, token_norms
-from .statistics import cached_statistics, kept_norms
+from .statistics import cached_statistics, counted, kept_norms, token_norms
 from .store import ActivationStore
+
+
+def cut_windows(
+    usable_RT: np.ndarray, documents_RT: np.ndarray, window: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Cut every run of usable tokens of one document in one row into windows, from a random offset.
+
+    A run of n tokens gives n // window windows side by side; where among its n % window spare tokens they begin is
+    uniform.
+
+    Args:
+        usable_RT: bool, rows × positions.
+        documents_RT: document of every token.
+        window: tokens per window.
+        rng: decides the offsets.
+
+    Returns:
+        Flat index (row · T + position) of every window's first token, in order; and the usable tokens in no window.
+
+    """
+    first_RT = usable_RT.copy()
+    first_RT[:, 1:] &= ~usable_RT[:, :-1] | (documents_RT[:, 1:] != documents_RT[:, :-1])
+    begins = first_RT.reshape(-1).nonzero()[0]
+    # A run's length: the usable tokens from its beginning to the next one's.
+    before = np.concatenate([[0], np.cumsum(usable_RT.reshape(-1))])
+    lengths = np.diff(np.append(before[begins], before[-1]))
+    counts = lengths // window
+    offsets = rng.integers(0, lengths % window + 1)
+    at_run = np.repeat(begins + offsets, counts)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return at_run + within * window, int((lengths - counts * window).sum())
+
+
+def shuffle_windows(
+    at: np.ndarray, documents_RT: np.ndarray, together: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Put windows into random order, every ``together`` of them in a row from one row and document.
+
+    Returns:
+        Their first tokens in that order, and how many windows were left out for want of company.
+
+    """
+    at = rng.permutation(at)
+    if together == 1:
+        return at, 0
+    kin = np.stack([at // documents_RT.shape[1], documents_RT.reshape(-1)[at]])
+    order = np.lexsort(kin)  # stable: random among kin
+    at, kin = at[order], kin[:, order]
+    begins = np.append(True, (kin[:, 1:] != kin[:, :-1]).any(0)).nonzero()[0] if len(at) else np.empty(0, int)
+    counts = np.diff(np.append(begins, len(at)))
+    within = np.arange(len(at)) - np.repeat(begins, counts)
+    whole = within < np.repeat(counts // together * together, counts)
+    return rng.permutation(at[whole].reshape(-1, together)).reshape(-1), int((~whole).sum())
+
 
 _POOL_BYTES = 512_000_000  # of one pool; two are held while the next is read
 _POOL_BATCHES = 32  # a pool holds at least this many batches where the store allows, so that little is dropped
@@ -115,7 +168,8 @@ class WindowStream:
         per_pool = max(1, pool_tokens // (store.chunk_rows * store.context))
         return -(-chunks // per_pool)
 
-    # --- position ------------------------------------------------------------------------------------------------------
+    # --- position
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
@@ -176,7 +230,8 @@ class WindowStream:
             wait([self._next[1]])
         self._next = None
 
-    # --- batches -------------------------------------------------------------------------------------------------------
+    # --- batches
+    # -------------------------------------------------------------------------------------------------------
 
     def next_batch(self) -> WindowBatch:
         """The next ``windows_per_batch`` windows."""
@@ -191,7 +246,8 @@ class WindowStream:
             self._leave(self._current)
         if not self._dropped:
             raise UsageError(
-                f"{self._store.path} holds no {self.window} consecutive tokens of one document, without special ones and "
+                f"{self._store.path} holds no {self.window} consecutive tokens of one document, "
+                "without special ones and "
                 "those over the norm limit: give a smaller --window"
             )
         raise UsageError(
@@ -213,7 +269,8 @@ class WindowStream:
         x_NWD = take_rows(pool.x_ND, index, pin_memory=self._pin).unflatten(0, (high - low, self.window))
         return WindowBatch(x_NWD, pool.documents_N[low:high], pool.rows_N[low:high], pool.starts_N[low:high])
 
-    # --- pools ---------------------------------------------------------------------------------------------------------
+    # --- pools
+    # ---------------------------------------------------------------------------------------------------------
 
     def _take(self, epoch: int, pool: int) -> _Pool:
         """The pool, read ahead or now; starts reading the one after it."""
@@ -288,8 +345,8 @@ class WindowStream:
 def take_rows(x_ND: torch.Tensor, index_N: torch.Tensor, *, pin_memory: bool = False) -> torch.Tensor:
     """``x_ND[index_N]`` of bfloat16, by one thread, on request into page-locked memory.
 
-    Torch would share the work among OpenMP threads, and while others keep the cores busy (the prefetch thread does) waiting for
-    them takes ten times as long as copying a batch.
+    Torch would share the work among OpenMP threads, and while others keep the cores busy (the prefetch thread does)
+    waiting for them takes ten times as long as copying a batch.
     """
     out = torch.empty((len(index_N), x_ND.shape[1]), dtype=x_ND.dtype, pin_memory=pin_memory)
     unit = torch.int64 if x_ND.shape[1] % 4 == 0 else torch.int16

@@ -1,8 +1,9 @@
-"""The writer of a set of stores, one per layer, that commit together: data first, then the record, then the visible shape.
+"""The writer of a set of stores, one per layer, that commit together: data first, then the record, then the visible
+shape.
 
-The caller's thread only queues; one background thread writes. Whatever kills the process, the stores hold exactly the shards
-whose record is in every log: a torn line, a line that some layers lack, a ``.partial`` file and a shard without a record are
-dropped by the next :meth:`StoreSetWriter.open`, and those rows are written again.
+The caller's thread only queues; one background thread writes. Whatever kills the process, the stores hold exactly the
+shards whose record is in every log: a torn line, a line that some layers lack, a ``.partial`` file and a shard without
+a record are dropped by the next :meth:`StoreSetWriter.open`, and those rows are written again.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import numpy as np
 
 from ..errors import StoreError
 from .background import BackgroundWorker
-from .commits import LOG, Commit, ShardRecord, execution_of, latest, rows_in
-from .layout import RowBlock, StoreLayout
-from .lock import Lock
-from .manifest import Execution, StoreManifest, group_document
-from .metadata import ARRAYS, array_document, to_json
-from .places import Place, place_of
+from .format.commit_log import LOG, Commit, ShardRecord, execution_of, latest, rows_in
+from .format.layout import RowBlock, StoreLayout
+from .format.manifest import Execution, StoreManifest, group_document
+from .format.shard_writer import ShardSetWriter
+from .format.zarr_documents import ARRAYS, array_document, to_json
 from .resume import check_space, lock_all, open_or_create, recover, remove_partial
-from .shardset import ShardSetWriter
+from .storage.lock import Lock
+from .storage.open_place import place_of
+from .storage.places import Place
 
 _QUEUE_BYTES = 512_000_000  # activations waiting to be written before append() blocks
 
@@ -31,10 +33,13 @@ class StoreSetWriter:
     """Writes the stores of several layers row by row; see :meth:`open`. A context manager.
 
     Leaving it without an exception drains what was queued; with one, the shard in the making is discarded. Either way
-    the commits stay and the locks are released. ``layout`` is the stored one on resume: use it, not the one you planned.
+    the commits stay and the locks are released. ``layout`` is the stored one on resume: use it, not the one you
+    planned.
     """
 
-    def __init__(self, places: dict[int, Place], manifests: dict[int, StoreManifest], locks: list[Lock], planned_rows: int):
+    def __init__(
+        self, places: dict[int, Place], manifests: dict[int, StoreManifest], locks: list[Lock], planned_rows: int
+    ):
         self._places, self._manifests, self._locks = places, manifests, locks
         self._one = min(manifests)
         self._logs = recover(places, self._layouts)
@@ -45,7 +50,9 @@ class StoreSetWriter:
         self._queued_rows = self._shard_start = self.rows_committed
         self._tail_queued = False
         self._bytes = 0
-        self.execution = execution_of(self._log[-1], manifests[self._one]) if self._log else manifests[self._one].execution
+        self.execution = (
+            execution_of(self._log[-1], manifests[self._one]) if self._log else manifests[self._one].execution
+        )
         check_space(places, self._layouts, self._planned, self.rows_committed)
         self._worker = BackgroundWorker("store-writer", _QUEUE_BYTES)
 
@@ -55,13 +62,14 @@ class StoreSetWriter:
     ) -> StoreSetWriter:
         """Create the stores, or go on with them after the last common commit.
 
-        A finished store whose manifest now plans more rows is extended: if its last shard is short, ``rows_committed`` is where
+        A finished store whose manifest now plans more rows is extended: if its last shard is short, ``rows_committed``
+            is where
         that shard begins; extract it again whole, its stored rows are compared and kept.
 
         Args:
             paths: layer → folder or fsspec URL.
-            manifests: layer → what the store is to hold. Identity is compared with what is there; a larger ``planned_rows``
-                replaces the old plan.
+            manifests: layer → what the store is to hold. Identity is compared with what is there; a larger
+                ``planned_rows`` replaces the old plan.
             fresh: drop what is there and begin anew.
 
         Raises:
@@ -79,7 +87,8 @@ class StoreSetWriter:
                 lock.release()
             raise
 
-    # --- what is known -------------------------------------------------------------------------------------------------
+    # --- what is known
+    # -------------------------------------------------------------------------------------------------
 
     @property
     def _log(self) -> list[Commit]:
@@ -144,7 +153,8 @@ class StoreSetWriter:
         """Bytes of the files committed through this writer."""
         return self._bytes
 
-    # --- writing -------------------------------------------------------------------------------------------------------
+    # --- writing
+    # -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Mark the stores unfinished, with the plan. :meth:`append` does it; call it before workers write shards."""
@@ -198,7 +208,9 @@ class StoreSetWriter:
         self.drain()
         for record in records:
             if (record.shard, record.first_row) != (self.next_shard, self.rows_committed):
-                raise StoreError(f"shard {record.shard} cannot be committed: the stores go on with shard {self.next_shard}")
+                raise StoreError(
+                    f"shard {record.shard} cannot be committed: the stores go on with shard {self.next_shard}"
+                )
             self._record(record, cursor if record is records[-1] else None)
         self._queued_rows = self._shard_start = self.rows_committed
 
@@ -233,7 +245,8 @@ class StoreSetWriter:
             done = self._manifests[layer].model_copy(update={"planned_rows": self.rows_stored, "finished": True})
             self._set_manifest(layer, place, done)
 
-    # --- the background thread's side ----------------------------------------------------------------------------------
+    # --- the background thread's side
+    # ----------------------------------------------------------------------------------
 
     def _write(self, block: RowBlock, activations: Mapping[int, np.ndarray]) -> None:
         if self._shard is None:
@@ -277,7 +290,8 @@ class StoreSetWriter:
             place.replace("zarr.json", to_json(group_document(manifest)))
             self._manifests[layer] = manifest
 
-    # --- leaving -------------------------------------------------------------------------------------------------------
+    # --- leaving
+    # -------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         return self

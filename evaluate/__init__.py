@@ -1,1 +1,1 @@
-"""Stage three: SAEs and a language model → fidelity, features, time and position → a report."""
+"""Stage three: SAEs and their language model become a report."""

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ..cache.manifest import TextIdentity
+from ..cache.format.manifest import TextIdentity
 from ..errors import TcsaeError
-from ..train.journal import read_metrics
-from .bootstrap import Resampler
-from .compat import SAEBenchSums
-from .fidelity import OUTLIERS, definitions
-from .heldout import HeldOutText
-from .jackknife import Jackknifed
+from ..train.run_folder.metrics_log import read_metrics
+from .intervals.bootstrap import Resampler
+from .intervals.jackknife import Jackknifed
+from .metrics.fidelity import OUTLIERS, definitions
+from .metrics.saebench import SAEBenchSums
+from .model.heldout_text import HeldOutText
 from .protocol import UnitSums
 from .results import Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
-from .row import MeasuredRow
+from .table_row import MeasuredRow
 
 L0_TOLERANCE = 0.05  # a pair whose L0 differs by more is not compared on equal terms
 _OF_THE_MODEL = ("ce_clean", "kl_noise_floor", "activation_", "same_token_activation", "prefix_shift_activation")
@@ -96,7 +96,8 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         role=row.role,
         pair=row.pair,
         sae=row.facts,
-        metrics=metrics | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
+        metrics=metrics
+        | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
         curves=row.curves,
         saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
         notes=row.notes,
@@ -107,7 +108,9 @@ def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
     """TC-SAE − twin and pruned − original for every pair that is there whole, on whatever both were measured by."""
     found = []
     for first in rows:
-        second = next((row for row in rows if row.name == first.pair and row.layer == first.layer and row.kind == "sae"), None)
+        second = next(
+            (row for row in rows if row.name == first.pair and row.layer == first.layer and row.kind == "sae"), None
+        )
         if first.role not in ("tc", "pruned") or second is None:
             continue
         a, b = scored(first, rows), scored(second, rows)

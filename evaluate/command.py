@@ -4,37 +4,113 @@ from __future__ import annotations
 
 import typer
 
-from .prune_command import prune
+
+def prune(
+    run: str = typer.Argument(..., help="Folder of a finished run."),
+    out: str | None = typer.Option(None, "--out", help="Folder of the new run. Default: the run's name with -pruned."),
+    store: str | None = typer.Option(
+        None, "--store", help="Activation store. Default: the one the run was trained on."
+    ),
+    tokens: str = typer.Option("200k", "--tokens", help="Tokens of the store to look at; 200k, 10M."),
+    min_cosine: float = typer.Option(
+        0.9, "--min-cosine", help="Merge features whose decoder rows are at least this alike; 2 merges none."
+    ),
+    min_eta_squared: float = typer.Option(
+        0.5,
+        "--min-eta-squared",
+        help="Drop features whose position explains at least this share of their variance; 2 drops none.",
+    ),
+    false_discovery_rate: float = typer.Option(
+        0.05, "--false-discovery-rate", help="Of the test for position dependence."
+    ),
+    seed: int = typer.Option(0, "--seed", help="Of the rotations of that test."),
+    device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
+    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+) -> None:
+    """Merge near-duplicate features and drop position-locked ones into a new run, and say what that costs.
+
+    `pipeline evaluate` then shows the new run beside the old one.
+
+    Examples:
+        pipeline prune runs/l12-topk64-pairwise0.03-w5-s0
+
+        pipeline prune runs/l12-topk64-none-s0 --min-cosine 0.95 --out runs/fewer
+
+    """
+    from dataclasses import asdict
+
+    from ..console import parse_count, summary
+    from .prune.run import PruneConfig, prune_run
+
+    done = prune_run(
+        PruneConfig(
+            run=run,
+            out=out,
+            store=store,
+            tokens=parse_count(tokens),
+            min_cosine=min_cosine,
+            min_eta_squared=min_eta_squared,
+            false_discovery_rate=false_discovery_rate,
+            seed=seed,
+            device=device,
+        )
+    )
+    facts = {
+        "run": done.folder or "none written: nothing is redundant at these thresholds",
+        "features": f"{done.before.n_features} → {done.after.n_features}",
+        "merged": sum(len(members) for members in done.merged.values()),
+        "dropped": len(done.dropped),
+        "tokens": done.tokens,
+        "explained variance": _change(done.before.explained_variance, done.after.explained_variance),
+        "L0": _change(done.before.l0, done.after.l0),
+    }
+    summary(f"pruned {run}", asdict(done) if json_output else facts, as_json=json_output)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return " → ".join("undefined" if value is None else f"{value:.4g}" for value in (before, after))
 
 
 def evaluate(
-    run: list[str] = typer.Option([], "--run", help="A run folder; repeatable. Default: every finished run under runs/."),
-    sae: list[str] = typer.Option(
-        [], "--sae", help="An SAE from elsewhere: SAELens folder, Gemma Scope npz, dictionary_learning ae.pt, or hub id/path."
+    run: list[str] = typer.Option(
+        [], "--run", help="A run folder; repeatable. Default: every finished run under runs/."
     ),
-    layer: list[int] = typer.Option([], "--layer", help="Layer of each --sae, or one for all, where they do not say it."),
+    sae: list[str] = typer.Option(
+        [],
+        "--sae",
+        help="An SAE from elsewhere: SAELens folder, Gemma Scope npz, dictionary_learning ae.pt, or hub id/path.",
+    ),
+    layer: list[int] = typer.Option(
+        [], "--layer", help="Layer of each --sae, or one for all, where they do not say it."
+    ),
     runs: str = typer.Option("runs", "--runs", help="Where finished runs are looked for."),
     model: str | None = typer.Option(None, "--model", help="Language model. Default: the one each run's store names."),
     revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit of --model on the hub."),
     gguf_file: str | None = typer.Option(None, "--gguf-file", help="A GGUF file inside --model."),
-    dataset: str | None = typer.Option(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
+    dataset: str | None = typer.Option(
+        None, "--dataset", help="Text. Default: held-out documents of the store's text."
+    ),
     split: str | None = typer.Option(None, "--split", help="Split of the dataset."),
     text_column: str | None = typer.Option(None, "--text-column", help="Column that holds the text."),
     batches: int = typer.Option(200, "--batches", help="Batches of text."),
     batch_size: int = typer.Option(16, "--batch-size", help="Rows (model contexts) per batch."),
     out: str = typer.Option("reports", "--out", help="Where reports are written."),
-    name: str | None = typer.Option(None, "--name", help="Folder of the report under --out. Default: the model's name."),
+    name: str | None = typer.Option(
+        None, "--name", help="Folder of the report under --out. Default: the model's name."
+    ),
     seed: int = typer.Option(0, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."),
     device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
     dtype: str = typer.Option("auto", "--dtype", help="Of the language model: auto, bfloat16 or float32."),
     quick: bool = typer.Option(False, "--quick", help="Ten batches, no feature browser: a first look."),
-    resume: bool = typer.Option(True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."),
+    resume: bool = typer.Option(
+        True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Splice SAEs into their language model and report what is lost, what features do, and how they behave in time.
 
-    Reference rows (identity, zero, mean and previous-token ablation, untrained and empty SAEs) are measured beside them. Ends
-    with status 1 when an SAE could not be evaluated, after the others were.
+    Reference rows (identity, zero, mean and previous-token ablation, untrained and empty SAEs) are measured beside
+    them. Ends with status 1 when an SAE could not be evaluated, after the others were.
 
     Examples:
         pipeline evaluate
@@ -45,7 +121,7 @@ def evaluate(
 
     """
     from .config import EvaluateConfig
-    from .table import print_outcomes
+    from .report.terminal import print_outcomes
 
     config = EvaluateConfig(
         runs=tuple(run),

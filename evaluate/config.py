@@ -62,7 +62,8 @@ class EvaluateConfig:
             raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
         if self.layers and len(self.layers) not in (1, len(self.saes)):
             raise UsageError(
-                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for each --sae, or one for all"
+                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for "
+                "each --sae, or one for all"
             )
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:

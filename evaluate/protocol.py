@@ -1,8 +1,8 @@
 """The contract between the evaluation's one pass over the text and everything that measures something on the way.
 
-Shapes: B rows, T positions, D model width, F features, N tokens, U units. A *unit* is at most about a thousand tokens of one
-document, numbered in order of appearance; intervals come from resampling units (or the documents they belong to), so whatever
-is an average over tokens or pairs is kept as two sums per unit and divided once, at the end.
+Shapes: B rows, T positions, D model width, F features, N tokens, U units. A *unit* is at most about a thousand tokens
+of one document, numbered in order of appearance; intervals come from resampling units (or the documents they belong
+to), so whatever is an average over tokens or pairs is kept as two sums per unit and divided once, at the end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .results import Curve, Definition, Metric
 class TokenBatch:
     """One batch of held-out rows as one layer sees it. All tensors lie on one device.
 
-    A position counts (``valid_BT``) when it is neither special nor padding nor of outlying norm; ``real_BT`` includes the
-    outliers. Two positions of a row form a valid pair when both count and their documents agree.
+    A position counts (``valid_BT``) when it is neither special nor padding nor of outlying norm; ``real_BT`` includes
+    the outliers. Two positions of a row form a valid pair when both count and their documents agree.
     """
 
     x_BTD: Tensor  # float32, the model's residual stream after the layer
@@ -52,9 +52,13 @@ class Findings:
     """What an accumulator found. The driver turns ``sums`` into metrics with intervals and into paired differences."""
 
     sums: dict[str, UnitSums] = field(default_factory=dict)
-    metrics: dict[str, Metric] = field(default_factory=dict)  # what no ratio of sums expresses: with its own interval or none
+    metrics: dict[str, Metric] = field(
+        default_factory=dict
+    )  # what no ratio of sums expresses: with its own interval or none
     curves: dict[str, Curve] = field(default_factory=dict)
-    per_feature: dict[str, np.ndarray] = field(default_factory=dict)  # [F] or [F, …]: for the feature browser, never written
+    per_feature: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # [F] or [F, …]: for the feature browser, never written
     notes: list[str] = field(default_factory=list)
 
 
@@ -77,7 +81,9 @@ class SparseCoder(Protocol):
 
 
 class Accumulator(Protocol):
-    """Measures one SAE (or reference) over the whole text, a batch at a time, in memory that does not grow with the text."""
+    """Measures one SAE (or reference) over the whole text, a batch at a time, in memory that does not grow with the
+    text.
+    """
 
     definitions: dict[str, Definition]
 
@@ -119,6 +125,10 @@ class Ledger:
         """The sum over all units."""
         return float(self[name].sum())
 
-    def ratio(self, numerator: str, denominator: str, unit: str, *, offset: float = 0.0, scale: float = 1.0) -> UnitSums:
-        """Two names as a metric; the definition's key is the numerator's name until :func:`dataclasses.replace` says else."""
+    def ratio(
+        self, numerator: str, denominator: str, unit: str, *, offset: float = 0.0, scale: float = 1.0
+    ) -> UnitSums:
+        """Two names as a metric; the definition's key is the numerator's name until :func:`dataclasses.replace` says
+        else.
+        """
         return UnitSums(self[numerator], self[denominator], unit, numerator, offset, scale)

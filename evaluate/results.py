@@ -1,7 +1,7 @@
 """What an evaluation says: one frozen, typed document, written as ``results.json`` with a published JSON schema.
 
-Every number carries its unit, the count it was divided by, its 95 % interval and the key of its definition. Undefined is
-null: never −1, never left out. ``docs/results.schema.json`` is this file's schema; a test keeps the two in step.
+Every number carries its unit, the count it was divided by, its 95 % interval and the key of its definition. Undefined
+is null: never −1, never left out. ``docs/results.schema.json`` is this file's schema; a test keeps the two in step.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ class Metric(Frozen):
     n: int = Field(description="how many tokens, pairs or features the value is an average over")
     low: Number = Field(
         default=None,
-        description="lower end of the 95 % interval; null where the definition's `interval` says why, where the text is too "
-        "short for one (the report's `resampling` says so), and where the value is undefined without some part of the text",
+        description="lower end of the 95 % interval; null where the definition's `interval` says "
+        "why, where the text is too "
+        "short for one (the report's `resampling` says so), and where the value is undefined without "
+        "some part of the text",
     )
     high: Number = Field(default=None, description="upper end of it, null in the same places")
     definition: str = Field(description="key into the report's definitions")
@@ -103,16 +105,19 @@ class Record(Frozen):
     kind: Literal["sae", "reference"]
     layer: int
     role: Role | None = Field(
-        default=None, description="with the temporal term, its twin without, or a run that `pipeline prune` made of another"
+        default=None,
+        description="with the temporal term, its twin without, or a run that `pipeline prune` made of another",
     )
     pair: str | None = Field(
-        default=None, description="name of the other half: the twin of a tc, the tc of a twin, the original of a pruned one"
+        default=None,
+        description="name of the other half: the twin of a tc, the tc of a twin, the original of a pruned one",
     )
     sae: SAEFacts | None = None
     metrics: dict[str, Metric]
     curves: dict[str, Curve] = Field(default_factory=dict)
     saebench_compat: dict[str, Number] = Field(
-        default_factory=dict, description="SAEBench 0.6.0 `core` names and conventions, for comparison with published tables"
+        default_factory=dict,
+        description="SAEBench 0.6.0 `core` names and conventions, for comparison with published tables",
     )
     notes: list[str] = Field(default_factory=list)
 
@@ -221,7 +226,9 @@ class EvaluationReport(Frozen):
     text: TextFacts
     n_documents: int
     n_rows: int
-    n_tokens: int = Field(description="valid tokens: not special, not padding; the n of a metric says what it used of them")
+    n_tokens: int = Field(
+        description="valid tokens: not special, not padding; the n of a metric says what it used of them"
+    )
     seed: int
     layers: list[int]
     resampling: str = Field(description="what the intervals resample: documents, or blocks of about a thousand tokens")
@@ -267,7 +274,9 @@ def read_results(path: str | Path) -> EvaluationReport:
     except ValidationError as reasons:
         first = reasons.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RunError(f"{file} is no evaluation result: {where}: {first['msg']}; evaluate again to replace it") from None
+        raise RunError(
+            f"{file} is no evaluation result: {where}: {first['msg']}; evaluate again to replace it"
+        ) from None
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> Path:
@@ -285,7 +294,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def publish_schema(path: str | Path) -> Path:
-    """Write the schema; run after a change of this file: ``python -m tcsae.evaluate.results docs/results.schema.json``."""
+    """Write the schema; run after a change of this file: ``python -m tcsae.evaluate.results
+    docs/results.schema.json``.
+    """
     return write_json(json_schema(), Path(path))
 
 

@@ -1,44 +1,114 @@
 """Stage three as a whole: SAEs in, report out.
 
-Each model is loaded once. Rows that an earlier evaluation of the same text finished are taken from the report's folder; what is
-missing is measured in as few passes over the text as memory allows; the report is assembled from all rows.
+Each model is loaded once. Rows that an earlier evaluation of the same text finished are taken from the report's folder;
+what is missing is measured in as few passes over the text as memory allows; the report is assembled from all rows.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
+import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
-from ..errors import RunError, TcsaeError
-from ..extract.models import LanguageModel, load_language_model
-from ..extract.rows import row_blocks
-from ..extract.text import open_documents, resolve_text
+from ..errors import ResourceError, RunError, TcsaeError
+from ..extract.model.load import LanguageModel, load_language_model
+from ..extract.text.open import open_documents, resolve_text
+from ..extract.text.rows import row_blocks
 from .assemble import compose
-from .browser import browser
 from .config import EvaluateConfig
-from .heldout import HeldOutText, LayerSurvey, survey
-from .machine import describe_machine, peak_memory, versions
-from .measure import Measurement
-from .measures import accumulators
-from .memory import is_out_of_memory, release, within_memory
-from .position_probes import DEFINITIONS as PROBE_DEFINITIONS
-from .position_probes import probes
-from .probes import Bench, ProbeContext
-from .references import untrained_sae, zero_sae
-from .report import write_report
+from .features.collect import browser
+from .metrics.all import accumulators
+from .metrics.by_scope import SplitMeasures
+from .metrics.prefix_shift import DEFINITIONS as PROBE_DEFINITIONS
+from .metrics.prefix_shift import probes
+from .model.heldout_text import HeldOutText, LayerSurvey, survey
+from .model.probes import Bench, ProbeContext
+from .model.reference_rows import untrained_sae, zero_sae
+from .model.splice import Head, SplicedModel
+from .one_pass import Measurement
+from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
-from .row import Candidate, MeasuredRow, row_of
-from .shelf import Shelf, slug
-from .splice import Head, SplicedModel
-from .splits import SplitMeasures
+from .row_cache import Shelf, slug
 from .subjects import Group, gather_subjects
+from .table_row import Candidate, MeasuredRow, row_of
+
+# What torch says where it has no exception of its own for it.
+_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether an allocation failed: on the GPU, on the CPU by torch, or on the CPU by Python and NumPy."""
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _WORDS)
+
+
+@contextmanager
+def within_memory(batch_rows: int) -> Iterator[None]:
+    """Measuring, SAE by SAE in the end: what then still does not fit is a batch of ``batch_rows`` rows.
+
+    Raises:
+        ResourceError: an allocation failed inside.
+
+    """
+    try:
+        yield
+    except Exception as failure:
+        if not is_out_of_memory(failure):
+            raise
+        rows = f"{batch_rows} row{'' if batch_rows == 1 else 's'}"
+        remedy = (
+            "give a smaller --batch-size" if batch_rows > 1 else "try another --device, or one SAE at a time with --run"
+        )
+        raise ResourceError(
+            f"out of memory with batches of {rows}, one SAE at a time: {remedy}; rows that are finished are kept"
+        ) from failure
+
+
+def release() -> None:
+    """Give back to the device what a failed pass held."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int | float | None]:
+    """Processor, threads and device; nothing that identifies a person or a host."""
+    facts: dict[str, str | int | float | None] = {
+        "device": device.type,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that shape the numbers."""
+    return {"python": platform.python_version(), **installed_versions()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on the GPU where there is one, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
 
 PASS_BYTES = 4e9
 """Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
@@ -74,7 +144,9 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     for failure in failures:
         warn(f"{failure.path}: {failure.message}")
     if not groups:
-        raise RunError(failures[0].message if len(failures) == 1 else f"none of the {len(failures)} SAEs can be evaluated")
+        raise RunError(
+            failures[0].message if len(failures) == 1 else f"none of the {len(failures)} SAEs can be evaluated"
+        )
     names = _names(config, groups)
     outcomes = []
     for group, name in zip(groups, names, strict=True):
@@ -122,7 +194,9 @@ class _Evaluation:
         self.layers = sorted({subject.layer for subject in group.subjects})
         documents = open_documents(group.text)
         identity = resolve_text(group.text, self.lm, documents)
-        blocks = row_blocks(group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows)
+        blocks = row_blocks(
+            group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
+        )
         self.text = HeldOutText.gather((block for block, _ in blocks), config.rows)
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
@@ -169,7 +243,9 @@ class _Evaluation:
         for subject in list(self.group.subjects):
             message = None
             if not 0 <= subject.layer < lm.n_layers:
-                message = f"the SAE belongs to layer {subject.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
+                message = (
+                    f"the SAE belongs to layer {subject.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
+                )
             elif subject.facts.d_model != lm.d_model:
                 message = (
                     f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: "

@@ -1,5 +1,5 @@
-"""Which SAEs are to be evaluated, in which model and on which text: runs and other people's SAEs, grouped so that each model
-is loaded once. Whatever cannot be loaded becomes a failure with its sentence, and the others go on.
+"""Which SAEs are to be evaluated, in which model and on which text: runs and other people's SAEs, grouped so that each
+model is loaded once. Whatever cannot be loaded becomes a failure with its sentence, and the others go on.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..cache.manifest import StoreManifest
+from ..cache.format.manifest import StoreManifest
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
-from ..train.record import RunRecord, find_runs, load_run
-from ..train.sae import TemporalSAE
+from ..train.formats.foreign import AnySAE
+from ..train.formats.locate import load_external
+from ..train.run_folder.record import RunRecord, find_runs, load_run
+from ..train.sae.temporal_sae import TemporalSAE
 from .config import EvaluateConfig
-from .external import load_external
-from .foreign import AnySAE
 from .results import Failure, Role, SAEFacts
 
 WEIGHTS = "sae_weights.safetensors"
@@ -36,7 +36,8 @@ class Subject:
     pair: str | None = None
     """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
     scope: float = 1.0
-    """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too."""
+    """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too.
+    """
 
 
 @dataclass
@@ -100,7 +101,8 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
     record = load_run(path)
     if not record.finished:
         raise RunError(
-            f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with pipeline train --resume"
+            f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with "
+            "pipeline train --resume"
         )
     manifest = StoreManifest.model_validate(record.store_manifest)
     group = _group(groups, config, manifest)
@@ -151,7 +153,10 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
 
 
 def _group(
-    groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, manifest: StoreManifest | None, model_name: str | None = None
+    groups: dict[tuple[Any, ...], Group],
+    config: EvaluateConfig,
+    manifest: StoreManifest | None,
+    model_name: str | None = None,
 ) -> Group:
     model, text, held_out = _model(config, manifest, model_name), _text(config, manifest), True
     if config.dataset is not None and (manifest is None or config.dataset != manifest.text.dataset):
@@ -209,7 +214,9 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value if isinstance(value, str | int | float | bool | None) else ", ".join(map(str, value))
+            found[prefix + name] = (
+                value if isinstance(value, str | int | float | bool | None) else ", ".join(map(str, value))
+            )
     return found
 
 

@@ -1,1 +1,1 @@
-"""Stage one: text → rows of tokens → one truncated forward pass → a store per layer."""
+"""Stage one: text and a language model become activation stores."""

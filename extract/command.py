@@ -6,30 +6,44 @@ import typer
 
 
 def extract(
-    layers: list[int] = typer.Option(..., "--layers", help="Layers whose output is stored, from 0: 5 12 19 or 5,12,19."),
+    layers: list[int] = typer.Option(
+        ..., "--layers", help="Layers whose output is stored, from 0: 5 12 19 or 5,12,19."
+    ),
     model: str = typer.Option("google/gemma-2-2b", "--model", help="Hub id, folder, .gguf file, or 'demo'."),
     revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit of the model on the hub."),
     gguf_file: str | None = typer.Option(None, "--gguf-file", help="A GGUF file inside the folder or repository."),
     dataset: str = typer.Option(
         "Skylion007/openwebtext", "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
     ),
-    dataset_revision: str | None = typer.Option(None, "--dataset-revision", help="Branch, tag or commit of the dataset."),
+    dataset_revision: str | None = typer.Option(
+        None, "--dataset-revision", help="Branch, tag or commit of the dataset."
+    ),
     split: str = typer.Option("train", "--split", help="Split of a hub dataset."),
     text_column: str = typer.Option("text", "--text-column", help="Column that holds the text (not for .txt files)."),
-    tokens: str = typer.Option("10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. More than is stored extends it."),
+    tokens: str = typer.Option(
+        "10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. More than is stored extends it."
+    ),
     context: int = typer.Option(128, "--context", help="Tokens per row, BOS included."),
-    packing: str = typer.Option("document", "--packing", help="document: rows never mix documents; concat: they are joined."),
-    held_out: float = typer.Option(0.01, "--held-out", help="Share of documents kept for evaluation and never extracted."),
+    packing: str = typer.Option(
+        "document", "--packing", help="document: rows never mix documents; concat: they are joined."
+    ),
+    held_out: float = typer.Option(
+        0.01, "--held-out", help="Share of documents kept for evaluation and never extracted."
+    ),
     seed: int = typer.Option(0, "--seed", help="Orders the documents."),
     batch_size: str = typer.Option("auto", "--batch-size", help="Rows per forward pass, or auto."),
     device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
     dtype: str = typer.Option("auto", "--dtype", help="Arithmetic: auto, bfloat16 or float32. Stores are bfloat16."),
     out: str = typer.Option("cache", "--out", help="Folder or URL (s3://…) that gets lL.zarr for every layer L."),
-    compression: str = typer.Option("none", "--compression", help="none, lz4 or zstd: up to 30 % smaller, slower to read."),
+    compression: str = typer.Option(
+        "none", "--compression", help="none, lz4 or zstd: up to 30 % smaller, slower to read."
+    ),
     shard_bytes: str = typer.Option("256M", "--shard-bytes", help="About how much is committed at a time."),
     workers: int | None = typer.Option(None, "--workers", help="Run on a local Dask cluster of so many processes."),
     scheduler: str | None = typer.Option(None, "--scheduler", help="Run on the Dask cluster at this address, tcp://…"),
-    resume: bool = typer.Option(True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."),
+    resume: bool = typer.Option(
+        True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print rows, bytes, disk and time, and write nothing."),
     json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
@@ -65,7 +79,7 @@ def extract(
         scheduler=scheduler,
     )
     if dry_run:
-        from .estimate import estimate
+        from .plan import estimate
 
         summary("planned, nothing written", estimate(config).facts(as_json=json_output), as_json=json_output)
         return

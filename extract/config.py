@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..cache.manifest import ModelIdentity, TextIdentity
+    from ..cache.format.manifest import ModelIdentity, TextIdentity
 
 Packing = Literal["document", "concat"]
 
@@ -27,7 +27,9 @@ class ModelSource:
     device: str = "auto"
     """``cuda``, ``cuda:1``, ``cpu`` …; ``auto`` takes the GPU if there is one."""
     dtype: str = "auto"
-    """``bfloat16`` or ``float32`` for weights and arithmetic; ``auto`` takes bfloat16 where it is fast. Stores are bfloat16."""
+    """``bfloat16`` or ``float32`` for weights and arithmetic; ``auto`` takes bfloat16 where it is fast. Stores are
+    bfloat16.
+    """
 
     def __post_init__(self):
         if not self.id:
@@ -49,7 +51,9 @@ class TextSource:
     text_column: str = "text"
     """The column that holds the text, in anything but ``.txt`` files."""
     packing: Packing = "document"
-    """``document``: a row never mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
+    """``document``: a row never mixes documents, tails shorter than a row are dropped. ``concat``: documents are
+    joined.
+    """
     context: int = 128
     """Tokens per row, the beginning-of-sequence token included."""
     seed: int = 0

@@ -1,8 +1,9 @@
-"""Extraction on Dask: this process reads the text and commits, workers run the model and write whole shards of every store.
+"""Extraction on Dask: this process reads the text and commits, workers run the model and write whole shards of every
+store.
 
-A task is one shard: its rows of tokens go out, the record of its files comes back, and records are committed in row order. A
-worker that dies takes only its shards in the making with it; Dask gives them to another. Given the same batch size and number
-of threads the stores are byte for byte those that one process writes.
+A task is one shard: its rows of tokens go out, the record of its files comes back, and records are committed in row
+order. A worker that dies takes only its shards in the making with it; Dask gives them to another. Given the same batch
+size and number of threads the stores are byte for byte those that one process writes.
 """
 
 from __future__ import annotations
@@ -25,23 +26,25 @@ import numpy as np
 import torch
 
 from ..cache.cluster import connected
-from ..cache.commits import ShardRecord
-from ..cache.layout import RowBlock, StoreLayout
-from ..cache.manifest import Execution, ModelIdentity, identity_difference
-from ..cache.shardset import write_shard
+from ..cache.format.commit_log import ShardRecord
+from ..cache.format.layout import RowBlock, StoreLayout
+from ..cache.format.manifest import Execution, ModelIdentity, identity_difference
+from ..cache.format.shard_writer import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
 from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
 from .config import ExtractConfig, ModelSource
-from .feed import RowFeed
-from .forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
-from .models import LanguageModel, identify_model, load_language_model, resolve_device, resolve_dtype
+from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
+from .model.load import LanguageModel, identify_model, load_language_model, resolve_device, resolve_dtype
 from .plan import Plan, describe_execution, make_plan
-from .rows import Cursor, read_rows
-from .run import ExtractSummary, already_complete, record_execution, summarise
+from .summary import ExtractSummary, already_complete, record_execution, summarise
+from .text.row_batches import RowFeed
+from .text.rows import Cursor, read_rows
 
 _SHARDS_PER_THREAD = 2  # given out ahead, so that a worker never waits for text
-_RETRIES = 2  # of a shard whose task raises what is none of our failures; one whose worker dies is redone without counting
+_RETRIES = (
+    2  # of a shard whose task raises what is none of our failures; one whose worker dies is redone without counting
+)
 
 _GO_ON = "what was committed stays; start it and its workers again, and the same command goes on from there"
 
@@ -109,7 +112,9 @@ def _local_cluster(workers: int) -> Iterator[Any]:
 
 @contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Threads and processes begun inside, and whatever they begin, leave Ctrl-C, which a terminal sends to all, to this one."""
+    """Threads and processes begun inside, and whatever they begin, leave Ctrl-C, which a terminal sends to all, to this
+    one.
+    """
     resource_tracker.ensure_running()  # it would lift the block when it is first needed
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -175,7 +180,9 @@ class _Coordinator:
             while pending:
                 self._commit_first(pending, writer, bar, began)
         except torch.OutOfMemoryError:
-            wait([future for future, _ in pending])  # the shards begun with this batch, lest two tasks write one of them
+            wait(
+                [future for future, _ in pending]
+            )  # the shards begun with this batch, lest two tasks write one of them
             raise
 
     def _submit(self, job: Job, shard: int, block: RowBlock, kept_rows: int) -> Any:
@@ -202,12 +209,15 @@ class _Coordinator:
         bar.advance(record.rows * self.plan.config.text.context, f"{format_bytes(speed)}/s to disk")
 
 
-# --- on a worker ---------------------------------------------------------------------------------------------------------
+# --- on a worker
+# ---------------------------------------------------------------------------------------------------------
 
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model and one GPU
 
 
-def _probe(source: ModelSource, identity: ModelIdentity, deepest: int, layout: StoreLayout, rows: int) -> tuple[int, int, str]:
+def _probe(
+    source: ModelSource, identity: ModelIdentity, deepest: int, layout: StoreLayout, rows: int
+) -> tuple[int, int, str]:
     """Batch size, threads and device name that this worker would choose."""
     with _one_at_a_time:
         lm = _model(source, identity, deepest)  # type: ignore[arg-type] — frozen pydantic records hash
@@ -256,7 +266,9 @@ def _model(source: ModelSource, identity: ModelIdentity, deepest: int) -> Langua
     lm = load_language_model(replace(source, device=_own_device(source.device)), deepest_layer=deepest)
     difference = identity_difference(identity, lm.identity)
     if difference:
-        raise ModelError(f"a worker finds another model under {source.id} ({difference}): give all machines the same one")
+        raise ModelError(
+            f"a worker finds another model under {source.id} ({difference}): give all machines the same one"
+        )
     return lm
 
 

@@ -1,30 +1,42 @@
 """What an extraction will do, settled before it does it: identities, rows, bytes, what is already there.
 
-What a stored extraction recorded and the command leaves open (commit, dtype, batch size, threads) is taken from the record.
+What a stored extraction recorded and the command leaves open (commit, dtype, batch size, threads) is taken from the
+record.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..cache.commits import agreed, execution_of
-from ..cache.layout import StoreLayout, plan_layout
-from ..cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, first_difference, identity_difference
-from ..cache.places import place_of
+from ..cache.format.commit_log import agreed, execution_of
+from ..cache.format.layout import RowBlock, StoreLayout, plan_layout
+from ..cache.format.manifest import (
+    Execution,
+    ModelIdentity,
+    StoreManifest,
+    TextIdentity,
+    first_difference,
+    identity_difference,
+)
 from ..cache.resume import check_space, other_rows, uneven, wiped_bytes
+from ..cache.storage.open_place import place_of
 from ..cache.store import ActivationStore
-from ..console import format_bytes, format_count, note
+from ..console import format_bytes, format_count, format_duration, note
 from ..errors import ModelError, StoreError
 from .config import ExtractConfig, command_line
-from .documents import Documents
-from .models import ModelOutline, check_layers, outline_model
-from .rows import Cursor, read_rows
-from .text import open_documents, resolve_text
+from .model.files import weights_in
+from .model.forward import ForwardPass, choose_batch_size, until_it_fits
+from .model.load import LanguageModel, ModelOutline, check_layers, identify_model, load_language_model, outline_model
+from .text.documents import Documents
+from .text.open import open_documents, resolve_text
+from .text.rows import Cursor, read_rows
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,9 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
         fresh=config.fresh,
     )
     if not rows:
-        next(read_rows(config.text, outline, documents, Cursor()))  # raises what is wrong with the text before a store is made
+        next(
+            read_rows(config.text, outline, documents, Cursor())
+        )  # raises what is wrong with the text before a store is made
     return plan
 
 
@@ -219,7 +233,9 @@ def _layout(config: ExtractConfig, outline: ModelOutline, stored: Stored | None)
 def _check_context(outline: ModelOutline, context: int) -> None:
     longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
     if longest and context > longest:
-        raise ModelError(f"{outline.files.name} reads at most {longest} tokens at a time; you asked for --context {context}")
+        raise ModelError(
+            f"{outline.files.name} reads at most {longest} tokens at a time; you asked for --context {context}"
+        )
 
 
 def announce(plan: Plan) -> None:
@@ -259,3 +275,82 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plan in numbers. Speeds are None where the weights are still on the hub."""
+
+    rows: int
+    tokens: int
+    rows_stored: int
+    bytes_per_layer: int
+    bytes_together: int
+    bytes_free: int | None
+    batch_size: int | None
+    tokens_per_second: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """For the rows that are not stored yet."""
+        left = max(0, self.rows - self.rows_stored) * (self.tokens // self.rows)
+        return left / self.tokens_per_second if self.tokens_per_second else None
+
+    def facts(self, *, as_json: bool) -> dict[str, Any]:
+        """For the closing summary."""
+        if as_json:
+            return {**asdict(self), "seconds": self.seconds}
+        seconds = self.seconds
+        speed = (
+            f"about {format_duration(seconds)} at {self.tokens_per_second:,.0f} tokens/s"
+            if seconds is not None
+            else None
+        )
+        return {
+            "rows": f"{self.rows:,} ({format_count(self.tokens)} tokens), {self.rows_stored:,} stored already",
+            "disk": f"{format_bytes(self.bytes_per_layer)} per layer, {format_bytes(self.bytes_together)} together",
+            "free": format_bytes(self.bytes_free) if self.bytes_free is not None else "not known here",
+            "time": speed or "unknown until the weights are downloaded",
+        }
+
+
+def estimate(config: ExtractConfig) -> Estimate:
+    """Make the plan and time it on this machine.
+
+    Raises:
+        ModelError, TextError, StoreError, ResourceError: as ``make_plan``.
+
+    """
+    plan = make_plan(config)
+    speed, batch_size = None, config.batch_size
+    if plan.outline.files.gguf_file or weights_in(plan.outline.files.folder):
+        speed, batch_size = _time_forward(plan)
+    return Estimate(
+        rows=plan.config.rows,
+        tokens=plan.config.rows * plan.config.text.context,
+        rows_stored=plan.stored.rows if plan.stored else 0,
+        bytes_per_layer=plan.store_bytes,
+        bytes_together=plan.store_bytes * len(config.paths),
+        bytes_free=plan.bytes_free,
+        batch_size=batch_size,
+        tokens_per_second=speed,
+    )
+
+
+def _time_forward(plan: Plan) -> tuple[float, int]:
+    lm = load_language_model(plan.outline, deepest_layer=max(plan.config.layers), identity=identify_model(plan.outline))
+    batch_size = plan.config.batch_size or choose_batch_size(lm, plan.layout, plan.config.rows)
+    execution = resolve_execution(plan, batch_size)
+    torch.set_num_threads(execution.threads)
+    return until_it_fits(lambda now: _time_batch(plan, lm, now.batch_size), execution, lm.identity.id, lambda _: None)
+
+
+def _time_batch(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, int]:
+    shape = (batch_size, plan.config.text.context)
+    tokens_BT = np.random.default_rng(0).integers(0, lm.vocab_size, shape).astype(np.int32)
+    block = RowBlock(tokens_BT, np.zeros(shape, np.int32), np.zeros(shape, np.uint8))
+    forward = ForwardPass(lm, plan.config.layers, batch_size)
+    forward.launch(block).land()
+    began = time.perf_counter()
+    forward.launch(block).land()
+    return tokens_BT.size / (time.perf_counter() - began), batch_size

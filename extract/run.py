@@ -1,4 +1,6 @@
-"""Stage one: plan, resume, one truncated forward pass for all layers, commit by commit until the plan or the text ends."""
+"""Stage one: plan, resume, one truncated forward pass for all layers, commit by commit until the plan or
+the text ends.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +9,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
-from ..cache.manifest import Execution
+from ..cache.format.manifest import Execution
 from ..cache.writer import StoreSetWriter
-from ..console import Progress, format_bytes, format_count, format_duration, note, progress
+from ..console import Progress, format_bytes, format_duration, note, progress
 from ..errors import TcsaeError
 from .config import ExtractConfig, command_line
-from .feed import Batch, RowFeed, batches
-from .forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
-from .models import LanguageModel, identify_model, load_language_model
+from .model.forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
+from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, look, make_plan, resolve_execution
-from .rows import Cursor, read_rows
+from .summary import ExtractSummary, already_complete, record_execution, summarise
+from .text.row_batches import Batch, RowFeed, batches
+from .text.rows import Cursor, read_rows
 
 _ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estimate is printed
-
-
-@dataclass(frozen=True)
-class ExtractSummary:
-    """What an extraction left behind. ``tokens`` and ``bytes_written`` are of this run, ``rows`` of the whole stores."""
-
-    stores: tuple[str, ...]
-    rows: int
-    tokens_stored: int
-    tokens: int
-    seconds: float
-    bytes_written: int
-    batch_size: int | None
-    dtype: str
-    device: str
-    dropped_tokens: int
-    short_documents: int
-    held_out_documents: int
-    text_ended: bool
-    already_complete: bool
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of this run; 0 when nothing was left to do."""
-        return self.tokens / self.seconds if self.tokens else 0.0
-
-    def facts(self, *, as_json: bool) -> dict[str, Any]:
-        """For the closing summary: every number for machines, in words for people."""
-        if as_json:
-            return {**asdict(self), "tokens_per_second": self.tokens_per_second}
-        facts: dict[str, Any] = {"stores": " ".join(self.stores)}
-        facts["rows"] = f"{self.rows:,} ({format_count(self.tokens_stored)} tokens a layer)"
-        if self.tokens:
-            speed = f"{self.tokens_per_second:,.0f} tokens/s, {format_bytes(self.bytes_written)} written"
-            facts["this run"] = f"{format_count(self.tokens)} tokens in {format_duration(self.seconds)}, {speed}"
-        facts["computed"] = f"in {self.dtype} on {self.device}, {self.batch_size} rows at a time"
-        facts["left out"] = (
-            f"{self.held_out_documents:,} documents held out, {self.short_documents:,} shorter than a row, "
-            f"{format_count(self.dropped_tokens)} tokens of tails"
-        )
-        if self.text_ended:
-            facts["note"] = "the text ended before the plan did; give more text for more tokens"
-        return facts
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
@@ -163,55 +121,6 @@ class Filling:
         note(f"      {speed:,.0f} tokens/s: about {format_duration(left)} to go")
 
 
-def record_execution(writer: StoreSetWriter, execution: Execution) -> None:
-    """Have the next commits record how they were run, if that is another way than the last ones."""
-    if execution != writer.execution:
-        writer.restart_shard(execution)
-
-
-def summarise(plan: Plan, writer: StoreSetWriter, rows_before: int, seconds: float) -> ExtractSummary:
-    """The summary of a finished extraction."""
-    cursor = Cursor.read(writer.last_cursor)
-    context = plan.config.text.context
-    return ExtractSummary(
-        stores=tuple(plan.config.paths.values()),
-        rows=writer.rows_stored,
-        tokens_stored=writer.rows_stored * context,
-        tokens=(writer.rows_stored - rows_before) * context,
-        seconds=seconds,
-        bytes_written=writer.bytes_written,
-        batch_size=writer.execution.batch_size,
-        dtype=plan.outline.source.dtype,
-        device=writer.execution.device,
-        dropped_tokens=cursor.dropped_tokens,
-        short_documents=cursor.short_documents,
-        held_out_documents=cursor.held_out_documents,
-        text_ended=cursor.end and writer.rows_stored < plan.config.rows,
-        already_complete=False,
-    )
-
-
-def already_complete(plan: Plan) -> ExtractSummary:
-    """The summary when nothing is left to do."""
-    stored: Any = plan.stored
-    return ExtractSummary(
-        stores=tuple(plan.config.paths.values()),
-        rows=stored.rows,
-        tokens_stored=stored.rows * plan.config.text.context,
-        tokens=0,
-        seconds=0.0,
-        bytes_written=0,
-        batch_size=stored.execution.batch_size,
-        dtype=stored.manifests[0].model.dtype,
-        device=stored.execution.device,
-        dropped_tokens=stored.cursor.dropped_tokens,
-        short_documents=stored.cursor.short_documents,
-        held_out_documents=stored.cursor.held_out_documents,
-        text_ended=stored.cursor.end and stored.rows < plan.config.rows,
-        already_complete=True,
-    )
-
-
 @contextmanager
 def _interruptible(config: ExtractConfig) -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does (only the main thread can arrange for that); either says how to go on."""
@@ -228,12 +137,16 @@ def _interruptible(config: ExtractConfig) -> Iterator[None]:
 
 
 def how_to_go_on(config: ExtractConfig, began: str) -> str:
-    """What a run that was stopped left behind, and the command that goes on; ``began``: when it started, ISO 8601 in UTC."""
+    """What a run that was stopped left behind, and the command that goes on; ``began``: when it started, ISO 8601 in
+    UTC.
+    """
     try:
         stored = look(config)
     except TcsaeError:  # stopped while the stores were being created
         stored = None
     if config.fresh and stored and any(manifest.created < began for manifest in stored.manifests):
-        return f"What --fresh was to replace is still there under {config.out}; to go on: {command_line(config)} --fresh"
+        return (
+            f"What --fresh was to replace is still there under {config.out}; to go on: {command_line(config)} --fresh"
+        )
     rows = f"{stored.rows:,} of {config.rows:,} rows are" if stored else "Nothing is"
     return f"{rows} committed under {config.out}; to go on: {command_line(config)}"

@@ -1,4 +1,6 @@
-"""What every test shares: no network but an S3 server on loopback, deterministic torch, tiny models and text made once."""
+"""What every test shares: no network but an S3 server on loopback, deterministic torch, tiny models and
+text made once.
+"""
 
 from __future__ import annotations
 

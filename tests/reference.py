@@ -56,7 +56,9 @@ def loss_temporal(form: str, z, pairs, *, temperature: float = 0.1, similarity: 
         forwards = [compare(both[i][0], both[j][1]) / temperature for j in negatives]
         backwards = [compare(both[j][0], both[i][1]) / temperature for j in negatives]
         own = compare(*both[i]) / temperature
-        total += math.log(sum(math.exp(s - own) for s in forwards)) + math.log(sum(math.exp(s - own) for s in backwards))
+        total += math.log(sum(math.exp(s - own) for s in forwards)) + math.log(
+            sum(math.exp(s - own) for s in backwards)
+        )
     return total / (2 * len(both))
 
 
@@ -70,9 +72,13 @@ def sae_codes(pre, kind: str, k: int | None = None, threshold=None) -> list[list
     if kind == "topk":
         kept = [{i for i, _ in sorted(enumerate(row), key=lambda e: -e[1])[:k]} for row in rows]
     else:
-        best = sorted(((v, n, i) for n, row in enumerate(rows) for i, v in enumerate(row)), reverse=True)[: k * len(rows)]
+        best = sorted(((v, n, i) for n, row in enumerate(rows) for i, v in enumerate(row)), reverse=True)[
+            : k * len(rows)
+        ]
         kept = [{i for _, m, i in best if m == n} for n in range(len(rows))]
-    return [[max(v, 0.0) if i in keep else 0.0 for i, v in enumerate(row)] for row, keep in zip(rows, kept, strict=True)]
+    return [
+        [max(v, 0.0) if i in keep else 0.0 for i, v in enumerate(row)] for row, keep in zip(rows, kept, strict=True)
+    ]
 
 
 def aux_k_loss(residual, pre, decoder, dead, k: int) -> float:
@@ -90,10 +96,14 @@ def aux_k_loss(residual, pre, decoder, dead, k: int) -> float:
 
 
 def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
-    """Terms of the loss and the gradients of the weights, thresholds of jumprelu included; ``x`` [windows, tokens, width]."""
+    """Terms of the loss and the gradients of the weights, thresholds of jumprelu included; ``x`` [windows, tokens,
+    width].
+    """
     import torch
 
-    weights = {name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights = {
+        name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    }
     x = x.double()
     n, w, _ = x.shape
     pre = (x - weights["b_dec"] if sae.subtract_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
@@ -180,7 +190,8 @@ def eval_losses(clean_ND, spliced_ND, W_VD, softcap, targets):
     return -p[at, targets], -q[at, targets], (p.exp() * (p - q)).sum(-1)
 
 
-# --- evaluate: feature, temporal and position metrics as loops over rows, tokens and features ---------------------------
+# --- evaluate: feature, temporal and position metrics as loops over rows, tokens and features
+# ---------------------------
 
 
 def metric_pairs(valid, documents, lag: int) -> list[tuple[int, int]]:
@@ -387,9 +398,11 @@ def rows_by_hand(documents, packing: str, context: int, bos: int | None):
 
 
 def lag_correlations(z, fresh, length: int, *, centred: bool) -> list[list[float]]:
-    """Autocorrelation of codes ``z`` [tokens, streams, features] at lags 1 … length − 1, from the whole history at once.
+    """Autocorrelation of codes ``z`` [tokens, streams, features] at lags 1 … length − 1, from the whole history at
+    once.
 
-    ``fresh`` [tokens, streams]: the token does not follow on the one before it. NaN where a feature never varied or no pair is.
+    ``fresh`` [tokens, streams]: the token does not follow on the one before it. NaN where a feature never varied or no
+    pair is.
     """
     tokens, streams, features = z.shape
     z, fresh = z.double().tolist(), fresh.tolist()

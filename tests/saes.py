@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
-from tcsae.train.activation import Activation
-from tcsae.train.sae import TemporalSAE
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.temporal_sae import TemporalSAE
 
 KINDS = [Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3), Activation("jumprelu")]
 
 
 def random_sae(activation=KINDS[0], *, d=6, f=10, seed=0) -> TemporalSAE:
     torch.manual_seed(seed)
-    sae = TemporalSAE(d, f, activation, metadata={"model_name": "demo", "hook_name": "blocks.3.hook_resid_post", "layer": 3})
+    sae = TemporalSAE(
+        d, f, activation, metadata={"model_name": "demo", "hook_name": "blocks.3.hook_resid_post", "layer": 3}
+    )
     for parameter in sae.parameters():
         torch.nn.init.normal_(parameter)
     if sae.threshold is not None:

@@ -1,4 +1,6 @@
-"""Small activation stores through the real writer, for every stage's tests: random, but shaped like a language model's."""
+"""Small activation stores through the real writer, for every stage's tests: random, but shaped like a
+language model's.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tcsae.cache.commits import LOG, parse_log
-from tcsae.cache.layout import SPECIAL, Compression, RowBlock, StoreLayout
-from tcsae.cache.manifest import Execution, ModelIdentity, StoreManifest, TextIdentity, group_document, read_manifest
-from tcsae.cache.metadata import ARRAYS, array_document, shard_key, to_json
+from tcsae.cache.format.commit_log import LOG, parse_log
+from tcsae.cache.format.layout import SPECIAL, Compression, RowBlock, StoreLayout
+from tcsae.cache.format.manifest import (
+    Execution,
+    ModelIdentity,
+    StoreManifest,
+    TextIdentity,
+    group_document,
+    read_manifest,
+)
+from tcsae.cache.format.zarr_documents import ARRAYS, array_document, shard_key, to_json
 from tcsae.cache.writer import StoreSetWriter
 
 if TYPE_CHECKING:
@@ -42,7 +51,8 @@ def make_manifest(
             attn_implementation="eager", dtype="float32", tokenizer_fingerprint="t" * 32,
         ),
         text=TextIdentity(
-            dataset="made up", split="train", text_column="text", fingerprint="x" * 32, packing=packing, context=layout.context,
+            dataset="made up", split="train", text_column="text", fingerprint="x" * 32, packing=packing,
+            context=layout.context,
             bos_token_id=BOS, special_token_ids=(BOS,), seed=0, held_out=0.01,
         ),
         execution=Execution(batch_size=4, threads=1, device="cpu", device_name="imaginary"),
@@ -53,7 +63,9 @@ def make_manifest(
     )  # fmt: skip
 
 
-def make_block(rows: int, context: int, *, seed: int = 0, documents: int | None = None, packing: str = "document") -> RowBlock:
+def make_block(
+    rows: int, context: int, *, seed: int = 0, documents: int | None = None, packing: str = "document"
+) -> RowBlock:
     """BOS at position 0 flagged special, then tokens of documents of varying length.
 
     ``document`` packing keeps a row inside one document; ``concat`` lets documents end anywhere.
@@ -76,7 +88,9 @@ def make_block(rows: int, context: int, *, seed: int = 0, documents: int | None 
 
 
 def make_activations(block: RowBlock, d_model: int, *, layer: int = 3, seed: int = 0) -> np.ndarray:
-    """bfloat16 bits ``[B, T, D]``, smooth in time within a row, offset from zero, BOS with a norm a hundred times the rest."""
+    """bfloat16 bits ``[B, T, D]``, smooth in time within a row, offset from zero, BOS with a norm a hundred times the
+    rest.
+    """
     rows, context = block.tokens_BT.shape
     rng = np.random.default_rng([seed, layer])
     x = rng.standard_normal((rows, context, d_model), dtype=np.float32)
@@ -149,7 +163,9 @@ def grow_store(path: Path, rows: int) -> Path:
 
 
 def tile_store(path: Path, shards: int) -> None:
-    """Lengthen a finished store of whole shards to ``shards``: the others are hard links to the first ones, hashes and all."""
+    """Lengthen a finished store of whole shards to ``shards``: the others are hard links to the first ones, hashes and
+    all.
+    """
     manifest, (first, _) = read_manifest(path), parse_log((path / LOG).read_bytes())
     size = manifest.layout.shard_rows
     lines = [replace(first[n % len(first)], shard=n, first_row=n * size).to_line() for n in range(shards)]

@@ -26,11 +26,16 @@ from tcsae.evaluate.results import (
 )
 
 TEXT = (
-    "The committee met again in the spring, and again it could not agree. Its chairman, who had served for eleven years, "
-    "said that the figures before them were old; the members answered that older figures had been good enough for their "
-    "fathers.\nIn the end they wrote to the governor. “We have counted the bridges twice,” the letter began, “and twice we "
-    "have found one more than the map allows.” The governor, a patient man, sent a surveyor. He came in June, walked the "
-    "river for nine days, and reported that the map was right, the committee was right, and the ninth bridge belonged to "
+    "The committee met again in the spring, and again it could not agree. Its chairman, who had "
+    "served for eleven years, "
+    "said that the figures before them were old; the members answered that older figures had been "
+    "good enough for their "
+    "fathers.\nIn the end they wrote to the governor. “We have counted the bridges twice,” the "
+    "letter began, “and twice we "
+    "have found one more than the map allows.” The governor, a patient man, sent a surveyor. He came "
+    "in June, walked the "
+    "river for nine days, and reported that the map was right, the committee was right, and the "
+    "ninth bridge belonged to "
     "the neighbouring county."
 )
 HOSTILE = [
@@ -76,9 +81,19 @@ DEFINITIONS = {
         "near-duplicates",
     ),
     "temporal_variation": ("Σ (z_t − z_{t+1})² / Σ z²", "1", None, "temporal variation"),
-    "temporal_variation_refit": ("temporal variation after refitting one gain per feature", "1", None, "… gain refitted"),
+    "temporal_variation_refit": (
+        "temporal variation after refitting one gain per feature",
+        "1",
+        None,
+        "… gain refitted",
+    ),
     "eta_squared": ("mean over features of Var_pos(E[z | position]) / Var(z), bias-corrected", "1", "lower", "η²"),
-    "position_specific_share": ("share of features position-specific at FDR 5 %", "share", "lower", "position-specific"),
+    "position_specific_share": (
+        "share of features position-specific at FDR 5 %",
+        "share",
+        "lower",
+        "position-specific",
+    ),
 }
 
 
@@ -197,7 +212,10 @@ def references(layer: int) -> list[Record]:
         }
         if name in {"untrained", "zero_sae"}:
             values |= {"l0": 288.4 if name == "untrained" else 0.0, "cosine": 0.004 if name == "untrained" else None}
-            values |= {"l1": 2051.7 if name == "untrained" else 0.0, "mse_per_token": 9344.0 if name == "untrained" else 5120.0}
+            values |= {
+                "l1": 2051.7 if name == "untrained" else 0.0,
+                "mse_per_token": 9344.0 if name == "untrained" else 5120.0,
+            }
             values |= {"explained_variance": -0.83 if name == "untrained" else -0.02}
         metrics = {
             key: metric(key, value, 0.03 if key in {"ce", "kl"} and name != "identity_bf16" else 0)
@@ -262,7 +280,10 @@ def card(feature: int, rng: np.random.Generator, *, hostile: bool = False) -> Fe
             LogitEffect(token=t, effect=1.9 - 0.2 * i)
             for i, t in enumerate([" bridge", " river", "\n", " county", "<b>", " map"])
         ],
-        lowers=[LogitEffect(token=t, effect=-1.2 + 0.1 * i) for i, t in enumerate([" the", ",", " of", "</script>", " June"])],
+        lowers=[
+            LogitEffect(token=t, effect=-1.2 + 0.1 * i)
+            for i, t in enumerate([" the", ",", " of", "</script>", " June"])
+        ],
     )
 
 
@@ -272,7 +293,9 @@ def training(rng: np.random.Generator, temporal: bool, n: int = 120) -> Training
     aux, pull = 0.02 * np.exp(-np.arange(n) / 30), 0.04 * (1 - np.exp(-np.arange(n) / 20))
     series = {"reconstruction": 576 * decay, "auxiliary": 576 * aux} | ({"temporal": 576 * pull} if temporal else {})
     series["total"] = sum(series.values())
-    return TrainingCurves(steps=steps, series={name: [round(float(v), 3) for v in values] for name, values in series.items()})
+    return TrainingCurves(
+        steps=steps, series={name: [round(float(v), 3) for v in values] for name, values in series.items()}
+    )
 
 
 def paired(first: str, second: str, layer: int, *, l0_differs: bool = False) -> Paired:
@@ -285,9 +308,15 @@ def paired(first: str, second: str, layer: int, *, l0_differs: bool = False) -> 
         "explained_variance": (-0.006, 0.007),
         "eta_squared": (0.0004, 0.0011),
     }
-    warning = "the twin's L0 is 78.2 and the TC-SAE's 64.0: they are not compared at equal sparsity" if l0_differs else None
+    warning = (
+        "the twin's L0 is 78.2 and the TC-SAE's 64.0: they are not compared at equal sparsity" if l0_differs else None
+    )
     return Paired(
-        first=first, second=second, layer=layer, metrics={k: metric(k, v, s) for k, (v, s) in values.items()}, warning=warning
+        first=first,
+        second=second,
+        layer=layer,
+        metrics={k: metric(k, v, s) for k, (v, s) in values.items()},
+        warning=warning,
     )
 
 
@@ -359,7 +388,9 @@ def synthetic_report(layers: tuple[int, ...] = (5, 12), features: int = 30, **ch
             attn_implementation="sdpa",
             dtype="float32",
         ),
-        "text": TextFacts(dataset="demo", split="train", fingerprint="9c1a", packing="document", context=128, held_out=0.05),
+        "text": TextFacts(
+            dataset="demo", split="train", fingerprint="9c1a", packing="document", context=128, held_out=0.05
+        ),
         "n_documents": 12,
         "n_rows": 192,
         "n_tokens": 24_384,
@@ -370,10 +401,14 @@ def synthetic_report(layers: tuple[int, ...] = (5, 12), features: int = 30, **ch
         "peak_memory_bytes": 2_400_000_000,
         "definitions": {key: definition(key) for key in DEFINITIONS},
         "records": records,
-        "paired": [paired(f"l{n}-topk64-pairwise0.1-w5-s0", f"l{n}-topk64-none-s0", n, l0_differs=n == 12) for n in layers],
+        "paired": [
+            paired(f"l{n}-topk64-pairwise0.1-w5-s0", f"l{n}-topk64-none-s0", n, l0_differs=n == 12) for n in layers
+        ],
         "training": {name: training(rng, "pairwise" in name) for name in names},
         "features": {name: [card(f, rng, hostile=f == 0) for f in range(features)] for name in names},
-        "failures": [Failure(path="runs/l5-broken", message="sae_weights.safetensors is truncated: <header> too short")],
+        "failures": [
+            Failure(path="runs/l5-broken", message="sae_weights.safetensors is truncated: <header> too short")
+        ],
         "notes": ["12 documents were held out"],
     }
     return EvaluationReport(**(facts | changes))

@@ -1,53 +1,56 @@
-"""Imports run downwards only, and the stages keep to their business."""
+"""The house keeps its order: folders are small, imports run downwards and never in circles, tests mirror the tree."""
+
+from __future__ import annotations
 
 import ast
-from pathlib import Path
+import tomllib
 
+import house
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LEVEL = {"errors": 0, "bars": 0, "allocator": 0, "console": 1, "cache": 2, "train": 3, "extract": 3, "evaluate": 4, "demo": 5}
-LEVEL["pipeline"] = 6
-# Commands may reach upwards when they run, never when they are imported: `verify --model` needs a language model.
-SOURCES = [path for part in LEVEL for path in [ROOT / f"{part}.py", *(ROOT / part).glob("**/*.py")] if path.is_file()]
+SOURCES = [path for path in house.sources() if path.name != "__init__.py"]
+MOST_FILES = 20
 
 
-def imports(path: Path, *, top_level_only: bool):
-    """(package of ours or external module, line) for every import of a file."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    here = path.relative_to(ROOT).parts
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")
-            if node.level == 0 or (node.level == len(here) and module != [""]):
-                yield module[0], node.lineno
-            elif node.level == len(here):
-                yield from ((alias.name, node.lineno) for alias in node.names)
+def named(path):
+    return str(path.relative_to(house.ROOT))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=named)
 def test_imports_run_downwards(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    upward = [
-        (name, line)
-        for name, line in imports(path, top_level_only=path.name == "command.py")
-        if name in LEVEL and name != own and LEVEL[name] >= LEVEL[own]
-    ]
-    assert not upward, f"{path.name} imports upwards or sideways: {upward}"
+    assert not house.upward(path)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.parent.name in ("cache", "train")], ids=lambda p: f"{p.parent.name}/{p.name}"
-)
+def test_no_file_imports_itself_in_a_circle():
+    assert not house.cycles(house.sources())
+
+
+def test_no_folder_is_too_full():
+    assert not {folder: n for folder, n in house.files_per_folder().items() if n > MOST_FILES}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if house.part(path) in ("cache", "train")], ids=named)
 def test_cache_and_train_know_no_language_models(path):
-    foreign = [(name, line) for name, line in imports(path, top_level_only=False) if name in ("transformers", "datasets")]
+    foreign = [
+        (name, line) for _, name, line in house.imports(path) if name.split(".")[0] in ("transformers", "datasets")
+    ]
     assert not foreign
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_is_one_idea(path):
-    assert len(path.read_text().splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(path.read_text())), "the first lines say which idea this file is"
+@pytest.mark.parametrize("path", house.sources(), ids=named)
+def test_the_first_lines_say_which_idea_a_file_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_folder_is_installed():
+    """setuptools takes the list of pyproject.toml literally: a folder that is missing there is missing in a wheel."""
+    listed = tomllib.loads((house.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path for name in house.FOLDERS for path in (house.ROOT / name).rglob("__init__.py")]
+    there = {".".join(("tcsae", *path.parent.relative_to(house.ROOT).parts)) for path in folders}
+    assert set(listed) == {"tcsae"} | there
+
+
+def test_tests_mirror_the_tree():
+    """A folder of tests has a folder that it tests."""
+    folders = {path.parent.relative_to(house.ROOT / "tests") for path in (house.ROOT / "tests").rglob("test_*.py")}
+    assert not [str(folder) for folder in folders if not (house.ROOT / folder).is_dir()]

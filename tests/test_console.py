@@ -9,7 +9,15 @@ from tcsae.errors import UsageError
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("200k", 200_000), ("10M", 10_000_000), ("1B", 10**9), ("1.5B", 1_500_000_000), ("4_096", 4096), (" 7 ", 7), (12, 12)],
+    [
+        ("200k", 200_000),
+        ("10M", 10_000_000),
+        ("1B", 10**9),
+        ("1.5B", 1_500_000_000),
+        ("4_096", 4096),
+        (" 7 ", 7),
+        (12, 12),
+    ],
 )
 def test_counts_as_people_write_them(text, count):
     assert parse_count(text) == count

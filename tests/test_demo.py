@@ -32,7 +32,10 @@ def test_the_demo_runs_from_text_to_page_and_a_second_run_reuses_all(tiny_llama,
     assert str(page.relative_to(tmp_path)) in out
     for row in ("identity_bf16", "zero_all", "zero", "mean", "untrained"):
         assert row in out
-    written = page.stat().st_mtime_ns, {p: p.stat().st_mtime_ns for p in (tmp_path / "demo_output").rglob("*.safetensors")}
+    written = (
+        page.stat().st_mtime_ns,
+        {p: p.stat().st_mtime_ns for p in (tmp_path / "demo_output").rglob("*.safetensors")},
+    )
     assert len(written[1]) == 4, "a TC-SAE and its twin at each of two layers"
     assert pipeline.main([*args, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["reports"]) == 1

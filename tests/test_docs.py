@@ -1,4 +1,6 @@
-"""The documents' examples: the real parser understands every command line, every Python block runs on a store and a run."""
+"""The documents' examples: the real parser understands every command line, every Python block runs on a store and a
+run.
+"""
 
 import re
 import shlex

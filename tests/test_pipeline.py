@@ -26,7 +26,22 @@ def test_every_way_to_write_a_list(written):
 
 def test_a_list_ends_at_the_next_option_and_leaves_the_rest_alone():
     args = ["PATH", "--layers", "5", "12", "--tokens", "10M", "-q", "--layers", "19", "--", "--layers", "1", "2"]
-    spread = ["PATH", "--layers", "5", "--layers", "12", "--tokens", "10M", "-q", "--layers", "19", "--", "--layers", "1", "2"]
+    spread = [
+        "PATH",
+        "--layers",
+        "5",
+        "--layers",
+        "12",
+        "--tokens",
+        "10M",
+        "-q",
+        "--layers",
+        "19",
+        "--",
+        "--layers",
+        "1",
+        "2",
+    ]
     assert pipeline.spread_lists(args, {"--layers"}) == spread
 
 

@@ -1,7 +1,8 @@
-"""Tiny language models and text for tests: real architectures, random weights, a small trained tokenizer, a few kilobytes each.
+"""Tiny language models and text for tests: real architectures, random weights, a small trained tokenizer, a few
+kilobytes each.
 
-The weights are drawn large (and the norms' gains perturbed) so that softcaps, local attention, layer order and the final norm
-all show in the numbers: a mistake in any of them changes activations and logits by far more than rounding.
+The weights are drawn large (and the norms' gains perturbed) so that softcaps, local attention, layer order and the
+final norm all show in the numbers: a mistake in any of them changes activations and logits by far more than rounding.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def _byte_level(special: list[str], text: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(text, trainer)
     return tokenizer
 
@@ -101,7 +104,9 @@ def _byte_fallback(special: list[str], text: list[str]) -> Tokenizer:
 
 
 def tiny_corpus(folder: Path | str, *, documents: int = 40, words: int = 120, seed: int = 0) -> Path:
-    """Write ``documents`` text files of about ``words`` words each (they vary fivefold) into ``folder`` and return it."""
+    """Write ``documents`` text files of about ``words`` words each (they vary fivefold) into ``folder``
+    and return it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):

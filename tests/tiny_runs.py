@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 
 import torch
-from tcsae.cache.layout import StoreLayout
-from tcsae.cache.manifest import Execution, StoreManifest
+from tcsae.cache.format.layout import StoreLayout
+from tcsae.cache.format.manifest import Execution, StoreManifest
 from tcsae.extract.config import ModelSource, TextSource
-from tcsae.extract.models import identify_model, outline_model
-from tcsae.extract.text import resolve_text
-from tcsae.train.activation import Activation
-from tcsae.train.record import RunRecord
-from tcsae.train.sae import TemporalSAE
+from tcsae.extract.model.load import identify_model, outline_model
+from tcsae.extract.text.open import resolve_text
+from tcsae.train.run_folder.record import RunRecord
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.temporal_sae import TemporalSAE
 
 CONTEXT = 16
 
 
-def make_manifest(model: Path, text: Path, layer: int, *, held_out: float = 0.5, context: int = CONTEXT) -> StoreManifest:
+def make_manifest(
+    model: Path, text: Path, layer: int, *, held_out: float = 0.5, context: int = CONTEXT
+) -> StoreManifest:
     outline = outline_model(ModelSource(id=str(model), device="cpu", dtype="float32"))
     source = TextSource(dataset=str(text), context=context, held_out=held_out)
     return StoreManifest(
@@ -57,9 +59,12 @@ def make_run(
     folder = runs / name
     sae.save(folder)
     RunRecord(
-        name=name, role=role, twin=twin, layer=manifest.layer, store="cache/gone.zarr", store_fingerprint="f", store_rows=8,
-        store_manifest=manifest.model_dump(mode="json"), config={"sae": {"activation": sae.activation.kind}}, input_scale=1.0,
-        seed=seed, steps=10, planned_steps=10, tokens=1000, finished=finished, metrics={}, versions={}, created="2026-01-01",
+        name=name, role=role, twin=twin, layer=manifest.layer, store="cache/gone.zarr", store_fingerprint="f",
+        store_rows=8,
+        store_manifest=manifest.model_dump(mode="json"), config={"sae": {"activation": sae.activation.kind}},
+        input_scale=1.0,
+        seed=seed, steps=10, planned_steps=10, tokens=1000, finished=finished, metrics={}, versions={},
+        created="2026-01-01",
     ).save(folder)  # fmt: skip
     logged = {"loss": 2.0, "reconstruction": 1.5, "temporal": 5.0, "temporal_share": 0.25, "reconstruction_share": 0.75}
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **logged}) + "\n" for step in (1, 2)))

@@ -1,4 +1,6 @@
-"""Batches with features that tests choose: rows, documents and excluded tokens at random, or features of known behaviour."""
+"""Batches with features that tests choose: rows, documents and excluded tokens at random, or features of known
+behaviour.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ def fake_sae(n_features: int, d_model: int = 4, seed: int = 0):
 
 
 def batch_of(
-    z_BTF, *, x_BTD=None, valid_BT=None, documents_BT=None, units_BT=None, tokens_BT=None, first_row: int = 0, d_model: int = 4
+    z_BTF,
+    *,
+    x_BTD=None,
+    valid_BT=None,
+    documents_BT=None,
+    units_BT=None,
+    tokens_BT=None,
+    first_row: int = 0,
+    d_model: int = 4,
 ):
     """A TokenBatch around features: one document and unit per row, position 0 special, unless said otherwise."""
     rows, context = z_BTF.shape[:2]
@@ -47,7 +57,9 @@ def random_world(seed: int, *, rows: int = 3, context: int = 7, features: int = 
     z = torch.randint(1, 5, (rows, context, features), generator=generator).float()
     z = z * (torch.rand(rows, context, features, generator=generator) < density)
     valid = torch.rand(rows, context, generator=generator) < 0.8
-    documents = torch.cumsum(torch.rand(rows, context, generator=generator) < 0.15, 1) + 10 * torch.arange(rows)[:, None]
+    documents = (
+        torch.cumsum(torch.rand(rows, context, generator=generator) < 0.15, 1) + 10 * torch.arange(rows)[:, None]
+    )
     units = documents % 7
     return z, batch_of(z, valid_BT=valid, documents_BT=documents, units_BT=units)
 

@@ -1,1 +1,1 @@
-"""Stage two: windows of a store → sparse autoencoders. Knows nothing of language models."""
+"""Stage two: windows of a store become sparse autoencoders. Knows nothing of language models."""

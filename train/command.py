@@ -9,7 +9,9 @@ import typer
 
 def train(
     store: str = typer.Option("", "--store", help="Activation store of one layer, such as cache/l12.zarr."),
-    preset: str | None = typer.Option(None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."),
+    preset: str | None = typer.Option(
+        None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."
+    ),
     config: str | None = typer.Option(None, "--config", help="TOML file with any field; --show-config prints one."),
     activation: str | None = typer.Option(None, "--activation", help="relu, topk, batchtopk or jumprelu."),
     width: str | None = typer.Option(None, "--width", help="Features; default 8 × d_model, rounded to a power of two."),
@@ -23,15 +25,21 @@ def train(
         None, "--temporal-partner", help="next, or a control: lag, same_document, other_document, shuffled, l2."
     ),
     temporal_lag: int | None = typer.Option(None, "--temporal-lag", help="Distance for partner lag."),
-    temporal_scope: float | None = typer.Option(None, "--temporal-scope", help="First fraction of the dictionary it sees."),
+    temporal_scope: float | None = typer.Option(
+        None, "--temporal-scope", help="First fraction of the dictionary it sees."
+    ),
     window: int | None = typer.Option(None, "--window", help="Consecutive tokens per window, T."),
     batch_size: str | None = typer.Option(None, "--batch-size", help="Tokens per step."),
     steps: str | None = typer.Option(None, "--steps", help="Optimiser steps."),
     tokens: str | None = typer.Option(None, "--tokens", help="Tokens to train on: 200k, 10M; default: the store once."),
     lr: float | None = typer.Option(None, "--lr", help="Peak learning rate."),
     warmup: int | None = typer.Option(None, "--warmup", help="Steps of learning-rate warm-up."),
-    sweep: list[str] = typer.Option([], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."),
-    baseline: bool | None = typer.Option(None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream."),
+    sweep: list[str] = typer.Option(
+        [], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."
+    ),
+    baseline: bool | None = typer.Option(
+        None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream."
+    ),
     seed: int | None = typer.Option(None, "--seed", help="Of the initial weights."),
     data_seed: int | None = typer.Option(None, "--data-seed", help="Of the order of the windows."),
     out: str | None = typer.Option(None, "--out", help="Folder of the run folders."),
@@ -42,7 +50,9 @@ def train(
     log: list[str] = typer.Option([], "--log", help="jsonl (always written), tensorboard, wandb."),
     log_every: int | None = typer.Option(None, "--log-every", help="Steps between two lines of metrics."),
     checkpoint_every: int | None = typer.Option(None, "--checkpoint-every", help="Steps between two checkpoints."),
-    show_config: bool = typer.Option(False, "--show-config", help="Print the resolved configuration as TOML and leave."),
+    show_config: bool = typer.Option(
+        False, "--show-config", help="Print the resolved configuration as TOML and leave."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Train a TC-SAE and its twin without the temporal term, on the same stream of windows.
@@ -69,8 +79,8 @@ def train(
     if show_config:
         print(show_toml(chosen), end="")
         return
+    from .loop.distributed import speaks
     from .run import train as run
-    from .world import speaks
 
     done = run(chosen, sweep=grid, fresh=not resume)
     if not speaks():
@@ -83,7 +93,9 @@ def export(
     run: str = typer.Argument(..., help="Folder of a finished run."),
     format_name: str = typer.Option("saelens", "--format", help="saelens or dictionary-learning."),
     out: str | None = typer.Option(None, "--out", help="Folder to write; default RUN/FORMAT."),
-    push_to_hub: str | None = typer.Option(None, "--push-to-hub", help="Upload to this Hugging Face repository, OWNER/NAME."),
+    push_to_hub: str | None = typer.Option(
+        None, "--push-to-hub", help="Upload to this Hugging Face repository, OWNER/NAME."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Write a finished run in a format that other tools read, with a model card.
@@ -97,7 +109,7 @@ def export(
 
     """
     from ..console import summary
-    from .export import export as write
+    from .formats.export import export as write
 
     folder = write(run, format_name, out, push_to_hub=push_to_hub)
     facts = {"folder": str(folder), "format": format_name, "uploaded_to": push_to_hub}
@@ -108,7 +120,9 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as dotted fields of the configuration."""
     from .plan import OPTIONS, as_count
 
-    fields = ((OPTIONS[name.replace("_", "-")], value) for name, value in given.items() if name.replace("_", "-") in OPTIONS)
+    fields = (
+        (OPTIONS[name.replace("_", "-")], value) for name, value in given.items() if name.replace("_", "-") in OPTIONS
+    )
     return {field: as_count(field, value) for field, value in fields if value not in (None, [], "")}
 
 

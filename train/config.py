@@ -1,7 +1,7 @@
 """What a training run is made of: six small frozen groups. Their defaults are the ``modern`` preset.
 
-Neither torch nor a store is needed to check or print a configuration; what depends on the store (width, steps) is resolved by
-:mod:`.plan`, what the user wrote is laid over the presets by :mod:`.presets`.
+Neither torch nor a store is needed to check or print a configuration; what depends on the store (width, steps) is
+resolved by :mod:`.plan`, what the user wrote is laid over the presets by :mod:`.presets`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class DataConfig(_Group):
     seed: int = 0
     """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
     siblings: bool = False
-    """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it."""
+    """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it.
+    """
     scale: Literal["rms", "none"] = "rms"
-    """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw."""
+    """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw.
+    """
     norm_filter: float = Field(default=10.0, ge=0)
     """Tokens with a norm above so many times the median are left out; 0: none are."""
 
@@ -54,11 +56,16 @@ class SAEConfig(_Group):
     round_width: bool = True
     """Whether expansion × d_model is rounded to a power of two."""
     initial: Literal["tied", "paper"] = "tied"
-    """tied: random unit decoder rows, the encoder their transpose. paper: Kaiming-uniform encoder, orthogonal decoder."""
+    """tied: random unit decoder rows, the encoder their transpose. paper: Kaiming-uniform encoder, orthogonal decoder.
+    """
     decoder: Literal["unit", "free"] = "unit"
-    """unit: decoder rows keep norm 1. free: they do not, and sparsity counts their norms unless loss.decoder_norms says no."""
+    """unit: decoder rows keep norm 1. free: they do not, and sparsity counts their norms unless loss.decoder_norms says
+    no.
+    """
     b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
-    """Where the decoder's bias begins: the mean of the store's tokens, the geometric median of a sample of them, or zero."""
+    """Where the decoder's bias begins: the mean of the store's tokens, the geometric median of a sample of them, or
+    zero.
+    """
     bandwidth: float = Field(default=0.05, gt=0)
     """jumprelu: width of the straight-through derivative."""
     threshold: float = Field(default=0.01, ge=0)
@@ -75,11 +82,15 @@ class LossConfig(_Group):
     l1_warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which λ1 grows from zero."""
     aux_weight: float = Field(default=1 / 32, ge=0)
-    """Weight of AuxK, by which dead features learn the residual (arXiv 2406.04093, appendix A.2); topk and batchtopk only."""
+    """Weight of AuxK, by which dead features learn the residual (arXiv 2406.04093, appendix A.2); topk and batchtopk
+    only.
+    """
     aux_k: int = Field(default=0, ge=0)
     """Dead features per token in AuxK; 0: half of d_model."""
     dead_after: int = Field(default=0, ge=0)
-    """Tokens without firing after which a feature counts as dead; 0: 5 % of the run, at least 20 steps, at most 10M tokens."""
+    """Tokens without firing after which a feature counts as dead; 0: 5 % of the run, at least 20 steps, at most 10M
+    tokens.
+    """
 
 
 class TemporalConfig(_Group):
@@ -176,7 +187,11 @@ class TrainConfig(_Group):
                 f"a window of {self.data.window} has no pairs at distance {lag}: make data.window at least {lag + 1}"
             )
         if form == "window_mean" and partner != "next":
-            raise ValueError(f"window_mean compares with the window's own mean, partner '{partner}' does not apply: use next")
+            raise ValueError(
+                f"window_mean compares with the window's own mean, partner '{partner}' does not apply: use next"
+            )
         if partner == "l2" and form != "pairwise":
-            raise ValueError(f"partner l2 is the pairwise term without its cross term: form '{form}' has none, use pairwise")
+            raise ValueError(
+                f"partner l2 is the pairwise term without its cross term: form '{form}' has none, use pairwise"
+            )
         return self

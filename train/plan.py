@@ -15,16 +15,19 @@ from typing import Any
 from ..console import parse_count
 from ..errors import UsageError
 from .config import SAEConfig, TrainConfig
-from .objective import objective_of
+from .loss.objective import objective_of
 from .presets import changed
 
 # What `--sweep` and the flags call the fields of the configuration.
 OPTIONS = {
-    "store": "data.store", "window": "data.window", "batch-size": "data.batch_size", "pool": "data.pool", "scale": "data.scale",
+    "store": "data.store", "window": "data.window", "batch-size": "data.batch_size", "pool": "data.pool",
+    "scale": "data.scale",
     "norm-filter": "data.norm_filter", "data-seed": "data.seed", "width": "sae.width", "activation": "sae.activation",
-    "k": "sae.k", "decoder": "sae.decoder", "l1": "loss.l1", "temporal": "temporal.form", "temporal-weight": "temporal.weight",
+    "k": "sae.k", "decoder": "sae.decoder", "l1": "loss.l1", "temporal": "temporal.form",
+    "temporal-weight": "temporal.weight",
     "temporal-partner": "temporal.partner", "temporal-lag": "temporal.lag", "temporal-scope": "temporal.scope",
-    "steps": "run.steps", "tokens": "run.tokens", "lr": "optimiser.lr", "warmup": "optimiser.warmup", "seed": "run.seed",
+    "steps": "run.steps", "tokens": "run.tokens", "lr": "optimiser.lr", "warmup": "optimiser.warmup",
+    "seed": "run.seed",
     "out": "run.out", "name": "run.name", "baseline": "run.baseline", "device": "run.device", "dtype": "run.dtype",
     "log": "run.log", "log-every": "run.log_every", "checkpoint-every": "run.checkpoint_every",
 }  # fmt: skip
@@ -36,7 +39,9 @@ _NOT_SWEPT = {"data.store"}
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """One SAE to be trained: its folder's name, full configuration with width and steps resolved, role, and its other half."""
+    """One SAE to be trained: its folder's name, full configuration with width and steps resolved, role, and its other
+    half.
+    """
 
     name: str
     config: TrainConfig
@@ -64,7 +69,9 @@ def parse_sweep(settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
         field = OPTIONS.get(key.strip(), key.strip())
         chosen = tuple(value.strip() for value in values.split(",") if value.strip())
         if not equals or not chosen:
-            raise UsageError(f"'{setting}' is no sweep: write --sweep KEY=V1,V2, such as --sweep temporal-weight=0,0.03,0.1")
+            raise UsageError(
+                f"'{setting}' is no sweep: write --sweep KEY=V1,V2, such as --sweep temporal-weight=0,0.03,0.1"
+            )
         if field not in OPTIONS.values() and "." not in field:
             raise UsageError(f"'{key}' cannot be swept, there is no such option: choose one of {', '.join(OPTIONS)}")
         if field != "run.seed" and (field.split(".")[0] not in _SWEPT_GROUPS or field in _NOT_SWEPT):
@@ -119,7 +126,9 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     """
     width = config.sae.width or default_width(config.sae, d_model)
     if config.sae.activation in ("topk", "batchtopk") and config.sae.k > width:
-        raise UsageError(f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width")
+        raise UsageError(
+            f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width"
+        )
     if config.data.batch_size < config.data.window:
         sizes = f"a batch of {config.data.batch_size} tokens holds no window of {config.data.window}"
         raise UsageError(f"{sizes}: give a larger --batch-size")
@@ -141,7 +150,9 @@ def tokens_per_step(config: TrainConfig) -> int:
 
 def _without_term(config: TrainConfig) -> TrainConfig:
     fields = type(config.temporal)().model_dump()
-    return changed(config, {f"temporal.{key}": value for key, value in (fields | {"form": "none", "weight": 0.0}).items()})
+    return changed(
+        config, {f"temporal.{key}": value for key, value in (fields | {"form": "none", "weight": 0.0}).items()}
+    )
 
 
 def _add(members: dict[str, MemberPlan], plan: MemberPlan) -> None:
@@ -155,7 +166,9 @@ def _add(members: dict[str, MemberPlan], plan: MemberPlan) -> None:
 
 
 def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *, twin: bool = False) -> str:
-    """``l12-topk64-pairwise0.1-w5-s0`` and whatever else was swept; ``run.name`` replaces it, or goes before it in a sweep."""
+    """``l12-topk64-pairwise0.1-w5-s0`` and whatever else was swept; ``run.name`` replaces it, or goes before it in a
+    sweep.
+    """
     temporal, kind = config.temporal, config.sae.activation
     sparsity = f"{config.sae.k}" if kind in ("topk", "batchtopk") else f"{objective_of(config, 1, 1).sparsity_weight:g}"
     parts = [f"l{layer}", f"{kind}{sparsity}"]
@@ -165,7 +178,14 @@ def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *,
         shown |= {field for field in grid if field.startswith("temporal.")}
     else:
         parts += [f"{temporal.form}{temporal.weight:g}", *_variant(config), f"w{config.data.window}"]
-        shown |= {"temporal.form", "temporal.weight", "temporal.partner", "temporal.lag", "temporal.scope", "data.window"}
+        shown |= {
+            "temporal.form",
+            "temporal.weight",
+            "temporal.partner",
+            "temporal.lag",
+            "temporal.scope",
+            "data.window",
+        }
     parts += [f"{field.split('.')[1]}{_value(config, field)}" for field in grid if field not in shown]
     own = "-".join([*parts, f"s{config.run.seed}"])
     if not config.run.name:

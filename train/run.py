@@ -1,7 +1,7 @@
 """Stage two as one function: a store and a configuration become run folders.
 
-The members of a sweep and their twins train side by side on one stream; what memory cannot hold at once is split into passes
-over the same stream. A run folder is complete when its record says so, and the record is written last.
+The members of a sweep and their twins train side by side on one stream; what memory cannot hold at once is split into
+passes over the same stream. A run folder is complete when its record says so, and the record is written last.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, UsageError
-from .checkpoint import drop_checkpoints, latest_common, load_checkpoint
-from .claims import Claim, claim, held
 from .config import TrainConfig
-from .diagnostics import Metrics
-from .inputs import Inputs, resolve_device, resolve_dtype
-from .journal import check_loggers
-from .member import Member
-from .memory import available_bytes, estimate, split_passes
+from .loop.diagnostics import Metrics
+from .loop.distributed import World, joined, seen_by_share
+from .loop.inputs import Inputs, resolve_device, resolve_dtype
+from .loop.member import Member
+from .loop.memory_plan import available_bytes, estimate, split_passes
+from .loop.trainer import Pass, needs_siblings
 from .plan import MemberPlan, plan_members, tokens_per_step
 from .presets import changed
-from .record import RunRecord
-from .trainer import Pass, needs_siblings
-from .world import World, joined, seen_by_share
+from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
+from .run_folder.claims import Claim, claim, held
+from .run_folder.metrics_log import check_loggers
+from .run_folder.record import RunRecord
 
 _NAMED = 4  # runs in the sentence that announces them
 
@@ -61,8 +61,11 @@ class TrainSummary:
 
 
 @keeping_freed_memory()
-def train(config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False) -> TrainSummary:
-    """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is finished.
+def train(
+    config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False
+) -> TrainSummary:
+    """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is
+    finished.
 
     Args:
         config: the base configuration; ``data.store`` names the store.
@@ -118,14 +121,21 @@ def _say_what_differs(plans: Sequence[MemberPlan], world: World) -> None:
 
 def _too_large(plans: Sequence[MemberPlan], device: torch.device) -> ResourceError:
     batch = format_count(plans[0].config.data.batch_size)
-    what = f"{device} ran out of memory with {len(plans)} SAE{'s' if len(plans) > 1 else ''} and batches of {batch} tokens"
+    what = (
+        f"{device} ran out of memory with {len(plans)} SAE{'s' if len(plans) > 1 else ''} and batches of {batch} tokens"
+    )
     return ResourceError(f"{what}: sweep fewer values at once, or give a smaller --batch-size or --width (and --fresh)")
 
 
 def _in_words(metrics: Metrics | None) -> str:
     if not metrics:
         return "was finished before"
-    shown = {"explained": "explained_variance", "L0": "l0", "temporal variation": "temporal_variation", "dead": "dead_share"}
+    shown = {
+        "explained": "explained_variance",
+        "L0": "l0",
+        "temporal variation": "temporal_variation",
+        "dead": "dead_share",
+    }
     return ", ".join(f"{name} {value:.3g}" for name, key in shown.items() if (value := metrics.get(key)) is not None)
 
 
@@ -142,12 +152,19 @@ def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
     groups: dict[tuple[object, ...], list[Claim]] = {}
     for each in claims:
         rows = each.record.store_rows if each.record and each.has_checkpoint else 0
-        groups.setdefault((each.plan.config.data, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(each)
+        groups.setdefault((each.plan.config.data, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(
+            each
+        )
     return list(groups.values())
 
 
 def _train_pass(
-    claims: Sequence[Claim], store: ActivationStore, inputs: Inputs, device: torch.device, dtype: torch.dtype, world: World
+    claims: Sequence[Claim],
+    store: ActivationStore,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
 ) -> dict[str, Metrics]:
     folders = [each.folder for each in claims]
     step = latest_common(folders) if claims[0].has_checkpoint else None
@@ -191,7 +208,9 @@ def _announce(
     more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
     note(f"layer {store.layer}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
     note(f"{config.run.steps} steps of {per_step} tokens ({windows}{remainder}), {tokens} in all")
-    note(f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}")
+    note(
+        f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}"
+    )
     if step is not None:
         note(f"going on from step {step}")
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from stores import make_activations, make_block, make_manifest, make_store, write_rows
-from tcsae.cache import places
-from tcsae.cache.commits import LOG
-from tcsae.cache.layout import StoreLayout
-from tcsae.cache.manifest import checksum, read_manifest
+from tcsae.cache.format.commit_log import LOG
+from tcsae.cache.format.layout import StoreLayout
+from tcsae.cache.format.manifest import checksum, read_manifest
+from tcsae.cache.storage import places
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
@@ -140,7 +140,9 @@ def small_disk(tmp_path):
     """A file system of 2 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("no mounting here")
     yield folder
@@ -228,7 +230,9 @@ def test_missing_credentials(monkeypatch):
             raise NoCredentialsError("Unable to locate credentials")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda *_, **__: (Locked(), "bucket/l3.zarr"))
-    with pytest.raises(StoreError, match=r"the object store refused .*; set credentials for it, such as AWS_ACCESS_KEY_ID"):
+    with pytest.raises(
+        StoreError, match=r"the object store refused .*; set credentials for it, such as AWS_ACCESS_KEY_ID"
+    ):
         ActivationStore.open("s3://bucket/l3.zarr")
 
 

@@ -2,7 +2,17 @@
 
 import numpy as np
 import pytest
-from stores import bits_of, content, grow_store, make_activations, make_block, make_store, make_stores, manifests, write_rows
+from stores import (
+    bits_of,
+    content,
+    grow_store,
+    make_activations,
+    make_block,
+    make_store,
+    make_stores,
+    manifests,
+    write_rows,
+)
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
@@ -17,10 +27,18 @@ def test_a_finished_store_grows_and_old_fingerprints_stay(tmp_path):
     bits = {3: make_activations(block, 8)}
     bits[3][:40], first = bits_of(old), bits_of(old)
     kept = make_block(40, 16)
-    block.tokens_BT[:40], block.documents_BT[:40], block.flags_BT[:40] = kept.tokens_BT, kept.documents_BT, kept.flags_BT
+    block.tokens_BT[:40], block.documents_BT[:40], block.flags_BT[:40] = (
+        kept.tokens_BT,
+        kept.documents_BT,
+        kept.flags_BT,
+    )
     for rows in (44, 90):  # twice, so that the same last shard is replaced twice
         with StoreSetWriter.open(paths, manifests((3,), rows)) as writer:
-            assert (writer.rows_committed, writer.kept_rows, writer.cursor) == (32, writer.rows_stored - 32, {"row": 32})
+            assert (writer.rows_committed, writer.kept_rows, writer.cursor) == (
+                32,
+                writer.rows_stored - 32,
+                {"row": 32},
+            )
             writer.begin()
             with pytest.raises(StoreError, match=f"holds {writer.rows_stored} of {rows} rows, not finished"):
                 ActivationStore.open(paths[3])
@@ -49,7 +67,11 @@ def test_growing_with_other_rows_is_refused_and_rounding_is_not(tmp_path):
     block = make_block(40, 16)
     bits = bits_of(ActivationStore.open(paths[3]))
     longer = make_block(48, 16)
-    longer.tokens_BT[:40], longer.documents_BT[:40], longer.flags_BT[:40] = block.tokens_BT, block.documents_BT, block.flags_BT
+    longer.tokens_BT[:40], longer.documents_BT[:40], longer.flags_BT[:40] = (
+        block.tokens_BT,
+        block.documents_BT,
+        block.flags_BT,
+    )
     new = np.concatenate([bits, make_activations(longer, 8)[40:]])
     last_bit = new.copy()
     last_bit[:40, 3, 2] ^= 1

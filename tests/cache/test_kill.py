@@ -1,4 +1,6 @@
-"""kill -9 inside shard writes, log lines, documents, fsyncs and renames, and at any moment: benchmarks/kill9.py, in small."""
+"""kill -9 inside shard writes, log lines, documents, fsyncs and renames, and at any moment: benchmarks/kill9.py, in
+small.
+"""
 
 import json
 import subprocess

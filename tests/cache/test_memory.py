@@ -3,7 +3,7 @@
 import psutil
 import torch
 from stores import make_block, make_manifest, tile_store, write_rows
-from tcsae.cache.layout import StoreLayout
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.windows import WindowStream
 from tcsae.cache.writer import StoreSetWriter

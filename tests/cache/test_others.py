@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stores import make_activations, make_block, make_store
-from tcsae.cache.reader import ShardReader
+from tcsae.cache.format.shard_reader import ShardReader
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import StoreError
 
@@ -52,7 +52,9 @@ def test_zarr_python_finds_the_same_damage(tmp_path):
 
 
 def test_our_reader_reads_what_zarr_python_writes(tmp_path):
-    """The shard files are Zarr's, not a look-alike: another program's are read, and known not to be the committed ones."""
+    """The shard files are Zarr's, not a look-alike: another program's are read, and known not to be the
+    committed ones.
+    """
     zarr = pytest.importorskip("zarr")
     path = make_store(tmp_path, rows=32)
     new = np.random.default_rng(0).integers(0, 0x7F00, (32, 16, 8), dtype=np.uint16)
@@ -76,7 +78,9 @@ def test_xarray(stored):
 def test_dask(stored):
     dask_array = pytest.importorskip("dask.array")
     path, _, bits = stored
-    np.testing.assert_array_equal(dask_array.from_zarr(str(path), component="activations").compute(scheduler="sync"), bits)
+    np.testing.assert_array_equal(
+        dask_array.from_zarr(str(path), component="activations").compute(scheduler="sync"), bits
+    )
 
 
 def test_tensorstore(stored):

@@ -5,9 +5,9 @@ from functools import partial
 import fsspec
 import pytest
 from stores import LAYOUT, make_activations, make_block, manifests, pieces, write_rows
-from tcsae.cache.metadata import ARRAYS, shard_key
-from tcsae.cache.places import place_of
-from tcsae.cache.shardset import ShardSetWriter, write_shard
+from tcsae.cache.format.shard_writer import ShardSetWriter, write_shard
+from tcsae.cache.format.zarr_documents import ARRAYS, shard_key
+from tcsae.cache.storage.open_place import place_of
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StaleRunError

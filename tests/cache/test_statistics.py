@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from reference import cache_statistics
 from stores import grow_store, make_block, make_manifest, make_store, write_rows
 from tcsae.cache import statistics as module
-from tcsae.cache.layout import PADDING, RowBlock, StoreLayout, to_bits
-from tcsae.cache.moments import Moments, merge
-from tcsae.cache.statistics import STATISTICS, StoreStatistics, cached_statistics, kept_norms
+from tcsae.cache.format.layout import PADDING, RowBlock, StoreLayout, to_bits
+from tcsae.cache.statistics import STATISTICS, Moments, StoreStatistics, cached_statistics, kept_norms, merge
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StoreError, TcsaeError
@@ -102,7 +101,9 @@ def test_they_are_kept_until_the_store_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_compute", lambda *_: pytest.fail("computed twice"))
     again = ActivationStore.open(path).statistics()
     assert again.to_json() == found.to_json()
-    np.testing.assert_allclose(kept_norms(store, 2, 13)[:, 0], store.rows(32, 45).double().norm(dim=-1)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(
+        kept_norms(store, 2, 13)[:, 0], store.rows(32, 45).double().norm(dim=-1)[:, 0], rtol=1e-5
+    )
     monkeypatch.undo()
     grown = ActivationStore.open(grow_store(path, 60))
     assert cached_statistics(grown) is None
@@ -110,7 +111,9 @@ def test_they_are_kept_until_the_store_grows(tmp_path, monkeypatch):
     assert grown.statistics().rows == 60
 
 
-@pytest.mark.parametrize("change", [lambda s: s[:-30], lambda s: s.replace(b"rows", b"Rows"), lambda s: b"[]", lambda s: b"{"])
+@pytest.mark.parametrize(
+    "change", [lambda s: s[:-30], lambda s: s.replace(b"rows", b"Rows"), lambda s: b"[]", lambda s: b"{"]
+)
 def test_damaged_ones_are_computed_again(tmp_path, change):
     store = ActivationStore.open(make_store(tmp_path, rows=20))
     found = store.statistics()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from stores import make_activations, make_block, make_manifest, make_store, write_rows
-from tcsae.cache.commits import LOG, parse_log
-from tcsae.cache.layout import RowBlock
+from tcsae.cache.format.commit_log import LOG, parse_log
+from tcsae.cache.format.layout import RowBlock
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import nonfinite_tokens, verify
 from tcsae.cache.writer import StoreSetWriter
@@ -110,7 +110,9 @@ def test_hashes_that_only_our_reader_compares_are_verified(tmp_path, chunks):
     wrong = replace(file, chunks=("0" * 16, *file.chunks[1:]) if chunks else ())
     log.write_bytes(replace(first, files={**first.files, "activations": wrong}).to_line() + second.to_line())
     [finding] = verify(path).findings
-    assert ("bytes are not those that were committed" if chunks else "0 chunk hashes for the 4 chunks") in finding.problem
+    assert (
+        "bytes are not those that were committed" if chunks else "0 chunk hashes for the 4 chunks"
+    ) in finding.problem
 
 
 def test_nonfinite_bits_are_what_torch_says():

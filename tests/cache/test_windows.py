@@ -1,4 +1,6 @@
-"""Windows: consecutive usable tokens of one document, each token once an epoch, shuffled, resumable, indifferent to growth."""
+"""Windows: consecutive usable tokens of one document, each token once an epoch, shuffled, resumable, indifferent to
+growth.
+"""
 
 import math
 from itertools import pairwise
@@ -10,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_runs
 from stores import grow_store, make_store
-from tcsae.cache.cuts import cut_windows, shuffle_windows
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream, take_rows
+from tcsae.cache.windows import WindowStream, cut_windows, shuffle_windows, take_rows
 from tcsae.errors import StoreError, UsageError
 
 
@@ -25,7 +26,9 @@ def places(batch):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_NWD", "documents_N", "rows_N", "starts_N"))
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_NWD", "documents_N", "rows_N", "starts_N")
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -61,7 +64,9 @@ def test_an_epoch_holds_every_usable_token_at_most_once_and_its_own_values(tmp_p
     rows, context = data.draw(st.integers(6, 40)), data.draw(st.integers(6, 12))
     window = data.draw(st.integers(1, 4))
     packing = data.draw(st.sampled_from(["document", "concat"]))
-    path = make_store(tmp_path_factory.mktemp("w"), rows=rows, context=context, chunk_rows=2, shard_rows=6, packing=packing)
+    path = make_store(
+        tmp_path_factory.mktemp("w"), rows=rows, context=context, chunk_rows=2, shard_rows=6, packing=packing
+    )
     store = ActivationStore.open(path)
     pool = data.draw(st.integers(1, rows * context * 2))
     with WindowStream(store, window=window, tokens_per_batch=window, pool_tokens=pool, seed=3) as stream:

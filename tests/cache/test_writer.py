@@ -22,12 +22,12 @@ from stores import (
     write_all,
     write_rows,
 )
-from tcsae.cache import local
-from tcsae.cache.commits import LOG, parse_log
-from tcsae.cache.layout import StoreLayout
-from tcsae.cache.manifest import Execution, read_manifest
-from tcsae.cache.places import place_of
-from tcsae.cache.shardset import ShardSetWriter, write_shard
+from tcsae.cache.format.commit_log import LOG, parse_log
+from tcsae.cache.format.layout import StoreLayout
+from tcsae.cache.format.manifest import Execution, read_manifest
+from tcsae.cache.format.shard_writer import ShardSetWriter, write_shard
+from tcsae.cache.storage import local
+from tcsae.cache.storage.open_place import place_of
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
@@ -214,7 +214,9 @@ def test_shards_written_by_workers_in_any_order_make_the_same_store(tmp_path):
         records = {}
         for shard in (2, 0, 3, 1):
             rows = LAYOUT.rows_of(shard, 61)
-            records[shard] = write_shard(paths, {3: LAYOUT, 5: LAYOUT}, shard, pieces(block, bits, rows.start, rows.stop, 5))
+            records[shard] = write_shard(
+                paths, {3: LAYOUT, 5: LAYOUT}, shard, pieces(block, bits, rows.start, rows.stop, 5)
+            )
         with pytest.raises(StoreError, match="go on with shard 0"):
             writer.commit_records([records[1]], {})
         for shard in range(4):
@@ -276,7 +278,9 @@ def test_the_forward_pass_waits_only_when_too_much_is_queued(tmp_path, monkeypat
 
 
 def test_two_workers_on_one_shard_never_write_into_one_file(tmp_path):
-    """Dask gives the shard of a silent worker to another while the first still writes; what a dead one leaves is removed."""
+    """Dask gives the shard of a silent worker to another while the first still writes; what a dead one leaves is
+    removed.
+    """
     paths, block = {3: tmp_path / "l3.zarr"}, make_block(16, 16)
     bits = {3: make_activations(block, 8)}
     with StoreSetWriter.open(paths, manifests((3,), 16)) as writer:
@@ -303,7 +307,10 @@ def test_two_workers_on_one_shard_never_write_into_one_file(tmp_path):
 
 def test_leftovers_are_removed_on_resume_but_nobody_elses(tmp_path):
     paths = make_stores(tmp_path, rows=20, finish=False)
-    ours = [paths[3] / name for name in ("zarr.json.0f.partial", "activations/c.2.0.0.a1.partial", "tokens/c.2.0.b2.partial")]
+    ours = [
+        paths[3] / name
+        for name in ("zarr.json.0f.partial", "activations/c.2.0.0.a1.partial", "tokens/c.2.0.b2.partial")
+    ]
     for path in ours:
         path.write_bytes(b"torn")
     with StoreSetWriter.open(paths, manifests((3,), 20)):
@@ -327,7 +334,9 @@ def test_writeback_begins_while_a_file_is_written(tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [local.PARTIAL]
     sink.commit()
     assert asked == [(0, 128), (128, 268)]
-    assert (tmp_path / "file").read_bytes() == b"".join(bytes([size]) * size + b"tail" for size in (60, 60, 10, 250, 30))
+    assert (tmp_path / "file").read_bytes() == b"".join(
+        bytes([size]) * size + b"tail" for size in (60, 60, 10, 250, 30)
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the advice means this on Linux only")

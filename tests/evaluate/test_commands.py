@@ -21,7 +21,7 @@ def say(capsys, *words: object) -> dict:
 def test_extract_train_evaluate(kind, request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if kind != "gemma2":  # drawing takes longer than everything else; once is enough
-        monkeypatch.setattr("tcsae.evaluate.report.write_figures", lambda panels, folder: [])
+        monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
     model, text = request.getfixturevalue(f"tiny_{kind}"), tiny_corpus(tmp_path / "text", documents=80, words=50)
     say(
         capsys,
@@ -41,7 +41,20 @@ def test_extract_train_evaluate(kind, request, tmp_path, monkeypatch, capsys):
         0.5,
     )
     for layer in (1, 3):
-        say(capsys, "train", "--store", f"cache/l{layer}.zarr", "--steps", 4, "--batch-size", 64, "--width", 48, "--k", 4)
+        say(
+            capsys,
+            "train",
+            "--store",
+            f"cache/l{layer}.zarr",
+            "--steps",
+            4,
+            "--batch-size",
+            64,
+            "--width",
+            48,
+            "--k",
+            4,
+        )
     facts = say(capsys, "evaluate", "--batches", 4, "--batch-size", 8)
     (facts,) = facts["reports"]
     assert facts["failures"] == []
@@ -52,7 +65,9 @@ def test_extract_train_evaluate(kind, request, tmp_path, monkeypatch, capsys):
     assert len(report.paired) == 2
     assert all(record.metrics["kl"].value > 0 for record in saes)
     assert not report.notes, "the shared prefix works for every architecture here"
-    uniform = report.record("zero_all", 1).metrics["ce"].value == pytest.approx(math.log(report.model.vocab_size), abs=1e-4)
+    uniform = report.record("zero_all", 1).metrics["ce"].value == pytest.approx(
+        math.log(report.model.vocab_size), abs=1e-4
+    )
     assert uniform == (kind in ("gemma2", "gemma3", "llama")), "uniform exactly where nothing has a bias"
     assert (tmp_path / facts["page"]).stat().st_size > 10_000
 

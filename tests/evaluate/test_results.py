@@ -41,7 +41,9 @@ def test_written_results_satisfy_the_schema_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_undefined_is_null(value, tmp_path):
-    record = Record(name="a", kind="sae", layer=1, metrics={"kl": Metric(value=value, unit="nats", n=0, definition="kl")})
+    record = Record(
+        name="a", kind="sae", layer=1, metrics={"kl": Metric(value=value, unit="nats", n=0, definition="kl")}
+    )
     write_results(a_report(records=[record]), tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["records"][0]["metrics"]["kl"]["value"] is None

@@ -7,11 +7,11 @@ import torch
 from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, EvaluateConfig
-from tcsae.evaluate.measure import Measurement
-from tcsae.evaluate.memory import within_memory
+from tcsae.evaluate.one_pass import Measurement
 from tcsae.evaluate.results import read_results
+from tcsae.evaluate.run import within_memory
 from tcsae.pipeline import main
-from tcsae.train.activation import Activation
+from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
 from tiny_runs import make_manifest, make_run, random_sae
 
@@ -22,7 +22,7 @@ SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 def _no_figures():
     """Their files take longer than everything else here and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.evaluate.report.write_figures", lambda panels, folder: [])
+        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
         yield
 
 
@@ -33,7 +33,15 @@ def place(tmp_path_factory):
     model, text = tiny_model("gemma2", folder / "model"), tiny_corpus(folder / "text", documents=60, words=40)
     at_1, at_3 = (make_manifest(model, text, layer) for layer in (1, 3))
     make_run(folder / "runs", "tc", at_1, twin="twin")
-    make_run(folder / "runs", "twin", at_1, role="twin", twin="tc", seed=1, sae=random_sae(24, 32, Activation("topk", k=3), 1))
+    make_run(
+        folder / "runs",
+        "twin",
+        at_1,
+        role="twin",
+        twin="tc",
+        seed=1,
+        sae=random_sae(24, 32, Activation("topk", k=3), 1),
+    )
     make_run(folder / "runs", "deep", at_3, sae=random_sae(24, 16, Activation("relu"), 2))
     make_run(folder / "runs", "unfinished", at_3, finished=False)
     return folder
@@ -41,7 +49,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(place):
-    (outcome,) = run_module.evaluate(EvaluateConfig(runs_folder=str(place / "runs"), out=str(place / "reports"), **SMALL))
+    (outcome,) = run_module.evaluate(
+        EvaluateConfig(runs_folder=str(place / "runs"), out=str(place / "reports"), **SMALL)
+    )
     return outcome.report
 
 
@@ -144,7 +154,18 @@ def test_one_failing_sae_leaves_the_others_and_the_exit_status_says_so(place, ca
     manifest = make_manifest(place / "model", place / "text", 1)
     bad = make_run(place / "others", "bad", manifest, sae=broken)
     runs = ["--run", str(bad), str(place / "runs" / "unfinished"), str(place / "runs" / "tc")]
-    common = ["--out", str(place / "partial"), "--batches", "2", "--batch-size", "4", "--device", "cpu", "--quick", "--json"]
+    common = [
+        "--out",
+        str(place / "partial"),
+        "--batches",
+        "2",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--quick",
+        "--json",
+    ]
     assert main(["evaluate", *runs, *common]) == 1
     captured = capsys.readouterr()
     (facts,) = json.loads(captured.out)["reports"]
@@ -160,7 +181,18 @@ def test_a_language_model_that_is_gone_is_in_the_report_and_the_exit_status(plac
     manifest = make_manifest(place / "model", place / "text", 1)
     gone = manifest.model_copy(update={"model": manifest.model.model_copy(update={"id": str(place / "was-here")})})
     lost = make_run(place / "lost", "lost", gone)
-    common = ["--out", str(place / "gone"), "--batches", "1", "--batch-size", "2", "--device", "cpu", "--quick", "--json"]
+    common = [
+        "--out",
+        str(place / "gone"),
+        "--batches",
+        "1",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--quick",
+        "--json",
+    ]
     assert main(["evaluate", "--run", str(place / "runs" / "tc"), str(lost), *common]) == 1
     (facts,) = json.loads(capsys.readouterr().out)["reports"]
     assert "tc" in [record["name"] for record in facts["records"]]
@@ -171,7 +203,9 @@ def test_a_language_model_that_is_gone_is_in_the_report_and_the_exit_status(plac
 
 FULL = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    ),
     MemoryError("Unable to allocate 728. TiB for an array"),
 )
 
@@ -187,7 +221,19 @@ def test_a_device_without_memory_is_one_sentence_and_what_is_finished_is_kept(pl
             raise failure
         real(self, batch_rows, progress)
 
-    common = ["--out", str(tmp_path), "--batches", "3", "--batch-size", "4", "--device", "cpu", "--dtype", "float32", "--quick"]
+    common = [
+        "--out",
+        str(tmp_path),
+        "--batches",
+        "3",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--quick",
+    ]
     command = ["evaluate", "--run", str(place / "runs" / "twin"), str(place / "runs" / "tc"), *common]
     with monkeypatch.context() as patch:
         patch.setattr(Measurement, "run", one_row_and_no_tc)
@@ -204,7 +250,10 @@ def test_a_device_without_memory_is_one_sentence_and_what_is_finished_is_kept(pl
 
 
 def test_the_sentence_names_the_flag():
-    for rows, words in ((16, "batches of 16 rows, one SAE at a time: give a smaller --batch-size"), (1, "another --device")):
+    for rows, words in (
+        (16, "batches of 16 rows, one SAE at a time: give a smaller --batch-size"),
+        (1, "another --device"),
+    ):
         with pytest.raises(ResourceError, match=words), within_memory(rows):
             raise FULL[1]
     with pytest.raises(RuntimeError, match="something else"), within_memory(1):
@@ -218,7 +267,9 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     with pytest.raises(RunError, match="has width 24; the SAE expects 12"):
         run_module.evaluate(EvaluateConfig(saes=(str(tmp_path / "wide"),), layers=(1,), **common))
     run = make_run(tmp_path / "runs", "wide", make_manifest(place / "model", place / "text", 1), sae=wide)
-    with pytest.raises(RunError, match="has width 24; the SAE expects 12: name the model it was trained on with --model"):
+    with pytest.raises(
+        RunError, match="has width 24; the SAE expects 12: name the model it was trained on with --model"
+    ):
         run_module.evaluate(EvaluateConfig(runs=(str(run),), out=str(tmp_path), **SMALL))
     fitting = random_sae(24, 16, Activation("relu"))
     fitting.save(tmp_path / "fitting")
@@ -247,6 +298,11 @@ def test_someone_elses_sae_alone(place, tmp_path):
 
 
 def test_config_refuses_nonsense():
-    for wrong in ({"batches": 0}, {"batch_rows": 0}, {"saes": ("a", "b", "c"), "layers": (1, 2)}, {"references": ("best",)}):
+    for wrong in (
+        {"batches": 0},
+        {"batch_rows": 0},
+        {"saes": ("a", "b", "c"), "layers": (1, 2)},
+        {"references": ("best",)},
+    ):
         with pytest.raises(UsageError):
             EvaluateConfig(**wrong)

@@ -1,7 +1,7 @@
 """What extractions of tiny models share: a configuration, and shards of 8 rows."""
 
 import pytest
-from tcsae.cache.layout import StoreLayout
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.extract import plan
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 

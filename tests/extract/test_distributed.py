@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from clusters import cluster_elsewhere
-from tcsae.cache.layout import StoreLayout
-from tcsae.cache.manifest import Execution
+from tcsae.cache.format.layout import StoreLayout
+from tcsae.cache.format.manifest import Execution
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, StaleRunError
 from tcsae.extract.distributed import Job, _passes
-from tcsae.extract.models import load_language_model
-from tcsae.extract.rows import row_blocks
+from tcsae.extract.model.load import load_language_model
 from tcsae.extract.run import extract
+from tcsae.extract.text.rows import row_blocks
 
 from tests.extract.snapshots import contents
 
@@ -28,7 +28,7 @@ pytestmark = [
 CONTEXT = 16
 SLOW = """
 import time
-from tcsae.extract.forward import ForwardPass
+from tcsae.extract.model.forward import ForwardPass
 launch = ForwardPass.launch
 ForwardPass.launch = lambda self, block: (time.sleep(0.1), launch(self, block))[1]
 """
@@ -41,7 +41,7 @@ def config(config):
 
 
 def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):
-    from tcsae.extract.forward import ForwardPass
+    from tcsae.extract.model.forward import ForwardPass
 
     lm = load_language_model(config.model, deepest_layer=2)
     block, _ = next(row_blocks(config.text, lm, rows_per_block=7))
@@ -60,7 +60,12 @@ def test_a_task_whose_run_was_stopped_says_so_where_it_runs(config, capsys, monk
     monkeypatch.setattr(distributed, "_model", lambda *_: lm)
     block, _ = next(row_blocks(config.text, lm, rows_per_block=8))
     job = Job(
-        config.model, lm.identity, tuple(config.paths.items()), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "a stopped run"
+        config.model,
+        lm.identity,
+        tuple(config.paths.items()),
+        StoreLayout(24, CONTEXT, 4, 8),
+        EXECUTION,
+        "a stopped run",
     )
     before = contents(Path(config.out))
     assert isinstance(distributed._extract_shard(job, 1, block, 0), StaleRunError)
@@ -73,7 +78,10 @@ def test_workers_write_the_same_store_though_one_is_killed(config, tmp_path):
 
     extract(config)
     options = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": 60}
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as cluster, Client(cluster) as client:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as cluster,
+        Client(cluster) as client,
+    ):
         pids = list(client.run(os.getpid).values())
         client.run(exec, SLOW, {})  # a shard takes long enough for the kill to fall inside one
         other = replace(config, out=str(tmp_path / "b"), scheduler=cluster.scheduler_address)

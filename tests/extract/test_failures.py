@@ -1,4 +1,6 @@
-"""What a first user runs into with models and the command line: one sentence each, and the exit status that goes with it."""
+"""What a first user runs into with models and the command line: one sentence each, and the exit status that goes with
+it.
+"""
 
 import json
 import shlex
@@ -8,9 +10,9 @@ import time
 import pytest
 import torch
 from tcsae.errors import ModelError, TcsaeError, UsageError
-from tcsae.extract import models as models_module
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource, command_line, model_source, text_source
-from tcsae.extract.models import identify_model, load_language_model, outline_model, resolve_device, resolve_dtype
+from tcsae.extract.model import load as models_module
+from tcsae.extract.model.load import identify_model, load_language_model, outline_model, resolve_device, resolve_dtype
 from tcsae.pipeline import main
 
 
@@ -24,10 +26,12 @@ def refused(kind):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("GatedRepoError", r"is gated .*: accept its licence at .*/google/gemma-2-2b, then .*`hf auth login` or set HF_TOKEN"),
+        ("GatedRepoError", r"is gated .*: accept its licence at .*/google/gemma-2-2b, "
+         r"then .*`hf auth login` or set HF_TOKEN"),
         ("RepositoryNotFoundError", r"there is no model 'google/gemma-2-2b': no such folder or file here"),
         ("RevisionNotFoundError", r"exists on the hub but not in that revision"),
-        ("LocalEntryNotFoundError", r"the hub cannot be reached and model google/gemma-2-2b is not complete .* pass a folder"),
+        ("LocalEntryNotFoundError",
+        r"the hub cannot be reached and model google/gemma-2-2b is not complete .* pass a folder"),
     ],
 )  # fmt: skip
 def test_hub_refusals(monkeypatch, kind, sentence):
@@ -89,8 +93,14 @@ def test_folders_that_hold_no_model(tmp_path, tiny_llama):
         (ModelSource(str(tmp_path / "gone.gguf")), "there is no model at .*gone.gguf"),
         (ModelSource(str(tmp_path / "empty")), "holds no config.json: save the model there"),
         (ModelSource(str(tmp_path / "ggufs")), "holds no config.json: say --gguf-file with one of m.Q4.gguf"),
-        (ModelSource(str(tmp_path / "ggufs"), gguf_file="x.gguf"), "holds no file x.gguf: its .gguf files are m.Q4.gguf"),
-        (ModelSource(str(tmp_path / "ggufs" / "m.Q4.gguf")), r"\(m.Q4.gguf\) cannot be opened as a causal language model"),
+        (
+            ModelSource(str(tmp_path / "ggufs"), gguf_file="x.gguf"),
+            "holds no file x.gguf: its .gguf files are m.Q4.gguf",
+        ),
+        (
+            ModelSource(str(tmp_path / "ggufs" / "m.Q4.gguf")),
+            r"\(m.Q4.gguf\) cannot be opened as a causal language model",
+        ),
         (ModelSource(str(tmp_path / "file.bin")), "is a file but not a .gguf file"),
         (ModelSource(str(half)), "holds a configuration but no weights"),
     ]:
@@ -122,7 +132,9 @@ def test_fingerprint_is_of_weights_and_configuration_not_of_names_or_versions(tm
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_cuda_asked_for_where_there_is_none():
-    with pytest.raises(ModelError, match=r"--device cuda was asked for, this machine shows 0 CUDA devices.*: say --device cpu"):
+    with pytest.raises(
+        ModelError, match=r"--device cuda was asked for, this machine shows 0 CUDA devices.*: say --device cpu"
+    ):
         resolve_device("cuda")
     for device in ("tpux", "mps", "meta"):
         with pytest.raises(UsageError, match=f"--device {device} is unknown"):
@@ -141,7 +153,17 @@ def test_dtype_is_float32_on_a_cpu_without_the_instructions(monkeypatch):
 
 @pytest.fixture
 def words(tiny_gpt2, corpus, tmp_path):
-    return ["extract", "--model", str(tiny_gpt2), "--dataset", str(corpus), "--context", "16", "--out", str(tmp_path / "out")]
+    return [
+        "extract",
+        "--model",
+        str(tiny_gpt2),
+        "--dataset",
+        str(corpus),
+        "--context",
+        "16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +232,7 @@ def test_command_line_of_a_config_makes_the_config_again(monkeypatch):
 
 
 def test_sources_come_back_from_a_manifest(tiny_gemma2, corpus):
-    from tcsae.extract.text import resolve_text
+    from tcsae.extract.text.open import resolve_text
 
     text = TextSource(str(corpus), context=16, packing="concat", seed=3, held_out=0.25)
     identity = resolve_text(text, outline_model(ModelSource(str(tiny_gemma2))))

@@ -1,4 +1,6 @@
-"""Stores that are written together hold the same rows: what a layer beside finished ones is told, and how it joins them."""
+"""Stores that are written together hold the same rows: what a layer beside finished ones is told, and how it joins
+them.
+"""
 
 import os
 import shlex
@@ -7,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tcsae.cache.layout import StoreLayout
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import StoreError
 from tcsae.extract import plan as plan_module
@@ -34,7 +36,9 @@ def refused(monkeypatch, sentence):
 def test_a_layer_beside_finished_ones_is_refused_at_once_and_then_extracted_by_itself(config, monkeypatch, tmp_path):
     extract(config)
     three = replace(config, layers=(1, 2, 3))
-    with refused(monkeypatch, r"l1.zarr holds 100 rows but .*l3.zarr 0: .*; the same rows, by itself: pipeline") as said:
+    with refused(
+        monkeypatch, r"l1.zarr holds 100 rows but .*l3.zarr 0: .*; the same rows, by itself: pipeline"
+    ) as said:
         extract(three)
     assert not (tmp_path / "a" / "l3.zarr").exists()
     with refused(monkeypatch, r"text.seed: store has 0, you asked for 5"):

@@ -1,4 +1,6 @@
-"""The whole extraction: stopped and resumed it is the same store; it extends, completes, halves its batch, stops at NaN."""
+"""The whole extraction: stopped and resumed it is the same store; it extends, completes, halves its batch, stops at
+NaN.
+"""
 
 import json
 import os
@@ -13,14 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tcsae.cache import local
-from tcsae.cache.layout import StoreLayout
+from tcsae.cache.format.layout import StoreLayout
+from tcsae.cache.storage import local
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ModelError, ResourceError, StoreError, TextError
 from tcsae.extract import run as run_module
 from tcsae.extract.config import ModelSource, command_line
-from tcsae.extract.estimate import estimate
-from tcsae.extract.forward import ForwardPass, choose_batch_size
+from tcsae.extract.model.forward import ForwardPass, choose_batch_size
+from tcsae.extract.plan import estimate
 from tcsae.extract.run import extract, how_to_go_on
 from tiny import tiny_corpus
 
@@ -32,9 +34,9 @@ CONTEXT = 16
 SMALL_SHARDS = """
 import os, time
 os.fsync = lambda fd: None
-from tcsae.cache.layout import StoreLayout
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.extract import plan
-from tcsae.extract.forward import ForwardPass
+from tcsae.extract.model.forward import ForwardPass
 plan.plan_layout = lambda d_model, context, *, compression, **_: StoreLayout(d_model, context, 4, 8, compression)
 """
 SLOW_PASSES = """
@@ -50,7 +52,9 @@ def quick(small_shards, monkeypatch):
 
 
 def start(config):
-    """The same extraction in a process of its own, slow enough to be stopped in the middle, once two shards are committed."""
+    """The same extraction in a process of its own, slow enough to be stopped in the middle, once two shards are
+    committed.
+    """
     words = command_line(config).split()[1:]
     code = f"import sys\n{SMALL_SHARDS}{SLOW_PASSES}from tcsae.pipeline import main\nsys.exit(main({words!r}))"
     process = subprocess.Popen(
@@ -91,7 +95,9 @@ def test_stopped_and_resumed_is_the_same_store(config, monkeypatch, tmp_path, pa
     other = replace(config, out=str(tmp_path / "b"))
     with monkeypatch.context() as patched:
         stopped_after(patched, passes)
-        with pytest.raises(KeyboardInterrupt, match=r"rows are committed under .*; to go on: pipeline extract --layers 1 2"):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"rows are committed under .*; to go on: pipeline extract --layers 1 2"
+        ):
             extract(other)
     with pytest.raises(StoreError, match="finish it with the same extract command"):
         ActivationStore.open(other.paths[1])
@@ -243,7 +249,9 @@ def test_nan_stops_with_the_place_named(config, monkeypatch, value):
 
     with monkeypatch.context() as patched:
         patched.setattr(ForwardPass, "launch", poisoned)
-        with pytest.raises(ModelError, match=r"NaN or Inf at layer 2, row 25, position 3 \(token \d+\) in float32: what was"):
+        with pytest.raises(
+            ModelError, match=r"NaN or Inf at layer 2, row 25, position 3 \(token \d+\) in float32: what was"
+        ):
             extract(config)
     store = ActivationStore.open(config.paths[2], allow_unfinished=True)
     assert 0 < store.n_rows < 26
@@ -291,7 +299,9 @@ def test_what_fresh_removes_is_free_for_the_plan(config, tmp_path, monkeypatch, 
 def test_text_without_a_row_makes_no_store(config, tmp_path):
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "one.txt").write_text("The king.")
-    with pytest.raises(TextError, match="fills not a single row of 16 tokens: use --packing concat or a smaller --context"):
+    with pytest.raises(
+        TextError, match="fills not a single row of 16 tokens: use --packing concat or a smaller --context"
+    ):
         extract(replace(config, text=replace(config.text, dataset=str(tmp_path / "short"), held_out=0)))
     assert not (tmp_path / "a").exists()
 
@@ -323,7 +333,7 @@ def test_dry_run_halves_the_batch_as_the_run_would(config, monkeypatch):
 
 
 def test_batch_size_is_a_power_of_two_within_shard_and_plan(tiny_gpt2):
-    from tcsae.extract.models import load_language_model
+    from tcsae.extract.model.load import load_language_model
 
     lm = load_language_model(ModelSource(str(tiny_gpt2), device="cpu"), deepest_layer=0)
     assert choose_batch_size(lm, StoreLayout(24, 128, 16, 512), 10**6) == 8

@@ -13,7 +13,18 @@ pytestmark = [
 
 @pytest.fixture
 def words(tiny_gemma2, corpus):
-    about = ["--model", str(tiny_gemma2), "--dataset", str(corpus), "--context", "16", "--device", "cpu", "--dtype", "float32"]
+    about = [
+        "--model",
+        str(tiny_gemma2),
+        "--dataset",
+        str(corpus),
+        "--context",
+        "16",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     return ["extract", *about, "--layers", "1", "2", "--batch-size", "4"]
 
 

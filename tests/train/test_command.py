@@ -9,7 +9,7 @@ import pytest
 from stores import make_store
 from tcsae.pipeline import main
 from tcsae.train.presets import build_config
-from tcsae.train.record import find_runs, load_run
+from tcsae.train.run_folder.record import find_runs, load_run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,18 @@ def test_show_config_is_a_file_that_trains_the_same(store, tmp_path, capsys):
 
 
 def test_sweeps_and_short_counts(store, tmp_path, capsys):
-    more = ["--sweep", "temporal-weight=0,0.1", "--sweep", "seed=0,1", "--tokens", "0.3k", "--steps", "0", "--name", "x"]
+    more = [
+        "--sweep",
+        "temporal-weight=0,0.1",
+        "--sweep",
+        "seed=0,1",
+        "--tokens",
+        "0.3k",
+        "--steps",
+        "0",
+        "--name",
+        "x",
+    ]
     assert main(arguments(store, tmp_path, *more)) == 0
     assert [path.name for path in find_runs(tmp_path)] == [
         "x-l3-topk4-none-s0", "x-l3-topk4-none-s1", "x-l3-topk4-pairwise0.1-w5-s0", "x-l3-topk4-pairwise0.1-w5-s1",

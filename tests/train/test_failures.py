@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from stores import make_store
 from tcsae.pipeline import main
-from tcsae.train.alarms import collapse
+from tcsae.train.loop.alarms import collapse
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The trainer's small parts, each held to its definition: initialisation, buffer, partners, diagnostics, shares of a batch."""
+"""The trainer's small parts, each held to its definition: initialisation, buffer, partners, diagnostics, shares of a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,18 @@ from hypothesis import strategies as st
 from stores import make_store
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.windows import WindowStream
-from tcsae.train.activation import Activation
-from tcsae.train.buffer import TemporalBuffer
 from tcsae.train.config import SAEConfig
-from tcsae.train.diagnostics import near_duplicates, temporal_variation
-from tcsae.train.initial import initialise, kaiming_uniform, orthogonal
-from tcsae.train.member import Member, dead_after
-from tcsae.train.partners import draw_partners
+from tcsae.train.loop.diagnostics import near_duplicates, temporal_variation
+from tcsae.train.loop.distributed import World
+from tcsae.train.loop.member import Member, dead_after
+from tcsae.train.loop.stack import Stack
+from tcsae.train.loop.temporal_buffer import TemporalBuffer
+from tcsae.train.loss.partners import draw_partners
 from tcsae.train.plan import plan_members
 from tcsae.train.presets import build_config
-from tcsae.train.sae import TemporalSAE
-from tcsae.train.stack import Stack
-from tcsae.train.world import World
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.initialise import initialise, kaiming_uniform, orthogonal
+from tcsae.train.sae.temporal_sae import TemporalSAE
 
 examples = settings(max_examples=15, deadline=None)
 

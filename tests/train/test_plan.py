@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from tcsae.errors import ResourceError, UsageError
 from tcsae.train.config import TrainConfig
-from tcsae.train.memory import member_bytes, split_passes, step_bytes
-from tcsae.train.objective import objective_of
+from tcsae.train.loop.memory_plan import member_bytes, split_passes, step_bytes
+from tcsae.train.loop.schedule import learning_rate, warmup_factor
+from tcsae.train.loss.objective import objective_of
 from tcsae.train.plan import as_count, default_width, parse_sweep, plan_members, resolve, tokens_per_step
 from tcsae.train.presets import PRESETS, build_config, changed, show_toml
-from tcsae.train.schedule import learning_rate, warmup_factor
 
 
 def names(config=None, grid=None, **changes):
@@ -25,7 +25,12 @@ def test_the_paper_preset_is_the_paper():
     assert (temporal.form, temporal.weight, temporal.partner, temporal.scope) == ("pairwise", 0.1, "next", 1.0)
     assert (config.data.window, config.data.batch_size, config.data.pool) == (5, 2048, 2048)
     assert (config.data.scale, config.data.norm_filter) == ("none", 0.0)
-    assert (optimiser.name, optimiser.lr, optimiser.weight_decay, optimiser.decay_decoder) == ("adamw", 3e-4, 0.01, True)
+    assert (optimiser.name, optimiser.lr, optimiser.weight_decay, optimiser.decay_decoder) == (
+        "adamw",
+        3e-4,
+        0.01,
+        True,
+    )
     assert (optimiser.clip, optimiser.warmup, optimiser.warmup_share, optimiser.decay_share) == (1.0, 1000, 1.0, 0.0)
     assert default_width(sae, 2304) == 2304
     assert learning_rate(499, 2000, optimiser) == pytest.approx(1.5e-4)
@@ -105,7 +110,8 @@ def test_a_sweep_has_every_point_once_and_shares_twins():
     assert "l12-topk64-pairwise0.1-w5-lr0.0001-s1" in found
     windows = names(grid=parse_sweep(["window=2,5"]), **{"temporal.weight": 1})
     assert windows == [
-        "l12-topk64-pairwise1-w2-s0", "l12-topk64-none-window2-s0", "l12-topk64-pairwise1-w5-s0", "l12-topk64-none-window5-s0",
+        "l12-topk64-pairwise1-w2-s0", "l12-topk64-none-window2-s0", "l12-topk64-pairwise1-w5-s0",
+        "l12-topk64-none-window5-s0",
     ]  # fmt: skip
     assert names(grid={"run.seed": ("0", "1")}, **{"run.name": "x", "temporal.form": "none"}) == [
         "x-l12-topk64-none-s0", "x-l12-topk64-none-s1",

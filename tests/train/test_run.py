@@ -15,13 +15,14 @@ import torch
 from stores import grow_store, make_store
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
-from tcsae.train import memory, run, trainer
-from tcsae.train.checkpoint import checkpoints
-from tcsae.train.feed import Feed
-from tcsae.train.journal import read_metrics
+from tcsae.train import run
+from tcsae.train.loop import memory_plan, trainer
+from tcsae.train.loop.batches import Feed
 from tcsae.train.presets import build_config
-from tcsae.train.record import find_runs, load_run
-from tcsae.train.sae import TemporalSAE
+from tcsae.train.run_folder.checkpoint import checkpoints
+from tcsae.train.run_folder.metrics_log import read_metrics
+from tcsae.train.run_folder.record import find_runs, load_run
+from tcsae.train.sae.temporal_sae import TemporalSAE
 
 WEIGHTS = "sae_weights.safetensors"
 BASE = {
@@ -287,7 +288,9 @@ def test_damaged_checkpoints_are_named(store, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_naming_term_and_step(store, tmp_path):
     with pytest.raises(RunError, match=r"the reconstruction term of .* is not finite at step \d+ .*use a smaller --lr"):
         run.train(
-            config_for(store, tmp_path, optimiser__lr=1e30, optimiser__warmup=0, optimiser__clip=0.0, sae__decoder="free")
+            config_for(
+                store, tmp_path, optimiser__lr=1e30, optimiser__warmup=0, optimiser__clip=0.0, sae__decoder="free"
+            )
         )
 
 
@@ -342,7 +345,9 @@ def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, mo
 
 def test_a_dictionary_that_dies_is_reported_once(store, tmp_path, capsys):
     run.train(
-        config_for(store, tmp_path, sae__activation="relu", loss__l1=1e4, optimiser__lr=0.1, run__baseline=False, run__steps=60)
+        config_for(
+            store, tmp_path, sae__activation="relu", loss__l1=1e4, optimiser__lr=0.1, run__baseline=False, run__steps=60
+        )
     )
     assert capsys.readouterr().err.count("collapse at step") == 1
     lines = next(tmp_path.iterdir()).joinpath("metrics.jsonl").read_text().splitlines()
@@ -365,8 +370,8 @@ def test_memory_is_estimated_from_what_a_member_keeps(store):
 
     (plan,) = plan_members(config_for(store, "x", run__baseline=False), {}, layer=3, d_model=8, n_tokens=100)
     assert plan.n_parameters == sum(p.numel() for p in TemporalSAE(8, 32).parameters())
-    assert memory.member_bytes(plan) == 16 * plan.n_parameters
-    assert memory.available_bytes(torch.device("cpu")) > 0
+    assert memory_plan.member_bytes(plan) == 16 * plan.n_parameters
+    assert memory_plan.available_bytes(torch.device("cpu")) > 0
 
 
 def test_training_needs_no_language_model_library(store, tmp_path):
@@ -380,7 +385,9 @@ def test_training_needs_no_language_model_library(store, tmp_path):
 
 
 def test_batchtopk_is_calibrated_to_its_k_outside_training(store, tmp_path):
-    config = config_for(store, tmp_path, sae__activation="batchtopk", run__steps=200, optimiser__lr=3e-3, run__baseline=False)
+    config = config_for(
+        store, tmp_path, sae__activation="batchtopk", run__steps=200, optimiser__lr=3e-3, run__baseline=False
+    )
     sae = TemporalSAE.load(run.train(config).runs[0])
     assert sae.activation.kind == "jumprelu"
     x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
@@ -398,7 +405,14 @@ def test_two_processes_equal_one(store, tmp_path):
     )
     together = config_for(store, tmp_path / "two", sae__activation="relu", loss__l1=0.1).model_dump_json()
     # on the loopback address: a machine need not be able to resolve its own name
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
     done = subprocess.run(
         [*torchrun, "--no-python", sys.executable, "-W", "ignore", "-c", code, together],
         timeout=240, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,0 +1,165 @@
+"""The commit log: one checksummed JSON line per shard, written only after the shard's files are durable.
+
+A row exists when a line says so. A line that a crash tore is dropped, and with it everything after. A shard may have
+several lines when a short last shard was later replaced by a longer one: the last one counts for reading, the first
+that covers a row counts for fingerprints, so that growth never changes what an older fingerprint covered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from .manifest import Execution, StoreManifest, checksum
+from .shard import FileRecord
+
+LOG = "activations/commits.jsonl"  # inside an array's folder, where Zarr readers do not look for nodes
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard of a set of stores, durable in all of them and waiting to be committed. What a distributed worker
+    returns.
+    """
+
+    shard: int
+    first_row: int
+    rows: int
+    files: Mapping[int, Mapping[str, FileRecord]]  # layer → array → file
+
+    def for_layer(self, layer: int, cursor: dict[str, Any] | None, execution: dict[str, Any] | None = None) -> Commit:
+        """The line of one layer's log."""
+        return Commit(self.shard, self.first_row, self.rows, self.files[layer], cursor, execution)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One line of a store's log."""
+
+    shard: int
+    first_row: int
+    rows: int
+    files: Mapping[str, FileRecord]
+    cursor: dict[str, Any] | None  # where the text stream stood after these rows
+    execution: dict[str, Any] | None = field(default=None)  # only where it differs from the manifest's
+
+    @property
+    def stop_row(self) -> int:
+        """The row after the last."""
+        return self.first_row + self.rows
+
+    def to_line(self) -> bytes:
+        """The line, newline included, with its own checksum as ``check``."""
+        record: dict[str, Any] = {"shard": self.shard, "first_row": self.first_row, "rows": self.rows}
+        record["files"] = {name: _file_entry(file) for name, file in self.files.items()}
+        record["cursor"] = self.cursor
+        if self.execution is not None:
+            record["execution"] = self.execution
+        record["check"] = checksum(record)
+        return (json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _file_entry(file: FileRecord) -> dict[str, Any]:
+    entry: dict[str, Any] = {"bytes": file.bytes, "xxh3": file.xxh3}
+    return entry if file.chunks is None else entry | {"chunks": list(file.chunks)}
+
+
+def _file_record(entry: dict[str, Any]) -> FileRecord:
+    chunks = entry.pop("chunks", None)
+    return FileRecord(**entry, chunks=None if chunks is None else tuple(chunks))
+
+
+def parse_log(raw: bytes) -> tuple[list[Commit], int]:
+    """The commits of a log and the length of its sound part; anything after the first line that is no sound one is left
+    out.
+    """
+    commits: list[Commit] = []
+    sound = 0
+    for line in raw.splitlines(keepends=True):
+        commit = _parse_line(line) if line.endswith(b"\n") else None
+        if commit is None or not _follows(commits, commit):
+            break
+        commits.append(commit)
+        sound += len(line)
+    return commits, sound
+
+
+def _parse_line(line: bytes) -> Commit | None:
+    try:
+        record = json.loads(line)
+        check = record.pop("check")
+        if check != checksum(record):
+            return None
+        files = {name: _file_record(entry) for name, entry in record.pop("files").items()}
+        return Commit(files=files, **record)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _follows(commits: Sequence[Commit], new: Commit) -> bool:
+    """Whether a line may come next: the next shard, or a longer version of the last one."""
+    if not commits:
+        return new.shard == 0 and new.first_row == 0
+    last = commits[-1]
+    if new.shard == last.shard:
+        return new.first_row == last.first_row and new.rows > last.rows
+    return new.shard == last.shard + 1 and new.first_row == last.stop_row
+
+
+def latest(commits: Sequence[Commit]) -> list[Commit]:
+    """The line that counts for each shard, in order."""
+    return list({commit.shard: commit for commit in commits}.values())
+
+
+def execution_of(commit: Commit, manifest: StoreManifest) -> Execution:
+    """How the forward passes of a shard were run."""
+    return manifest.execution if commit.execution is None else Execution(**commit.execution)
+
+
+def rows_in(commits: Sequence[Commit]) -> int:
+    """Rows committed."""
+    return commits[-1].stop_row if commits else 0
+
+
+def agreed(logs: Mapping[int, Sequence[Commit]], settled: Collection[int] = ()) -> dict[int, list[Commit]] | None:
+    """The logs of layers that are written together, each without the one line that a crash kept from the others.
+
+    None when they are further apart, or when it is a ``settled`` (finished) layer that would lose a line. Compared are
+    the rows that stand in the end: a store that grew and one that was written at once may hold the same.
+    """
+    standing = _standing(min(logs.values(), key=rows_in))
+    cut = {}
+    for layer, log in logs.items():
+        shorter = [log] if layer in settled else [log, log[:-1]]
+        found = next((lines for lines in shorter if _standing(lines) == standing), None)
+        if found is None:
+            return None
+        cut[layer] = list(found)
+    return cut
+
+
+def _standing(log: Sequence[Commit]) -> list[tuple[int, int]]:
+    return [(commit.first_row, commit.rows) for commit in latest(log)]
+
+
+def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -> str:
+    """XXH3-128 over what identifies the first ``rows`` rows: layer, model, text, layout, and the files that first held
+    them.
+
+    The store's later growth leaves it as it is.
+    """
+    covering: dict[int, Commit] = {}
+    for commit in commits:
+        wanted = min(rows, commit.first_row + manifest.layout.shard_rows)
+        before = covering.get(commit.shard)
+        if commit.first_row < rows and (before is None or before.stop_row < wanted):
+            covering[commit.shard] = commit
+    identity = manifest.model_dump(
+        mode="json", include={"format_version", "layer", "d_model", "model", "text", "layout"}
+    )
+    hashed = [identity, rows, [[c.shard, c.rows, {n: f.xxh3 for n, f in c.files.items()}] for c in covering.values()]]
+    return xxhash.xxh3_128_hexdigest(json.dumps(hashed, sort_keys=True).encode())

@@ -1,0 +1,202 @@
+"""What a store says about itself: everything that identifies its content, in the group's ``zarr.json`` under ``tcsae``.
+
+The manifest is written when a store is created and again when its plan grows or it is finished; how many rows are
+committed is in the commit log (``cache/commits.py``), never here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...errors import StoreError
+from ..storage.open_place import place_of
+from ..storage.places import Place
+from .layout import StoreLayout
+
+FORMAT_VERSION = 1
+_PACKAGES = ("tcsae", "torch", "transformers", "tokenizers", "datasets", "numpy")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelIdentity(_Record):
+    """The language model whose activations these are. ``fingerprint`` covers the weights."""
+
+    id: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    fingerprint: str
+    architecture: str
+    n_layers: int
+    vocab_size: int
+    attn_implementation: str
+    dtype: str
+    tokenizer_fingerprint: str
+
+
+class TextIdentity(_Record):
+    """The text, and how it was cut into rows."""
+
+    dataset: str
+    split: str
+    revision: str | None = None
+    text_column: str
+    fingerprint: str
+    packing: Literal["document", "concat"]
+    context: int
+    bos_token_id: int | None = None
+    special_token_ids: tuple[int, ...] = ()
+    seed: int
+    held_out: float
+
+
+class Execution(_Record):
+    """How the forward passes were run: recorded and reused, since the last bits depend on it; no part of
+    the identity.
+    """
+
+    batch_size: int
+    threads: int
+    device: str
+    device_name: str = ""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape a store's bits, as installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class StoreManifest(_Record):
+    """One layer's store: which activations, of which text, in which layout, and how many rows are meant to be."""
+
+    format_version: int = FORMAT_VERSION
+    layer: int = Field(ge=0)
+    hook_name: str
+    d_model: int
+    model: ModelIdentity
+    text: TextIdentity
+    execution: Execution
+    layout: StoreLayout
+    planned_rows: int = Field(ge=0)
+    finished: bool = False
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: dict[str, str] = Field(default_factory=installed_versions)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_hook(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "hook_name" not in data and "layer" in data:
+            return {**data, "hook_name": f"blocks.{data['layer']}.hook_resid_post"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_width_one_context(self) -> StoreManifest:
+        if (self.d_model, self.text.context) != (self.layout.d_model, self.layout.context):
+            raise ValueError(
+                f"manifest says {self.d_model} × {self.text.context}, its layout "
+                f"{self.layout.d_model} × {self.layout.context}"
+            )
+        return self
+
+
+def first_difference(stored: StoreManifest, asked: StoreManifest) -> str | None:
+    """The first field in which the content of two stores would differ, as a phrase; None when they hold the same rows.
+
+    Compared: layer, width, model, text and compression. Not compared: the plan, the execution, versions, chunk and
+        shard
+    sizes (an existing store keeps its own).
+    """
+    for name, old, new in (("layer", stored.layer, asked.layer), ("d_model", stored.d_model, asked.d_model)):
+        if old != new:
+            return f"{name}: store has {old!r}, you asked for {new!r}"
+    for part in ("model", "text"):
+        difference = identity_difference(getattr(stored, part), getattr(asked, part))
+        if difference:
+            return f"{part}.{difference}"
+    if stored.layout.compression != asked.layout.compression:
+        return f"compression: store has {stored.layout.compression!r}, you asked for {asked.layout.compression!r}"
+    return None
+
+
+def identity_difference(stored: _Record, asked: _Record, *, leave_out: Collection[str] = ()) -> str | None:
+    """The first field in which two records of one kind differ, with both values; None when they agree."""
+    for name in type(stored).model_fields:
+        old, new = getattr(stored, name), getattr(asked, name)
+        if old != new and name not in leave_out:
+            return f"{name}: store has {old!r}, you asked for {new!r}"
+    return None
+
+
+def group_document(manifest: StoreManifest) -> dict[str, Any]:
+    """The whole ``zarr.json`` of the store's group."""
+    record = manifest.model_dump(mode="json")
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": record, "tcsae_check": checksum(record)}}
+
+
+def checksum(record: Any) -> str:
+    """XXH3-64, in hexadecimal, of a record's canonical JSON: sorted keys, no spaces, UTF-8."""
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return xxhash.xxh3_64_hexdigest(canonical.encode())
+
+
+def read_manifest(path: str | Path) -> StoreManifest:
+    """The manifest of the store at ``path`` (a folder or an fsspec URL).
+
+    Raises:
+        StoreError: nothing there, not a store of ours, a newer format version, or a damaged ``zarr.json``.
+
+    """
+    return manifest_at(place_of(path))
+
+
+def manifest_at(place: Place) -> StoreManifest:
+    """:func:`read_manifest` for a place already opened."""
+    try:
+        raw = place.read("zarr.json")
+    except FileNotFoundError:
+        if not place.exists(""):
+            raise StoreError(f"there is no store at {place}: `pipeline extract` writes one") from None
+        raise StoreError(f"{place} is not an activation store: it has no zarr.json") from None
+    try:
+        document = json.loads(raw)
+    except ValueError:
+        raise StoreError(f"{place}/zarr.json is damaged (no JSON): restore it or extract anew with --fresh") from None
+    return _parsed(document, place)
+
+
+def _parsed(document: Any, place: Place) -> StoreManifest:
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    record = attributes.get("tcsae") if isinstance(attributes, dict) else None
+    if not isinstance(attributes, dict) or not isinstance(record, dict):
+        raise StoreError(f"{place} is a Zarr node but not an activation store: it has no 'tcsae' attributes")
+    found = record.get("format_version")
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise StoreError(f"{place} has format version {found}, this tcsae reads up to {FORMAT_VERSION}: upgrade tcsae")
+    if attributes.get("tcsae_check") != checksum(record):
+        raise StoreError(
+            f"{place}/zarr.json is damaged (its checksum does not fit): restore it or extract anew with --fresh"
+        )
+    try:
+        return StoreManifest.model_validate(record)
+    except ValidationError as wrong:
+        first = wrong.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        raise StoreError(
+            f"{place}/zarr.json is damaged at {where} ({first['msg']}): restore it or extract anew"
+        ) from None

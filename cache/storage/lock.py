@@ -1,0 +1,177 @@
+"""One writer per store. Locally a lock the kernel drops with its owner; on an object store a lease that runs out.
+
+Limits, said where they matter (docs/FORMAT.md): a lease is only as exclusive as the object store's conditional put.
+Where there is none, two writers starting within the same instant can both believe they hold it; the loser finds out at
+its next commit.
+
+Either holds its owner's token, which workers elsewhere are given with their shards and compare before they put a file
+in place: a worker whose run was stopped may live on, but what it makes is no longer wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import Any, Protocol
+
+from ...errors import StaleRunError, StoreError
+from .local import LocalPlace
+from .os_errors import plain_errors
+from .places import Place
+
+LOCK = "activations/writer.lock"
+HEARTBEAT, STALE = 20.0, 90.0  # seconds between renewals of a lease, and after which it counts as dead
+
+
+class Lock(Protocol):
+    """Exclusive right to write a store."""
+
+    owner: str
+    """Token of the run that holds it; drawn anew for every run."""
+
+    def confirm(self) -> None:
+        """Raise StaleRunError if somebody else holds it now."""
+        ...
+
+    def release(self) -> None:
+        """Give it up; harmless the second time."""
+        ...
+
+
+def acquire(place: Place, owner: str | None = None) -> Lock:
+    """Take the writer's lock of a store, for the run whose token is ``owner`` (a new one by default).
+
+    Raises:
+        StoreError: another live writer holds it, or the folder cannot be written.
+
+    """
+    owner = owner or uuid.uuid4().hex
+    return LocalLock(place, owner) if isinstance(place, LocalPlace) else LeaseLock(place, owner)
+
+
+def confirm_owner(place: Place, owner: str) -> None:
+    """Ask, from any process that reaches the store, whether the run with this token still holds its lock.
+
+    Raises:
+        StaleRunError: another run does, or none.
+
+    """
+    holder = _holder(place)
+    if holder.get("owner") == owner:
+        return
+    if holder:
+        raise StaleRunError(
+            f"another writer took over {place} while this one was silent: let it go on, nothing is lost"
+        )
+    raise StaleRunError(
+        f"the run that was writing {place} has ended (it holds {LOCK} no longer): its shard in the making is dropped, "
+        "what was committed stays; the same command does the rest again"
+    )
+
+
+def _holder(place: Place) -> dict[str, Any]:
+    """What the lock's file says of its owner; nothing where there is none or it is being written."""
+    try:
+        holder = json.loads(place.read(LOCK))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _refuse(place: Place, holder: bytes, remark: str = "") -> StoreError:
+    try:
+        who = json.loads(holder)
+        named = f" (process {who['pid']} on {who['host']})"
+    except (ValueError, KeyError, TypeError):
+        named = ""
+    return StoreError(
+        f"another writer holds {place}{named}: wait until it is done, or stop it; one writer per store{remark}"
+    )
+
+
+def _signature() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+class LocalLock:
+    """``flock`` on a file beside the shards: the kernel releases it however the writer ends."""
+
+    def __init__(self, place: LocalPlace, owner: str):
+        self._path, self.owner = place.path(LOCK), owner
+        self._fd = -1
+        with plain_errors(f"lock {place}"):
+            while self._fd < 0:
+                self._fd = self._try(place)
+
+    def _try(self, place: LocalPlace) -> int:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps({**_signature(), "owner": self.owner}).encode(), 0)
+                return fd
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0)
+            os.close(fd)
+            raise _refuse(place, holder) from None
+        except FileNotFoundError:
+            pass  # its last owner removed it between our open and our lock: try the new one
+        os.close(fd)
+        return -1
+
+    def confirm(self) -> None:
+        """The kernel keeps it for us."""
+
+    def release(self) -> None:
+        """Remove the file while it is still ours, then let go."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            os.close(self._fd)
+            self._fd = -1
+
+
+class LeaseLock:
+    """A small object renewed every :data:`HEARTBEAT` seconds; a dead writer's lease is free after :data:`STALE`."""
+
+    def __init__(self, place: Place, owner: str):
+        self._place, self.owner = place, owner
+        self._stop = threading.Event()
+        holder = _holder(place)
+        if holder and time.time() - holder.get("renewed", 0) < STALE:
+            remark = f" (if it died, its lease runs out {STALE:.0f} seconds after its last sign of life)"
+            raise _refuse(place, json.dumps(holder).encode(), remark)
+        self._renew()
+        self.confirm()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="store-lease")
+        self._thread.start()
+
+    def _renew(self) -> None:
+        lease = {**_signature(), "owner": self.owner, "renewed": time.time()}
+        self._place.replace(LOCK, json.dumps(lease).encode())
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            with contextlib.suppress(Exception):  # a missed beat is not the end; confirm() decides at the next commit
+                if _holder(self._place).get("owner", self.owner) == self.owner:
+                    self._renew()
+
+    def confirm(self) -> None:
+        """Read the lease back."""
+        confirm_owner(self._place, self.owner)
+
+    def release(self) -> None:
+        """Stop renewing and delete the lease if it is still ours; out of reach, it runs out by itself."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()  # a beat at this moment would bring back what is removed
+            with contextlib.suppress(StoreError):
+                if _holder(self._place).get("owner") == self.owner:
+                    self._place.remove(LOCK)

@@ -1,0 +1,41 @@
+"""What the operating system says, as one sentence with a remedy."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ...errors import ResourceError, StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST}
+
+
+@contextmanager
+def plain_errors(doing: str) -> Iterator[None]:
+    """Turn a full disk, a forbidden folder and a file in a folder's place into ours; other OSErrors (a missing file,
+    say) pass.
+
+    Raises:
+        ResourceError: no space, quota used up, or the file would be larger than allowed.
+        StoreError: no permission, a read-only file system, or a file where a folder should be.
+
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in _FULL:
+            raise ResourceError(
+                f"the disk is full: cannot {doing} ({problem.strerror}); free some space and run the "
+                "same command again, "
+                "what was committed stays"
+            ) from problem
+        if problem.errno in _FORBIDDEN:
+            raise StoreError(
+                f"cannot {doing}: {problem.strerror}; make it accessible to this user or choose another place"
+            ) from problem
+        if problem.errno in _NO_FOLDER:
+            raise StoreError(f"cannot {doing}: a file lies where a folder should be; choose another place") from problem
+        raise

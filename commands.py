@@ -1,0 +1,189 @@
+"""The commands that look at what is on disk: inspect and verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import summary, warn
+from .errors import RunError, StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .cache.format.layout import RowBlock
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A store (folder or URL), a training run, or a report.")],
+    statistics: Annotated[
+        bool | None,
+        typer.Option("--statistics/--no-statistics", help="Compute norms that are not kept; by default below 4 GB."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Compute them on the Dask cluster at this address, tcp://…, instead of threads here."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw norms of a store into this file (.png, .svg, .pdf).")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """What a store, a run or a report is, and how much of it there is.
+
+    Examples:
+        pipeline inspect cache/l12.zarr
+
+        pipeline inspect cache/l12.zarr --picture norms.png
+
+        pipeline inspect s3://bucket/l12.zarr --scheduler tcp://host:8786
+
+        pipeline inspect runs/l12-topk64-pairwise0.03-w5-s0 --json
+
+    """
+    for name, describe in (("train.json", _run_facts), ("results.json", _report_facts)):
+        document = Path(path) / name
+        if document.is_file():
+            summary(str(path), describe(document), as_json=json_output)
+            return
+    from .cache.describe import draw_norms, readable, store_facts
+    from .cache.store import ActivationStore
+
+    store = ActivationStore.open(path, allow_unfinished=True)
+    wanted = True if scheduler and statistics is None else statistics
+    facts = store_facts(store, statistics=wanted, scheduler=scheduler or "threads")
+    if picture is not None:
+        if not store.n_rows:
+            raise StoreError(f"{path} holds no rows to draw: extract some first")
+        draw_norms(store, picture)
+        facts["picture"] = str(picture)
+    summary(str(path), facts if json_output else readable(facts), as_json=json_output)
+
+
+def _load(document: Path) -> dict[str, Any]:
+    try:
+        return json.loads(document.read_text())
+    except (OSError, ValueError) as problem:
+        raise RunError(f"{document} cannot be read ({problem}): write it anew with the command that made it") from None
+
+
+def _run_facts(document: Path) -> dict[str, Any]:
+    record = _load(document)
+    shown = (
+        "name",
+        "role",
+        "twin",
+        "layer",
+        "store",
+        "store_rows",
+        "steps",
+        "planned_steps",
+        "tokens",
+        "finished",
+        "seed",
+        "created",
+    )
+    facts = {name: record.get(name) for name in shown}
+    return facts | {f"metric_{name}": value for name, value in (record.get("metrics") or {}).items()}
+
+
+def _report_facts(document: Path) -> dict[str, Any]:
+    record = _load(document)
+    facts: dict[str, Any] = {"report": str(document.parent)}
+    for name, value in record.items():
+        if isinstance(value, list | dict):
+            facts[name] = f"{len(value)} entries"
+        else:
+            facts[name] = value
+    page = document.parent / "index.html"
+    return facts | {"page": str(page)} if page.is_file() else facts
+
+
+def verify(
+    store: Annotated[str, typer.Argument(help="The store: a folder or URL.")],
+    model: Annotated[
+        str | None, typer.Option(help="Also run this model (hub id, folder, or demo) on sampled rows and compare.")
+    ] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="The GGUF file inside --model; by default the recorded one.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The revision of --model; by default the recorded one.")] = None,
+    sample: Annotated[int, typer.Option(help="Rows to run again.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Check every committed byte of a store; with --model also that its rows are what the model produces.
+
+    Exit status 1 if anything is wrong; each finding is printed with its file.
+
+    Examples:
+        pipeline verify cache/l12.zarr
+
+        pipeline verify cache/l12.zarr --model google/gemma-2-2b --sample 256
+
+    """
+    from .cache.verify import verify as run
+
+    recompute = _recompute(store, model, gguf_file, revision) if model else None
+    seen = run(store, recompute=recompute, sample=sample, seed=seed)
+    facts: dict[str, Any] = {
+        "rows": seen.rows,
+        "files": seen.files,
+        "bytes": seen.bytes,
+        "findings": len(seen.findings),
+    }
+    if recompute and seen.rows_recomputed:
+        facts |= {
+            "rows_recomputed": seen.rows_recomputed,
+            "rows_identical": seen.rows_identical,
+            "worst_relative_difference": seen.worst_difference,
+        }
+    if json_output:
+        facts["problems"] = [{"file": found.file, "problem": found.problem} for found in seen.findings]
+    else:
+        facts |= {found.file: found.problem for found in seen.findings}
+    summary(f"{store}: {'sound' if seen.ok else 'NOT sound'}", facts, as_json=json_output)
+    if not seen.ok:
+        first = seen.findings[0]
+        count = f"{len(seen.findings)} findings; {first.file} {first.problem}"
+        raise StoreError(f"{store} is not sound ({count}): restore what is named, or extract anew with --fresh")
+
+
+def _recompute(store: str, model: str, gguf_file: str | None, revision: str | None) -> Any:
+    """The extraction's own forward pass for the store's layer: recorded dtype, threads and, if it is here, device."""
+    import torch
+
+    from .cache.format.manifest import Execution, identity_difference, read_manifest
+    from .extract.config import ModelSource
+    from .extract.model.forward import ForwardPass
+    from .extract.model.load import load_language_model
+
+    manifest = read_manifest(store)
+    recorded = manifest.model
+    if model == recorded.id:
+        revision, gguf_file = revision or recorded.revision, gguf_file or recorded.gguf_file
+    device = manifest.execution.device
+    if device == "cuda" and not torch.cuda.is_available():
+        there = manifest.execution.device_name
+        warn(f"{store} was computed on {there}, which this machine lacks: rows differ in their last bits")
+        device = "cpu"
+    source = ModelSource(model, revision, gguf_file, device, recorded.dtype)
+    lm = load_language_model(source, deepest_layer=manifest.layer)
+    difference = identity_difference(recorded, lm.identity, leave_out=("id", "revision", "gguf_file"))
+    if difference:
+        raise StoreError(f"{store} was made with another model than {model} ({difference}): name the recorded one")
+
+    def recompute(block: RowBlock, execution: Execution) -> np.ndarray:
+        torch.set_num_threads(execution.threads)
+        passes = ForwardPass(lm, (manifest.layer,), execution.batch_size)
+        return passes.launch(block).land()[manifest.layer]
+
+    return recompute
+
+
+COMMANDS = [inspect, verify]

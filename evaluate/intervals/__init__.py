@@ -1,0 +1,1 @@
+"""Intervals: bootstrap and jackknife over the text."""

@@ -1,0 +1,212 @@
+"""How much of the model survives a splice, and how well activations are reconstructed: token sums, divided once.
+
+Cross-entropy and KL(original ‖ spliced) come from fp32 logits, a slab of tokens at a time: the clean logits of a slab
+are computed once and compared with every splice, so the cost of a 256k vocabulary is bounded whatever the batch. A
+position counts when neither it nor its target is special or padding and both belong to one document.
+
+Shapes: B rows, T positions, D model width, F features, V vocabulary, N counted positions, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.splice import Head
+from ..protocol import Ledger, TokenBatch, UnitSums
+from ..results import Definition
+
+SLAB_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
+OUTLIERS = "_without_outliers"
+
+_TEXTS: dict[str, tuple[str, str, Literal["lower", "higher"] | None, str]] = {
+    "ce": ("next-token cross-entropy with the splice, per token", "nats", "lower", "CE"),
+    "ce_clean": ("next-token cross-entropy of the untouched model, per token", "nats", None, "CE clean"),
+    "kl": ("KL(p_original ‖ p_spliced) of the next-token distribution, per token", "nats", "lower", "KL"),
+    "kl_noise_floor": ("the KL that rounding the activations to bfloat16 causes by itself", "nats", None, "KL floor"),
+    "ce_score_mean": ("(CE_mean − CE) / (CE_mean − CE_clean): share of that loss recovered", "1", "higher", "CE rec."),
+    "ce_score_zero": ("(CE_zero − CE) / (CE_zero − CE_clean), special positions kept", "1", "higher", "CE rec. (zero)"),
+    "kl_score_mean": ("(KL_mean − KL) / KL_mean", "1", "higher", "KL rec."),
+    "kl_score_zero": ("(KL_zero − KL) / KL_zero, special positions kept", "1", "higher", "KL rec. (zero)"),
+    "explained_variance": ("1 − E‖x − x̂‖² / E‖x − μ‖², μ the mean over all tokens evaluated", "1", "higher", "EV"),
+    "mse_per_token": ("E Σ_d (x − x̂)²", "activation units²", "lower", "MSE/token"),
+    "mse_per_element": ("E (x − x̂)², averaged over tokens and dimensions", "activation units²", "lower", "MSE/element"),
+    "cosine": ("E cos(x, x̂), over the tokens where x̂ is not zero", "1", "higher", "cos(x, x̂)"),
+    "l0": ("E of the number of active features", "features", None, "L0"),
+    "l1": ("E Σ_i z_i ‖W_dec,i‖, which no rescaling of features changes", "activation units", None, "L1"),
+    "norm_ratio": ("E ‖x̂‖ / ‖x‖", "1", None, "‖x̂‖/‖x‖"),
+    "relative_reconstruction_bias": ("E‖x̂‖² / E⟨x̂, x⟩: below 1 the reconstruction is shrunken", "1", None, "bias"),
+}  # fmt: skip
+
+
+def definitions() -> dict[str, Definition]:
+    """Every metric of this file by name; the variants without outliers repeat the text and say what is left out."""
+    plain = {
+        key: Definition(text=text, unit=unit, better=better, label=label)
+        for key, (text, unit, better, label) in _TEXTS.items()
+    }
+    tail = "; without tokens whose norm exceeds 10 × the median at this layer"
+    return plain | {
+        key + OUTLIERS: one.model_copy(update={"text": one.text + tail, "label": one.label + "*"})
+        for key, one in plain.items()
+    }
+
+
+def predictions(tokens_BT: Tensor, documents_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions predict something that counts [B, T] (never the last one), and their targets [B, T]."""
+    counts_BT = torch.zeros_like(real_BT)
+    counts_BT[:, :-1] = real_BT[:, :-1] & real_BT[:, 1:] & (documents_BT[:, :-1] == documents_BT[:, 1:])
+    return counts_BT, tokens_BT.roll(-1, dims=1)
+
+
+class Slab:
+    """The four [tokens, V] buffers of :func:`token_losses`, kept from batch to batch: fresh memory costs more than the
+    sums.
+    """
+
+    def __init__(self, limit_bytes: int = SLAB_BYTES):
+        self._limit = limit_bytes
+        self._buffers: Tensor | None = None
+
+    def buffers(self, n: int, V: int, device: torch.device) -> Tensor:
+        """[4, tokens, V] in fp32 with as many tokens as the limit and ``n`` allow, one at least."""
+        tokens = max(1, min(n, self._limit // (16 * V)))
+        if self._buffers is None or self._buffers.shape[1] < tokens or self._buffers.device != device:
+            self._buffers = torch.empty(4, tokens, V, dtype=torch.float32, device=device)
+        return self._buffers
+
+
+@torch.no_grad()
+def token_losses(
+    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor | None], targets_N: Tensor, slab: Slab | None = None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Cross-entropy of the clean states, and (cross-entropy, KL) of every spliced one, per token in nats.
+
+    KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal. None
+    among the spliced stands for logits that are all zero, whose head product is spared.
+    """
+    n = len(clean_ND)
+    buffers = (slab or Slab()).buffers(n, head.vocab_size, clean_ND.device)
+    step = buffers.shape[1]
+    ce_N = torch.empty(n, device=clean_ND.device)
+    losses = [(torch.empty_like(ce_N), torch.empty_like(ce_N)) for _ in spliced]
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        p, a, b, scratch = buffers[:, : part.stop - start].unbind(0)
+        a = head(clean_ND[part], out=a)
+        lse_a = _softmax(a, p)
+        ce_N[part] = lse_a - _at(a, targets_N[part])
+        for final_ND, (ces_N, kls_N) in zip(spliced, losses, strict=True):
+            b = b.zero_() if final_ND is None else head(final_ND[part], out=b)
+            lse_b = _softmax(b, scratch)
+            ces_N[part] = lse_b - _at(b, targets_N[part])
+            kls_N[part] = lse_b - lse_a - torch.sub(b, a, out=scratch).mul_(p).sum(-1)
+    return ce_N, losses
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Softmax into ``out``; returns the log of its normaliser [N]."""
+    top = logits.amax(-1, keepdim=True)
+    total = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
+    out.div_(total)
+    return (total.log() + top).squeeze(-1)
+
+
+def _at(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[:, None]).squeeze(-1)
+
+
+class Fidelity:
+    """The sums of one record: the splice's losses, the reconstruction's errors, the codes' sizes; with and without
+    outliers.
+
+    Args:
+        center_D: a mean of the activations close to that of the text evaluated; sums of squares are taken about it,
+            exactly.
+        decoder_norms_F: for L1; None for a reference without features.
+
+    """
+
+    def __init__(self, center_D: Tensor, decoder_norms_F: Tensor | None):
+        self.center_D, self.decoder_norms_F = center_D, decoder_norms_F
+        self.ledger = Ledger()
+        self._shift_D = {suffix: torch.zeros_like(center_D, dtype=torch.float64) for suffix in ("", OUTLIERS)}
+
+    def add_losses(self, units_N: Tensor, inlier_N: Tensor, ce_clean_N: Tensor, ce_N: Tensor, kl_N: Tensor) -> None:
+        """Losses of the counted positions."""
+        values = {"ce_clean": ce_clean_N, "ce": ce_N, "kl": kl_N, "predictions": torch.ones_like(ce_N)}
+        self._add(units_N, inlier_N, values)
+
+    @torch.no_grad()
+    def add_reconstruction(self, batch: TokenBatch, x_hat_BTD: Tensor, z_BTF: Tensor | None) -> None:
+        """Errors at every position that is neither special nor padding."""
+        real = batch.real_BT
+        x_ND, x_hat_ND = batch.x_BTD[real], x_hat_BTD[real]
+        norm_N, norm_hat_N, dot_N = x_ND.norm(dim=-1), x_hat_ND.norm(dim=-1), (x_ND * x_hat_ND).sum(-1)
+        has_cosine_N = (norm_N > 0) & (norm_hat_N > 0)
+        cosine_N = torch.where(has_cosine_N, dot_N / (norm_N * norm_hat_N).clamp_min(1e-30), 0)
+        centred_ND = (x_ND - self.center_D).double()
+        values = {
+            "tokens": torch.ones_like(norm_N),
+            "squared_error": (x_ND - x_hat_ND).square().sum(-1),
+            "spread": centred_ND.square().sum(-1),
+            "cosine": cosine_N,
+            "cosines": has_cosine_N,
+            "ratio": torch.where(norm_N > 0, norm_hat_N / norm_N.clamp_min(1e-30), 0),
+            "ratios": norm_N > 0,
+            "square_hat": norm_hat_N.square(),
+            "dot": dot_N,
+        }
+        if z_BTF is not None and self.decoder_norms_F is not None:
+            z_NF = z_BTF[real]
+            values |= {"l0": (z_NF > 0).sum(-1), "l1": z_NF @ self.decoder_norms_F}
+        inlier_N = batch.valid_BT[real]
+        self._add(batch.units_BT[real], inlier_N, values)
+        for suffix, rows in (("", centred_ND), (OUTLIERS, centred_ND[inlier_N])):
+            self._shift_D[suffix] += rows.sum(0)
+
+    def _add(self, units_N: Tensor, inlier_N: Tensor, values: Mapping[str, Tensor]) -> None:
+        self.ledger.add(units_N, **values)
+        self.ledger.add(units_N[inlier_N], **{name + OUTLIERS: value[inlier_N] for name, value in values.items()})
+
+    def sums(self) -> dict[str, UnitSums]:
+        """Everything that needs no other record, with and without outliers."""
+        return {name + suffix: one for suffix in ("", OUTLIERS) for name, one in self._sums(suffix).items()}
+
+    def _sums(self, suffix: str) -> dict[str, UnitSums]:
+        tokens_U = self.ledger["tokens" + suffix]
+        tokens = round(float(tokens_U.sum()))
+        ratios = {
+            "ce": ("ce", "predictions"),
+            "ce_clean": ("ce_clean", "predictions"),
+            "kl": ("kl", "predictions"),
+            "mse_per_token": ("squared_error", "tokens"),
+            "mse_per_element": ("squared_error", "tokens"),
+            "explained_variance": ("squared_error", "spread"),
+            "cosine": ("cosine", "cosines"),
+            "norm_ratio": ("ratio", "ratios"),
+            "relative_reconstruction_bias": ("square_hat", "dot"),
+            "l0": ("l0", "tokens"),
+            "l1": ("l1", "tokens"),
+        }
+        sums = {
+            name: UnitSums(self.ledger[above + suffix], self.ledger[below + suffix], _TEXTS[name][1], name + suffix)
+            for name, (above, below) in ratios.items()
+        }
+        sums["mse_per_element"] = replace(sums["mse_per_element"], scale=1 / len(self.center_D))
+        sums["relative_reconstruction_bias"] = replace(sums["relative_reconstruction_bias"], n=tokens)
+        # Σ‖x − μ‖² = Σ‖x − c‖² − n‖μ − c‖²: the shift from the centre to the text's own mean, shared out by tokens.
+        shift = float((self._shift_D[suffix] / max(1, tokens)).square().sum())
+        spread_U = self.ledger["spread" + suffix] - tokens_U * shift
+        sums["explained_variance"] = replace(
+            sums["explained_variance"], denominator_U=spread_U, offset=1.0, scale=-1.0, n=tokens
+        )
+        if self.decoder_norms_F is None:
+            nothing = np.zeros(0)
+            sums |= {name: replace(sums[name], numerator_U=nothing, denominator_U=nothing) for name in ("l0", "l1")}
+        return sums

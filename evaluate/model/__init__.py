@@ -1,0 +1,1 @@
+"""The language model under evaluation: text, splices, reference rows, probes."""

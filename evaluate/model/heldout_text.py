@@ -1,0 +1,184 @@
+"""The text that is evaluated on, held in memory whole: rows of tokens, what counts in them, and the units that are
+resampled.
+
+A unit is a run of consecutive rows (or parts of rows) of one document with about a thousand tokens that count.
+
+Shapes: R rows of the text, B rows of a batch, T positions, D model width, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache.format.layout import PADDING, SPECIAL, RowBlock
+from ...errors import TextError
+from ..protocol import TokenBatch
+from .splice import SplicedModel
+
+UNIT_TOKENS = 1000
+SURVEY_BATCHES = 8
+OUTLIER_FACTOR = 10.0
+ENOUGH_DOCUMENTS = 64
+READ_AHEAD_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Rows of text nobody trained on."""
+
+    tokens_RT: np.ndarray  # int64
+    documents_RT: np.ndarray  # int64
+    units_RT: np.ndarray  # int64
+    real_RT: np.ndarray  # bool: neither special nor padding
+    unit_documents: np.ndarray  # int64 [U]
+
+    @classmethod
+    def gather(cls, blocks: Iterable[RowBlock], rows: int) -> HeldOutText:
+        """``rows`` rows of ``blocks``, spread evenly over the documents; fewer where the text ends.
+
+        Documents are what intervals are made of, so a few more rows are read than are wanted where these come from few.
+
+        Raises:
+            TextError: there is not one row.
+
+        """
+        taken: list[RowBlock] = []
+        documents: set[int] = set()
+        read = 0
+        for block in blocks:
+            taken.append(block)
+            read += len(block)
+            documents.update(np.unique(block.documents_BT).tolist())
+            if read >= rows and (len(documents) >= ENOUGH_DOCUMENTS or read >= max(4 * rows, READ_AHEAD_ROWS)):
+                break
+        if not read:
+            raise TextError(
+                "there is no held-out text to evaluate on: use a longer text, a larger --held-out, or --dataset"
+            )
+        tokens_RT, documents_RT, flags_RT = (
+            np.concatenate([getattr(block, name) for block in taken])
+            for name in ("tokens_BT", "documents_BT", "flags_BT")
+        )
+        chosen = spread_over_documents(documents_RT[:, -1], rows)
+        tokens_RT, documents_RT, flags_RT = tokens_RT[chosen], documents_RT[chosen], flags_RT[chosen]
+        real_RT = (flags_RT & (SPECIAL | PADDING)) == 0
+        units_RT, unit_documents = number_units(documents_RT, real_RT)
+        return cls(tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT, real_RT, unit_documents)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.tokens_RT)
+
+    @property
+    def context(self) -> int:
+        """Positions per row."""
+        return self.tokens_RT.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are neither special nor padding."""
+        return int(self.real_RT.sum())
+
+    @property
+    def n_documents(self) -> int:
+        """Different documents."""
+        return len(np.unique(self.unit_documents))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every token and of what counts: equal fingerprints mean paired measurements."""
+        digest = sha256(repr(self.tokens_RT.shape).encode())
+        for array in (self.tokens_RT, self.documents_RT, self.real_RT):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    def batches(self, rows: int, limit: int | None = None) -> Iterator[slice]:
+        """Consecutive row ranges of at most ``rows`` rows."""
+        for start in list(range(0, len(self), rows))[:limit]:
+            yield slice(start, min(start + rows, len(self)))
+
+    def tokens(self, rows: slice, device: torch.device) -> Tensor:
+        """Tokens [B, T] of a range of rows."""
+        return torch.from_numpy(self.tokens_RT[rows]).to(device)
+
+    def batch(self, rows: slice, x_BTD: Tensor, norm_limit: float) -> TokenBatch:
+        """These rows as one layer sees them, ``x_BTD`` being its output."""
+        x_BTD = x_BTD.float()
+        tokens, documents, units, real = (
+            torch.from_numpy(part[rows]).to(x_BTD.device)
+            for part in (self.tokens_RT, self.documents_RT, self.units_RT, self.real_RT)
+        )
+        valid = real & (x_BTD.norm(dim=-1) <= norm_limit)
+        numbers = torch.arange(rows.start, rows.stop, device=x_BTD.device)
+        return TokenBatch(x_BTD, tokens, documents, units, valid, real, numbers)
+
+
+def spread_over_documents(documents_R: np.ndarray, rows: int) -> np.ndarray:
+    """Indices of at most ``rows`` rows in their order: one random row of every document, then a second
+    one, and so on.
+    """
+    key_R = np.random.default_rng(0).random(len(documents_R))
+    order = np.lexsort((key_R, documents_R))
+    _, first, counts = np.unique(documents_R[order], return_index=True, return_counts=True)
+    turn_R = np.empty(len(order), dtype=np.int64)
+    turn_R[order] = np.arange(len(order)) - np.repeat(first, counts)
+    return np.sort(np.lexsort((key_R, turn_R))[:rows])
+
+
+def number_units(documents_RT: np.ndarray, real_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number every position's unit, and say which document each unit belongs to."""
+    units_RT = np.zeros(documents_RT.shape, dtype=np.int64)
+    open_units: dict[int, tuple[int, int]] = {}  # document → its current unit and how much of it is filled
+    owners: list[int] = []
+    for row, (documents_T, real_T) in enumerate(zip(documents_RT, real_RT, strict=True)):
+        for document in np.unique(documents_T).tolist():
+            here_T = documents_T == document
+            unit, filled = open_units.get(document, (-1, UNIT_TOKENS))
+            if filled >= UNIT_TOKENS:
+                unit, filled = len(owners), 0
+                owners.append(document)
+            units_RT[row, here_T] = unit
+            open_units[document] = (unit, filled + int(real_T[here_T].sum()))
+    return units_RT, np.array(owners, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What a first look at a layer finds: the mean that ablation uses, and where outliers begin."""
+
+    mean_D: Tensor  # float32, over tokens that are neither special, padding nor outlying
+    norm_limit: float
+    """10 × the median norm; attention sinks lie far beyond it."""
+    n_outliers: int
+    n_tokens: int
+
+
+@torch.no_grad()
+def survey(model: SplicedModel, text: HeldOutText, layers: list[int], batch_rows: int) -> dict[int, LayerSurvey]:
+    """Look at the first few batches: the median norm on the first one, the mean on all of them."""
+    device = model.lm.device
+    limits: dict[int, float] = {}
+    sums: dict[int, Tensor] = {}
+    counts = {layer: [0, 0] for layer in layers}
+    for rows in text.batches(batch_rows, SURVEY_BATCHES):
+        residuals = model.residuals(text.tokens(rows, device), layers)
+        real_BT = torch.from_numpy(text.real_RT[rows]).to(device)
+        for layer, x_BTD in residuals.items():
+            x_ND = x_BTD.float()[real_BT]
+            norms_N = x_ND.norm(dim=-1)
+            if layer not in limits:
+                limits[layer] = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
+            inlier_N = norms_N <= limits[layer]
+            sums[layer] = sums.get(layer, 0) + x_ND[inlier_N].double().sum(0)
+            counts[layer][0] += int(inlier_N.sum())
+            counts[layer][1] += len(inlier_N)
+    return {
+        layer: LayerSurvey((sums[layer] / max(1, kept)).float(), limits[layer], total - kept, total)
+        for layer, (kept, total) in counts.items()
+    }

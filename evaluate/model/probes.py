@@ -1,0 +1,119 @@
+"""What is asked of model and text after the pass: a few rows encoded again, altered rows run, tokens as text.
+
+Shapes: n rows asked for, T positions, D model width, F features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache.format.layout import RowBlock
+from ..protocol import SparseCoder
+from .heldout_text import HeldOutText
+from .splice import Head, SplicedModel
+
+PROBE_ROWS = 256
+
+
+@dataclass
+class Bench:
+    """The model and the text, shared by all probes; keeps the activations of rows asked for more than once."""
+
+    model: SplicedModel
+    head: Head
+    text: HeldOutText
+    _kept: dict[tuple[int, int], Tensor]
+    _altered: dict[tuple[int, bytes], Tensor]
+
+    @classmethod
+    def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> Bench:
+        """With nothing kept yet."""
+        return cls(model, head, text, {}, {})
+
+    def run(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The residual stream [B, T, D] after ``layer`` for any tokens, in float32."""
+        return self.model.residuals(tokens_BT.to(self.model.lm.device), [layer])[layer].float()
+
+    def run_once(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The same, kept for the layer's other SAEs: probes ask each of them about the same altered rows."""
+        key = (layer, sha256(tokens_BT.cpu().numpy().tobytes()).digest())
+        if key not in self._altered:
+            self._altered[key] = self.run(tokens_BT, layer).to(self.model.lm.dtype)
+        return self._altered[key].float()
+
+    def rows(self, rows: Sequence[int], layer: int) -> Tensor:
+        """The same for rows of the text; each is run once."""
+        missing = [row for row in rows if (layer, row) not in self._kept]
+        if missing:
+            x_BTD = self.run(torch.from_numpy(self.text.tokens_RT[missing]), layer)
+            self._kept |= {(layer, row): x_TD for row, x_TD in zip(missing, x_BTD.to(self.model.lm.dtype), strict=True)}
+        return torch.stack([self._kept[layer, row] for row in rows]).float()
+
+    def forget(self) -> None:
+        """Drop the kept activations."""
+        self._kept.clear()
+        self._altered.clear()
+
+
+@dataclass
+class ProbeContext:
+    """One SAE's view of the bench."""
+
+    bench: Bench
+    sae: SparseCoder
+    layer: int
+    seed: int
+    per_feature: Mapping[str, np.ndarray]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the text that are neither special nor padding."""
+        return self.bench.text.n_tokens
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What every row begins with."""
+        return self.bench.model.lm.bos_token_id
+
+    @property
+    def rows(self) -> list[RowBlock]:
+        """Some hundred rows of the text, as one block."""
+        text = self.bench.text
+        part = slice(0, PROBE_ROWS)
+        flags = np.where(text.real_RT[part], 0, 1).astype(np.uint8)
+        return [RowBlock(text.tokens_RT[part].astype(np.int32), text.documents_RT[part].astype(np.int32), flags)]
+
+    def run_rows(self, tokens_BT: Tensor) -> Tensor:
+        """The residual stream [B, T, D] after the SAE's layer."""
+        return self.bench.run_once(tokens_BT, self.layer)
+
+    def tokens_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Token ids [n, T]."""
+        return self.bench.text.tokens_RT[list(rows)]
+
+    def documents_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Document numbers [n, T]."""
+        return self.bench.text.documents_RT[list(rows)]
+
+    @torch.no_grad()
+    def encode_rows(self, rows: Sequence[int]) -> Tensor:
+        """Features [n, T, F]."""
+        return self.sae.encode(self.bench.rows(rows, self.layer))
+
+    def token_text(self, token: int) -> str:
+        """A token as readers see it, its leading space kept."""
+        tokenizer = self.bench.model.lm.tokenizer
+        piece = tokenizer.convert_ids_to_tokens(int(token))
+        text = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
+        # Some tokenizers drop the space that begins a sequence; the piece itself knows of it.
+        return " " + text if isinstance(piece, str) and piece[:1] in "▁Ġ" and not text.startswith(" ") else text
+
+    def logit_effects(self, directions_nD: Tensor) -> Tensor:
+        """What adding each direction to the residual stream does to the logits [n, V]."""
+        return self.bench.head.effects(directions_nD.to(self.bench.model.lm.device))

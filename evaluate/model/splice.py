@@ -1,0 +1,273 @@
+"""Replacing one layer's output without running the layers below it again.
+
+The clean pass runs once per batch and keeps the residual stream after every layer asked for. A spliced pass then
+replaces the blocks up to that layer by stand-ins (the lower hand on what they get, the last gives the spliced tensor)
+and calls the model as ever, so that transformers itself builds masks, rotary embeddings, layer types and the final
+norm. Whatever the embedding makes of the tokens is thrown away by the stand-ins, so that architectures which scale it
+or add positions to it need no special care.
+
+Shapes: B rows, T positions, D model width, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ...extract.model.load import LanguageModel
+
+# How far the two paths may differ, relative to the largest final state. They do the same operations on the same numbers
+# and are bit-equal wherever kernels are deterministic; the slack is for kernels that choose their order of summation by
+# themselves.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+class SplicedModel:
+    """A language model whose residual stream can be replaced after a layer.
+
+    Final states [B, T, D] are those after the model's last norm: what its head multiplies.
+    """
+
+    def __init__(self, lm: LanguageModel):
+        self.lm = lm
+        self._by_hook: set[int] = set()
+        self._tuples = (
+            False  # transformers 4 blocks answer with tuples, 5 with tensors; learnt from the first clean pass
+        )
+
+    @torch.no_grad()
+    def clean(self, tokens_BT: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """One ordinary pass: the residual stream after each of ``layers`` [B, T, D], and the final states [B, T, D]."""
+        kept: dict[int, Tensor] = {}
+        handles = [self.lm.blocks[layer].register_forward_hook(self._keeper(kept, layer)) for layer in layers]
+        try:
+            final_BTD = self._run(tokens_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return kept, final_BTD
+
+    @torch.no_grad()
+    def residuals(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The residual stream after each of ``layers`` [B, T, D]; no block above the highest runs (where stand-ins
+        work).
+        """
+        highest = max(layers)
+        if highest in self._by_hook:
+            return self.clean(tokens_BT, layers)[0]
+        with self._handing_on(range(highest + 1, len(self.lm.blocks))):
+            return self.clean(tokens_BT, layers)[0]
+
+    @torch.no_grad()
+    def spliced(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:
+        """Final states [B, T, D] when ``x_BTD`` (cast to the model's dtype) stands where block ``layer``'s
+        output was.
+        """
+        x_BTD = x_BTD.to(self.lm.dtype)
+        if layer in self._by_hook:
+            return self.spliced_by_hook(tokens_BT, layer, x_BTD)
+        with self._standing_in(layer, x_BTD):
+            return self._run(tokens_BT)
+
+    @torch.no_grad()
+    def spliced_by_hook(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:
+        """The same by running the whole model with a hook that replaces the block's output: slow, and right by
+        construction.
+        """
+        x_BTD = x_BTD.to(self.lm.dtype)
+        handle = self.lm.blocks[layer].register_forward_hook(lambda _m, _i, output: _like(output, x_BTD))
+        try:
+            return self._run(tokens_BT)
+        finally:
+            handle.remove()
+
+    def verify(self, tokens_BT: Tensor, layers: Sequence[int]) -> list[str]:
+        """Try the shared prefix on a few rows; a layer where it disagrees with the hook uses the hook from here on.
+
+        Two trials per layer: the identity splice against the clean pass, and a visibly changed one against the hook
+            (stand-ins
+        that the model ignored would pass the first). Returns a sentence for every layer that fell back.
+        """
+        residuals, final_BTD = self.clean(tokens_BT, layers)
+        notes = []
+        for layer in layers:
+            x_BTD = residuals[layer]
+            changed = x_BTD.flip(1) * 0.5
+            try:
+                same = self.spliced(tokens_BT, layer, x_BTD)
+                moved = self.spliced(tokens_BT, layer, changed)
+            except Exception as failure:
+                reason = f"{type(failure).__name__}: {failure}"
+            else:
+                by_hook = self.spliced_by_hook(tokens_BT, layer, changed)
+                if self._agree(same, final_BTD) and self._agree(moved, by_hook):
+                    continue
+                reason = "its result differs from a full run with a hook"
+            self._by_hook.add(layer)
+            who = self.lm.identity.architecture
+            notes.append(
+                f"layer {layer}: the shared prefix does not work for {who} ({reason}); the whole "
+                "model is run with hooks"
+            )
+        return notes
+
+    def _keeper(self, kept: dict[int, Tensor], layer: int) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._tuples = isinstance(output, tuple)
+            kept[layer] = output[0] if self._tuples else output
+
+        return keep
+
+    def _agree(self, a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).abs().max() <= TOLERANCE[a.dtype] * b.abs().max())
+
+    def _run(self, tokens_BT: Tensor) -> Tensor:
+        # Without an attention mask on purpose: padding only ever follows the text, and attention is causal.
+        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _standing_in(self, layer: int, x_BTD: Tensor) -> Iterator[None]:
+        with self._handing_on(range(layer)), self._replaced(layer, x_BTD):
+            yield
+
+    @contextmanager
+    def _handing_on(self, skipped: range) -> Iterator[None]:
+        with ExitStack() as stack:
+            for at in skipped:
+                stack.enter_context(self._replaced(at, None))
+            yield
+
+    @contextmanager
+    def _replaced(self, at: int, x_BTD: Tensor | None) -> Iterator[None]:
+        blocks, real = self.lm.blocks, self.lm.blocks[at]
+        blocks[at] = _StandIn(real, x_BTD, self._tuples)
+        try:
+            yield
+        finally:
+            blocks[at] = real
+
+
+class Head:
+    """The model's output layer in fp32, whatever the model's dtype: final states [N, D] → logits [N, V].
+
+    The matrix product, the softcap (Gemma) and logit scales (Cohere, Granite) are done here and compared once with the
+    model's own logits; a model whose head does something else uses its own, in its own dtype, and :attr:`note` says so.
+    """
+
+    def __init__(self, lm: LanguageModel):
+        self.lm = lm
+        self.note: str | None = None
+        self._own = False
+        output: Any = lm.model.get_output_embeddings()
+        self._W_VD: Tensor = output.weight.detach().float()
+        self._b_V: Tensor | None = None if getattr(output, "bias", None) is None else output.bias.detach().float()
+        config = lm.model.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits there are."""
+        return self._W_VD.shape[0]
+
+    @property
+    def uniform_at_zero(self) -> bool:
+        """Whether a zero state gives equal logits: true without a bias."""
+        return self._b_V is None and not self._own
+
+    def verify(self, tokens_BT: Tensor, final_BTD: Tensor) -> None:
+        """Compare with the model's own logits for these rows."""
+        own = self.lm.model(input_ids=tokens_BT, use_cache=False).logits.float().flatten(0, 1)
+        ours = self(final_BTD.flatten(0, 1))
+        if (ours - own).abs().max() > TOLERANCE[final_BTD.dtype] * own.abs().max():
+            self._own = True
+            self.note = (
+                f"the head of {self.lm.identity.architecture} is not a plain product; its own "
+                f"is used, in {final_BTD.dtype}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, final_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [N, V] in fp32, written into ``out`` where one is given."""
+        if self._own:
+            return self._own_logits(final_ND)
+        logits = torch.mm(final_ND.float(), self._W_VD.T, out=out)
+        if self._b_V is not None:
+            logits.add_(self._b_V)
+        if self._scale != 1.0:
+            logits.mul_(self._scale)
+        if self._softcap:
+            logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits
+
+    @torch.no_grad()
+    def effects(self, directions_ND: Tensor) -> Tensor:
+        """What adding each direction to the residual stream does to the logits [N, V], up to the norm's scale and the
+        softcap.
+
+        The final norm's gain is applied (and a LayerNorm's mean removed): norm(d) − norm(0) is linear in d up to its
+        length.
+        """
+        directions_ND = directions_ND.float()
+        norm = next((getattr(self.lm.decoder, name) for name in FINAL_NORMS if hasattr(self.lm.decoder, name)), None)
+        if isinstance(norm, nn.Module):
+            length_N1 = directions_ND.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            unit_ND = directions_ND / length_N1 * 1e3  # far above the norm's epsilon
+            origin_D = norm(torch.zeros_like(unit_ND[:1], dtype=self.lm.dtype)).float()
+            directions_ND = (
+                (norm(unit_ND.to(self.lm.dtype)).float() - origin_D) * length_N1 / directions_ND.shape[-1] ** 0.5
+            )
+        return directions_ND @ self._W_VD.T
+
+    def _own_logits(self, final_ND: Tensor) -> Tensor:
+        """The model's own forward with a base that answers these states at once."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        model = self.lm.model
+        prefix, base = model.base_model_prefix, model.base_model
+        answer = _Answer(BaseModelOutputWithPast(last_hidden_state=final_ND[None]))
+        setattr(model, prefix, answer)
+        try:
+            return (
+                model(input_ids=torch.zeros(1, len(final_ND), dtype=torch.long, device=final_ND.device))
+                .logits[0]
+                .float()
+            )
+        finally:
+            setattr(model, prefix, base)
+
+
+class _Answer(nn.Module):
+    def __init__(self, answer: Any):
+        super().__init__()
+        self._answer = answer
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._answer
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place: hands on the hidden state it gets, or gives the spliced one."""
+
+    def __init__(self, block: nn.Module, x_BTD: Tensor | None, as_tuple: bool):
+        super().__init__()
+        # Past nn.Module's registration: the block's parameters stay the real model's business.
+        self.__dict__.update(_block=block, _x=x_BTD, _as_tuple=as_tuple)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # models read attention types and the like off their layers
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        given = hidden_states if self._x is None else self._x
+        return (given,) if self._as_tuple else given
+
+
+def _like(output: Any, x_BTD: Tensor) -> Any:
+    return (x_BTD, *output[1:]) if isinstance(output, tuple) else x_BTD

@@ -1,0 +1,127 @@
+"""One pass over the text for many rows of the table at once.
+
+Per batch: the model runs once as it is; every candidate looks at its layer's output and gives a reconstruction; the
+layers above run once per candidate; and the head runs over slabs of tokens, the clean logits computed once for all.
+
+Shapes: B rows, T positions, D model width, N positions whose input counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..console import Progress
+from ..errors import RunError, TcsaeError
+from .metrics.fidelity import Slab, predictions, token_losses
+from .model.heldout_text import HeldOutText
+from .model.reference_rows import spliced_in
+from .model.splice import Head, SplicedModel
+from .protocol import TokenBatch
+from .results import Failure
+from .table_row import Candidate
+
+
+@dataclass
+class Measurement:
+    """The model, the text and the candidates of one pass. A candidate that fails leaves, the others go on."""
+
+    model: SplicedModel
+    head: Head
+    text: HeldOutText
+    candidates: list[Candidate]
+    uniform_layers: frozenset[int] = frozenset()
+    """Layers where zero at every position ends in logits that are all zero."""
+    failures: list[Failure] = field(default_factory=list)
+    slab: Slab = field(default_factory=Slab)
+
+    @torch.no_grad()
+    def run(self, batch_rows: int, progress: Progress) -> None:
+        """Show every batch of the text to every candidate."""
+        for rows in self.text.batches(batch_rows):
+            if not self.candidates:
+                return
+            self._batch(rows)
+            progress.advance((rows.stop - rows.start) * self.text.context)
+
+    def _batch(self, rows: slice) -> None:
+        tokens_BT = self.text.tokens(rows, self.model.lm.device)
+        layers = sorted({candidate.row.layer for candidate in self.candidates})
+        residuals, final_BTD = self.model.clean(tokens_BT, layers)
+        batches = {layer: self.text.batch(rows, x_BTD, self._limit(layer)) for layer, x_BTD in residuals.items()}
+        del residuals
+        finals: list[tuple[Candidate, Tensor | None]] = []
+        for candidate in list(self.candidates):
+            batch = batches[candidate.row.layer]
+            try:
+                x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
+            except TcsaeError as failure:
+                self._drop(candidate, failure)
+                continue
+            if not self._borrows(candidate):
+                finals.append((candidate, self._final(candidate, tokens_BT, batch, x_hat_BTD)))
+        self._losses(batches, final_BTD, finals)
+
+    def _limit(self, layer: int) -> float:
+        return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.layer == layer)
+
+    def _final(self, candidate: Candidate, tokens_BT: Tensor, batch: TokenBatch, x_hat_BTD: Tensor) -> Tensor | None:
+        row = candidate.row
+        if row.kind == "reference" and row.name == "zero_all" and row.layer in self.uniform_layers:
+            return None
+        name = row.name if row.kind == "reference" else ""
+        return self.model.spliced(tokens_BT, row.layer, spliced_in(name, batch, x_hat_BTD))
+
+    def _losses(
+        self, batches: dict[int, TokenBatch], final_BTD: Tensor, finals: Sequence[tuple[Candidate, Tensor | None]]
+    ) -> None:
+        batch = next(iter(batches.values()))
+        real_BT = batch.real_BT
+        counted_BT, targets_BT = predictions(batch.tokens_BT, batch.documents_BT, real_BT)
+        counted_N = counted_BT[real_BT]
+        has_target_N = (torch.arange(real_BT.shape[1], device=real_BT.device) < real_BT.shape[1] - 1).expand_as(
+            real_BT
+        )[real_BT]
+        states = [None if one is None else one[real_BT] for _, one in finals]
+        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.slab)
+        units_N = batch.units_BT[real_BT][counted_N]
+        for (candidate, _), (ce_N, kl_N) in zip(finals, losses, strict=True):
+            inlier_N = batches[candidate.row.layer].valid_BT[real_BT][counted_N]
+            for one in [candidate, *self._borrowers(candidate)]:
+                one.compat.add_losses(has_target_N, ce_clean_N, ce_N, kl_N)
+                one.fidelity.add_losses(units_N, inlier_N, ce_clean_N[counted_N], ce_N[counted_N], kl_N[counted_N])
+
+    def _borrows(self, candidate: Candidate) -> bool:
+        """Whether another candidate of this pass splices the same tensor."""
+        return candidate.shares is not None and any(
+            other.row.kind == "reference"
+            and (other.row.layer, other.row.name) == (candidate.row.layer, candidate.shares)
+            for other in self.candidates
+        )
+
+    def _borrowers(self, candidate: Candidate) -> list[Candidate]:
+        if candidate.row.kind != "reference":
+            return []
+        return [
+            other
+            for other in self.candidates
+            if other.row.layer == candidate.row.layer and other.shares == candidate.row.name
+        ]
+
+    def _drop(self, candidate: Candidate, failure: TcsaeError) -> None:
+        self.candidates.remove(candidate)
+        path = candidate.row.facts.path if candidate.row.facts else candidate.row.name
+        self.failures.append(Failure(path=path, message=str(failure)))
+
+
+def _finite(candidate: Candidate, x_hat_BTD: Tensor, rows: slice) -> Tensor:
+    if not torch.isfinite(x_hat_BTD).all():
+        name, layer = candidate.row.name, candidate.row.layer
+        raise RunError(
+            f"{name} gives NaN or infinity at layer {layer} in rows {rows.start} to {rows.stop - 1}: "
+            "its weights do not fit"
+        )
+    return x_hat_BTD

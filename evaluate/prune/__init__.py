@@ -1,0 +1,1 @@
+"""A new SAE without the redundant features of another one."""

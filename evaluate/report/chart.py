@@ -1,0 +1,231 @@
+"""One description of a chart, drawn twice: as inline SVG in the report (svg.py) and by matplotlib for papers
+(figures.py).
+
+A panel is data, axes and words; nothing here knows how a line is drawn. The roles' colours, shapes, dashes and words
+are here too, so that a TC-SAE looks the same in every picture, and is told from its twin without colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PAPER, NIGHT = "#fffefb", "#15171a"  # the page's two grounds; every ink below has contrast >= 4.5 on its own
+
+
+@dataclass(frozen=True)
+class RoleStyle:
+    """How one role looks: name, ink on paper, ink at night, marker (svg.py and figures.py know it by name), dash
+    lengths.
+    """
+
+    name: str
+    paper: str
+    night: str
+    marker: str
+    dash: tuple[float, ...]
+
+
+ROLES = {
+    "tc": RoleStyle("TC-SAE", "#0a5fa5", "#6cb6f2", "circle", ()),
+    "twin": RoleStyle("twin (λ2 = 0)", "#b34700", "#f0995c", "square", (7, 3)),
+    "pruned": RoleStyle("pruned", "#1d6f42", "#74c69a", "diamond", (10, 3, 2, 3)),
+    "external": RoleStyle("other SAE", "#7a3f98", "#cf9fe8", "triangle", (2, 2)),
+    "reference": RoleStyle("reference row", "#5c5f66", "#a4a8b0", "cross", (1, 3)),
+}
+TERMS = {  # the loss terms, when one panel shows the shares of a single run
+    "reconstruction": RoleStyle("reconstruction", "#0a5fa5", "#6cb6f2", "circle", ()),
+    "sparsity": RoleStyle("sparsity", "#b34700", "#f0995c", "square", (7, 3)),
+    "temporal": RoleStyle("temporal", "#7a3f98", "#cf9fe8", "triangle", (2, 2)),
+    "auxiliary": RoleStyle("auxiliary", "#5c5f66", "#a4a8b0", "cross", (8, 3, 2, 3)),
+}
+STYLES = ROLES | TERMS
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its label with the unit, its scale, its ends (``None``: from the data), or named categories at 0, 1, 2
+    ….
+    """
+
+    label: str
+    log: bool = False
+    low: float | None = None
+    high: float | None = None
+    categories: tuple[str, ...] = ()
+
+    def range(self, values: list[float]) -> tuple[float, float]:
+        """The ends shown for these values: the fixed ones, else the data's with a margin of 6 %."""
+        if self.categories:
+            return -0.6, len(self.categories) - 0.4
+        usable = [v for v in values if math.isfinite(v) and (v > 0 or not self.log)]
+        if not usable:
+            return (0.1, 1.0) if self.log else (0.0, 1.0)
+        low, high = min(usable), max(usable)
+        if not self.log:  # a fixed end counts when the margin at the other is measured
+            low = low if self.low is None else min(low, self.low)
+            high = high if self.high is None else max(high, self.high)
+        if self.log:
+            pad = max(0.06 * (math.log(high) - math.log(low)), 0.3)  # wide enough for a tick
+            low, high = low * math.exp(-pad), high * math.exp(pad)
+        else:
+            pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            low, high = low - pad, high + pad
+        low = low if self.low is None else self.low
+        high = high if self.high is None else self.high
+        return low, high if high > low else low + 1.0
+
+    def fraction(self, value: float, ends: tuple[float, float]) -> float:
+        """Where a value lies between the ends, 0 … 1; what lies outside (and zero on a log axis) is held
+        at the edge.
+        """
+        low, high = ends
+        if self.log:
+            if value <= 0:
+                return 0.0
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return min(1.0, max(0.0, (value - low) / (high - low)))
+
+    def value(self, fraction: float, ends: tuple[float, float]) -> float:
+        """The inverse of :meth:`fraction`."""
+        low, high = ends
+        return low * (high / low) ** fraction if self.log else low + fraction * (high - low)
+
+    def ticks(self, ends: tuple[float, float], about: int = 5) -> list[tuple[float, str]]:
+        """(value, label) of the ticks inside the ends."""
+        if self.categories:
+            return [(float(i), name) for i, name in enumerate(self.categories)]
+        return _log_ticks(*ends) if self.log else _linear_ticks(*ends, about)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point, with its interval where it has one, a short label beside it and a sentence when pointed at."""
+
+    x: float
+    y: float
+    role: str
+    label: str = ""
+    title: str = ""
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through points; ``step`` draws a histogram's outline; a band where there is an interval."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    role: str
+    label: str
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    step: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A level to read the data against: horizontal at ``y`` or vertical at ``x``."""
+
+    label: str
+    x: float | None = None
+    y: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. ``key`` names its files, ``caption`` says how to read it."""
+
+    key: str
+    title: str
+    x: Axis
+    y: Axis
+    marks: tuple[Mark, ...] = ()
+    lines: tuple[Line, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    caption: str = ""
+    links: tuple[
+        tuple[int, int], ...
+    ] = ()  # pairs of marks joined by a thin line: TC-SAE and twin, pruned and original
+    layer: int | None = None
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The ends of both axes."""
+        xs = [v for line in self.lines for v in line.x] + [r.x for r in self.rules if r.x is not None]
+        ys = [v for line in self.lines for v in (*line.y, *line.low, *line.high)] + [
+            r.y for r in self.rules if r.y is not None
+        ]
+        for mark in self.marks:
+            xs += [mark.x, *(mark.x_interval or ())]
+            ys += [mark.y, *(mark.y_interval or ())]
+        return self.x.range(xs), self.y.range(ys)
+
+    def roles(self) -> list[str]:
+        """The roles that occur, in the order of the styles."""
+        seen = {item.role for item in (*self.marks, *self.lines)}
+        return [role for role in STYLES if role in seen]
+
+
+def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
+    rough = (high - low) / max(about, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    count = math.floor(high / step + 1e-9) - first + 1
+    values = [(first + i) * step for i in range(count)]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9) + (1 if abs(step / power - 2.5) < 1e-9 else 0))
+    return [(v, number(v, digits)) for v in values]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    span = math.log10(high / low)
+    steps = (1,) if span > 2.2 else (1, 3) if span > 1.4 else (1, 2, 5) if span > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    keep = max(1, math.ceil(span / 6)) if span > 2.2 else 1
+    values = [m * 10.0**d for d in decades for m in steps if d % keep == 0]
+    return [(v, power_label(v)) for v in values if low <= v <= high]
+
+
+def set_apart(places: Mapping[int, float], gap: float) -> dict[int, float]:
+    """Places (of marks, by index) along a line; those closer than 0.8 gaps are spread a gap apart, in the same order.
+
+    None moves further than a gap: where many coincide they overlap rather than be drawn where they are not.
+    """
+    runs: list[list[int]] = []
+    for i in sorted(places, key=lambda i: (places[i], i)):
+        if runs and places[i] - places[runs[-1][-1]] < 0.8 * gap:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    moved = {}
+    for run in runs:
+        middle = sum(places[i] for i in run) / len(run)
+        for rank, i in enumerate(run):
+            wanted = middle + (rank - (len(run) - 1) / 2) * gap
+            moved[i] = min(max(wanted, places[i] - gap), places[i] + gap)
+    return moved
+
+
+def power_label(value: float) -> str:
+    """A tick of a log axis: 0.001 … 10,000 in full, the rest as a power of ten."""
+    if 1e-3 * 0.999 <= value < 1e4:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    head = value / 10.0**exponent
+    powered = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return powered if abs(head - 1) < 1e-6 else f"{head:g}·{powered}"
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed digits with a true minus sign and thousands apart; never −0."""
+    text = f"{value:,.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def shortened(text: str, length: int = 24) -> str:
+    """A row's name where there is little room: its beginning and its end, where names of one sweep differ."""
+    return text if len(text) <= length else f"{text[: length - 9]}…{text[-8:]}"

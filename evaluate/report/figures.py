@@ -1,0 +1,242 @@
+"""The report's charts for papers, by matplotlib: the same panels as the page's, as PNG and SVG, and the one README
+picture.
+
+Deterministic: no date, no version and no random identifier goes into a file.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..results import EvaluationReport
+from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
+from .panels import plane_zoomed, time_plane, weight_fidelity, weight_variation
+
+SIZE = (4.4, 3.3)  # inches
+DPI = 160
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
+_HOLLOW = {"square", "diamond"}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#5c5f66",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e1da",
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tcsae",
+}
+
+
+def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
+    """Write every panel as ``KEY.png`` and ``KEY.svg``; returns the paths. The folder's older figures are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
+        old.unlink()
+    written = []
+    for panel in panels:
+        with _figure(1, _height(panel)) as (figure, axes):
+            draw(axes[0], panel)
+            written += _save(figure, folder / _file_name(panel.key))
+    return written
+
+
+def write_picture(report: EvaluationReport, path: Path, layer: int | None = None) -> Path:
+    """The README's picture at one layer: of a sweep what λ2 costs and buys, else fidelity against sparsity and
+    steadiness.
+
+    Args:
+        report: of an evaluation, e.g. ``read_results("reports/demo")``.
+        path: a .png; legible at a width of 800 pixels.
+        layer: of the report's; the deepest if None.
+
+    Raises:
+        ValueError: nothing at that layer can be drawn.
+
+    """
+    layer = max(report.layers) if layer is None else layer
+    drawn = [make(report, layer) for make in (weight_fidelity, weight_variation)]
+    if None in drawn:
+        drawn = [make(report, layer) for make in (plane_zoomed, time_plane)]
+    titles = {"plane": f"Fidelity against sparsity, layer {layer}"}
+    found = [replace(panel, title=titles.get(panel.key.split("-")[0], panel.title)) for panel in drawn if panel]
+    if not found:
+        raise ValueError(f"no SAE of layer {layer} has both L0 and CE recovered; the report has layers {report.layers}")
+    with _figure(len(found), SIZE[1]) as (figure, axes):
+        for ax, panel in zip(axes, found, strict=True):
+            draw(ax, panel)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI * 1.25, metadata={"Software": None})
+    return path
+
+
+def draw(ax: Any, panel: Panel) -> None:
+    """Draw a panel into matplotlib axes."""
+    x_ends, y_ends = panel.ends()
+    for rule in panel.rules:
+        _rule(ax, rule)
+    xs = _abscissae(panel, x_ends)
+    for a, b in panel.links:
+        ax.plot([xs[a], xs[b]], [panel.marks[a].y, panel.marks[b].y], color="#5c5f66", linewidth=0.7, zorder=1)
+    for line in panel.lines:
+        _line(ax, line)
+    for mark, x in zip(panel.marks, xs, strict=True):
+        _mark(ax, mark, x)
+    _labels(ax, panel, xs)
+    _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
+    _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
+    ax.set(xlabel=panel.x.label, ylabel=panel.y.label, title=panel.title)
+    _legend(ax, panel)
+
+
+def _abscissae(panel: Panel, ends: tuple[float, float]) -> list[float]:
+    """Where the marks are drawn, those that would hide one another set apart as on the page."""
+    free = {
+        i: panel.x.fraction(m.x, ends) for i, m in enumerate(panel.marks) if m.y_interval and not panel.y.categories
+    }
+    moved = set_apart(free, 0.025)
+    return [panel.x.value(moved[i], ends) if i in moved else mark.x for i, mark in enumerate(panel.marks)]
+
+
+def _rule(ax: Any, rule: Rule) -> None:
+    if rule.y is not None:
+        ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
+        ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right", **_NOTE)
+    if rule.x is not None:
+        ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
+        up: dict[str, Any] = {"ha": "right", "va": "bottom", "rotation": 90}
+        ax.annotate(rule.label, (rule.x, 0), xycoords=("data", "axes fraction"), xytext=(-2, 3), **up, **_NOTE)
+
+
+_NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": "#5c5f66", "style": "italic"}
+
+
+def _line(ax: Any, line: Line) -> None:
+    style = STYLES[line.role]
+    dashes: dict[str, Any] = {"linestyle": (0, style.dash)} if style.dash else {}
+    if line.step:
+        ax.stairs(line.y, line.x, color=style.paper, linewidth=1.4, **dashes)
+        ax.stairs(line.y, line.x, color=style.paper, fill=True, alpha=0.1)
+        return
+    if line.low and line.high:
+        ax.fill_between(line.x, line.low, line.high, color=style.paper, alpha=0.13, linewidth=0)
+    marker = _MARKERS[style.marker] if len(line.x) <= 16 else None
+    ax.plot(line.x, line.y, color=style.paper, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
+
+
+def _mark(ax: Any, mark: Mark, x: float) -> None:
+    style = STYLES[mark.role]
+    if mark.x_interval:
+        # drawn about the point, which may have been moved a little
+        ax.plot(
+            [v + x - mark.x for v in mark.x_interval],
+            [mark.y] * 2,
+            color=style.paper,
+            linewidth=1.1,
+            marker="|",
+            markersize=5,
+        )
+    if mark.y_interval:
+        ax.plot([x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
+    look: dict[str, Any] = {
+        "markerfacecolor": "white" if style.marker in _HOLLOW else style.paper,
+        "markeredgewidth": 1.4,
+    }
+    ax.plot(x, mark.y, _MARKERS[style.marker], color=style.paper, markersize=5.5, clip_on=False, zorder=3, **look)
+
+
+def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
+    """Words beside the points; where points crowd, the legend must do."""
+    x_ends, y_ends = panel.ends()
+    spots = [(panel.x.fraction(x, x_ends), panel.y.fraction(m.y, y_ends)) for m, x in zip(panel.marks, xs, strict=True)]
+    for i, (mark, x) in enumerate(zip(panel.marks, xs, strict=True)):
+        near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
+        if not mark.label or (any(near) and not panel.y.categories):
+            continue
+        left = spots[i][0] > 0.75
+        edge = mark.x_interval[0 if left else 1] if mark.x_interval and panel.y.categories else x
+        where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
+        ink = STYLES[mark.role].paper
+        words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
+        words.set_path_effects(_halo())
+
+
+def _halo() -> list[Any]:
+    """A white edge, so that words stay readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.2, foreground="white")]
+
+
+def _axis(axis: Any, set_scale: Any, set_limits: Any, spec: Axis, ends: tuple[float, float]) -> None:
+    if spec.log:
+        set_scale("log")
+    set_limits(*ends)
+    ticks = spec.ticks((min(ends), max(ends)))
+    axis.set_ticks([value for value, _ in ticks], [shortened(label) for _, label in ticks])
+    axis.set_minor_locator(_no_locator())
+
+
+def _no_locator() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _legend(ax: Any, panel: Panel) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for role in panel.roles():
+        style = STYLES[role]
+        dashes: dict[str, Any] = {"linestyle": ((0, style.dash) if style.dash else "-") if panel.lines else "none"}
+        marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
+        face = "white" if style.marker in _HOLLOW else style.paper
+        handles.append(
+            Line2D([], [], color=style.paper, marker=marker, markerfacecolor=face, label=style.name, **dashes)
+        )
+    if len(handles) > 1 and not panel.y.categories:  # named rows need no legend
+        ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")
+
+
+def _height(panel: Panel) -> float:
+    return max(1.7, 1.1 + 0.26 * len(panel.y.categories)) if panel.y.categories else SIZE[1]
+
+
+@contextmanager
+def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure without a window, in the report's style, closed afterwards."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="constrained_layout not applied"
+        )  # cramped words are no reason to fail
+        figure = Figure(figsize=(SIZE[0] * columns, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    figure.savefig(png, dpi=DPI, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg]
+
+
+def _file_name(key: str) -> str:
+    """A key as a safe file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", key).strip(".-") or "figure"

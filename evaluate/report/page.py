@@ -1,0 +1,185 @@
+"""The report: one self-contained page and its static figures, from an :class:`EvaluationReport` and nothing else.
+
+The page loads nothing: style, script, charts and the feature browser's data are inside it, and it says so to the
+browser in a content security policy. The same evaluation always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..features.page_data import embedded, payload
+from ..results import EvaluationReport, Metric
+from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
+from .figures import write_figures
+from .panels import sections
+from .svg import render, swatch
+from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables, reasons_of
+from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "index.html"
+_GROUNDS = {  # ground, ink, muted, hairline, wash
+    "paper": (PAPER, "#1b1d21", "#5c5f66", "#dedbd3", "#f1efe9"),
+    "night": (NIGHT, "#e8e6e1", "#a4a8b0", "#34373d", "#22252a"),
+}
+
+
+def write_report(report: EvaluationReport, folder: Path) -> Path:
+    """Write ``index.html`` and ``figures/*.png|svg`` into the folder; returns the page's path.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = in_reading_order(report)
+    panels = sections(report)
+    write_figures([panel for group in panels.values() for panel in group], folder / "figures")
+    page = folder / PAGE
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(render_page(report, panels), encoding="utf-8")
+    os.replace(partial, page)
+    return page
+
+
+def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None = None) -> str:
+    """The page as text."""
+    report = in_reading_order(report)
+    panels = sections(report) if panels is None else panels
+    browser = payload(report)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["groupby_run"] = _runs
+    forensic_table = forensic(report)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        css=_asset("report.css"),
+        js=_asset("report.js"),
+        colours=_colours(),
+        styles=STYLES,
+        swatches={role: swatch(role) for role in STYLES},
+        evaluated=evaluated(report),
+        outcomes=outcomes(report),
+        comparisons={kind: comparisons(report, kind) for kind in PAIRS},
+        main_tables=main_tables(report),
+        full_tables=full_tables(report),
+        panels={key: _drawn(group) for key, group in panels.items()},
+        keys={key: _roles(group) for key, group in panels.items()},
+        roles=list(ROLES),
+        model_name=named(report.model.id, "model"),
+        forensic=forensic_table,
+        forensic_reasons=reasons_of(cell for row in forensic_table[1] for cell in row.here) if forensic_table else {},
+        ln_vocabulary=math.log(report.model.vocab_size),
+        compat=_compat(report),
+        sae_facts=[record for record in report.records if record.sae],
+        provenance=provenance(report),
+        browser=browser,
+        browser_json=embedded(browser),
+        browser_note=_browser_note(browser),
+        contents=_contents(report, panels, browser, forensic_table is not None),
+    )
+
+
+def _drawn(panels: Sequence[Panel]) -> list[list[dict[str, Any]]]:
+    """Panels with their drawings, in rows by layer; one row where every layer has but one panel."""
+    rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.layer)]
+    if all(len(row) == 1 for row in rows):
+        rows = [list(panels)] if panels else []
+    return [[{"panel": panel, "svg": render(panel)} for panel in row] for row in rows]
+
+
+def _roles(panels: Sequence[Panel]) -> list[str]:
+    """The roles a section's panels show; the terms of a loss are no roles and are named at their own panel."""
+    return [role for role in ROLES if any(role in panel.roles() for panel in panels)]
+
+
+def _contents(
+    report: EvaluationReport, panels: dict[str, list[Panel]], browser: dict[str, Any], has_forensic: bool
+) -> dict[str, str]:
+    """The sections that this page has."""
+    present = {
+        "twins": ("TC-SAE against its twin", any(pair.kind == "twin" for pair in report.paired)),
+        "pruned": ("Pruned against the original", any(pair.kind == "pruned" for pair in report.paired)),
+        "table": ("Every row, the main numbers", True),
+        "fidelity": ("Fidelity and sparsity", panels["fidelity"]),
+        "time": ("Time", panels["time"]),
+        "position": ("Position", panels["position"]),
+        "features": ("Feature density", panels["features"]),
+        "browse": ("Features along the text", browser["saes"]),
+        "training": ("Training", panels["training"]),
+        "forensic": ("Where published numbers come from", has_forensic),
+        "everything": ("Everything else", True),
+    }
+    return {key: title for key, (title, there) in present.items() if there}
+
+
+def _browser_note(browser: dict[str, Any]) -> str:
+    """Which features are in the browser, and why those."""
+    shown = [len(sae["features"]) for sae in browser["saes"]]
+    if not shown:
+        return ""
+    least, most = min(shown), max(shown)
+    count = f"{most}" if least == most else f"{least} to {most}"
+    cut = any(sae["total"] > len(sae["features"]) for sae in browser["saes"])
+    bound = " Fewer than were described, to bound this page's size; results.json has the rest." if cut else ""
+    return (
+        f"{count} features of each autoencoder: some at random among those that fire, the rest "
+        "because they are extreme in "
+        f"something; each says which.{bound} The bars over the words are the activation, token by "
+        "token; the area above them "
+        "is the same over positions."
+    )
+
+
+def _compat(report: EvaluationReport) -> dict[str, Any] | None:
+    """The SAEBench block as a table."""
+    keys = list(dict.fromkeys(key for record in report.records for key in record.saebench_compat))
+    rows = [(f"{r.name}, layer {r.layer}", r.saebench_compat) for r in report.records if r.saebench_compat]
+    return (
+        {"columns": keys, "rows": [(name, [_plain(found, key) for key in keys]) for name, found in rows]}
+        if rows
+        else None
+    )
+
+
+def _plain(found: dict[str, float | None], key: str) -> Cell:
+    return cell(Metric(value=found[key], unit="1", n=0, definition=key) if key in found else None, 4)
+
+
+def _runs(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    """Neighbouring columns of one group, and how many they are."""
+    return [(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column.group)]
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 - our own file
+
+
+def _colours() -> Markup:
+    """The page's colours as custom properties, by day and by night, from the one table of roles."""
+
+    def block(ground: str) -> str:
+        names = ("ground", "ink", "muted", "hair", "wash")
+        pairs = [
+            *zip(names, _GROUNDS[ground], strict=True),
+            *((role, getattr(s, ground)) for role, s in STYLES.items()),
+        ]
+        return "".join(f"--{name}:{value};" for name, value in pairs)
+
+    night = f"@media screen and (prefers-color-scheme:dark){{:root{{{block('night')}}}}}"
+    return Markup(f":root{{color-scheme:light dark;{block('paper')}}}{night}")  # noqa: S704 - constants

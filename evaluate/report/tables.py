@@ -1,0 +1,291 @@
+"""The report's tables, cell by cell: records × metrics, pair by pair, and the paper's table beside the reference rows.
+
+Digits are chosen per column, so that numbers of one metric line up; undefined is a dash with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from ..results import EvaluationReport, Metric, Paired, Record
+from .svg import interval_glyph
+from .wording import ARROWS, PAIRS, better_of, decimals, metric_label, role_of, short_name, show, show_interval, verdict
+
+MAIN = (
+    *("l0", "ce", "kl", "ce_score_mean", "kl_score_mean", "explained_variance", "cosine", "norm_ratio"),
+    *("alive", "near_duplicate_share"),
+    *("temporal_variation", "temporal_variation_refit", "lag1_autocorrelation", "adjacent_jaccard"),
+    *("eta_squared", "position_specific_share"),
+)
+GROUPS = {
+    "l0": "sparsity",
+    "ce": "fidelity",
+    "alive": "features",
+    "temporal_variation": "time",
+    "eta_squared": "position",
+}
+NOT_MEASURED, UNDEFINED = "a", "b"
+REASONS = {
+    NOT_MEASURED: "does not apply to this row: a reference without features has none, or the measurement was left out",
+    UNDEFINED: "undefined: nothing to average over, or zero divided by zero",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, its interval, and the letter of the reason where there is no number."""
+
+    text: str
+    interval: str = ""
+    reason: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric as a table's column."""
+
+    key: str
+    label: str
+    arrow: str
+    better: str
+    title: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a table."""
+
+    name: str
+    full_name: str
+    role: str
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records × metrics at one layer, SAEs first, reference rows apart."""
+
+    layer: int
+    columns: tuple[Column, ...]
+    saes: tuple[Row, ...]
+    references: tuple[Row, ...]
+
+    def reasons(self) -> dict[str, str]:
+        """The footnotes that this table needs."""
+        return reasons_of(cell for row in (*self.saes, *self.references) for cell in row.cells)
+
+
+def reasons_of(cells: Iterable[Cell]) -> dict[str, str]:
+    """The footnotes that these cells need, by letter."""
+    used = {cell.reason for cell in cells}
+    return {letter: text for letter, text in REASONS.items() if letter in used}
+
+
+def main_tables(report: EvaluationReport) -> list[Table]:
+    """The headline metrics, one table per layer."""
+    keys = [key for key in MAIN if any(key in record.metrics for record in report.records)]
+    return [table(report, layer, keys) for layer in report.layers]
+
+
+def full_tables(report: EvaluationReport) -> list[Table]:
+    """Every metric of every record, in order of first appearance, one table per layer."""
+    keys = list(dict.fromkeys(key for record in report.records for key in record.metrics))
+    return [table(report, layer, keys) for layer in report.layers]
+
+
+def table(report: EvaluationReport, layer: int, keys: Sequence[str]) -> Table:
+    """The records of a layer by the given metrics."""
+    records = [record for record in report.records if record.layer == layer]
+    columns, group = [], ""
+    for key in keys:
+        group = GROUPS.get(key, group)
+        columns.append(column(report, key, group))
+    digits = {key: _digits(records, key) for key in keys}
+    rows = {
+        kind: tuple(_row(r, keys, digits, report) for r in records if r.kind == kind) for kind in ("sae", "reference")
+    }
+    return Table(layer, tuple(columns), rows["sae"], rows["reference"])
+
+
+def column(report: EvaluationReport, key: str, group: str = "") -> Column:
+    """How a metric heads its column."""
+    found = report.definitions.get(key)
+    better = better_of(key, report)
+    title = f"{found.text} [{found.unit}]" if found else key
+    return Column(
+        key,
+        metric_label(key, report),
+        ARROWS.get(better or "", ""),
+        f"{better} is better" if better else "",
+        title,
+        group,
+    )
+
+
+def _digits(records: Sequence[Record], key: str) -> int:
+    """What the SAEs' rows ask for at most; the references' where no SAE has the metric."""
+    found = [r for r in records if key in r.metrics and r.metrics[key].value is not None]
+    asked = [
+        decimals(m.value, m.low, m.high) for r in found if r.kind == "sae" and (m := r.metrics[key]).value is not None
+    ]
+    asked = asked or [decimals(m.value, m.low, m.high) for r in found if (m := r.metrics[key]).value is not None]
+    return max(asked, default=3)
+
+
+def _row(record: Record, keys: Sequence[str], digits: dict[str, int], report: EvaluationReport) -> Row:
+    cells = tuple(cell(_applicable(record, key), digits[key]) for key in keys)
+    return Row(short_name(record, report), record.name, role_of(record), cells, tuple(record.notes))
+
+
+def _applicable(record: Record, key: str) -> Metric | None:
+    """The metric, or None where a reference without features reports the size of none as undefined."""
+    found = record.metrics.get(key)
+    featureless = (
+        found is not None and found.value is None and record.kind == "reference" and key.startswith(("l0", "l1"))
+    )
+    return None if featureless else found
+
+
+def cell(metric: Metric | None, digits: int) -> Cell:
+    """A metric as a cell."""
+    if metric is None:
+        return Cell("—", reason=NOT_MEASURED, title=REASONS[NOT_MEASURED])
+    if metric.value is None:
+        return Cell("—", reason=UNDEFINED, title=REASONS[UNDEFINED])
+    unit = "" if metric.unit == "1" else f" {metric.unit}"
+    return Cell(
+        show(metric.value, digits), show_interval(metric, digits), title=f"{metric.value:.6g}{unit}, n = {metric.n:,}"
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of a pair."""
+
+    column: Column
+    first: Cell
+    second: Cell
+    difference: str
+    interval: str
+    glyph: Markup
+    word: str  # what may be said, in the terms of the metric: better, worse, lower, higher, undecided …
+    tone: str  # good, bad or plain: never the only carrier of the meaning
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences of one pair."""
+
+    layer: int
+    first: Side
+    second: Side
+    differences: tuple[Difference, ...]
+    others: tuple[Difference, ...]
+    warning: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: its record's name, the role it is drawn in, and what it is called here."""
+
+    name: str
+    role: str
+    label: str
+
+
+def comparisons(report: EvaluationReport, kind: str) -> list[Comparison]:
+    """The pairs of a kind, metric by metric: the headline metrics first."""
+    return [_comparison(pair, report) for pair in report.paired if pair.kind == kind]
+
+
+def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
+    headline = [key for key in MAIN if key in pair.metrics]
+    order = [*headline, *[key for key in pair.metrics if key not in MAIN]]
+    records = report.record(pair.first, pair.layer), report.record(pair.second, pair.layer)
+    found = [d for key in order if (d := _difference(key, pair, records, report))]
+    main, others = (tuple(d for d in found if (d.column.key in headline) is wanted) for wanted in (True, False))
+    names, roles = (pair.first, pair.second), [role_of(record) if record else "external" for record in records]
+    first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], strict=True))
+    return Comparison(pair.layer, first, second, main, others, pair.warning or _sparsity_warning(records))
+
+
+def _sparsity_warning(records: tuple[Record | None, Record | None]) -> str:
+    """A twin at equal λ1, a pruned SAE: another L0 is said wherever the two differ by more than 2 %."""
+    sizes = [r.metrics["l0"].value if r and "l0" in r.metrics else None for r in records]
+    if None in sizes or max(sizes) <= 1.02 * min(sizes):  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+        return ""
+    return (
+        f"The two do not have the same L0 ({sizes[0]:.1f} and {sizes[1]:.1f}), so this compares "
+        "them at unequal sparsity."
+    )
+
+
+def _difference(
+    key: str, pair: Paired, records: tuple[Record | None, Record | None], report: EvaluationReport
+) -> Difference | None:
+    metric = pair.metrics[key]
+    found = verdict(metric)
+    if found is None or metric.value is None:
+        return None
+    values = [r.metrics.get(key) if r else None for r in records]
+    digits = max([decimals(v.value, v.low, v.high) for v in values if v and v.value is not None], default=3)
+    reach = max(abs(v) for v in (metric.value, metric.low or 0.0, metric.high or 0.0))
+    word, tone = _judged(found.word, better_of(key, report))
+    role = "pruned" if pair.kind == "pruned" else "tc"
+    glyph = interval_glyph(metric.value, metric.low, metric.high, reach, role)
+    cells = [cell(v, digits) for v in values]
+    return Difference(column(report, key), cells[0], cells[1], found.difference, found.interval, glyph, word, tone)
+
+
+def _judged(word: str, better: str | None) -> tuple[str, str]:
+    if word not in {"lower", "higher"} or better is None:
+        return word, "plain"
+    return (f"{word}: better", "good") if word == better else (f"{word}: worse", "bad")
+
+
+@dataclass(frozen=True)
+class Forensic:
+    """One quantity of the paper's table, and where such a number comes from here."""
+
+    quantity: str
+    paper: tuple[str, str]  # its baseline, its TC-SAE
+    here: tuple[Cell, ...]  # zero_all, zero_sae, untrained
+
+
+_PAPER = (  # quantity, the paper's baseline and TC-SAE (Gemma-2-2b, layer 19, width 2304), our metric
+    ("CE (nats)", "12.44", "20.38", "ce"),
+    ("KL (nats)", "10.06", "17.75", "kl"),
+    ("cosine(x, x̂)", "−1.0", "0.012", "cosine"),
+    ("L0", "0", "1138.52", "l0"),
+    ("L0 / d", "0", "0.494", "l0/d"),
+    ("L1", "0", "8256", "l1"),
+)
+SUSPECTS = ("zero_all", "zero_sae", "untrained")
+
+
+def forensic(report: EvaluationReport) -> tuple[int, list[Forensic]] | None:
+    """The paper's published table beside our reference rows at the deepest layer; None where none of them was
+    evaluated.
+    """
+    layer = max(report.layers, default=0)
+    rows = [report.record(name, layer) for name in SUSPECTS]
+    if not any(rows):
+        return None
+    return layer, [
+        Forensic(label, (a, b), tuple(_suspect(r, key, report) for r in rows)) for label, a, b, key in _PAPER
+    ]
+
+
+def _suspect(record: Record | None, key: str, report: EvaluationReport) -> Cell:
+    metric = _applicable(record, key.removesuffix("/d")) if record else None
+    if metric is None or metric.value is None:
+        return cell(metric, 0)
+    if key == "l0/d":
+        return Cell(show(metric.value / report.model.d_model, 3))
+    return cell(metric, 3 if key == "cosine" else 2 if key in {"ce", "kl"} else 1)

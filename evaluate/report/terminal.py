@@ -1,0 +1,87 @@
+"""The closing table of ``pipeline evaluate``: one line per record, and where to look further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...console import format_bytes, format_duration, summary
+from ..metrics.fidelity import OUTLIERS
+from ..results import EvaluationReport, Record
+
+if TYPE_CHECKING:
+    from ..run import Outcome
+
+COLUMNS = ("l0", "explained_variance" + OUTLIERS, "ce_score_mean", "ce", "kl", "cosine")
+
+
+def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
+    """A table per report on standard output, or one line of JSON for all."""
+    if as_json:
+        summary("evaluated", {"reports": [_facts(one) for one in outcomes]}, as_json=True)
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for outcome in outcomes:
+        console.print(_table(outcome.report))
+        report = outcome.report
+        page = outcome.page or outcome.folder / "results.json"
+        facts: dict[str, Any] = {
+            "text": f"{report.n_tokens:,} tokens of {report.n_documents} documents",
+            "intervals": f"95 %, resampling {report.resampling}",
+            "took": f"{format_duration(report.seconds)}, "
+            f"{format_bytes(report.peak_memory_bytes or 0)} of memory at most",
+            "report": page,
+        }
+        if report.failures:
+            facts["failed"] = "; ".join(failure.path for failure in report.failures)
+        summary("* without tokens of outlying norm", facts, as_json=False)
+
+
+def _table(report: EvaluationReport) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"{report.model.id}, {report.text.dataset}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("record", overflow="fold", min_width=14)
+    for key in COLUMNS:
+        definition = report.definitions.get(key)
+        table.add_column(definition.label or key if definition else key, justify="right", no_wrap=True)
+    for layer in report.layers:
+        for record in sorted((one for one in report.records if one.layer == layer), key=lambda one: one.kind):
+            cells = [_cell(record, key) for key in COLUMNS]
+            table.add_row(str(layer), record.name, *cells, style="dim" if record.kind == "reference" else "")
+        table.add_section()
+    return table
+
+
+def _cell(record: Record, key: str) -> str:
+    metric = record.metrics.get(key)
+    if metric is None or metric.value is None:
+        return "–"
+    if key == "l0":
+        return f"{metric.value:.1f}"
+    return f"{metric.value:.0e}" if 0 < abs(metric.value) < 5e-4 else f"{metric.value:.3f}"
+
+
+def _facts(outcome: Outcome) -> dict[str, Any]:
+    report = outcome.report
+    return {
+        "name": report.name,
+        "folder": str(outcome.folder),
+        "page": str(outcome.page) if outcome.page else None,
+        "model": report.model.id,
+        "tokens": report.n_tokens,
+        "documents": report.n_documents,
+        "seconds": report.seconds,
+        "records": [
+            {"layer": record.layer, "name": record.name, "kind": record.kind}
+            | {key: record.metrics[key].value if key in record.metrics else None for key in COLUMNS}
+            for record in report.records
+        ],
+        "failures": [failure.model_dump() for failure in report.failures],
+    }

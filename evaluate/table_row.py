@@ -1,0 +1,157 @@
+"""One row of the table while it is measured, and as it is kept on disk so that an evaluation that stops goes on.
+
+A kept row holds sums per unit of text, not quotients: scores against references, intervals and paired differences are
+computed from whatever rows there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .intervals.jackknife import Jackknifed
+from .metrics.fidelity import Fidelity
+from .metrics.saebench import SAEBenchSums
+from .model.heldout_text import LayerSurvey
+from .model.reference_rows import replacement
+from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
+from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
+from .subjects import Subject
+
+SHARED_SPLICES = {"zero_sae": "zero"}  # what reconstructs the same need not be run twice
+
+
+@dataclass
+class MeasuredRow:
+    """Everything measured of one SAE or reference at one layer."""
+
+    name: str
+    kind: Literal["sae", "reference"]
+    layer: int
+    role: Role | None = None
+    pair: str | None = None
+    facts: SAEFacts | None = None
+    sums: dict[str, UnitSums] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    cards: list[FeatureCard] = field(default_factory=list)
+    definitions: dict[str, Definition] = field(default_factory=dict)
+    compat: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, findings: Findings) -> None:
+        """Add what an accumulator found."""
+        self.sums |= findings.sums
+        self.metrics |= findings.metrics
+        self.curves |= findings.curves
+        self.notes += findings.notes
+
+    def save(self, path: Path) -> None:
+        """Write the row whole or not at all."""
+        plain: dict[str, Any] = {
+            "row": {key: getattr(self, key) for key in ("name", "kind", "layer", "role", "pair", "compat", "notes")},
+            "facts": self.facts.model_dump() if self.facts else None,
+            "cards": [card.model_dump() for card in self.cards],
+            "sums": {name: {key: getattr(one, key) for key in _ABOUT} for name, one in self.sums.items()},
+        } | {key: {name: one.model_dump() for name, one in getattr(self, key).items()} for key in _MODELS}
+        arrays = {f"{name}:{side}": getattr(one, f"{side}_U") for name, one in self.sums.items() for side in _SIDES}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, plain=np.array(json.dumps(plain)), **arrays)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> MeasuredRow | None:
+        """The row kept at ``path``; None where there is none, or one that this version cannot read."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                plain = json.loads(str(arrays["plain"]))
+                sums = {
+                    name: UnitSums(**(about | {f"{side}_U": arrays[f"{name}:{side}"] for side in _SIDES}))
+                    for name, about in plain["sums"].items()
+                }
+            models: dict[str, Any] = {
+                key: {name: kind(**one) for name, one in plain[key].items()} for key, kind in _MODELS.items()
+            }
+            facts = SAEFacts(**plain["facts"]) if plain["facts"] else None
+            cards = [FeatureCard.model_validate(card) for card in plain["cards"]]
+            row: dict[str, Any] = plain["row"] | models
+            return cls(**row, facts=facts, cards=cards, sums=sums)
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return None
+
+
+def _metric(**kept: Any) -> Metric:
+    return Jackknifed(**kept) if "left_out" in kept else Metric(**kept)
+
+
+_MODELS: dict[str, Any] = {"metrics": _metric, "curves": Curve, "definitions": Definition}
+_SIDES = ("numerator", "denominator")
+_ABOUT = ("unit", "definition", "offset", "scale", "n")
+
+
+class Candidate:
+    """A row being measured: turns a batch into features and a reconstruction, and collects what they say.
+
+    Args:
+        row: what is known of it beforehand.
+        sae: on the device of the batches; None for a reference without features.
+        survey: of its layer.
+        accumulators: what is measured of its features; empty for a reference.
+
+    """
+
+    def __init__(
+        self,
+        row: MeasuredRow,
+        sae: SparseCoder | None,
+        survey: LayerSurvey,
+        accumulators: Mapping[str, Accumulator],
+        key: str,
+    ):
+        self.row, self.sae, self.survey, self.key = row, sae, survey, key
+        self.accumulators = dict(accumulators)
+        self.fidelity = Fidelity(survey.mean_D, None if sae is None else sae.W_dec.norm(dim=1))
+        self.compat = SAEBenchSums()
+        self.shares = SHARED_SPLICES.get(row.name) if row.kind == "reference" else None
+
+    @torch.no_grad()
+    def observe(self, batch: TokenBatch) -> Tensor:
+        """Take a batch in; returns the reconstruction [B, T, D] in float32."""
+        if self.sae is None:
+            z_BTF, x_hat_BTD = None, replacement(self.row.name, batch, self.survey.mean_D)
+        else:
+            z_BTF = self.sae.encode(batch.x_BTD)
+            x_hat_BTD = self.sae.decode(z_BTF)
+        self.fidelity.add_reconstruction(batch, x_hat_BTD, z_BTF)
+        self.compat.add_reconstruction(batch, x_hat_BTD, z_BTF)
+        if z_BTF is not None:
+            for accumulator in self.accumulators.values():
+                accumulator.update(batch, z_BTF, x_hat_BTD)
+        return x_hat_BTD
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Complete the row; returns what is known per feature."""
+        self.row.sums |= self.fidelity.sums()
+        self.row.compat = self.compat.state()
+        per_feature: dict[str, np.ndarray] = {}
+        for accumulator in self.accumulators.values():
+            found = accumulator.result()
+            self.row.take(found)
+            self.row.definitions |= accumulator.definitions
+            per_feature |= found.per_feature
+        return per_feature
+
+
+def row_of(subject: Subject) -> MeasuredRow:
+    """The row of an SAE before anything is measured."""
+    return MeasuredRow(subject.name, "sae", subject.layer, subject.role, subject.pair, subject.facts)

@@ -1,0 +1,1 @@
+"""Any causal language model, its hook points, and its forward pass."""

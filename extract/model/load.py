@@ -1,0 +1,303 @@
+"""Any Hugging Face causal language model, cut off above the deepest layer that is wanted and identified by
+its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...cache.format.manifest import ModelIdentity
+from ...errors import ModelError, ResourceError, UsageError
+from ..config import ModelSource
+from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
+from .hub import first_line
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model before its weights are read."""
+
+    source: ModelSource
+    """With the folder's absolute path or the hub's commit, the device and the dtype filled in."""
+    files: ModelFiles
+    config: Any
+    tokenizer: Any
+    attn_implementation: str
+    n_layers: int
+    d_model: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins every row; None for tokenizers without one."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for no text, ascending."""
+        return tuple(sorted(set(self.tokenizer.all_special_ids)))
+
+
+@dataclass
+class LanguageModel:
+    """A model ready to run. ``model`` is the whole causal LM, or its cut decoder when only lower layers
+    were asked for.
+    """
+
+    model: Any
+    decoder: nn.Module
+    """Embedding, blocks and final norm: called with token ids it never runs the head."""
+    blocks: nn.ModuleList
+    tokenizer: Any
+    identity: ModelIdentity
+    device: torch.device
+    dtype: torch.dtype
+    d_model: int
+    n_layers: int
+    """Of the whole model, however many blocks are left."""
+    vocab_size: int
+    bos_token_id: int | None
+    special_token_ids: tuple[int, ...]
+
+
+def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutline:
+    """Configuration and tokenizer, without the weights. ``elsewhere``: device and dtype are those of another machine.
+
+    Raises:
+        ModelError: not there, gated, out of reach, no causal language model, or a device that is not there.
+
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    _quieten()
+    files = locate_model(source)
+    gguf = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+    with _load_failures(files):
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **gguf)
+    if not elsewhere:
+        device = resolve_device(source.device)
+        source = replace(source, device=str(device), dtype=resolve_dtype(source.dtype, device))
+    text_config = config.get_text_config()
+    if not getattr(text_config, "num_hidden_layers", None) or not getattr(text_config, "hidden_size", None):
+        raise ModelError(
+            f"{files.name} is a {config.model_type} model without layers and a width: give a causal language model"
+        )
+    return ModelOutline(
+        source=replace(source, id=files.id, gguf_file=files.gguf_file, revision=files.revision),
+        files=files,
+        config=config,
+        tokenizer=tokenizer,
+        attn_implementation=choose_attention(config),
+        n_layers=text_config.num_hidden_layers,
+        d_model=text_config.hidden_size,
+    )
+
+
+def identify_model(outline: ModelOutline) -> ModelIdentity:
+    """Hash the weights (downloading them first) and say which model this is."""
+    files = outline.files
+    backend = getattr(outline.tokenizer, "backend_tokenizer", None)
+    serialized = backend.to_str() if backend is not None else str(sorted(outline.tokenizer.get_vocab().items()))
+    return ModelIdentity(
+        id=files.id,
+        revision=files.revision,
+        gguf_file=files.gguf_file,
+        fingerprint=weight_fingerprint(files, fetch_weights(outline.source, files)),
+        architecture=_model_class(outline.config).__name__,
+        n_layers=outline.n_layers,
+        vocab_size=outline.vocab_size,
+        attn_implementation=outline.attn_implementation,
+        dtype=outline.source.dtype,
+        tokenizer_fingerprint=tokenizer_fingerprint(files, serialized),
+    )
+
+
+def load_language_model(
+    source: ModelSource | ModelOutline, *, deepest_layer: int | None = None, identity: ModelIdentity | None = None
+) -> LanguageModel:
+    """Load a model for running, weights in ``source.dtype`` on ``source.device``.
+
+    With ``deepest_layer`` the blocks above it and the head are dropped. ``identity`` spares hashing the weights again.
+
+    Raises:
+        ModelError: as :func:`outline_model`; or no such layer, weights missing, or not enough memory on the device.
+
+    """
+    outline = source if isinstance(source, ModelOutline) else outline_model(source)
+    check_layers(outline, () if deepest_layer is None else (deepest_layer,))
+    identity = identity or identify_model(outline)
+    dtype, device = DTYPES[outline.source.dtype], torch.device(outline.source.device)
+    model = _read_weights(outline, dtype)
+    decoder, name = find_blocks(model, outline.n_layers)
+    if deepest_layer is not None:
+        setattr(decoder, name, nn.ModuleList(list(getattr(decoder, name))[: deepest_layer + 1]))
+        model = decoder
+    try:
+        model = model.to(device)
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"{outline.files.name} in {outline.source.dtype} does not fit into the memory of {device}"
+        ) from None
+    return LanguageModel(
+        model=model,
+        decoder=decoder,
+        blocks=getattr(decoder, name),
+        tokenizer=outline.tokenizer,
+        identity=identity,
+        device=device,
+        dtype=dtype,
+        d_model=outline.d_model,
+        n_layers=outline.n_layers,
+        vocab_size=outline.vocab_size,
+        bos_token_id=outline.bos_token_id,
+        special_token_ids=outline.special_token_ids,
+    )
+
+
+def check_layers(outline: ModelOutline, layers: tuple[int, ...]) -> None:
+    """Raise ModelError for the first layer that the model does not have."""
+    for layer in layers:
+        if not 0 <= layer < outline.n_layers:
+            raise ModelError(
+                f"{outline.files.name} has {outline.n_layers} layers, numbered 0 to {outline.n_layers - 1}; "
+                f"you asked for layer {layer}"
+            )
+
+
+def find_blocks(model: nn.Module, n_layers: int) -> tuple[nn.Module, str]:
+    """The decoder module and the name of its list of blocks: a list of ``n_layers`` beside the token embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    for decoder in model.modules():
+        for name, child in decoder.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers and embedding in decoder.modules():
+                return decoder, name
+    raise ModelError(
+        f"{type(model).__name__} keeps its {n_layers} blocks in no list beside its embedding: it cannot be tapped"
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU if there is one, else the CPU.
+
+    Raises:
+        ModelError: a GPU was named that this machine or this build of torch does not have.
+
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is unknown: say auto, cpu, cuda or cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        build = "" if torch.version.cuda else " (this torch is a build without CUDA)"
+        shown = f"this machine shows {torch.cuda.device_count()} CUDA devices{build}"
+        raise ModelError(f"--device {device} was asked for, {shown}: say --device cpu")
+    return wanted
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """``auto`` is bfloat16 where the hardware multiplies it natively, else float32 (5 times faster on a CPU without
+    it).
+    """
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    return "bfloat16" if _cpu_prefers_bfloat16() else "float32"
+
+
+def _cpu_prefers_bfloat16() -> bool:
+    """Whether a bfloat16 product is at least 1.2 times as fast as a float32 one here; false without the
+    instructions.
+    """
+    from time import perf_counter
+
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or not supported():
+        return False
+    best = {}
+    for dtype in DTYPES.values():
+        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = perf_counter()
+            torch.mm(a, b)
+            times.append(perf_counter() - start)
+        best[dtype] = min(times)
+    return best[torch.float32] > 1.2 * best[torch.bfloat16]
+
+
+def choose_attention(config: Any) -> str:
+    """``eager`` where attention logits are soft-capped (fused kernels leave the cap out in many versions), else
+    ``sdpa``.
+    """
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    return "sdpa" if getattr(_model_class(config), "_supports_sdpa", False) else "eager"
+
+
+def _model_class(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ModelError(f"a {config.model_type} model is no causal language model that transformers knows") from None
+
+
+def _read_weights(outline: ModelOutline, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    gguf = {"gguf_file": outline.files.gguf_file} if outline.files.gguf_file else {}
+    with _load_failures(outline.files):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            outline.files.folder,
+            dtype=dtype,
+            attn_implementation=outline.attn_implementation,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **gguf,
+        )
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"the weights of {outline.files.name} lack {len(missing)} tensors, such as {missing[0]}: "
+            "download them again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _load_failures(files: ModelFiles) -> Iterator[None]:
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        raise ModelError(
+            f"{files.name} cannot be opened as a causal language model: {first_line(problem)}"
+        ) from problem
+
+
+def _quieten() -> None:
+    """Our own progress is shown through the console; transformers' bars and advice would only be noise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

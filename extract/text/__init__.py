@@ -1,0 +1,1 @@
+"""Any text, read in order as rows of tokens."""

@@ -1,0 +1,134 @@
+"""A hub dataset, streamed: pinned to a commit, shuffled through a buffer, read from the hub's conversion if it is a
+script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ...errors import TextError
+from ..config import TextSource
+from ..model.hub import hub_failures
+from .documents import text_of
+
+SHUFFLE_BUFFER = 10_000  # documents that are mixed at a time
+
+
+@dataclass
+class StreamedDocuments:
+    """A hub dataset read as a stream, pinned to one commit."""
+
+    stream: Any
+    name: str
+    column: str
+    revision: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """A commit names its content."""
+        return f"commit:{self.revision}"
+
+    def read(self, start: int) -> Iterator[tuple[int, str]]:
+        """See :class:`Documents`. Documents before ``start`` are read past, since the buffer's state
+        depends on them.
+        """
+        with hub_failures("dataset", self.name, TextError):
+            for number, example in islice(enumerate(self.stream), start, None):
+                yield number, text_of(example, self.column, self.name)
+
+
+def open_stream(source: TextSource) -> StreamedDocuments:
+    """The documents of a hub dataset, as a stream.
+
+    Raises:
+        TextError: no such dataset, subset, split or column, gated, or the hub is out of reach.
+
+    """
+    from datasets import disable_progress_bars
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError
+
+    disable_progress_bars()
+    name, _, subset = source.dataset.partition(":")
+    with hub_failures("dataset", name, TextError):
+        revision, files = _at_commit(name, source.revision)
+        converted = _converted(files, subset, source.split, name)
+        try:
+            stream = _parquet(name, revision, converted) if converted else _declared(name, subset, source, revision)
+        except (RuntimeError, ValueError, DataFilesNotFoundError, EmptyDatasetError) as problem:
+            # Repositories that hold a loading script: RuntimeError from datasets 4 on, ValueError (no trust) before.
+            if "script" not in str(problem):
+                said = " ".join(
+                    str(problem).splitlines()[:2]
+                )  # the second line lists the subsets where one must be chosen
+                remedy = f"choose with --split, or a subset with --dataset {name}:SUBSET"
+                raise TextError(
+                    f"{source.dataset} cannot be read as split '{source.split}' ({said}): {remedy}"
+                ) from problem
+            revision, files = _conversion(name)
+            stream = _parquet(name, revision, _converted(files, subset, source.split, name))
+    if (columns := getattr(stream, "column_names", None)) is not None:
+        text_of(dict.fromkeys(columns), source.text_column, source.dataset)
+    return StreamedDocuments(
+        stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER), source.dataset, source.text_column, revision
+    )
+
+
+def _at_commit(name: str, revision: str | None) -> tuple[str, list[str]]:
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(name, revision=revision, timeout=10)
+    return str(info.sha), [file.rfilename for file in info.siblings or []]
+
+
+def _conversion(name: str) -> tuple[str, list[str]]:
+    """Commit and files of the branch where the hub keeps its automatic conversion; no files where there is none."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return _at_commit(name, "refs/convert/parquet")
+    except RevisionNotFoundError:
+        return "", []
+
+
+def _declared(name: str, subset: str, source: TextSource, revision: str) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(name, subset or None, split=source.split, streaming=True, revision=revision)
+
+
+def _converted(files: list[str], subset: str, split: str, name: str) -> list[str]:
+    """The Parquet files of one split in the hub's automatic conversion; empty when ``files`` are not such a conversion.
+
+    That branch holds ``SUBSET/SPLIT/0000.parquet`` … and nothing else; large splits are cut short as ``partial-SPLIT``.
+
+    Raises:
+        TextError: it is a conversion, but lacks the subset or the split.
+
+    """
+    parts = [file.split("/") for file in files if not file.startswith(".")]
+    if not parts or not all(len(p) == 3 and p[2].removesuffix(".parquet").isdigit() for p in parts):
+        return []
+    subsets = sorted({p[0] for p in parts})
+    if subset not in subsets and (subset or len(subsets) > 1):
+        raise TextError(f"{name} has the subsets {', '.join(subsets)}: write --dataset {name}:SUBSET with one of them")
+    chosen = subset or subsets[0]
+    splits = sorted({p[1] for p in parts if p[0] == chosen})
+    found = sorted("/".join(p) for p in parts if p[0] == chosen and p[1] in (split, f"partial-{split}"))
+    if not found:
+        raise TextError(f"{name} has no split '{split}': it has {', '.join(splits)}; choose with --split")
+    return found
+
+
+def _parquet(name: str, revision: str, files: list[str]) -> Any:
+    from datasets import load_dataset
+
+    if not files:
+        raise TextError(
+            f"{name} needs a loading script and the hub offers no conversion of it: download it and pass the files"
+        )
+    urls = [f"hf://datasets/{name}@{revision}/{file}" for file in files]
+    return load_dataset("parquet", data_files=urls, split="train", streaming=True)

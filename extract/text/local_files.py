@@ -1,0 +1,193 @@
+"""Text on this machine: ``.txt`` files (one document each) or tables (.jsonl .json .csv .tsv .parquet,
+compressed too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ...errors import TextError
+from ..config import TextSource
+from ..model.files import hash_file
+from ..model.hub import first_line
+from .documents import shuffled, text_of
+
+_FORMATS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+
+def looks_local(dataset: str) -> bool:
+    """Whether ``dataset`` is a path: something is there, or it could be no hub id."""
+    return (
+        local_path(dataset) is not None
+        or dataset[0] in "./~"
+        or dataset.count("/") > 1
+        or format_of(Path(dataset)) is not None
+    )
+
+
+def local_path(dataset: str) -> Path | None:
+    """The absolute path of ``dataset`` if there is such a file or folder."""
+    path = Path(dataset).expanduser()
+    return path.resolve() if path.exists() else None
+
+
+def format_of(path: Path) -> str | None:
+    """``text``, or the name under which datasets reads the file; None for anything else."""
+    name = path.name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return _FORMATS.get(Path(name).suffix)
+
+
+def open_local(where: str | Path, source: TextSource) -> LocalText | LocalTable:
+    """The documents of a file or folder.
+
+    Raises:
+        TextError: nothing there, nothing readable in it, two formats in one folder, no such column or split, or no
+            text.
+
+    """
+    if source.split != "train":
+        raise TextError(f"{where} is on this machine and has only the split 'train'; you asked for '{source.split}'")
+    files, folder = _files(where)
+    kind = format_of(files[0])
+    documents = LocalText(files, folder, source.seed) if kind == "text" else _table(str(kind), files, folder, source)
+    if len(documents) == 0:
+        raise TextError(f"{where} holds no text: every file in it is empty")
+    return documents
+
+
+def _files(where: str | Path) -> tuple[list[Path], Path]:
+    root = local_path(str(where))
+    if root is None:
+        raise TextError(f"there is no file or folder {where}: give a path that exists, or a dataset on the hub")
+    endings = " ".join(_FORMATS)
+    if root.is_file():
+        if format_of(root) is None:
+            raise TextError(f"{root} is not text that can be read here: use one of {endings} (also compressed)")
+        return [root], root.parent
+    hidden = (
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+    )
+    files = sorted((p for p in hidden if format_of(p)), key=lambda p: p.relative_to(root).as_posix())
+    if not files:
+        raise TextError(f"{root} holds no files that can be read here: put {endings} files there (also compressed)")
+    kinds = sorted({str(format_of(p)) for p in files})
+    if len(kinds) > 1:
+        raise TextError(f"{root} mixes {' and '.join(kinds)} files: keep one format to a folder, or name a single file")
+    return files, root
+
+
+def _fingerprint(files: Sequence[Path], root: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for path in files:
+        digest.update(path.relative_to(root).as_posix().encode())
+        hash_file(digest, path)
+    return digest.hexdigest()
+
+
+@dataclass
+class LocalText:
+    """Text files, one document each."""
+
+    files: Sequence[Path]
+    folder: Path
+    seed: int
+
+    def __post_init__(self):
+        self.files = [path for path in self.files if path.stat().st_size]
+
+    @property
+    def revision(self) -> None:
+        """Local files have none."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every name and byte; a file that is no UTF-8 is found here, before anything is extracted."""
+        for path in self.files:
+            _read_text(path)
+        return _fingerprint(self.files, self.folder)
+
+    def read(self, start: int) -> Iterator[tuple[int, str]]:
+        """See :class:`tcsae.extract.text.documents.Documents`."""
+        order = shuffled(len(self.files), self.seed)
+        for number in range(start, len(order)):
+            yield number, _read_text(self.files[order[number]])
+
+
+def _read_text(path: Path) -> str:
+    import fsspec
+
+    try:
+        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
+            return file.read()  # type: ignore[union-attr]
+    except UnicodeDecodeError as wrong:
+        raise TextError(
+            f"{path} is not UTF-8 (byte {wrong.start}): convert it, for instance with iconv -t utf-8"
+        ) from None
+    except (OSError, ValueError, ImportError) as wrong:
+        raise TextError(f"{path} cannot be read: {first_line(wrong)}") from wrong
+
+
+@dataclass
+class LocalTable:
+    """Rows of JSON, CSV or Parquet files, memory-mapped by datasets."""
+
+    table: Any
+    files: Sequence[Path]
+    folder: Path
+    column: str
+    seed: int
+
+    @property
+    def revision(self) -> None:
+        """Local files have none."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every name and byte."""
+        return _fingerprint(self.files, self.folder)
+
+    def read(self, start: int) -> Iterator[tuple[int, str]]:
+        """See :class:`tcsae.extract.text.documents.Documents`."""
+        order = shuffled(len(self.table), self.seed)
+        for number in range(start, len(order)):
+            yield number, text_of(self.table[int(order[number])], self.column, str(self.folder))
+
+
+def _table(kind: str, files: Sequence[Path], folder: Path, source: TextSource) -> LocalTable:
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    disable_progress_bars()
+    options: dict[str, Any] = {"sep": "\t"} if ".tsv" in "".join(files[0].suffixes).lower() else {}
+    named = str(files[0]) if len(files) == 1 else str(folder)
+    try:
+        table = load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
+    except (DatasetGenerationError, OSError, ValueError, ImportError, TypeError) as wrong:
+        raise TextError(f"{named} cannot be read as {kind}: {first_line(wrong.__cause__ or wrong)}") from wrong
+    columns = table.column_names
+    text_of(dict.fromkeys(columns or []), source.text_column, named)
+    return LocalTable(table.select_columns([source.text_column]), files, folder, source.text_column, source.seed)

@@ -1,0 +1,57 @@
+"""The text of an extraction: wherever it lies, opened, and named for the record."""
+
+from __future__ import annotations
+
+from ...cache.format.manifest import TextIdentity
+from ..config import TextSource
+from ..model.load import LanguageModel, ModelOutline
+from .documents import Documents, is_held_out
+from .hub_stream import open_stream
+from .local_files import local_path, looks_local, open_local
+
+__all__ = ["is_held_out", "open_documents", "resolve_text"]
+
+
+def resolve_text(
+    source: TextSource, model: LanguageModel | ModelOutline, documents: Documents | None = None
+) -> TextIdentity:
+    """What is recorded about text and rows; ``documents`` spares opening them again.
+
+    Raises:
+        TextError: as :func:`open_documents`.
+
+    """
+    documents = documents or open_documents(source)
+    return TextIdentity(
+        dataset=recorded_name(source),
+        split=source.split,
+        revision=documents.revision,
+        text_column=source.text_column,
+        fingerprint=documents.fingerprint,
+        packing=source.packing,
+        context=source.context,
+        bos_token_id=model.bos_token_id,
+        special_token_ids=model.special_token_ids,
+        seed=source.seed,
+        held_out=source.held_out,
+    )
+
+
+def recorded_name(source: TextSource) -> str:
+    """The dataset's name as it is recorded: absolute for local files, so that evaluation finds them from anywhere."""
+    path = None if source.dataset == "demo" else local_path(source.dataset)
+    return str(path) if path else source.dataset
+
+
+def open_documents(source: TextSource) -> Documents:
+    """The documents that ``source`` names, in the order its seed gives them.
+
+    Raises:
+        TextError: nothing there, no such split or column, no text in it, or the hub is out of reach.
+
+    """
+    if source.dataset == "demo":
+        from ..assets import demo_text
+
+        return open_local(demo_text(), source)
+    return open_local(source.dataset, source) if looks_local(source.dataset) else open_stream(source)

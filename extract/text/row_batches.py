@@ -1,0 +1,110 @@
+"""Rows made ahead on a background thread, and cut into batches that never straddle a shard."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from ...cache.format.layout import RowBlock
+from .rows import Row, gather
+
+_PIECE, _PIECES = 32, 16  # rows handed over at a time, and how many such pieces are made ahead
+
+
+class RowFeed:
+    """Takes rows from an iterator that a thread of its own runs, so that tokenising never keeps a forward pass waiting.
+
+    A context manager: leaving it ends the thread. What the iterator raises is raised by :meth:`take`.
+    """
+
+    def __init__(self, rows: Iterator[Row], special_token_ids: tuple[int, ...]):
+        self._special = special_token_ids
+        self._ready: deque[Row] = deque()
+        self._queue: queue.Queue[list[Row] | BaseException | None] = queue.Queue(_PIECES)
+        self._stop = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, args=(rows,), name="tokenizer", daemon=True)
+        self._thread.start()
+
+    def take(self, n: int) -> tuple[RowBlock, dict[str, Any]] | None:
+        """The next ``n`` rows (fewer at the text's end) and the cursor after them; None when there are no more.
+
+        The cursor says ``end`` when nothing follows.
+        """
+        while len(self._ready) <= n and not self._ended:  # one row more than asked, to know whether any follows
+            self._receive()
+        rows = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
+        if not rows:
+            return None
+        cursor = replace(rows[-1].cursor, end=not self._ready)
+        return gather(rows, self._special), asdict(cursor)
+
+    def _receive(self) -> None:
+        piece = self._queue.get()
+        if isinstance(piece, BaseException):
+            raise piece
+        if piece is None:
+            self._ended = True
+        else:
+            self._ready.extend(piece)
+
+    def _run(self, rows: Iterator[Row]) -> None:
+        piece: list[Row] = []
+        try:
+            for row in rows:
+                piece.append(row)
+                if len(piece) == _PIECE:
+                    self._put(piece)
+                    piece = []
+                if self._stop.is_set():
+                    return
+            self._put(piece)
+            self._put(None)
+        except BaseException as failure:  # whatever it is, it belongs to the thread that takes
+            self._put(piece)
+            self._put(failure)
+
+    def _put(self, item: list[Row] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.2)
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)  # a stream that hangs on the network must not keep the process
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass; with a ``cursor`` they are the last of their shard."""
+
+    block: RowBlock
+    first_row: int
+    cursor: dict[str, Any] | None
+
+
+def batches(feed: RowFeed, first_row: int, planned_rows: int, shard_rows: int, batch_size: int) -> Iterator[Batch]:
+    """Batches from ``first_row`` on until the plan is full or the text ends.
+
+    Within a shard they begin at multiples of ``batch_size``, so that what a row is computed with depends on its place
+    alone.
+    """
+    row = first_row
+    while row < planned_rows:
+        stop = min(planned_rows, (row // shard_rows + 1) * shard_rows)
+        taken = feed.take(min(batch_size, stop - row))
+        if taken is None:
+            return
+        block, cursor = taken
+        last = row + len(block) == stop or cursor["end"]
+        yield Batch(block, row, cursor if last else None)
+        row += len(block)

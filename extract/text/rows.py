@@ -1,0 +1,238 @@
+"""Documents cut into rows of tokens: one row is one context, which begins with BOS and holds consecutive tokens.
+
+Shapes: B rows, T positions (the context). ``document`` packing cuts every document into rows of its own and drops the
+tail that does not fill one. ``concat`` packing joins documents into one stream of tokens and cuts that; the documents
+array tells them apart, and BOS still stands only where a row begins. Special tokens written out in a text are tokenised
+as the letters they consist of, so that a text cannot pretend to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...cache.format.layout import SPECIAL, RowBlock
+from ...errors import TextError
+from ..config import TextSource
+from ..model.load import LanguageModel, ModelOutline
+from .documents import Documents, is_held_out, text_hash
+from .open import open_documents
+
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 100_000  # tokenised at a time, whichever is reached first
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading stands: token ``offset`` of document ``document`` is the next one; ``check`` is the hash of its
+    text.
+    """
+
+    document: int = 0
+    offset: int = 0
+    check: str = ""
+    held_out_documents: int = 0
+    short_documents: int = 0
+    """Documents without a single whole row (``document`` packing)."""
+    dropped_tokens: int = 0
+    """Tokens of tails that filled no row (``document`` packing)."""
+    end: bool = False
+    """Whether the text ended here."""
+
+    @classmethod
+    def read(cls, record: dict[str, Any] | None) -> Cursor:
+        """A cursor from the JSON it was kept as; the beginning from None."""
+        return cls(**record) if record else cls()
+
+
+class Tokenized(NamedTuple):
+    """One document as token ids, with where it stands."""
+
+    number: int
+    ids: np.ndarray
+    check: str
+
+
+class Row(NamedTuple):
+    """One row, and the cursor after it."""
+
+    tokens_T: np.ndarray
+    documents_T: np.ndarray
+    cursor: Cursor
+
+
+def row_blocks(
+    text: TextSource,
+    model: LanguageModel | ModelOutline,
+    *,
+    held_out: bool = False,
+    cursor: dict[str, Any] | None = None,
+    rows_per_block: int = 64,
+    documents: Documents | None = None,
+) -> Iterator[tuple[RowBlock, dict[str, Any]]]:
+    """Blocks of ``rows_per_block`` rows (the last one shorter), each with the cursor after it.
+
+    ``held_out`` yields the rows of exactly the documents that are never extracted. ``cursor`` goes on behind an earlier
+    block; what lies before is skipped without being tokenised. ``documents`` spares opening the text again.
+
+    Raises:
+        TextError: nothing to read, no row in all of it, or a text that is not the one the cursor was taken from.
+
+    """
+    start = Cursor.read(cursor)
+    rows = read_rows(text, model, documents or open_documents(text), start, held_out=held_out)
+    while block := list(islice(rows, rows_per_block)):
+        yield gather(block, model.special_token_ids), asdict(block[-1].cursor)
+
+
+def read_rows(
+    text: TextSource,
+    model: LanguageModel | ModelOutline,
+    documents: Documents,
+    start: Cursor,
+    *,
+    held_out: bool = False,
+) -> Iterator[Row]:
+    """The rows behind :func:`row_blocks`, one by one."""
+    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, held_out=held_out)
+    found = bool(start.check)
+    for row in pack(tokenized, text.packing, text.context, model.bos_token_id, start):
+        found = True
+        yield row
+    if not found:
+        raise TextError(_nothing(text, held_out))
+
+
+def _nothing(text: TextSource, held_out: bool) -> str:
+    if held_out:
+        return (
+            f"{text.dataset} has no held-out document long enough for a row of {text.context} tokens "
+            "at a held-out share of "
+            f"{text.held_out:g}: extract with a larger --held-out, or evaluate on another --dataset"
+        )
+    remedy = "use --packing concat or a smaller --context" if text.packing == "document" else "give more text"
+    return f"{text.dataset} fills not a single row of {text.context} tokens: {remedy}"
+
+
+def tokenize(
+    documents: Documents, tokenizer: Any, share: float, start: Cursor, *, held_out: bool
+) -> Iterator[tuple[Tokenized, int]]:
+    """Token ids of every document on the wanted side of the held-out share, with the number of documents passed over
+    before it.
+
+    Documents are tokenised in batches, which is faster and changes nothing.
+    """
+    batch: list[tuple[int, str, int]] = []
+    characters = passed = 0
+    for number, text in documents.read(start.document):
+        if number == start.document and start.check:
+            _check_unchanged(text, start)
+        if is_held_out(text, share) != held_out:
+            passed += 1
+            continue
+        batch.append((number, text, passed))
+        characters, passed = characters + len(text), 0
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield from _tokenize_batch(batch, tokenizer)
+            batch, characters = [], 0
+    yield from _tokenize_batch(batch, tokenizer)
+
+
+def _check_unchanged(text: str, start: Cursor) -> None:
+    if f"{text_hash(text):016x}" != start.check:
+        raise TextError(
+            f"document {start.document} is not the one this store was reading when it stopped: the "
+            "text or its order changed; "
+            "restore the text, or begin anew with --fresh"
+        )
+
+
+def _tokenize_batch(batch: Sequence[tuple[int, str, int]], tokenizer: Any) -> Iterator[tuple[Tokenized, int]]:
+    if not batch:
+        return
+    texts = [text for _, text, _ in batch]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    for (number, text, passed), ids in zip(batch, encoded, strict=True):
+        yield Tokenized(number, np.asarray(ids, dtype=np.int32), f"{text_hash(text):016x}"), passed
+
+
+def pack(
+    documents: Iterable[tuple[Tokenized, int]], packing: str, context: int, bos: int | None, start: Cursor | None = None
+) -> Iterator[Row]:
+    """Rows of ``context`` tokens from tokenised documents, read from ``start`` on; see the top of this file."""
+    start = start or Cursor()
+    body = context - (bos is not None)
+    return (_by_document if packing == "document" else _joined)(documents, body, bos, start)
+
+
+def _by_document(
+    documents: Iterable[tuple[Tokenized, int]], body: int, bos: int | None, cursor: Cursor
+) -> Iterator[Row]:
+    for document, passed in documents:
+        offset = cursor.offset if document.number == cursor.document else 0
+        cursor = replace(
+            cursor,
+            document=document.number,
+            offset=offset,
+            check=document.check,
+            held_out_documents=cursor.held_out_documents + passed,
+        )
+        whole = (len(document.ids) - offset) // body
+        for number in range(whole):
+            begin = offset + number * body
+            cursor = replace(cursor, offset=begin + body)
+            tokens_T = _with_bos(document.ids[begin : begin + body], bos)
+            yield Row(tokens_T, np.full(len(tokens_T), document.number, np.int32), cursor)
+        cursor = replace(
+            cursor,
+            dropped_tokens=cursor.dropped_tokens + len(document.ids) - cursor.offset,
+            short_documents=cursor.short_documents + (len(document.ids) < body),
+        )
+
+
+def _joined(documents: Iterable[tuple[Tokenized, int]], body: int, bos: int | None, cursor: Cursor) -> Iterator[Row]:
+    ids: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    missing = body
+    for document, passed in documents:
+        offset = cursor.offset if document.number == cursor.document else 0
+        cursor = replace(
+            cursor,
+            document=document.number,
+            check=document.check,
+            held_out_documents=cursor.held_out_documents + passed,
+        )
+        while offset < len(document.ids):
+            piece = document.ids[offset : offset + missing]
+            ids.append(piece)
+            numbers.append(np.full(len(piece), document.number, np.int32))
+            offset, missing = offset + len(piece), missing - len(piece)
+            if not missing:
+                cursor = replace(cursor, offset=offset)
+                documents_T = np.concatenate(numbers)
+                if bos is not None:
+                    documents_T = np.concatenate([documents_T[:1], documents_T])
+                yield Row(_with_bos(np.concatenate(ids), bos), documents_T, cursor)
+                ids, numbers, missing = [], [], body
+        cursor = replace(cursor, offset=len(document.ids))
+
+
+def _with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
+    return ids if bos is None else np.concatenate([np.array([bos], np.int32), ids])
+
+
+def gather(rows: Sequence[Row], special_token_ids: Sequence[int]) -> RowBlock:
+    """Rows stacked, their special tokens flagged."""
+    tokens_BT = np.stack([row.tokens_T for row in rows])
+    flags_BT = np.where(np.isin(tokens_BT, np.asarray(special_token_ids, np.int32)), SPECIAL, 0).astype(np.uint8)
+    return RowBlock(tokens_BT, np.stack([row.documents_T for row in rows]), flags_BT)

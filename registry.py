@@ -1,0 +1,101 @@
+"""Every idea that has a name on the command line is registered under that name, by this program and by plug-ins alike.
+
+Built-in ideas are listed with the module that registers them and imported on first use: names can be listed and checked
+without importing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from .errors import UsageError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named things of one kind.
+
+    Args:
+        kind: what they are, as messages say it ("temporal term").
+        modules: built-in names → the module inside this package that registers them (``train.loss.terms``).
+
+    """
+
+    _all: list[Registry[Any]] = []  # noqa: RUF012 - every registry of the process, for `forget_plugin`
+    _plugin: str | None = None  # the plug-in being loaded
+
+    def __init__(self, kind: str, modules: Mapping[str, str] = {}):
+        self.kind = kind
+        self._modules = dict(modules)
+        self._entries: dict[str, T] = {}
+        self._owners: dict[str, str] = {}  # plug-in names → the plug-in's file
+        Registry._all.append(self)
+
+    def add(self, name: str, entry: T) -> T:
+        """Register ``entry``.
+
+        Raises:
+            UsageError: the name is taken, or cannot stand in a file name.
+
+        """
+        if not name or not name.replace("_", "").replace("-", "").isalnum():
+            raise UsageError(f"'{name}' is no name for a {self.kind}: use letters, digits, '_' and '-'")
+        taken = name in self._entries or (Registry._plugin is not None and name in self._modules)
+        if taken:
+            owner = self._owners.get(name, "this program")
+            raise UsageError(f"the {self.kind} '{name}' is registered by {owner} already: choose another name")
+        self._entries[name] = entry
+        if Registry._plugin is not None:
+            self._owners[name] = Registry._plugin
+        return entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """:meth:`add` as a decorator."""
+        return lambda entry: self.add(name, entry)
+
+    def get(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            UsageError: nothing is registered under it; the sentence lists what is.
+
+        """
+        self.check(name)
+        if name not in self._entries:
+            import_module("." + self._modules[name], __package__)
+        return self._entries[name]
+
+    def check(self, name: str) -> str:
+        """The name itself, if something is registered under it; imports nothing.
+
+        Raises:
+            UsageError: as :meth:`get`.
+
+        """
+        if name not in self:
+            known = ", ".join(self)
+            raise UsageError(f"there is no {self.kind} '{name}': choose one of {known}, or register it with --plugin")
+        return name
+
+    def owner(self, name: str) -> str | None:
+        """The plug-in that registered the name; None for this program's own."""
+        return self._owners.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._modules, *self._entries]))
+
+    def __len__(self) -> int:
+        return len(set(self))
+
+    @classmethod
+    def forget_plugin(cls, plugin: str) -> None:
+        """Remove everything that a plug-in registered."""
+        for registry in cls._all:
+            for name in [name for name, owner in registry._owners.items() if owner == plugin]:
+                del registry._entries[name], registry._owners[name]

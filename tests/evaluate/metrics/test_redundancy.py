@@ -1,0 +1,83 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcsae.evaluate.metrics import redundancy
+from tcsae.evaluate.metrics.redundancy import decoder_neighbours, duplicate_groups
+
+FEW = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture(params=[3, 2048])
+def block(request, monkeypatch):
+    monkeypatch.setattr(redundancy, "_BLOCK", request.param)
+
+
+def rows(seed: int, features: int = 11) -> torch.Tensor:
+    """Rows of different norms, several nearly repeated, one zero."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(features, 5, generator=generator)
+    W[4] = 3 * W[1] + 0.02 * torch.randn(5, generator=generator)
+    W[7] = 0.5 * W[1] + 0.02 * torch.randn(5, generator=generator)
+    W[9] = 0
+    return W
+
+
+def cosines(W):
+    unit = W.double() / W.double().norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_are_those_of_the_full_matrix(block, seed):
+    W = rows(seed)
+    alive = torch.ones(11, dtype=torch.bool)
+    alive[2] = False
+    neighbour, cosine = decoder_neighbours(W, alive)
+    full = cosines(W)
+    full[:, [2, 9]] = -2
+    full.fill_diagonal_(-2)
+    for i in range(11):
+        if i in (2, 9):
+            assert neighbour[i] == -1
+            assert cosine[i].isnan()
+        else:
+            assert neighbour[i] == full[i].argmax()
+            assert float(cosine[i]) == pytest.approx(float(full[i].max()), abs=1e-6)
+
+
+def test_a_lone_feature_has_no_neighbour():
+    neighbour, cosine = decoder_neighbours(torch.eye(3), torch.tensor([True, False, False]))
+    assert neighbour.tolist() == [-1, -1, -1]
+    assert cosine.isnan().all()
+
+
+@FEW
+@given(st.integers(0, 1000), st.floats(0.3, 0.95))
+def test_groups_are_those_of_one_leader_at_a_time(seed, threshold):
+    W, energy = rows(seed), torch.rand(11, generator=torch.Generator().manual_seed(seed))
+    full, order = cosines(W), torch.argsort(energy, descending=True).tolist()
+    leaders, slow = [], list(range(11))
+    for i in order:
+        if i == 9:
+            continue  # a zero row is like nothing
+        best = max(leaders, key=lambda j: float(full[i, j]), default=None)
+        if best is not None and full[i, best] >= threshold:
+            slow[i] = best
+        else:
+            leaders.append(i)
+    for size in (3, 2048):
+        redundancy._BLOCK, before = size, redundancy._BLOCK
+        try:
+            assert duplicate_groups(W, energy, min_cosine=threshold).tolist() == slow
+        finally:
+            redundancy._BLOCK = before
+
+
+def test_near_duplicates_join_the_more_energetic_one():
+    W = rows(0)
+    energy = torch.ones(11)
+    energy[4] = 5
+    leader = duplicate_groups(W, energy)
+    assert leader[[1, 4, 7]].tolist() == [4, 4, 4]
+    assert leader[[0, 9]].tolist() == [0, 9]

@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+from reference import eval_losses
+from tcsae.evaluate.metrics.fidelity import Slab, token_losses
+from tcsae.evaluate.model.splice import Head, SplicedModel
+from tcsae.extract.config import ModelSource
+from tcsae.extract.model.load import load_language_model
+from tiny import KINDS
+
+ROWS, CONTEXT = 3, 20
+
+
+@pytest.fixture(scope="module")
+def loaded(request):
+    """kind → (language model, tokens [B, T]); loaded once per module."""
+    models = {}
+
+    def get(kind: str):
+        if kind not in models:
+            folder = request.getfixturevalue(f"tiny_{kind}")
+            lm = load_language_model(ModelSource(id=str(folder), device="cpu", dtype="float32"))
+            tokens = torch.randint(4, lm.vocab_size, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(0))
+            if lm.bos_token_id is not None:
+                tokens[:, 0] = lm.bos_token_id
+            models[kind] = (lm, tokens)
+        return models[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_splice_equals_a_full_run_with_a_hook(kind, loaded):
+    lm, tokens = loaded(kind)
+    model = SplicedModel(lm)
+    residuals, final = model.clean(tokens, range(lm.n_layers))
+    own = lm.model(input_ids=tokens, output_hidden_states=True)
+    for layer in range(lm.n_layers):
+        if layer + 1 < lm.n_layers:  # the last entry of hidden_states is after the final norm
+            assert torch.equal(residuals[layer], own.hidden_states[layer + 1])
+        assert torch.equal(model.residuals(tokens, [0, layer])[layer], residuals[layer])
+        changed = residuals[layer].flip(0) * 1.3 + 0.1
+        by_prefix, by_hook = model.spliced(tokens, layer, changed), model.spliced_by_hook(tokens, layer, changed)
+        assert torch.equal(by_prefix, by_hook)
+        assert not torch.allclose(by_prefix, final, atol=1e-2), "the splice changed nothing"
+        assert torch.equal(model.spliced(tokens, layer, residuals[layer]), final)
+    assert model.verify(tokens, range(lm.n_layers)) == []
+    assert torch.equal(lm.model(input_ids=tokens).logits, own.logits), "the real blocks are back in place"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_gives_the_models_own_logits(kind, loaded):
+    lm, tokens = loaded(kind)
+    model, head = SplicedModel(lm), Head(lm)
+    _, final = model.clean(tokens, [0])
+    head.verify(tokens, final)
+    assert head.note is None
+    own = lm.model(input_ids=tokens).logits.flatten(0, 1)
+    assert torch.allclose(head(final.flatten(0, 1)), own, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_splice_in_bfloat16_models_too(dtype, loaded, tiny_gemma2):
+    lm = load_language_model(ModelSource(id=str(tiny_gemma2), device="cpu", dtype=str(dtype).removeprefix("torch.")))
+    _, tokens = loaded("gemma2")
+    model = SplicedModel(lm)
+    residuals, final = model.clean(tokens, [0, 2, 3])
+    for layer, x in residuals.items():
+        assert torch.equal(model.spliced(tokens, layer, x.float()), final)
+    assert model.verify(tokens, [0, 2, 3]) == []
+
+
+def test_identity_kl_is_exactly_zero_and_zero_all_is_uniform(loaded):
+    lm, tokens = loaded("gemma2")
+    model, head = SplicedModel(lm), Head(lm)
+    residuals, final = model.clean(tokens, [1])
+    special = torch.zeros_like(tokens, dtype=torch.bool)
+    special[:, 0] = True
+    same = model.spliced(tokens, 1, residuals[1])
+    zero_all = model.spliced(tokens, 1, torch.zeros_like(residuals[1]))
+    zero = model.spliced(tokens, 1, torch.where(special[..., None], residuals[1], 0))
+    flat = [one[:, :-1].flatten(0, 1) for one in (final, same, zero_all, zero)]
+    targets = tokens[:, 1:].flatten()
+    _, ((_, kl_same), (ce_all, kl_all), (ce_none, kl_none), (ce_zero, _)) = token_losses(
+        head, flat[0], [flat[1], flat[2], None, flat[3]], targets
+    )
+    assert (kl_same == 0).all()
+    assert torch.allclose(ce_all, torch.full_like(ce_all, math.log(lm.vocab_size)), atol=1e-5)
+    assert torch.equal(ce_all, ce_none)
+    assert torch.equal(kl_all, kl_none)
+    assert not torch.allclose(ce_zero, torch.full_like(ce_zero, math.log(lm.vocab_size)), atol=0.05)
+
+
+@pytest.mark.parametrize("slab_tokens", [1, 3, 1000])
+def test_losses_equal_brute_force_in_float64_whatever_the_slab(slab_tokens, loaded):
+    lm, tokens = loaded("gemma2")
+    model, head = SplicedModel(lm), Head(lm)
+    residuals, final = model.clean(tokens, [2])
+    spliced = [model.spliced(tokens, 2, residuals[2] * factor) for factor in (0.5, 1.01)]
+    flat = [one.flatten(0, 1)[:40] for one in (final, *spliced)]
+    targets = tokens.flatten()[1:41]
+    ce, losses = token_losses(head, flat[0], flat[1:], targets, Slab(16 * lm.vocab_size * slab_tokens))
+    weight, cap = lm.model.get_output_embeddings().weight, lm.model.config.final_logit_softcapping
+    expected = [eval_losses(flat[0], one, weight, cap, targets) for one in flat[1:]]
+    for (ces, kls), (ce_true, ces_true, kls_true) in zip(losses, expected, strict=True):
+        assert torch.allclose(ce.double(), ce_true, atol=1e-5)
+        assert torch.allclose(ces.double(), ces_true, atol=1e-5)
+        assert torch.allclose(kls.double(), kls_true, atol=1e-5)
+
+
+def test_an_architecture_that_refuses_stand_ins_falls_back_to_hooks_and_says_so(loaded):
+    lm, tokens = loaded("llama")
+    model = SplicedModel(lm)
+    residuals, _ = model.clean(tokens, [2])
+    lower, real = lm.blocks[0], lm.decoder.forward
+
+    def fussy(*args, **kwargs):
+        assert lm.blocks[0] is lower, "this model looks after its own layers"
+        return real(*args, **kwargs)
+
+    lm.decoder.forward = fussy
+    try:
+        (note,) = model.verify(tokens, [2])
+        assert "layer 2" in note
+        assert "looks after its own layers" in note
+        changed = residuals[2] * 0.3
+        assert torch.equal(model.spliced(tokens, 2, changed), model.spliced_by_hook(tokens, 2, changed))
+    finally:
+        del lm.decoder.forward
+
+
+def test_a_model_that_ignores_stand_ins_is_found_out(loaded):
+    lm, tokens = loaded("llama")
+    model = SplicedModel(lm)
+    kept, real = list(lm.blocks), lm.decoder.forward
+
+    def stubborn(*args, **kwargs):
+        now = list(lm.blocks)
+        for at, block in enumerate(kept):
+            lm.blocks[at] = block
+        try:
+            return real(*args, **kwargs)
+        finally:
+            for at, block in enumerate(now):
+                lm.blocks[at] = block
+
+    lm.decoder.forward = stubborn
+    try:
+        (note,) = model.verify(tokens, [1])
+        assert "differs from a full run" in note
+    finally:
+        del lm.decoder.forward
+
+
+def test_an_unknown_head_is_used_as_it_is(loaded):
+    lm, tokens = loaded("llama")
+    model = SplicedModel(lm)
+    _, final = model.clean(tokens, [0])
+    head = Head(lm)
+    real = lm.model.lm_head.forward
+    lm.model.lm_head.forward = lambda states: real(states).abs()
+    try:
+        head.verify(tokens, final)
+        assert "not a plain product" in (head.note or "")
+        assert torch.equal(head(final.flatten(0, 1)), lm.model(input_ids=tokens).logits.flatten(0, 1))
+        assert not head.uniform_at_zero
+    finally:
+        del lm.model.lm_head.forward
+    assert torch.equal(lm.model(input_ids=tokens).logits.flatten(0, 1), Head(lm)(final.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_logit_effects_follow_the_final_norm(kind, loaded):
+    lm, _ = loaded(kind)
+    head = Head(lm)
+    direction = torch.randn(2, lm.d_model, generator=torch.Generator().manual_seed(1))
+    effects = head.effects(direction)
+    assert torch.allclose(head.effects(direction * 3), effects * 3, rtol=1e-3, atol=1e-4)
+    gain = 1 + lm.decoder.norm.weight if kind == "gemma2" else lm.decoder.ln_f.weight
+    centred = direction if kind == "gemma2" else direction - direction.mean(-1, keepdim=True)
+    scale = direction.norm(dim=-1, keepdim=True) / centred.norm(dim=-1, keepdim=True)
+    expected = (centred * scale * gain) @ lm.model.get_output_embeddings().weight.T
+    assert torch.allclose(effects, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,268 @@
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markupsafe import Markup
+from synthetic import metric, synthetic_report
+from tcsae.evaluate.report.chart import (
+    NIGHT,
+    PAPER,
+    STYLES,
+    Axis,
+    Line,
+    Mark,
+    Panel,
+    Rule,
+    number,
+    power_label,
+    set_apart,
+)
+from tcsae.evaluate.report.figures import write_figures, write_picture
+from tcsae.evaluate.report.page import render_page
+from tcsae.evaluate.report.panels import plane, plane_zoomed, sections, time_plane, variation_rows
+from tcsae.evaluate.report.svg import interval_glyph, render
+from tcsae.evaluate.results import Curve, EvaluationReport, TrainingCurves
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def report() -> EvaluationReport:
+    return synthetic_report(features=0)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(one: str, two: str) -> float:
+    light, dark = sorted((luminance(one), luminance(two)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("role", STYLES)
+def test_inks_can_be_read_by_day_and_by_night(role):
+    assert contrast(STYLES[role].paper, PAPER) >= 4.5
+    assert contrast(STYLES[role].night, NIGHT) >= 4.5
+
+
+def test_roles_differ_without_colour():
+    for names in (("tc", "twin", "external", "reference"), ("reconstruction", "sparsity", "temporal", "auxiliary")):
+        for a, b in itertools.combinations(names, 2):
+            assert STYLES[a].marker != STYLES[b].marker
+            assert STYLES[a].dash != STYLES[b].dash
+
+
+finite = st.one_of(st.just(0.0), st.floats(1e-12, 1e6), st.floats(-1e6, -1e-12))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(finite, min_size=1, max_size=6), st.booleans())
+def test_axis_holds_its_values_and_its_ticks(values, log):
+    axis = Axis("x", log=log)
+    ends = axis.range(values)
+    assert ends[0] < ends[1]
+    shown = [v for v in values if v > 0 or not log]
+    for value in shown:
+        assert axis.value(axis.fraction(value, ends), ends) == pytest.approx(
+            value, rel=1e-6, abs=1e-6 * (ends[1] - ends[0])
+        )
+    ticks = axis.ticks(ends)
+    assert [t for t, _ in ticks] == sorted(t for t, _ in ticks)
+    assert len({label for _, label in ticks}) == len(ticks)
+    slack = 1e-6 * (ends[1] - ends[0])
+    assert all(ends[0] - slack <= t <= ends[1] + slack for t, _ in ticks)
+    assert 1 <= len(ticks) <= 14
+
+
+def test_log_axis_puts_zero_at_its_edge():
+    axis = Axis("x", log=True)
+    assert axis.fraction(0.0, axis.range([0.0, 0.1, 1.0])) == 0.0
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.lists(st.floats(0, 300), max_size=8))
+def test_marks_set_apart_stay_in_order_and_near(xs):
+    places = dict(enumerate(xs))
+    moved = set_apart(places, 9.0)
+    assert set(moved) == set(places)
+    for i, x in places.items():
+        assert abs(moved[i] - x) <= 9.0 * len(xs)
+    order = sorted(places, key=lambda i: (places[i], i))
+    if all(b - a < 7 or b - a > 9.0 * len(xs) + 7 for a, b in zip(sorted(xs), sorted(xs)[1:], strict=False)):
+        assert order == sorted(moved, key=lambda i: moved[i])
+    if len(xs) == 2 and abs(xs[0] - xs[1]) < 7:
+        assert abs(moved[0] - moved[1]) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0.01, "0.01"), (1e-4, "10⁻⁴"), (3e-5, "3·10⁻⁵"), (1000.0, "1000"), (1e5, "10⁵"), (0.5, "0.5")]
+)
+def test_power_labels(value, label):
+    assert power_label(value) == label
+
+
+def test_numbers_are_never_minus_zero():
+    assert number(-0.0004, 2) == "0.00"
+    assert number(-1234.5, 1) == "−1,234.5"
+
+
+def test_every_section_draws_its_layers(report):
+    found = sections(report)
+    keys = [panel.key for group in found.values() for panel in group]
+    assert len(keys) == len(set(keys))
+    for layer in (5, 12):
+        assert {
+            f"plane-{layer}",
+            f"kl-{layer}",
+            f"lag-autocorrelation-{layer}",
+            f"density-{layer}",
+            f"loss-{layer}",
+        } <= set(keys)
+    assert all(panel.layer in (5, 12) for group in found.values() for panel in group)
+
+
+def test_plane_shows_references_with_an_l0_as_points_and_the_rest_as_levels(report):
+    panel = plane(report, 5)
+    assert panel is not None
+    assert {mark.label for mark in panel.marks} == {"TC-SAE", "twin", "untrained SAE", "all-zero SAE"}
+    assert {rule.label for rule in panel.rules} == {
+        "identity (bf16)",
+        "zero, every position",
+        "zero",
+        "mean",
+        "previous token",
+    }
+    a, b = panel.links[0]
+    assert {panel.marks[a].role, panel.marks[b].role} == {"tc", "twin"}
+
+
+def test_time_panels_leave_out_zero_where_all_would_crowd_at_the_other_end(report):
+    def low(change: float) -> float:
+        near = with_records(report, lambda r: {"metrics": r.metrics | close(r, change)})
+        return min(
+            panel.x.range([mark.x for mark in panel.marks])[0]
+            for panel in (time_plane(near, 5), variation_rows(near, 5))
+        )
+
+    def close(record, change: float):
+        value = 1.0 if record.role == "tc" else 1.0 + change
+        return (
+            {key: metric(key, value) for key in ("temporal_variation", "temporal_variation_refit")}
+            if record.role
+            else {}
+        )
+
+    assert low(0.02) > 0.9
+    assert low(0.5) == 0
+
+
+def test_forensic_dashes_are_explained_under_their_table(report):
+    page = render_page(report)
+    part = page[page.index('<section id="forensic">') :]
+    assert part.index("does not apply to this row") < part.index("</section>")
+
+
+def with_records(report: EvaluationReport, change) -> EvaluationReport:
+    return report.model_copy(update={"records": [r.model_copy(update=change(r)) for r in report.records]})
+
+
+def test_nulls_are_not_drawn(report):
+    null = metric("ce_score_mean", None)
+    assert plane_zoomed(with_records(report, lambda r: {"metrics": r.metrics | {"ce_score_mean": null}}), 5) is None
+    points = {"x": [1, 2, 3, None], "y": [0.5, None, 0.2, 0.1], "low": [0, None, 0, 0], "high": [1, None, 1, 1]}
+    holes = Curve(**points, x_label="x", y_label="y", definition="d")
+    found = sections(with_records(report, lambda r: {"curves": {"lag_autocorrelation": holes}}))["time"]
+    panel = next(panel for panel in found if panel.key.startswith("lag"))
+    assert panel.lines[0].x == (1, 3)
+    assert panel.lines[0].low == ()
+
+
+def test_shares_of_the_loss_add_up(report):
+    panels = {panel.key: panel for panel in sections(report)["training"]}
+    shares = panels["shares-l5-topk64-pairwise0.1-w5-s0"]
+    assert {line.role for line in shares.lines} == {"reconstruction", "temporal", "auxiliary"}
+    for values in zip(*(line.y for line in shares.lines), strict=True):
+        assert sum(values) == pytest.approx(100)
+
+
+def test_long_training_is_thinned():
+    curves = TrainingCurves(
+        steps=list(range(5000)), series={"total": [1.0] * 5000, "temporal": [0.1] * 5000, "mse": [0.9] * 5000}
+    )
+    base = synthetic_report(layers=(5,), features=0)
+    report = base.model_copy(update={"training": {base.records[0].name: curves}})
+    panels = sections(report)["training"]
+    assert [panel.key.split("-")[0] for panel in panels] == ["loss", "shares"]
+    assert all(100 <= len(line.x) <= 160 for panel in panels for line in panel.lines)
+
+
+def test_svg_escapes_and_describes():
+    mark = Mark(1.0, 2.0, "tc", "<b>&", 'say "<script>"', y_interval=(1.0, 3.0))
+    panel = Panel(
+        "k",
+        "a < b",
+        Axis("x & y"),
+        Axis("<y>"),
+        (mark,),
+        lines=(Line((0, 1), (0, 1), "twin", "<i>"),),
+        rules=(Rule("<r>", y=1),),
+    )
+    out = render(panel)
+    assert isinstance(out, Markup)
+    for raw in ("<b>", "<script>", "<i>", "<y>", "<r>", "a < b"):
+        assert raw not in out
+    assert "say &#34;&lt;script&gt;&#34;" in out
+    assert 'role="img"' in out
+    assert "<desc" in out
+
+
+def test_coinciding_points_are_both_seen():
+    marks = tuple(
+        Mark(64.0, y, role, role, y_interval=(y - 0.1, y + 0.1)) for y, role in ((0.97, "tc"), (0.971, "twin"))
+    )
+    out = render(Panel("k", "t", Axis("x"), Axis("y"), marks))
+    centre = float(out.split('cx="')[1].split('"')[0])
+    square = float(out.split("<rect")[1].split('x="')[1].split('"')[0]) + 3.7
+    assert abs(centre - square) == pytest.approx(9, abs=0.2)
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, None, None), (-2.0, -3.0, -1.0), (0.5, -0.5, 1.5)])
+def test_glyph_puts_the_difference_on_its_side_of_zero(value, low, high):
+    reach = max(abs(v) for v in (value, low or 0, high or 0))
+    out = interval_glyph(value, low, high, reach, "tc")
+    x = float(out.split('cx="')[1].split('"')[0])
+    assert math.copysign(1, x - 60) == math.copysign(1, value) or value == 0
+    assert ("whisker" in out) == (low is not None)
+
+
+def test_figures_are_written_twice_the_same(report, tmp_path):
+    panels = [p for p in sections(report)["fidelity"] if p.layer == 5 and p.key.startswith(("plane-5", "kl"))]
+    panels += sections(report)["features"][:1] + sections(report)["training"][:1]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old.png").write_bytes(b"")
+    one, two = write_figures(panels, tmp_path / "a"), write_figures(panels, tmp_path / "b")
+    assert len(one) == 2 * len(panels)
+    assert not (tmp_path / "a" / "old.png").exists()
+    for a, b in zip(one, two, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+        assert a.stat().st_size > 1000
+        assert a.suffix == ".svg" or a.read_bytes().startswith(PNG)
+    svg = one[1].read_text()
+    assert "previous token" in svg  # text stays text
+    assert "<dc:date>" not in svg
+
+
+def test_picture_for_the_readme(report, tmp_path):
+    path = write_picture(report, tmp_path / "docs" / "results.png")
+    data = path.read_bytes()
+    assert data.startswith(PNG)
+    width, height = (int.from_bytes(data[i : i + 4]) for i in (16, 20))
+    assert width >= 1600  # sharp at 800 pixels on dense screens
+    assert 2 < width / height < 3.5
+    with pytest.raises(ValueError, match=r"layers \[5, 12\]"):
+        write_picture(report, tmp_path / "x.png", layer=7)

@@ -1,0 +1,141 @@
+"""inspect and verify from the command line: what they print, as text and as JSON, and how they end."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from clusters import cluster_elsewhere
+from stores import make_manifest, make_store
+from tcsae import commands
+from tcsae.cache import cluster
+from tcsae.cache.statistics import STATISTICS
+from tcsae.cache.store import ActivationStore
+from tcsae.pipeline import main
+from tiny import tiny_corpus
+
+
+def ask(capsys, *args):
+    """Exit status, standard output, standard error of ``pipeline args``."""
+    status = main([str(a) for a in args])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_inspect_a_store(tmp_path, capsys):
+    path = make_store(tmp_path, rows=45)
+    status, out, _ = ask(capsys, "inspect", path, "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert (facts["rows"], facts["tokens"], facts["layer"], facts["finished"]) == (45, 720, 3, True)
+    assert facts["fingerprint"] == ActivationStore.open(path).fingerprint()
+    assert facts["special_mean_norm"] > 10 * facts["median_norm"]
+    assert set(facts["norm_by_position"]) == {"0", "1", "2", "4", "8", "15"}
+    picture = tmp_path / "norms.png"
+    status, out, _ = ask(capsys, "inspect", path, "--picture", picture)
+    assert status == 0
+    assert "special mean norm" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
+def test_inspect_computes_on_a_cluster_elsewhere(tmp_path, capsys, monkeypatch):
+    here, there = (make_store(tmp_path / name, rows=45) for name in ("here", "there"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with cluster_elsewhere(folder=tmp_path / "elsewhere") as (address, process):
+        status, out, _ = ask(capsys, "inspect", "there/l3.zarr", "--scheduler", address, "--json")
+        assert status == 0
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+        (there / STATISTICS).unlink()
+        status, _, said = ask(capsys, "inspect", there, "--scheduler", address)
+        assert status == 1
+        assert (
+            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or leave --scheduler out" in said
+        )
+    monkeypatch.undo()
+    facts, expected = json.loads(out), json.loads(ask(capsys, "inspect", here, "--json")[1])
+    assert {**facts, "path": ""} == {**expected, "path": ""}
+    assert facts["median_norm"] > 0
+
+
+def test_inspect_an_unfinished_store_without_statistics(tmp_path, capsys):
+    path = make_store(tmp_path, rows=45, finish=False)
+    status, out, _ = ask(capsys, "inspect", path, "--json", "--no-statistics")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["finished"] is False
+    assert "median_norm" not in facts
+
+
+def test_inspect_runs_and_reports(tmp_path, capsys):
+    (tmp_path / "train.json").write_text(json.dumps({"name": "r", "layer": 12, "steps": 5, "metrics": {"mse": 0.5}}))
+    status, out, _ = ask(capsys, "inspect", tmp_path, "--json")
+    assert (status, json.loads(out)["metric_mse"], json.loads(out)["layer"]) == (0, 0.5, 12)
+    (tmp_path / "train.json").rename(tmp_path / "results.json")
+    status, out, _ = ask(capsys, "inspect", tmp_path, "--json")
+    assert (status, json.loads(out)["layer"]) == (0, 12)
+
+
+def test_inspect_nothing(tmp_path, capsys):
+    status, _, err = ask(capsys, "inspect", tmp_path / "nothing")
+    assert status == 1
+    assert "no store at" in err
+
+
+def test_verify_sound_and_not(tmp_path, capsys):
+    path = make_store(tmp_path, rows=45)
+    status, out, _ = ask(capsys, "verify", path, "--json")
+    assert status == 0
+    assert json.loads(out) | {"bytes": 0} == {"rows": 45, "files": 12, "bytes": 0, "findings": 0, "problems": []}
+    (path / "flags/c.1.0").unlink()
+    status, out, err = ask(capsys, "verify", path)
+    assert status == 1
+    assert "NOT sound" in out
+    assert "flags/c.1.0 is missing" in err
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory, tiny_llama):
+    """A store of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("extracted")
+    text = tiny_corpus(folder / "text", documents=40)
+    options = ["--tokens", "1k", "--context", "16", "--batch-size", "4", "--out", folder / "cache", "--device", "cpu"]
+    arguments = ["--quiet", "extract", "--layers", "2", "--model", tiny_llama, "--dataset", text, *options]
+    assert main([str(a) for a in arguments]) == 0
+    return folder / "cache" / "l2.zarr"
+
+
+def test_verify_against_the_model(extracted, tiny_llama, tiny_gpt2, capsys):
+    capsys.readouterr()
+    status, out, _ = ask(capsys, "verify", extracted, "--model", tiny_llama, "--sample", "10", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["rows_recomputed"] >= 10
+    assert facts["rows_identical"] == facts["rows_recomputed"]
+    assert facts["worst_relative_difference"] == 0
+    status, _, err = ask(capsys, "verify", extracted, "--model", tiny_gpt2)
+    assert status == 1
+    assert "was made with another model than" in err
+
+
+@pytest.mark.parametrize(("said", "used"), [(None, "c" * 40), ("main", "main")])
+def test_verify_runs_the_recorded_revision_of_the_recorded_model(monkeypatch, capsys, said, used):
+    manifest = make_manifest(planned_rows=20)
+    model = manifest.model.model_copy(update={"revision": "c" * 40, "dtype": "float32"})
+    gpu = manifest.execution.model_copy(update={"device": "cuda", "device_name": "NVIDIA H100"})
+    manifest = manifest.model_copy(update={"model": model, "execution": gpu})
+    monkeypatch.setattr("tcsae.cache.format.manifest.read_manifest", lambda _: manifest)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = []
+    loaded = SimpleNamespace(identity=model)
+    monkeypatch.setattr(
+        "tcsae.extract.model.load.load_language_model", lambda source, **_: asked.append(source) or loaded
+    )
+    commands._recompute("l3.zarr", model.id, None, said)
+    commands._recompute("l3.zarr", "elsewhere/copy", None, None)
+    here, copy = asked
+    assert (here.revision, here.device, copy.revision) == (used, "cpu", None)
+    assert "was computed on NVIDIA H100, which this machine lacks" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Finding anyone's SAE: by path or hub id, and the layer it belongs to.
+
+Accepted: a SAELens folder; a Gemma Scope ``params.npz`` or its folder; a dictionary_learning ``ae.pt`` or its folder;
+any of them on the hub as ``owner/repository/path/inside``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import RunError, UsageError
+from .foreign import CHECKPOINT, GEMMA_SCOPE, SAELENS_CONFIG, AnySAE, read_checkpoint, read_gemma_scope, read_saelens
+
+Source = Literal["saelens", "gemma-scope", "dictionary-learning"]
+
+# Names of hook points whose number is the block whose output they are; resid_pre is the output of the block before.
+_OUTPUT_OF = (
+    r"blocks\.(\d+)\.hook_resid_post",
+    r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.output)?$",
+    r"resid_post_layer_(\d+)",
+    r"(?:^|/)layer_(\d+)(?:/|$)",
+)
+_INPUT_OF = r"blocks\.(\d+)\.hook_resid_pre"
+
+
+@dataclass(frozen=True)
+class ExternalSAE:
+    """An SAE from elsewhere, loaded, and where it belongs."""
+
+    name: str
+    path: str
+    source: Source
+    layer: int
+    sae: AnySAE
+    model_name: str | None
+
+
+def load_external(path: str, layer: int | None = None) -> ExternalSAE:
+    """Load an SAE by path or hub id. ``layer`` is needed where its own files do not say it.
+
+    Raises:
+        RunError: nothing there, damaged, or of a kind that cannot be evaluated.
+        UsageError: no layer is known, or the one given contradicts the SAE's own.
+
+    """
+    local = _locate(path)
+    source, sae = _read(local, path)
+    metadata = sae.metadata
+    said = layer_of(metadata, path)
+    if said is None and layer is None:
+        raise UsageError(f"{path} does not say which layer it belongs to: give --layer")
+    if said is not None and layer is not None and said != layer:
+        hook = metadata.get("hook_name") or path
+        raise UsageError(
+            f"--layer {layer} was given for {path}, but it belongs to layer {said} ('{hook}'): leave --layer out"
+        )
+    at = layer if said is None else said
+    assert at is not None  # noqa: S101 - one of the two is known, for the type checker
+    return ExternalSAE(_name(path), path, source, at, sae, metadata.get("model_name"))
+
+
+def layer_of(metadata: dict[str, Any], path: str) -> int | None:
+    """The layer whose output an SAE reads, from its hook name or its path; None where neither says.
+
+    Raises:
+        RunError: it reads something other than the residual stream between blocks.
+
+    """
+    if isinstance(metadata.get("layer"), int):
+        return metadata["layer"]
+    hook = metadata.get("hook_name") or metadata.get("hook_point")
+    for name in filter(None, (hook, path)):
+        before = re.search(_INPUT_OF, str(name))
+        if before and int(before[1]) > 0:
+            return int(before[1]) - 1
+        for pattern in _OUTPUT_OF:
+            found = re.search(pattern, str(name))
+            if found:
+                return int(found[1])
+    if hook:
+        raise RunError(
+            f"{path} reads '{hook}', which is not the residual stream after a block: only such SAEs can be spliced here"
+        )
+    return None
+
+
+def _read(local: Path, path: str) -> tuple[Source, AnySAE]:
+    if local.is_dir():
+        if (local / SAELENS_CONFIG).exists():
+            return "saelens", read_saelens(local)
+        for name in (GEMMA_SCOPE, CHECKPOINT):
+            if (local / name).exists():
+                return _read(local / name, path)
+        raise RunError(
+            f"{path} holds none of {SAELENS_CONFIG}, {GEMMA_SCOPE} and {CHECKPOINT}: name the folder of one SAE"
+        )
+    if local.suffix == ".npz":
+        return "gemma-scope", read_gemma_scope(local)
+    if local.suffix == ".pt":
+        return "dictionary-learning", read_checkpoint(local)
+    raise RunError(
+        f"{path} is neither a folder nor an .npz or .pt file: SAELens, Gemma Scope and "
+        "dictionary_learning SAEs can be read"
+    )
+
+
+def _locate(path: str) -> Path:
+    """The path itself, or a local copy of what the hub has under that name."""
+    local = Path(path)
+    if local.exists():
+        return local
+    parts = path.strip("/").split("/")
+    if path.startswith((".", "/", "~")) or len(parts) < 2:
+        raise RunError(f"there is no SAE at {path}: name a folder, a file, or owner/repository/path on the hub")
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*.npz", "*.pt"]
+    try:
+        found = Path(snapshot_download(repository, allow_patterns=patterns)) / inside
+    except GatedRepoError:
+        raise RunError(
+            f"{repository} is gated: accept its terms on the hub, then set HF_TOKEN to a token that may read it"
+        ) from None
+    except RepositoryNotFoundError:
+        raise RunError(
+            f"there is no SAE at {path}, neither a local path nor on the hub (or it is private: set HF_TOKEN)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise RunError(f"{path} is no local path, and the hub cannot be asked for it: {reason}") from None
+    if not found.exists():
+        raise RunError(f"{repository} on the hub has nothing under '{inside}': look up the path in its file list")
+    return found
+
+
+def _name(path: str) -> str:
+    """A short name: the last parts of the path that tell SAEs of one release apart."""
+    parts = [part for part in Path(path).parts if part not in ("/", "\\", ".", "..", GEMMA_SCOPE, CHECKPOINT)]
+    told_apart_by = 3 if any(part.startswith("width_") for part in parts) else 1  # Gemma Scope: layer, width, L0
+    return "/".join(parts[-told_apart_by:])

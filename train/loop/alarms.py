@@ -1,0 +1,88 @@
+"""What should stop a run or wake its owner: numbers that are not finite, a loss that ran away, a
+dictionary that died.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...cache.windows import WindowBatch
+from ...errors import RunError
+from .member import Member, Update
+
+_TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
+_DIVERGED, _COLLAPSED, _DEAD, _ALIKE = 100.0, 0.5, 0.9, 0.5
+_NAMED_ROWS = 5
+_REMEDY = "use a smaller --lr and begin anew with --fresh"  # a run goes on only as it was begun
+
+
+def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
+    """Stop a run whose loss or gradient is not finite: on a CPU before it reaches the weights.
+
+    Raises:
+        RunError: naming run, step, term and, where the inputs are to blame, the rows of the store.
+
+    """
+    result = update.result
+    if math.isfinite(result.total) and math.isfinite(update.grad_norm):
+        return
+    bad = [name for name in _TERMS if not math.isfinite(getattr(result, name))]
+    what = f"the {bad[0]} term" if bad else "the total loss" if not math.isfinite(result.total) else "a gradient"
+    rows = _rows(batch, ~torch.isfinite(batch.x_NWD).flatten(1).all(1).cpu())
+    where = f"{what} of {member.plan.name} is not finite at step {member.step}"
+    if rows:
+        raise RunError(f"{where}: rows {rows} of the store hold NaN or infinity, run 'pipeline verify' on it")
+    raise RunError(f"{where} (rows {_rows(batch, None)} of the store, all finite): {_REMEDY}")
+
+
+def check_weights(member: Member) -> None:
+    """Keep weights that are not finite out of the checkpoints: on CUDA losses are looked at only now and then.
+
+    Raises:
+        RunError: naming run and step.
+
+    """
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in member.sae.parameters()):
+        where = f"the weights of {member.plan.name} are not finite at step {member.step}"
+        raise RunError(f"{where}: {_REMEDY}")
+
+
+def check_divergence(member: Member, reconstruction: float, spread: float) -> None:
+    """Stop a run whose error is many times what predicting the mean would leave.
+
+    Args:
+        member: after its step.
+        reconstruction: mean squared error per token.
+        spread: mean squared distance of a token from the mean.
+
+    Raises:
+        RunError: it diverged.
+
+    """
+    if member.step > 100 and spread > 0 and reconstruction > _DIVERGED * spread:
+        ratio = f"{reconstruction / spread:.0f} times that of predicting the mean"
+        raise RunError(f"{member.plan.name} diverged: at step {member.step} its error is {ratio}: {_REMEDY}")
+
+
+def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | None:
+    """A sentence about a dictionary that does nothing any more, or always the same, or None."""
+    dead, alike, l0 = metrics.get("dead_share") or 0.0, metrics.get("near_duplicates") or 0.0, metrics.get("l0")
+    if l0 is not None and l0 < _COLLAPSED:
+        return f"collapse at step {step}: {l0:.2g} features are active per token; λ1 or λ2 is too large"
+    if dead > _DEAD and step > steps // 10:
+        return f"collapse at step {step}: {dead:.0%} of the features are dead"
+    if alike > _ALIKE:
+        return (
+            f"collapse at step {step}: {alike:.0%} of the decoder's rows are near-duplicates of "
+            "another; λ2 may be too large"
+        )
+    return None
+
+
+def _rows(batch: WindowBatch, mask_N: Tensor | None) -> str:
+    rows = sorted(set((batch.rows_N if mask_N is None else batch.rows_N[mask_N]).tolist()))
+    shown = ", ".join(map(str, rows[:_NAMED_ROWS]))
+    return f"{shown} …" if len(rows) > _NAMED_ROWS else shown

@@ -1,0 +1,95 @@
+"""What is worth knowing of an SAE in training beside its loss, from one batch of the stream.
+
+Shapes: N windows, W positions, D model width, F features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .member import Member, Update
+from .temporal_buffer import TemporalBuffer
+
+_SAMPLED_ROWS, _NEAR = 512, 0.95
+_TIMED_WINDOWS = 64
+Metrics = dict[str, float | None]
+
+
+@torch.no_grad()
+def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, share: float = 1.0) -> Metrics:
+    """All metrics of one logged step: of the whole batch as it was in the step, of time from its first few windows
+    after it.
+
+    Args:
+        member: after the step.
+        update: what the step returned.
+        x_NWD: its scaled inputs.
+        mean_D: the global mean of the scaled inputs, for the explained variance.
+        share: part of the batch's windows that this process has.
+
+    Returns:
+        Loss terms and their weighted shares of the total, gradient norm, learning rate, L0, dead share, explained
+        variance, near-duplicate share, temporal variation and lag correlations; None where undefined.
+
+    """
+    result = update.result
+    tokens = x_NWD.shape[0] * x_NWD.shape[1] / share
+    spread = float(member.world.mean((x_NWD - mean_D).pow(2).sum(-1).mean(), share))
+    z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
+    metrics = {
+        **loss_terms(update),
+        "l0": float(result.fired_F.sum()) / tokens,
+        "dead_share": float(member.dead.float().mean()),
+        "explained_variance": 1 - float(result.reconstruction) / spread if spread > 0 else None,
+        "near_duplicates": near_duplicates(member.sae.W_dec),
+        "temporal_variation": temporal_variation(z),
+        **lag_correlations(z),
+    }
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def loss_terms(update: Update) -> Metrics:
+    """The terms as they were before the step, and each one's weighted share of the total."""
+    result, objective = update.result, update.objective
+    total = float(result.total)
+    weighted = {
+        "reconstruction": float(result.reconstruction),
+        "sparsity": objective.sparsity_weight * float(result.sparsity),
+        "temporal": objective.temporal.weight * float(result.temporal),
+        "auxiliary": objective.aux_weight * float(result.auxiliary),
+    }
+    metrics: Metrics = {"loss": total}
+    metrics |= {name: float(getattr(result, name)) for name in weighted}
+    metrics |= {f"{name}_share": value / total if total else None for name, value in weighted.items()}
+    return metrics | {"grad_norm": float(update.grad_norm), "lr": update.lr}
+
+
+def temporal_variation(z_NWF: Tensor) -> float | None:
+    """Σ ‖z_t − z_{t+1}‖² / Σ ½ (‖z_t‖² + ‖z_{t+1}‖²) over neighbours: 0 if nothing changes, 2 if nothing is shared."""
+    before, after = z_NWF[:, :-1], z_NWF[:, 1:]
+    energy = before.pow(2).sum() / 2 + after.pow(2).sum() / 2
+    return float((after - before).pow(2).sum() / energy) if energy > 0 else None
+
+
+def lag_correlations(z_NWF: Tensor) -> Metrics:
+    """Mean centred autocorrelation at every lag of the window, over the features that vary."""
+    n, w, f = z_NWF.shape
+    if w < 2:
+        return {}
+    buffer = TemporalBuffer(f, w, streams=n, device=z_NWF.device)
+    for t in range(w):
+        buffer.push(z_NWF[:, t])
+    means_L = torch.nanmean(buffer.correlations(), dim=1).tolist()
+    return {f"lag_correlation_{lag}": value for lag, value in enumerate(means_L, start=1)}
+
+
+def near_duplicates(W_dec: Tensor) -> float:
+    """Share of (an evenly spaced sample of) decoder rows that have another row within a cosine of 0.95."""
+    rows_FD = torch.nn.functional.normalize(W_dec, dim=-1)
+    sampled = torch.linspace(0, len(rows_FD) - 1, min(_SAMPLED_ROWS, len(rows_FD)), device=W_dec.device).long()
+    cosines = rows_FD[sampled] @ rows_FD.T
+    cosines[torch.arange(len(sampled), device=W_dec.device), sampled] = -1
+    return float((cosines.max(dim=-1).values > _NEAR).float().mean())

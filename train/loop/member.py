@@ -1,0 +1,141 @@
+"""A member: one SAE with its optimiser, schedule and dead-feature counters; what a checkpoint keeps of it.
+
+Members know nothing of each other, of the disk, or of how batches come about; :mod:`.stack` steps them, alone or
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..loss.objective import Objective, StepResult, objective_of
+from ..plan import MemberPlan, tokens_per_step
+from ..sae.activation import Activation
+from ..sae.initialise import initialise
+from ..sae.temporal_sae import TemporalSAE
+from .distributed import World
+from .schedule import warmup_factor
+
+_MOST_DEAD_AFTER, _FEWEST_DEAD_STEPS, _DEAD_SHARE = 10_000_000, 20, 0.05
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did: its terms, the weights they had (warm-ups included), the gradient's norm before clipping, the
+    rate.
+    """
+
+    result: StepResult
+    objective: Objective
+    grad_norm: Tensor
+    lr: float
+
+
+class Member:
+    """One SAE in training.
+
+    Args:
+        plan: what it is.
+        mean_D: mean of the scaled inputs, for the decoder's bias.
+        device: where it trains.
+        compute_dtype: of the products.
+        world: the processes that share every batch.
+
+    """
+
+    def __init__(
+        self,
+        plan: MemberPlan,
+        mean_D: Tensor,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        world: World = World(),  # noqa: B008
+    ):
+        self.plan, self.config, self.world = plan, plan.config, world
+        self.compute_dtype = compute_dtype
+        self.sae = _new_sae(plan, mean_D).to(device).train()
+        self.objective = objective_of(self.config, plan.d_model, self.sae.n_features)
+        self.optimiser = _new_optimiser(self.sae, self.config)
+        self.idle_F = torch.zeros(
+            self.sae.n_features, dtype=torch.int64, device=device
+        )  # tokens since each feature fired
+        self.dead_after = dead_after(self.config)
+        self.step = 0
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool [F]: features that have not fired for ``dead_after`` tokens."""
+        return self.idle_F >= self.dead_after
+
+    def current_objective(self) -> Objective:
+        """The terms of this step and their weights, warm-ups included."""
+        config, steps = self.config, self.config.run.steps
+        return self.objective.warmed(
+            warmup_factor(self.step, steps, config.loss.l1_warmup),
+            warmup_factor(self.step, steps, config.temporal.warmup),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed member needs to go on bit for bit."""
+        weights = {name: _alone(tensor) for name, tensor in self.sae.state_dict().items()}
+        state = {"sae": weights, "optimiser": self.optimiser.state_dict(), "idle": _alone(self.idle_F)}
+        return state | {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        of_W_enc = self.optimiser.state[self.sae.W_enc]
+        for name, moment in of_W_enc.items():  # [F, D], as memory lies; until 2026-11-27 they were seen as [D, F]
+            of_W_enc[name] = moment if moment.is_contiguous() else moment.t()
+        self.idle_F.copy_(state["idle"])
+        self.step = state["step"]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Out of the stack it may be a part of: a file that holds a view holds all that is viewed."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def dead_after(config: TrainConfig) -> int:
+    """Tokens without firing after which a feature counts as dead."""
+    per_step = tokens_per_step(config)
+    share = max(_FEWEST_DEAD_STEPS * per_step, round(_DEAD_SHARE * config.run.steps * per_step))
+    return config.loss.dead_after or min(_MOST_DEAD_AFTER, share)
+
+
+def activation_of(config: TrainConfig) -> Activation:
+    """The activation of a configuration."""
+    kind = config.sae.activation
+    return Activation(kind, k=config.sae.k if kind in ("topk", "batchtopk") else None, bandwidth=config.sae.bandwidth)
+
+
+def _new_sae(plan: MemberPlan, mean_D: Tensor) -> TemporalSAE:
+    sae = TemporalSAE(plan.d_model, plan.config.sae.width, activation_of(plan.config))
+    initialise(sae, plan.config.sae, plan.config.run.seed, mean_D)
+    return sae
+
+
+def _new_optimiser(sae: TemporalSAE, config: TrainConfig) -> torch.optim.Optimizer:
+    chosen = config.optimiser
+    decayed = [sae.W_enc, sae.b_enc]
+    kept = [sae.W_dec, sae.b_dec]
+    if chosen.decay_decoder:
+        decayed, kept = decayed + kept, []
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": chosen.weight_decay}]
+    groups += [{"params": kept, "weight_decay": 0.0}]
+    if isinstance(sae.threshold, torch.nn.Parameter):
+        # Thresholds are of the size of pre-activations, 1, and weights of 1/√D: at one rate they would take √D times as
+        # long.
+        times = chosen.threshold_rate or math.sqrt(sae.d_model)
+        groups.append({"params": [sae.threshold], "weight_decay": 0.0, "times": times})
+    groups = [group for group in groups if group["params"]]
+    if chosen.name == "adam":
+        return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], lr=chosen.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)

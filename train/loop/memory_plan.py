@@ -1,0 +1,118 @@
+"""How much memory members need, how much there is, and how a sweep is split into passes, and a pass into stacks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...console import format_bytes
+from ...errors import ResourceError
+from ..loss.objective import objective_of
+from ..plan import MemberPlan, tokens_per_step
+from .member import activation_of
+
+_USABLE = 0.8  # of what is free: the window pool, the allocator and the rest of the machine need some
+_STATES = 4  # weight, gradient and AdamW's two moments, float32
+_CODE_BUFFERS = 4  # pre-activations, codes, their gradient and one temporary, per token and feature, in the dense step
+# Pre-activations of a stack, up to which members step together. CPU, measured for 8 members on Zen 5: the stack takes
+# 0.47 of their time one by one at 2¹⁷, 0.6 at 2¹⁹, 0.8 to 1.4 at 2²² and above, where its matrices no longer fit the
+# caches. CUDA: an estimate, of where the launches of a step take as long as its arithmetic.
+STACK_BELOW = {"cpu": 2**20, "cuda": 2**26}
+
+
+def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]:
+    """The members of a pass in stacks that step together (:mod:`.stack`), as even as possible.
+
+    Members agree in what makes their kernels one: widths, activation, decoder, the dead features' term and optimiser. A
+        stack
+    holds as many as have ``STACK_BELOW`` pre-activations together: beyond that, a step costs arithmetic and memory, not
+    calls.
+    """
+    alike: dict[tuple[object, ...], list[MemberPlan]] = {}
+    for plan in members:
+        config, objective = plan.config, objective_of(plan.config, plan.d_model, plan.config.sae.width)
+        dead = (objective.decoder_norms, objective.aux_k, objective.aux_weight)
+        shape = (plan.d_model, config.sae.width, activation_of(config), config.sae.decoder)
+        alike.setdefault((*shape, *dead, config.optimiser, config.run.steps), []).append(plan)
+    found = []
+    for plans in alike.values():
+        each = tokens_per_step(plans[0].config) * plans[0].config.sae.width
+        n_stacks = math.ceil(len(plans) / max(1, STACK_BELOW.get(device, 0) // each))
+        cuts = [len(plans) * at // n_stacks for at in range(n_stacks + 1)]
+        found += [plans[low:high] for low, high in itertools.pairwise(cuts)]
+    return found
+
+
+def member_bytes(plan: MemberPlan) -> int:
+    """Bytes that a member occupies for as long as it trains."""
+    return _STATES * 4 * plan.n_parameters
+
+
+def step_bytes(plan: MemberPlan) -> int:
+    """Bytes that one dense step of a member needs beside that; stacks take turns, so a pass needs the largest one's
+    only.
+    """
+    return tokens_per_step(plan.config) * 4 * (_CODE_BUFFERS * plan.config.sae.width + 4 * plan.d_model)
+
+
+def split_passes(members: Sequence[MemberPlan], available: int, device: str = "cpu") -> list[list[MemberPlan]]:
+    """Members in passes over the same stream that each fit ``available`` bytes, in order; one pass if they all do.
+
+    Raises:
+        ResourceError: one member alone does not fit.
+
+    """
+    passes: list[list[MemberPlan]] = []
+    for plan in members:
+        alone = member_bytes(plan) + step_bytes(plan)
+        if alone > available:
+            sizes = f"{plan.name} needs {format_bytes(alone)}, {format_bytes(available)} are free"
+            raise ResourceError(f"{sizes}: give a smaller --width or --batch-size")
+        if passes and sum(_needed([*passes[-1], plan], device)) <= available:
+            passes[-1].append(plan)
+        else:
+            passes.append([plan])
+    return passes
+
+
+def _needed(members: Sequence[MemberPlan], device: str) -> tuple[int, int]:
+    """Bytes of weights and moments, and of the largest stack's step."""
+    return sum(map(member_bytes, members)), max(sum(map(step_bytes, stack)) for stack in stacks(members, device))
+
+
+def estimate(members: Sequence[MemberPlan], device: str = "cpu") -> str:
+    """One line for the user: what the members of a pass need."""
+    weights, step = _needed(members, device)
+    return (
+        f"{format_bytes(weights + step)} ({format_bytes(weights)} of weights and moments, "
+        f"{format_bytes(step)} for a step)"
+    )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that members may take on ``device``."""
+    if device.type == "cuda":
+        return int(_USABLE * torch.cuda.mem_get_info(device)[0])
+    return int(_USABLE * min(_free_memory(), _container_free()))
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_free() -> int:
+    """What a control group leaves, where there is one (version 2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 1 << 62

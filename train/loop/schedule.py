@@ -1,0 +1,24 @@
+"""Learning rate and warm-ups as pure functions of the step, so that nothing of them needs to be kept in a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from ..config import OptimiserConfig
+
+
+def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
+    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, flat, linear decay to zero over the
+    last share.
+    """
+    warmup = min(config.warmup, int(config.warmup_share * steps))
+    decay = int(config.decay_share * steps)
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    falling = (steps - step) / decay if steps - step < decay else 1.0
+    return config.lr * min(rising, falling)
+
+
+def warmup_factor(step: int, steps: int, share: float) -> float:
+    """Factor of a weight that grows linearly from zero to one over the first ``share`` of the run."""
+    length = int(share * steps)
+    return min(1.0, step / length) if length else 1.0

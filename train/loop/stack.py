@@ -1,0 +1,198 @@
+"""Members that step together: of one shape, each what it would be alone, in a fraction of the calls where calls are
+what costs.
+
+Weights, gradients and counters of a stack lie one after the other in single tensors; every member's own are views of
+its part, so that checkpoints, diagnostics and exports know nothing of stacks. Whatever differs between members, such as
+λ1, λ2, the temporal form and its partners, the seed and the dead features, is each member's own. A stack of one is a
+member by itself.
+
+Shapes: M members, N windows, W positions, D model width, F features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..loss.objective import Objective, StepResult
+from ..step.by_hand import Stacked, sparse_step, stacked_step
+from .member import Member, Update
+from .schedule import learning_rate
+
+
+class Stack:
+    """Members that step as one.
+
+    Args:
+        members: of one shape, activation, decoder, optimiser and number of steps (:func:`.memory_plan.stacks`), at the
+            same step. Their weights become views.
+
+    """
+
+    def __init__(self, members: Sequence[Member]):
+        self.members, self.sae = list(members), members[0].sae
+        saes = [member.sae for member in members]
+        thresholds = [sae.threshold for sae in saes if sae.threshold is not None and sae.activation.kind == "jumprelu"]
+        self.weights = Stacked(
+            W_enc=_joined([sae.W_enc for sae in saes], feature_major=True),
+            b_enc=_joined([sae.b_enc for sae in saes]),
+            W_dec=_joined([sae.W_dec for sae in saes]),
+            b_dec=_joined([sae.b_dec for sae in saes]),
+            threshold=_joined(thresholds) if thresholds else None,
+        )
+        self._parameters = [list(sae.parameters()) for sae in saes]
+        self._idle_MF = _joined([member.idle_F for member in members])
+        self._gradients_of_rows: list[tuple[Tensor | None, Tensor]] = []  # and these rows
+        self._optimiser = members[0].optimiser if len(members) == 1 else _joint_optimiser(members)
+
+    def train_step(
+        self, x_NWD: Tensor, partners: Sequence[Tensor | None] | None = None, *, share: float = 1.0
+    ) -> list[Update]:
+        """One step of every member on scaled windows, which are ``share`` of the batch's.
+
+        On a CPU, nothing changes in any member if the loss or gradient of one is not finite.
+
+        Args:
+            x_NWD: what all members see.
+            partners: of every member, see :func:`..loss.terms.pairs`; None: nobody has partners that are not
+                neighbours.
+            share: part of the batch that this process has.
+
+        """
+        lr = self._set_rate()
+        objectives = [member.current_objective() for member in self.members]
+        results = self._gradients(x_NWD, objectives, partners or [None] * len(self.members))
+        pairs = zip(self.members, results, strict=True)
+        results = [member.world.combine(member.sae, result, share) for member, result in pairs]
+        self._keep_rows_unit()
+        norms = self._clip()
+        updates = [Update(*each, lr) for each in zip(results, objectives, norms, strict=True)]
+        if x_NWD.device.type == "cpu" and not all(map(_is_finite, updates)):
+            return updates
+        self._descend()
+        self._idle_MF += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        self._idle_MF.masked_fill_(torch.stack([result.fired_F for result in results]) > 0, 0)
+        for member in self.members:
+            member.step += 1
+        return updates
+
+    def _set_rate(self) -> float:
+        config = self.members[0].config
+        lr = learning_rate(self.members[0].step, config.run.steps, config.optimiser)
+        for optimiser in {id(each): each for each in (self._optimiser, *(m.optimiser for m in self.members))}.values():
+            for group in optimiser.param_groups:
+                group["lr"] = lr * group.get("times", 1)
+        return lr
+
+    def _gradients(
+        self, x_NWD: Tensor, objectives: Sequence[Objective], partners: Sequence[Tensor | None]
+    ) -> list[StepResult]:
+        """Of all members, into ``.grad`` of their parameters."""
+        dead = [
+            m.dead if objective.aux_weight > 0 else None for m, objective in zip(self.members, objectives, strict=True)
+        ]
+        compute_dtype = self.members[0].compute_dtype
+        for parameter in itertools.chain(*self._parameters):
+            parameter.grad = None
+        saes = [member.sae for member in self.members]
+        if len(saes) == 1:
+            options = {"partner_NP": partners[0], "dead_F": dead[0], "compute_dtype": compute_dtype}
+            result = sparse_step(self.sae, x_NWD, objectives[0], **options)
+            self._gradients_of_rows = [(self.sae.W_dec.grad, self.sae.W_dec)]
+            return [result]
+        dead_MF = None if dead[0] is None else torch.stack([each for each in dead if each is not None])
+        options = {"dead_MF": dead_MF, "compute_dtype": compute_dtype}
+        results, gradients = stacked_step(self.weights, saes, x_NWD, objectives, partners, **options)
+        for m, sae in enumerate(saes):
+            sae.W_enc.grad, sae.b_enc.grad = gradients.W_enc[m].t(), gradients.b_enc[m]
+            sae.W_dec.grad, sae.b_dec.grad = gradients.W_dec[m], gradients.b_dec[m]
+            if sae.threshold is not None and gradients.threshold is not None:
+                sae.threshold.grad = gradients.threshold[m]
+        self._gradients_of_rows = [(gradients.W_dec, self.weights.W_dec)]
+        return results
+
+    @torch.no_grad()
+    def _keep_rows_unit(self) -> None:
+        if self.members[0].config.sae.decoder == "unit":
+            # What points along a row of unit norm would only be undone by the renormalisation.
+            for gradient, rows in self._gradients_of_rows:
+                assert gradient is not None  # noqa: S101 - for the type checker
+                gradient -= (gradient * rows).sum(-1, keepdim=True) * rows
+        self._gradients_of_rows = []  # so that the next step finds their memory free
+
+    @torch.no_grad()
+    def _clip(self) -> list[Tensor]:
+        """Every member's gradient norm, before the gradient is clipped by it."""
+        gradients = [p.grad for parameters in self._parameters for p in parameters if p.grad is not None]
+        # As torch.nn.utils.clip_grad_norm_ does it, for all members in as few calls as for one.
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norm_M = torch.linalg.vector_norm(norms.view(len(self.members), -1), dim=1)
+        clip = self.members[0].config.optimiser.clip
+        if clip:
+            each = len(gradients) // len(self.members)
+            shrink = [factor for factor in (clip / (norm_M + 1e-6)).clamp_(max=1.0).unbind() for _ in range(each)]
+            torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
+        return list(norm_M.unbind())
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        """The optimiser's step, and what holds of the weights after it."""
+        for member, parameters in zip(self.members, self._parameters, strict=True):
+            for parameter in parameters:  # whose state may just have been loaded
+                self._optimiser.state[parameter] = member.optimiser.state[parameter]
+        with _as_they_lie([member.sae.W_enc for member in self.members]):
+            self._optimiser.step()
+        if self.members[0].config.sae.decoder == "unit":
+            self.weights.W_dec.div_(self.weights.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        if self.weights.threshold is not None:
+            self.weights.threshold.clamp_(min=0)
+
+
+def _is_finite(update: Update) -> bool:
+    return math.isfinite(update.result.total) and math.isfinite(update.grad_norm)
+
+
+@torch.no_grad()
+def _joined(parts: Sequence[Tensor], *, feature_major: bool = False) -> Tensor:
+    """Tensors of one shape one after the other in a new one [M, ..], of which they become views; a single
+    one as it is.
+    """
+    lying = [part.data.t() if feature_major else part.data for part in parts]
+    if len(parts) == 1:
+        return lying[0].unsqueeze(0)
+    joined = torch.stack(lying)
+    for part, own in zip(parts, joined, strict=True):
+        part.data = own.t() if feature_major else own
+    return joined
+
+
+@contextmanager
+def _as_they_lie(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Each W_enc as [F, D], the order of its memory: given as [D, F], the optimiser copies its gradient before it reads
+    it.
+    """
+
+    def turn() -> None:
+        for weight in weights:
+            gradient, weight.grad = weight.grad, None
+            weight.data = weight.data.t()
+            weight.grad = None if gradient is None else gradient.t()
+
+    turn()
+    try:
+        yield
+    finally:
+        turn()
+
+
+def _joint_optimiser(members: Sequence[Member]) -> torch.optim.Optimizer:
+    """One optimiser over the parameters of all; their states stay with the members."""
+    first = members[0].optimiser
+    alike = zip(*(member.optimiser.param_groups for member in members), strict=True)
+    groups = [{**each[0], "params": [parameter for group in each for parameter in group["params"]]} for each in alike]
+    return type(first)(groups)  # pyright: ignore[reportCallIssue] - Adam or AdamW, which have defaults

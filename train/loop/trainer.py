@@ -1,0 +1,291 @@
+"""One pass: a stream of windows, the members it feeds, their journals and checkpoints.
+
+Every batch is read once and given to each member in turn. All state that matters is in the checkpoints; whatever else
+there is can be thrown away at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...cache.store import ActivationStore
+from ...cache.windows import WindowBatch
+from ...console import Progress, format_count, format_duration, warn
+from ...progress_bar import Table
+from ..config import Partner
+from ..loss.partners import NEED_SIBLINGS, draw_partners
+from ..plan import MemberPlan, tokens_per_step
+from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
+from ..run_folder.metrics_log import Journal
+from .alarms import check_divergence, check_finite, check_weights, collapse
+from .batches import open_feed
+from .diagnostics import Metrics, diagnose
+from .distributed import World
+from .inputs import Inputs
+from .member import Member, Update
+from .memory_plan import stacks
+from .stack import Stack
+
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", "{:.4g}".format),
+    "explained_variance": ("explained\nvariance", "{:.3f}".format),
+    "l0": ("L0", "{:.4g}".format),
+    "dead_share": ("dead\nshare", "{:.1%}".format),
+    "temporal_share": ("temporal\nshare", "{:.1%}".format),
+    "temporal_variation": ("temporal\nvariation", "{:.3f}".format),
+}
+
+
+def board(members: Mapping[str, Metrics], rate: Metrics, step: int) -> Table:
+    """The table under the progress bar.
+
+    Args:
+        members: their last metrics by name, as in ``metrics.jsonl``; what is None or missing is shown as a dash.
+        rate: tokens per second and seconds of waiting since the step logged before.
+        step: of these metrics.
+
+    """
+    rows = [
+        (name, [_cell(metrics.get(key), form) for key, (_, form) in _COLUMNS.items()])
+        for name, metrics in members.items()
+    ]
+    speed, waited = rate.get("tokens_per_second"), rate.get("seconds_waiting")
+    said = [f"step {step}"]
+    said += [f"{format_count(speed)} tokens/s"] if speed is not None else []
+    said += [f"{format_duration(waited)} waiting for the disk"] if waited is not None else []
+    return Table([head for head, _ in _COLUMNS.values()], rows, foot=", ".join(said))
+
+
+def _cell(value: float | None, form: Callable[[float], str]) -> str:
+    return "—" if value is None else form(value)
+
+
+_CALIBRATION_BATCHES = 16
+_CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
+
+
+class Pass:
+    """Members that train on one stream.
+
+    Args:
+        plans: what they are; all of one data configuration and number of steps.
+        store: where the windows come from.
+        inputs: scale and limits.
+        device: where members train.
+        dtype: of their products.
+        world: the processes that share every batch.
+
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[MemberPlan],
+        store: ActivationStore,
+        inputs: Inputs,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World,
+    ):
+        self.inputs, self.device, self.world = inputs, device, world
+        self.config = plans[0].config
+        self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
+        by_name = {member.plan.name: member for member in self.members}
+        self.stacks = [Stack([by_name[plan.name] for plan in part]) for part in stacks(plans, device.type)]
+        self.mean_D = inputs.mean_D.to(device)
+        self.feed = open_feed(store, self.config.data, inputs, device)
+        self.step, self.steps = 0, self.config.run.steps
+        self.last_metrics: dict[str, Metrics] = {}
+        self._alarmed: set[str] = set()
+        self._rate = _Rate()
+
+    def restore(self, step: int) -> None:
+        """Go to the checkpoint of ``step`` that every member has."""
+        for member in self.members:
+            state = load_checkpoint(self.folder(member), step)
+            member.load_state_dict(state["member"])
+            self.feed.load_state_dict(json.loads(state["stream"]))
+        self.step = step
+
+    def folder(self, member: Member) -> Path:
+        """Run folder of a member."""
+        return Path(self.config.run.out) / member.plan.name
+
+    def run(self, bar: Progress) -> None:
+        """Train to the last step.
+
+        Raises:
+            RunError: a number that is not finite, or divergence.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint.
+
+        """
+        journals = self._open_journals()
+        self._rate.start(self.step, self.feed.seconds_waiting)
+        try:
+            with interruptible() as stop:
+                while self.step < self.steps:
+                    self._train_batch(journals, bar)
+                    if self.world.any(stop.is_set()):
+                        self.checkpoint()
+                        raise KeyboardInterrupt(
+                            f"Checkpoint written at step {self.step}; the same command goes on from there."
+                        )
+                    if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
+                        self.checkpoint()
+                self.calibrate()
+        finally:
+            self.feed.close()
+            for journal in journals.values():
+                journal.close()
+
+    def _train_batch(self, journals: dict[str, Journal], bar: Progress) -> None:
+        batch = self.feed.next_batch()
+        share = self.world.share(len(batch.x_NWD), pairs=self.config.data.siblings)
+        part = WindowBatch(batch.x_NWD[share], batch.documents_N[share], batch.rows_N[share], batch.starts_N[share])
+        x_NWD = self.inputs.prepare(part.x_NWD, self.device)
+        logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
+        checked = self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged
+        partners, weight = self._partners(part), len(part.x_NWD) / len(batch.x_NWD)
+        for stack in self.stacks:
+            updates = stack.train_step(x_NWD, [partners[member.plan.name] for member in stack.members], share=weight)
+            for member, update in zip(stack.members, updates, strict=True):
+                if checked:
+                    check_finite(member, update, part)
+                if logged:
+                    self._log(member, update, x_NWD, journals, weight)
+        self.step += 1
+        bar.advance(tokens_per_step(self.config))
+        if logged:
+            bar.show(board(self.last_metrics, self._rate.last, self.step))
+
+    def _partners(self, batch: WindowBatch) -> dict[str, torch.Tensor | None]:
+        """Of every member, by its name; members with partners of one kind have the same ones."""
+        terms = {m.plan.name: m.objective.temporal for m in self.members}
+        kinds: set[Partner] = {term.partner for term in terms.values() if term.active}
+        drawn: dict[Partner | None, torch.Tensor | None] = {None: None}
+        for kind in kinds:
+            found = draw_partners(kind, batch.documents_N, self.feed.window, seed=self.config.data.seed, step=self.step)
+            drawn[kind] = None if found is None else found.to(self.device)
+        return {name: drawn[term.partner if term.active else None] for name, term in terms.items()}
+
+    def _log(
+        self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal], share: float
+    ) -> None:
+        check_divergence(member, float(update.result.reconstruction), self.inputs.spread)
+        metrics = diagnose(member, update, x_NWD, self.mean_D, share=share)
+        self.last_metrics[member.plan.name] = metrics
+        if not self.world.writes:
+            return
+        step = self.step + 1
+        rate = self._rate.since(step, tokens_per_step(self.config), self.feed.seconds_waiting)
+        journal = journals[member.plan.name]
+        journal.write(
+            step, {"tokens": step * tokens_per_step(self.config), "epoch": self.feed.epoch, **metrics, **rate}
+        )
+        message = collapse(metrics, self.steps, step)
+        if message and member.plan.name not in self._alarmed:
+            self._alarmed.add(member.plan.name)
+            journal.alarm(step, message)
+            warn(f"{member.plan.name}: {message}")
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Set the thresholds of batchtopk members from fresh batches and the final weights, so that L0 is k outside
+        training.
+
+        What they kept while training follows weights that have moved on since (arXiv 2412.06410, eq 5).
+        """
+        members = [member for member in self.members if member.sae.activation.kind == "batchtopk"]
+        smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
+        for _ in range(_CALIBRATION_BATCHES if members else 0):
+            x_NWD = self.inputs.prepare(self.feed.next_batch().x_NWD, self.device)
+            for member in members:
+                z = member.sae.encode(x_NWD)
+                kept = z[z > 0]
+                smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
+        for member in members:
+            found = smallest[member.plan.name]
+            if found and member.sae.threshold is not None:
+                member.sae.threshold.fill_(sum(found) / len(found))
+
+    def checkpoint(self) -> None:
+        """Write the state of every member, all of the same step.
+
+        Raises:
+            RunError: weights that are not finite, before anything is written.
+
+        """
+        for member in self.members:
+            check_weights(member)
+        if self.world.writes:
+            for member in self.members:
+                save_checkpoint(self.folder(member), self.step, self._state(member))
+        self.world.wait()
+
+    def _state(self, member: Member) -> dict[str, Any]:
+        return {
+            "member": member.state_dict(),
+            "stream": json.dumps(self.feed.state_dict()),
+            "inputs": self.inputs.state_dict(),
+        }
+
+    def _open_journals(self) -> dict[str, Journal]:
+        if not self.world.writes:
+            return {}
+        kinds = self.config.run.log
+        return {
+            m.plan.name: Journal(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
+            for m in self.members
+        }
+
+
+def needs_siblings(plan: MemberPlan) -> bool:
+    """Whether a member's partners come from another window of the same document."""
+    return plan.config.temporal.partner in NEED_SIBLINGS and plan.config.temporal.form != "none"
+
+
+class _Rate:
+    """Tokens per second and seconds spent waiting for the disk, between two logged steps."""
+
+    def start(self, step: int, waited: float) -> None:
+        self._now, self._step, self._waited = time.perf_counter(), step, waited
+        self.last: Metrics = {}
+
+    def since(self, step: int, tokens: int, waited: float) -> Metrics:
+        if step != self._step:
+            now = time.perf_counter()
+            self.last = {
+                "tokens_per_second": (step - self._step) * tokens / max(now - self._now, 1e-9),
+                "seconds_waiting": waited - self._waited,
+            }
+            self._now, self._step, self._waited = now, step, waited
+        return self.last
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of interrupting in the middle of a step; a second Ctrl-C
+    interrupts at once.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note_it(_signal: int, _frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note_it)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""What is minimised: the objective, its temporal terms, and the partners they compare."""

@@ -1,0 +1,90 @@
+"""What a step minimises, resolved to numbers, and what it reports. Shared by the dense and the sparse step.
+
+total = reconstruction + λ1 · sparsity + λ2 · temporal + α · auxiliary        eq 7 of the TC-SAE paper, and AuxK
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ..config import Partner, TemporalForm, TrainConfig
+
+DEFAULT_L1 = {"relu": 1.5, "jumprelu": 0.3, "topk": 0.0, "batchtopk": 0.0}  # L0 ≈ 50 on a real model (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class TemporalTerm:
+    """λ2 L_temp: its form, weight λ2, partner, and the first ``n_features`` of the dictionary that it sees."""
+
+    form: TemporalForm = "none"
+    weight: float = 0.0
+    partner: Partner = "next"
+    lag: int = 1
+    n_features: int = 0
+    similarity: str = "cosine"
+    temperature: float = 0.1
+
+    @property
+    def active(self) -> bool:
+        """Whether the term contributes at all."""
+        return self.form != "none" and self.weight > 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of every term.
+
+    ``decoder_norms``: Σ z_i ‖W_dec,i‖ instead of Σ z_i. ``aux_k``: dead features per token in AuxK.
+    """
+
+    sparsity_weight: float = 0.0
+    decoder_norms: bool = False
+    temporal: TemporalTerm = field(default_factory=TemporalTerm)
+    aux_k: int = 0
+    aux_weight: float = 0.0
+
+    def warmed(self, sparsity: float, temporal: float) -> Objective:
+        """The same with λ1 and λ2 multiplied by their warm-up's factors."""
+        if sparsity == temporal == 1.0:
+            return self
+        term = replace(self.temporal, weight=self.temporal.weight * temporal)
+        return replace(self, sparsity_weight=self.sparsity_weight * sparsity, temporal=term)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Terms of one batch, detached 0-d float32 and unweighted (``total`` is the weighted sum), and who fired.
+
+    ``fired_F`` [F] int64 counts the tokens of the batch on which each feature was active.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    sparsity: Tensor
+    temporal: Tensor
+    auxiliary: Tensor
+    fired_F: Tensor
+
+
+def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objective:
+    """The objective of a configuration for an SAE of these widths."""
+    sae, loss, temporal = config.sae, config.loss, config.temporal
+    counted = sae.activation in ("topk", "batchtopk")
+    sparsity = 0.0 if counted else (DEFAULT_L1[sae.activation] if loss.l1 < 0 else loss.l1)
+    return Objective(
+        sparsity_weight=sparsity,
+        decoder_norms=loss.decoder_norms and sae.decoder == "free" and sae.activation == "relu",
+        temporal=TemporalTerm(
+            form=temporal.form,
+            weight=0.0 if temporal.form == "none" else temporal.weight,
+            partner=temporal.partner,
+            lag=temporal.lag if temporal.partner == "lag" else 1,
+            n_features=max(1, round(temporal.scope * n_features)),
+            similarity=temporal.similarity,
+            temperature=temporal.temperature,
+        ),
+        aux_k=(loss.aux_k or max(1, d_model // 2)) if counted else 0,
+        aux_weight=loss.aux_weight if counted else 0.0,
+    )

@@ -1,0 +1,147 @@
+"""Who may write into which run folder: new ones freely, finished ones never by accident, unfinished ones to go on
+exactly.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...cache.store import ActivationStore
+from ...errors import RunError
+from ..config import TrainConfig
+from ..formats.saelens import CONFIG, WEIGHTS
+from ..plan import MemberPlan
+from ..presets import changed
+from .checkpoint import checkpoints, drop_checkpoints
+from .metrics_log import METRICS, read_metrics
+from .record import RECORD, RunRecord, load_run
+
+# What may differ when a run goes on: where and how it is written, not what it computes.
+_FREE = {
+    "run.out",
+    "run.name",
+    "run.baseline",
+    "run.device",
+    "run.log",
+    "run.checkpoint_every",
+    "run.log_every",
+    "data.store",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A member and what is known of its folder: ``done`` if finished, ``record`` if it was begun, both empty if new."""
+
+    plan: MemberPlan
+    folder: Path
+    record: RunRecord | None = None
+    done: bool = False
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a step to go on from."""
+        return self.record is not None and bool(checkpoints(self.folder))
+
+
+def claim(
+    plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool, default_length: bool = False
+) -> list[Claim]:
+    """Decide for every member whether it begins, goes on or is done; changes nothing.
+
+    Args:
+        plans: the members.
+        store: where their windows come from.
+        fresh: replace what is there.
+        default_length: nobody asked for a number of steps, so that a run keeps its own even if the store has grown
+            since.
+
+    Raises:
+        RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said.
+
+    """
+    return [_claim(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
+
+
+@contextmanager
+def held(claims: Sequence[Claim]) -> Iterator[None]:
+    """The run folders that will be written, kept from any other process for the block; the kernel lets go if this one
+    dies.
+
+    Folders of members that begin anew are emptied of what a run writes, once all of them are held.
+
+    Raises:
+        RunError: another process trains one of them, or it cannot be made.
+
+    """
+    with ExitStack() as open_folders:
+        for each in claims:
+            if each.done:
+                continue
+            try:
+                each.folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(each.folder, os.O_RDONLY)
+                open_folders.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process trains {each.folder}: wait for it, or give another --name or --out"
+                ) from None
+            except OSError as failure:
+                raise RunError(
+                    f"the run folder {each.folder} cannot be written: {failure.strerror or failure}"
+                ) from failure
+        for each in claims:
+            if each.record is None:
+                _clear(each.folder)
+        yield
+
+
+def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> Claim:
+    folder = Path(plan.config.run.out) / plan.name
+    if fresh or not (folder / RECORD).exists():
+        return Claim(plan, folder)
+    record = load_run(folder)
+    if not record.finished and not checkpoints(folder) and not read_metrics(folder):
+        return Claim(
+            plan, folder
+        )  # it failed before its first line of metrics: there is nothing to go on with or to lose
+    if default_length:
+        plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
+    _same(plan.config, record, store, folder)
+    return Claim(plan, folder, record, done=record.finished)
+
+
+def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder: Path) -> None:
+    difference = first_difference(record.config, config.model_dump(mode="json"))
+    if difference:
+        raise RunError(
+            f"{folder} holds another run: {difference}; give another --name or --out, or replace it with --fresh"
+        )
+    if store.n_rows < record.store_rows or store.fingerprint(record.store_rows) != record.store_fingerprint:
+        what = f"the first {record.store_rows} rows of {store.path} are not those that {folder} was trained on"
+        raise RunError(f"{what}: give the store it began with, another --name, or replace it with --fresh")
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first field in which two configurations would compute something else, as words."""
+    for group, fields in new.items():
+        if not isinstance(fields, dict):
+            continue
+        for key, value in fields.items():
+            before = old.get(group, {}).get(key)
+            if f"{group}.{key}" not in _FREE and before != value:
+                return f"{group}.{key} was {before!r} and is now {value!r}"
+    return None
+
+
+def _clear(folder: Path) -> None:
+    for name in (RECORD, METRICS, CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    drop_checkpoints(folder)

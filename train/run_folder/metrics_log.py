@@ -1,0 +1,185 @@
+"""Where metrics go: always ``metrics.jsonl``, and TensorBoard or Weights & Biases where asked for and installed.
+
+One JSON object per line and logged step; undefined numbers are null. A resumed run goes on with the same curves and has
+no step twice: lines and TensorBoard events past its checkpoint are dropped, what Weights & Biases was sent already is
+not sent again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...errors import RunError, UsageError
+
+METRICS = "metrics.jsonl"
+
+
+class _Sink(Protocol):
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Journal:
+    """The metrics of one run.
+
+    Args:
+        run: the run's folder.
+        kinds: jsonl, tensorboard, wandb.
+        from_step: lines past this step are dropped (0: all of them).
+        config: shown by Weights & Biases.
+
+    Raises:
+        RunError: the folder cannot be written, or Weights & Biases refuses.
+
+    """
+
+    def __init__(self, run: Path, kinds: Sequence[str], *, from_step: int, config: dict[str, Any]):
+        self._path = run / METRICS
+        with _one_sentence(self._path):
+            run.mkdir(parents=True, exist_ok=True)
+            sent = _truncate(self._path, from_step)
+            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+        self._sinks: list[_Sink] = []
+        try:
+            self._sinks += (_SINKS[kind](run, config, from_step, sent) for kind in kinds if kind != "jsonl")
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Log the metrics of ``step``; flushed at once, so that a killed run has them.
+
+        Raises:
+            RunError: the file cannot be written any more.
+
+        """
+        self._line({"step": step, **metrics})
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def alarm(self, step: int, message: str) -> None:
+        """Log an alarm beside the metrics."""
+        self._line({"step": step, "alarm": message})
+
+    def _line(self, entry: dict[str, Any]) -> None:
+        with _one_sentence(self._path):
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close every sink."""
+        try:
+            with _one_sentence(self._path):
+                self._file.close()
+        finally:
+            for sink in self._sinks:
+                sink.close()
+
+
+def check_loggers(kinds: Sequence[str]) -> None:
+    """Fail before anything is begun.
+
+    Raises:
+        UsageError: a logger whose package is not installed.
+
+    """
+    for kind in kinds:
+        if kind != "jsonl" and importlib.util.find_spec(kind) is None:
+            raise UsageError(
+                f"--log {kind} needs the package {kind}, which is not installed: pip install {kind}, or leave it out"
+            )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics, alarms left out."""
+    path = run / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [entry for line in lines if (entry := _parsed(line)) and "alarm" not in entry]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None  # torn by a kill
+    return entry if isinstance(entry, dict) else None
+
+
+def _truncate(path: Path, step: int) -> int:
+    """Drop what lies past ``step``; the last step that was there."""
+    if not path.exists():
+        return 0
+    lines = {line: entry["step"] for line in path.read_text().splitlines() if (entry := _parsed(line))}
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line, at in lines.items() if step and at <= step))
+    os.replace(partial, path)
+    return max(lines.values(), default=0)
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as failure:
+        raise RunError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, _config: dict[str, Any], from_step: int, _sent: int):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """Its runs only ever grow: a resumed one keeps its id and sends nothing twice, one that begins anew gets another
+    id.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], from_step: int, sent: int):
+        import wandb  # pyright: ignore[reportMissingImports] - optional
+
+        # Names repeat between folders and after --fresh, the ids of Weights & Biases must not.
+        file = run / "wandb" / "id"
+        goes_on = from_step > 0 and file.exists()
+        if not goes_on:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"{run.name}-{secrets.token_hex(4)}")
+        self._sent = sent if goes_on else 0
+        try:
+            self._run = wandb.init(
+                project="tcsae", name=run.name, id=file.read_text(), dir=str(run), config=config, resume="allow",
+                reinit="create_new",  # the members of a pass are so many runs of one process
+                settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except wandb.Error as failure:
+            ways = "'wandb login', set WANDB_MODE=offline, or leave --log wandb out"
+            raise RunError(
+                f"Weights & Biases cannot begin {run.name} ({str(failure).rstrip('.')}): {ways}"
+            ) from failure
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        if step > self._sent:
+            self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}

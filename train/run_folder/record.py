@@ -1,0 +1,114 @@
+"""What a run folder says of itself: ``train.json`` beside the weights.
+
+A run is finished when its record says so, and only then do other stages see it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...errors import RunError
+
+RECORD = "train.json"
+
+
+class RunRecord(BaseModel):
+    """Everything needed to say what a run is, to repeat it, and to find the text it never saw."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    name: str
+    """Name of the run's folder."""
+    role: Literal["tc", "twin"]
+    """``tc``: has a temporal term, or stands alone. ``twin``: the same configuration with λ2 = 0."""
+    twin: str | None
+    """Folder name of the other one of the pair, in the same parent folder; None where there is none."""
+    layer: int
+    """Layer of the language model whose output the SAE reads."""
+    store: str
+    """Path of the activation store, as given."""
+    store_fingerprint: str
+    """Fingerprint of the rows used."""
+    store_rows: int
+    """Rows used: the first so many of the store."""
+    store_manifest: dict[str, Any]
+    """Copy of the store's manifest: model, text, tokenizer, held-out share."""
+    config: dict[str, Any]
+    """The full resolved training configuration of this SAE."""
+    input_scale: float
+    """Factor between raw activations and what the SAE was trained on; already folded into the saved weights."""
+    seed: int
+    steps: int
+    """Optimiser steps taken so far."""
+    planned_steps: int
+    tokens: int
+    """Tokens trained on so far."""
+    finished: bool
+    metrics: dict[str, float | None]
+    """The last metrics of the training stream (names as in ``metrics.jsonl``); None where undefined."""
+    versions: dict[str, str]
+    created: str
+    """When the run began, ISO 8601, UTC."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/train.json`` by rename, so that a reader never sees half of it.
+
+        Raises:
+            RunError: the folder cannot be written.
+
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{RECORD}.partial"
+            partial.write_text(json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
+            os.replace(partial, folder / RECORD)
+        except OSError as failure:
+            raise RunError(f"the run folder {folder} cannot be written: {failure.strerror or failure}") from failure
+
+
+def load_run(path: str | Path) -> RunRecord:
+    """The record of the run in folder ``path``, finished or not.
+
+    Raises:
+        RunError: no run there, or its record is damaged or of a newer version.
+
+    """
+    file = Path(path) / RECORD
+    try:
+        raw = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(
+            f"{path} is no training run ({RECORD} is missing): name a folder that 'pipeline train' wrote"
+        ) from None
+    except (OSError, ValueError) as failure:
+        raise RunError(f"{file} cannot be read: {failure}") from failure
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > 1:
+        raise RunError(f"{file} is of format {version}, this program reads format 1: update tcsae")
+    try:
+        return RunRecord.model_validate(raw)
+    except ValidationError as failure:
+        where = ".".join(str(part) for part in failure.errors()[0]["loc"]) or "its top level"
+        raise RunError(f"{file} is not a valid run record at '{where}': train the run again") from failure
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """The finished runs directly inside ``folder``, by name; empty where there are none.
+
+    One whose record is damaged is among them, so that opening it says so instead of it being passed over.
+    """
+    records = sorted(Path(folder).glob(f"*/{RECORD}"))
+    return [file.parent for file in records if _finished_or_damaged(file.parent)]
+
+
+def _finished_or_damaged(path: Path) -> bool:
+    try:
+        return load_run(path).finished
+    except RunError:
+        return True

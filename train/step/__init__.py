@@ -1,0 +1,1 @@
+"""One training step: by autograd, and by hand where a gradient was derived."""

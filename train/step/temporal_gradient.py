@@ -1,0 +1,234 @@
+"""The temporal terms and their gradients on active entries alone.
+
+Each term compares pairs of tokens, and its gradient at z_t[i] needs their z[i] only; where z_t[i] is not active,
+neither relu nor topk passes a gradient on. So the work is one lookup per active entry and compared token, and no [R, F]
+matrix is made:
+
+    pairwise     Σ (z_t − z_s)²: 2 (z_t − z_s) for every s compared with t
+    window_mean  Σ_t (z_t − z̄)² = (1/W) Σ_{t<s} (z_t − z_s)²: pairwise over all pairs of a window
+
+The value of a term is read off its gradient: both are homogeneous (Σ (z_t − z_s)² of degree 2, Σ |z_t − z_s| of degree
+1), so by Euler's theorem z·∂L/∂z is the degree times L, and where z is not active it adds nothing.
+
+Members that see the same tokens are compared in one go (:mod:`.active_entries`): a member without the term, or with
+another form of it, has no pairs in it.
+
+Shapes: M members, N windows, W positions, F features, R = M·N·W rows, P pairs, K the most tokens that one is compared
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..loss import terms as loss_terms
+from ..loss.objective import TemporalTerm
+from .active_entries import Codes, DenseCodes, SparseCodes
+
+_TINY = 1e-12  # as in terms.py
+
+
+def add_temporal(
+    slope: Tensor,
+    codes: Codes,
+    terms: Sequence[TemporalTerm],
+    windows: tuple[int, int],
+    partners: Sequence[Tensor | None],
+) -> Tensor:
+    """What :func:`..loss.terms.temporal` says of every member's codes [M]; λ2 times its gradient is added to ``slope``.
+
+    Args:
+        slope: ∂L/∂z at the active entries, like the codes' ``value``.
+        codes: of N·W tokens, window after window, and so for every member.
+        terms: of every member.
+        windows: N and W.
+        partners: of every member, [N, W−1], see :func:`..loss.terms.pairs`.
+
+    """
+    loss_M = codes.value.new_zeros(codes.n_members)
+    for chosen in _by_form(terms):
+        if isinstance(codes, DenseCodes) or terms[chosen[0]].form == "contrastive":
+            loss_M += _of_matrices(slope, codes, terms, chosen, windows, partners)
+            continue
+        pairs = [_pairs(terms[m], windows, partners[m], codes.value.device) for m in chosen]
+        if any(own_P.numel() for own_P, _ in pairs):
+            loss_M += _Compared(codes, terms, dict(zip(chosen, pairs, strict=True)), windows).add_to(slope)
+    return loss_M
+
+
+def _by_form(terms: Sequence[TemporalTerm]) -> list[list[int]]:
+    """The members with an active term, those of one form together."""
+    forms: dict[tuple[str, bool], list[int]] = {}
+    for member, term in enumerate(terms):
+        if term.active:
+            forms.setdefault((term.form, term.partner == "l2"), []).append(member)
+    return list(forms.values())
+
+
+class _Compared:
+    """Codes, and for every token the tokens that it is compared with; of the members whose pairs are given."""
+
+    def __init__(
+        self,
+        codes: SparseCodes,
+        terms: Sequence[TemporalTerm],
+        pairs: dict[int, tuple[Tensor, Tensor]],
+        windows: tuple[int, int],
+    ):
+        self.codes, self.term = codes, terms[min(pairs)]
+        self.n_tokens = windows[0] * windows[1]
+        counts = [pairs[m][0].numel() if m in pairs else 0 for m in range(codes.n_members)]
+        if self.term.form == "window_mean":  # (1/N·W)(1/W) Σ over pairs, where pairwise takes their mean
+            counts = [windows[0] * windows[1] ** 2 if count else 0 for count in counts]
+        self.share = [1 / count if count else 0.0 for count in counts]
+        self.pull = [term.weight * share for term, share in zip(terms, self.share, strict=True)]
+        own_P = torch.cat([own_P + m * self.n_tokens for m, (own_P, _) in pairs.items()])
+        other_P = torch.cat([other_P + m * self.n_tokens for m, (_, other_P) in pairs.items()])
+        self.rows_KR, self.meets_KR = _neighbours(own_P, other_P, codes.shape[0])
+        self.scope = _scope(codes, terms)
+        self.value = codes.value if self.scope is None else codes.value * self.scope
+
+    def add_to(self, slope: Tensor) -> Tensor:
+        """λ2 times the gradient is added to ``slope``; the terms [M]."""
+        if self.term.partner == "l2":
+            return self.norms(slope)
+        forms = {"l1": self.absolute, "normalised": self.normalised, "cosine": self.cosine}
+        return forms.get(self.term.form, self.squares)(slope)
+
+    def others(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each of the K: the rows compared with, and their codes at the active entries."""
+        for rows_R in self.rows_KR:
+            other = self.codes.at_rows(rows_R)
+            yield rows_R, other if self.scope is None else other.mul_(self.scope)
+
+    def squares(self, slope: Tensor, factor: Sequence[float] | None = None) -> Tensor:
+        """Mean over pairs of Σ (a − b)²; the gradient takes a ``factor`` of each member's."""
+        pull = [2 * p * f for p, f in zip(self.pull, factor or [1.0] * len(self.pull), strict=True)]
+        loss_M = slope.new_zeros(len(pull))
+        for _, other in self.others():
+            difference = torch.sub(self.value, other, out=other)
+            self.codes.add(slope, difference, pull)
+            loss_M += self.codes.dots(self.value, difference)
+        return loss_M.mul_(loss_M.new_tensor(self.share))
+
+    def absolute(self, slope: Tensor) -> Tensor:
+        """Mean over pairs of Σ |a − b|."""
+        loss_M = slope.new_zeros(len(self.pull))
+        for _, other in self.others():
+            sign = torch.sub(self.value, other, out=other).sign_()
+            self.codes.add(slope, sign, self.pull)
+            loss_M += self.codes.dots(self.value, sign)
+        return loss_M.mul_(loss_M.new_tensor(self.share))
+
+    def normalised(self, slope: Tensor) -> Tensor:
+        """Pairwise divided by the mean over tokens of Σ z²."""
+        size_M = self.codes.dots(self.value, self.value) / self.n_tokens
+        scale_M = 1 / size_M.clamp(min=_TINY)
+        loss_M = self.squares(slope, scale_M.tolist()) * scale_M
+        weights_M = scale_M.new_tensor([p / s if s else 0.0 for p, s in zip(self.pull, self.share, strict=True)])
+        shrink_M = torch.where(size_M > _TINY, -2 / self.n_tokens * loss_M * scale_M * weights_M, 0)
+        self.codes.add(slope, self.value, shrink_M.tolist())
+        return loss_M
+
+    def norms(self, slope: Tensor) -> Tensor:
+        """Mean over pairs of ‖a‖² + ‖b‖²."""
+        times_R = self.meets_KR.sum(0).to(self.value.dtype)
+        gradient = self.value * self.codes.of_rows(times_R)
+        self.codes.add(slope, gradient, [2 * p for p in self.pull])
+        return self.codes.dots(gradient, self.value).mul_(times_R.new_tensor(self.share))
+
+    def cosine(self, slope: Tensor) -> Tensor:
+        """Mean over pairs of 1 − cos(a, b)."""
+        codes = self.codes
+        inverse_R = torch.rsqrt(codes.row_sums(self.value.square()) + _TINY)
+        loss_M = inverse_R.new_tensor([float(share > 0) for share in self.share])
+        share_M = inverse_R.new_tensor(self.share)
+        for (rows_R, other), meets_R in zip(self.others(), self.meets_KR, strict=True):
+            scale_R = inverse_R * inverse_R.index_select(0, rows_R) * meets_R
+            cosine_R = codes.row_sums(self.value * other) * scale_R
+            loss_M -= cosine_R.view(len(loss_M), -1).sum(1) * share_M / 2
+            # d cos(a, b) / da = b / (‖a‖‖b‖) − cos(a, b) a / ‖a‖²
+            along = codes.of_rows(cosine_R * inverse_R.square())
+            codes.add(slope, (self.value * along).sub_(other.mul_(codes.of_rows(scale_R))), self.pull)
+        return loss_M
+
+
+def _scope(codes: SparseCodes, terms: Sequence[TemporalTerm]) -> Tensor | None:
+    """1 at the active entries that their member's term sees, else 0: outside its scope a term sees zeros, and pulls at
+    none.
+    """
+    n_features = codes.shape[1]
+    if all(term.n_features >= n_features for term in terms if term.active):
+        return None
+    number_F = torch.arange(n_features, device=codes.value.device)
+    return codes.of_columns(torch.cat([number_F < term.n_features for term in terms]).to(codes.value.dtype))
+
+
+def _pairs(
+    term: TemporalTerm, windows: tuple[int, int], partner_NP: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The compared tokens as two lists [P] of flat indices n·W + t."""
+    n_windows, w = windows
+    tokens = torch.arange(n_windows * w, device=device).view(n_windows, w)
+    if term.form == "window_mean":
+        first, second = torch.triu_indices(w, w, offset=1, device=device)
+        return tokens[:, first].reshape(-1), tokens[:, second].reshape(-1)
+    if partner_NP is None:
+        return tokens[:, : max(0, w - term.lag)].reshape(-1), tokens[:, term.lag :].reshape(-1)
+    exists = partner_NP >= 0
+    return tokens[:, :-1][exists], partner_NP[exists]
+
+
+def _neighbours(own_P: Tensor, other_P: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Whom each token is compared with, from both sides: rows [K, R], and a mask of those that are real.
+
+    Where a token has fewer than K, it stands in itself: it does not differ from itself.
+    """
+    one, another = torch.cat([own_P, other_P]), torch.cat([other_P, own_P])
+    counts = torch.bincount(one, minlength=n_rows)
+    starts = counts.cumsum(0) - counts
+    one, order = torch.sort(one, stable=True)
+    rank = torch.arange(one.numel(), device=one.device) - starts[one]
+    rows = torch.arange(n_rows, device=one.device).repeat(int(counts.max()), 1)
+    rows[rank, one] = another[order]
+    meets = torch.zeros_like(rows, dtype=torch.bool)
+    meets[rank, one] = True
+    return rows, meets
+
+
+def _of_matrices(
+    slope: Tensor,
+    codes: Codes,
+    terms: Sequence[TemporalTerm],
+    chosen: Sequence[int],
+    windows: tuple[int, int],
+    partners: Sequence[Tensor | None],
+) -> Tensor:
+    """The term of the ``chosen`` members from whole matrices, where nothing is sparse about them."""
+    z_MNWF, slopes = codes.dense().view(codes.n_members, *windows, -1), codes.members(slope)
+    loss_M = z_MNWF.new_zeros(codes.n_members)
+    for m in chosen:
+        term, z_NWF = terms[m], z_MNWF[m]
+        if isinstance(codes, DenseCodes) and term.form == "pairwise" and term.partner != "l2" and partners[m] is None:
+            loss_M[m] = _pairwise(slopes[m].view(z_NWF.shape), z_NWF, term)
+            continue
+        with torch.enable_grad():
+            z_NWF = z_NWF.detach().requires_grad_()
+            loss = loss_terms.temporal(z_NWF, term, partners[m])
+            (gradient,) = torch.autograd.grad(loss, z_NWF)
+        loss_M[m] = loss.detach()
+        slopes[m].add_(codes.gathered(gradient.flatten(0, 1), m), alpha=term.weight)
+    return loss_M
+
+
+def _pairwise(slope_NWF: Tensor, z_NWF: Tensor, term: TemporalTerm) -> Tensor:
+    """The paper's own form, by hand in half the passes over memory."""
+    w, lag, inside = z_NWF.shape[1], term.lag, slice(0, term.n_features)
+    difference = z_NWF[:, : max(0, w - lag), inside] - z_NWF[:, lag:, inside]
+    n_pairs = max(1, difference.shape[0] * difference.shape[1])
+    slope_NWF[:, : max(0, w - lag), inside].add_(difference, alpha=2 * term.weight / n_pairs)
+    slope_NWF[:, lag:, inside].sub_(difference, alpha=2 * term.weight / n_pairs)
+    return torch.dot(difference.view(-1), difference.view(-1)) / n_pairs
