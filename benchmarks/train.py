@@ -48,7 +48,7 @@ from tcsae.train.loop.member import Member
 from tcsae.train.loop.stack import Stack
 from tcsae.train.loss.objective import TemporalTerm
 from tcsae.train.plan import MemberPlan
-from tcsae.train.step.autograd import dense_step
+from tcsae.train.step.autograd import autograd_step
 from torch import Tensor
 
 OURS = ("sparse", "sparse + temporal", "dense", "dense + temporal")
@@ -130,7 +130,7 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     stack, by_hand = Stack([member]), stack_module.sparse_step
 
     def step(x_NWD: Tensor) -> Callable[[], float]:
-        stack_module.sparse_step = by_hand if name.startswith("sparse") else dense_step
+        stack_module.sparse_step = by_hand if name.startswith("sparse") else autograd_step
         try:
             result = stack.train_step(x_NWD)[0].result
         finally:

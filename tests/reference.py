@@ -43,7 +43,7 @@ def loss_temporal(form: str, z, pairs, *, temperature: float = 0.1, similarity: 
         return squared
     if form == "normalised":
         return squared / (sum(dot(token, token) for window in z for token in window) / (windows * positions))
-    if form == "l2":
+    if form == "squared_norms":
         return sum(dot(a, a) + dot(b, b) for a, b in both) / len(both)
     if form == "l1":
         return sum(abs(x - y) for a, b in both for x, y in zip(a, b, strict=True)) / len(both)
@@ -162,7 +162,7 @@ def _step_temporal(z, term, pairs):
     both = [(z[a], z[b]) for a, b in pairs]
     if not both:
         return z.sum() * 0
-    if term.partner == "l2":
+    if term.form == "squared_norms":
         return sum((a**2).sum() + (b**2).sum() for a, b in both) / len(both)
     if term.form == "l1":
         return sum((a - b).abs().sum() for a, b in both) / len(both)

@@ -6,6 +6,9 @@ from typing import Any
 
 import typer
 
+from .loss.registry import PARTNERS, TERMS
+from .sae.registry import ACTIVATIONS, ARCHITECTURES
+
 
 def train(
     store: str = typer.Option("", "--store", help="Activation store of one layer, such as cache/l12.zarr."),
@@ -13,16 +16,15 @@ def train(
         None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."
     ),
     config: str | None = typer.Option(None, "--config", help="TOML file with any field; --show-config prints one."),
-    activation: str | None = typer.Option(None, "--activation", help="relu, topk, batchtopk or jumprelu."),
+    architecture: str | None = typer.Option(None, "--architecture", help=f"One of {', '.join(ARCHITECTURES)}."),
+    activation: str | None = typer.Option(None, "--activation", help=f"One of {', '.join(ACTIVATIONS)}."),
     width: str | None = typer.Option(None, "--width", help="Features; default 8 × d_model, rounded to a power of two."),
     k: int | None = typer.Option(None, "--k", help="Active features per token (topk, batchtopk)."),
     l1: float | None = typer.Option(None, "--l1", help="λ1, weight of Σ z (relu) or of L0 (jumprelu)."),
-    temporal: str | None = typer.Option(
-        None, "--temporal", help="pairwise, window_mean, normalised, cosine, l1, contrastive or none."
-    ),
+    temporal: str | None = typer.Option(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
     temporal_weight: float | None = typer.Option(None, "--temporal-weight", help="λ2."),
     temporal_partner: str | None = typer.Option(
-        None, "--temporal-partner", help="next, or a control: lag, same_document, other_document, shuffled, l2."
+        None, "--temporal-partner", help=f"Whom a token is compared with: one of {', '.join(PARTNERS)}."
     ),
     temporal_lag: int | None = typer.Option(None, "--temporal-lag", help="Distance for partner lag."),
     temporal_scope: float | None = typer.Option(
@@ -45,6 +47,8 @@ def train(
     out: str | None = typer.Option(None, "--out", help="Folder of the run folders."),
     name: str | None = typer.Option(None, "--name", help="Name of the run's folder."),
     resume: bool = typer.Option(True, "--resume/--fresh", help="Go on with runs that are there, or delete them first."),
+    step: str | None = typer.Option(None, "--step", help="auto, fast (by hand) or autograd."),
+    plugin: list[str] = typer.Option([], "--plugin", help="Python file that registers something; repeatable."),
     device: str | None = typer.Option(None, "--device", help="auto, cpu, cuda or cuda:1."),
     dtype: str | None = typer.Option(None, "--dtype", help="Of the products: auto, float32 or bfloat16."),
     log: list[str] = typer.Option([], "--log", help="jsonl (always written), tensorboard, wandb."),

@@ -6,13 +6,23 @@ resolved by :mod:`.plan`, what the user wrote is laid over the presets by :mod:`
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ActivationKind = Literal["relu", "topk", "batchtopk", "jumprelu"]
-TemporalForm = Literal["pairwise", "window_mean", "normalised", "cosine", "l1", "contrastive", "none"]
-Partner = Literal["next", "lag", "same_document", "other_document", "shuffled", "l2"]
+from ..errors import UsageError
+from ..registry import Registry
+from .loss.registry import PARTNERS, TERMS
+from .sae.registry import ACTIVATIONS, ARCHITECTURES
+
+Step = Literal["auto", "autograd", "fast"]
+
+
+def _registered(registry: Registry[Any], name: str) -> str:
+    try:
+        return registry.check(name)
+    except UsageError as unknown:
+        raise ValueError(str(unknown)) from None  # pydantic adds the field's name
 
 
 class _Group(BaseModel):
@@ -45,8 +55,10 @@ class DataConfig(_Group):
 class SAEConfig(_Group):
     """The autoencoder."""
 
-    activation: ActivationKind = "topk"
-    """What turns pre-activations into codes."""
+    architecture: str = "sae"
+    """sae: encoder, activation, decoder. Others, plug-ins among them, as registered (docs/EXTENDING.md)."""
+    activation: str = "topk"
+    """What turns pre-activations into codes; of the architectures that let it be chosen."""
     k: int = Field(default=64, ge=1)
     """Active features per token (topk) or on average over the batch (batchtopk); unused by relu and jumprelu."""
     width: int = Field(default=0, ge=0)
@@ -70,6 +82,16 @@ class SAEConfig(_Group):
     """jumprelu: width of the straight-through derivative."""
     threshold: float = Field(default=0.01, ge=0)
     """jumprelu: where the thresholds begin."""
+
+    @field_validator("architecture")
+    @classmethod
+    def _known_architecture(cls, name: str) -> str:
+        return _registered(ARCHITECTURES, name)
+
+    @field_validator("activation")
+    @classmethod
+    def _known_activation(cls, name: str) -> str:
+        return _registered(ACTIVATIONS, name)
 
 
 class LossConfig(_Group):
@@ -96,11 +118,11 @@ class LossConfig(_Group):
 class TemporalConfig(_Group):
     """The temporal term, λ2 L_temp, and its controls."""
 
-    form: TemporalForm = "pairwise"
-    """How two codes are compared."""
+    form: str = "pairwise"
+    """How two codes are compared; none: there is no temporal term."""
     weight: float = Field(default=0.03, ge=0)
     """λ2."""
-    partner: Partner = "next"
+    partner: str = "next"
     """Whom a token is compared with; everything but next is a control."""
     lag: int = Field(default=1, ge=1)
     """Distance for partner lag."""
@@ -112,6 +134,16 @@ class TemporalConfig(_Group):
     """contrastive: how codes are compared."""
     temperature: float = Field(default=0.1, gt=0)
     """contrastive: divides the similarities."""
+
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, name: str) -> str:
+        return name if name == "none" else _registered(TERMS, name)
+
+    @field_validator("partner")
+    @classmethod
+    def _known_partner(cls, name: str) -> str:
+        return _registered(PARTNERS, name)
 
 
 class OptimiserConfig(_Group):
@@ -152,6 +184,10 @@ class RunConfig(_Group):
     """Name of the run's folder; empty: made from the configuration."""
     baseline: bool = True
     """Whether the twin with λ2 = 0 trains on the same stream."""
+    step: Step = "auto"
+    """fast: by hand, on active entries alone. autograd: always possible. auto: by hand where that was derived."""
+    plugins: tuple[str, ...] = ()
+    """Python files that register something of the user's own; their hashes are kept in the record."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -185,13 +221,5 @@ class TrainConfig(_Group):
         if self.data.window <= lag:
             raise ValueError(
                 f"a window of {self.data.window} has no pairs at distance {lag}: make data.window at least {lag + 1}"
-            )
-        if form == "window_mean" and partner != "next":
-            raise ValueError(
-                f"window_mean compares with the window's own mean, partner '{partner}' does not apply: use next"
-            )
-        if partner == "l2" and form != "pairwise":
-            raise ValueError(
-                f"partner l2 is the pairwise term without its cross term: form '{form}' has none, use pairwise"
             )
         return self

@@ -12,27 +12,53 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..console import parse_count
 from ..errors import UsageError
 from .config import SAEConfig, TrainConfig
 from .loss.objective import objective_of
 from .presets import changed
+from .sae.registry import ARCHITECTURES
 
 # What `--sweep` and the flags call the fields of the configuration.
 OPTIONS = {
-    "store": "data.store", "window": "data.window", "batch-size": "data.batch_size", "pool": "data.pool",
+    "store": "data.store",
+    "window": "data.window",
+    "batch-size": "data.batch_size",
+    "pool": "data.pool",
     "scale": "data.scale",
-    "norm-filter": "data.norm_filter", "data-seed": "data.seed", "width": "sae.width", "activation": "sae.activation",
-    "k": "sae.k", "decoder": "sae.decoder", "l1": "loss.l1", "temporal": "temporal.form",
+    "norm-filter": "data.norm_filter",
+    "data-seed": "data.seed",
+    "architecture": "sae.architecture",
+    "width": "sae.width",
+    "activation": "sae.activation",
+    "k": "sae.k",
+    "decoder": "sae.decoder",
+    "l1": "loss.l1",
+    "temporal": "temporal.form",
     "temporal-weight": "temporal.weight",
-    "temporal-partner": "temporal.partner", "temporal-lag": "temporal.lag", "temporal-scope": "temporal.scope",
-    "steps": "run.steps", "tokens": "run.tokens", "lr": "optimiser.lr", "warmup": "optimiser.warmup",
+    "temporal-partner": "temporal.partner",
+    "temporal-lag": "temporal.lag",
+    "temporal-scope": "temporal.scope",
+    "steps": "run.steps",
+    "tokens": "run.tokens",
+    "lr": "optimiser.lr",
+    "warmup": "optimiser.warmup",
     "seed": "run.seed",
-    "out": "run.out", "name": "run.name", "baseline": "run.baseline", "device": "run.device", "dtype": "run.dtype",
-    "log": "run.log", "log-every": "run.log_every", "checkpoint-every": "run.checkpoint_every",
-}  # fmt: skip
+    "out": "run.out",
+    "name": "run.name",
+    "baseline": "run.baseline",
+    "device": "run.device",
+    "dtype": "run.dtype",
+    "step": "run.step",
+    "plugin": "run.plugins",
+    "log": "run.log",
+    "log-every": "run.log_every",
+    "checkpoint-every": "run.checkpoint_every",
+}
 _COUNTS = {"sae.width", "run.steps", "run.tokens", "data.batch_size", "data.pool", "sae.k"}
-_NAMED = {"sae.activation", "sae.k", "loss.l1", "run.seed"}  # always part of a run's name
+_NAMED = {"sae.architecture", "sae.activation", "sae.k", "loss.l1", "run.seed"}  # always part of a run's name
 _SWEPT_GROUPS = ("data", "sae", "loss", "temporal", "optimiser")
 _NOT_SWEPT = {"data.store"}
 
@@ -52,8 +78,9 @@ class MemberPlan:
     @property
     def n_parameters(self) -> int:
         """Numbers that are trained."""
-        thresholds = self.config.sae.width if self.config.sae.activation == "jumprelu" else 0
-        return 2 * self.d_model * self.config.sae.width + self.config.sae.width + self.d_model + thresholds
+        with torch.device("meta"):
+            sae = ARCHITECTURES.get(self.config.sae.architecture).build(self.config.sae, self.d_model)
+        return sum(parameter.numel() for parameter in sae.parameters())
 
 
 def parse_sweep(settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -125,7 +152,8 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
 
     """
     width = config.sae.width or default_width(config.sae, d_model)
-    if config.sae.activation in ("topk", "batchtopk") and config.sae.k > width:
+    fixed = ARCHITECTURES.get(config.sae.architecture).fixes_sparsity(config.sae)
+    if fixed and config.sae.k > width:
         raise UsageError(
             f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width"
         )
@@ -169,9 +197,10 @@ def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *,
     """``l12-topk64-pairwise0.1-w5-s0`` and whatever else was swept; ``run.name`` replaces it, or goes before it in a
     sweep.
     """
-    temporal, kind = config.temporal, config.sae.activation
-    sparsity = f"{config.sae.k}" if kind in ("topk", "batchtopk") else f"{objective_of(config, 1, 1).sparsity_weight:g}"
-    parts = [f"l{layer}", f"{kind}{sparsity}"]
+    temporal, sae = config.temporal, config.sae
+    kind = sae.activation if sae.architecture == "sae" else sae.architecture
+    fixed = ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae)
+    parts = [f"l{layer}", f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
     shown = set(_NAMED)
     if temporal.form == "none":
         parts.append("none")

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import UsageError
+from ..plugins import load_plugins
 from .config import TrainConfig
+from .loss.registry import PARTNERS, TERMS
 
 PAPER: dict[str, Any] = {
     "data.pool": 2048,
@@ -48,6 +50,8 @@ def build_config(
 
     """
     written = read_toml(file) if file else {}
+    # Before anything is checked, since what they register may be asked for.
+    load_plugins((changes or {}).get("run.plugins") or written.get("run", {}).get("plugins", ()))
     chosen = preset or written.get("preset", "modern")
     if chosen not in PRESETS:
         raise UsageError(f"preset '{chosen}' is unknown: choose one of {', '.join(PRESETS)}")
@@ -67,12 +71,31 @@ def validated(tree: Mapping[str, Any]) -> TrainConfig:
 
     """
     try:
-        return TrainConfig.model_validate(tree)
+        config = TrainConfig.model_validate(tree)
     except ValidationError as failure:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{where}: {what} (got {first['input']!r})" if where else what) from failure
+    _check_term(config)
+    return config
+
+
+def _check_term(config: TrainConfig) -> None:
+    """Whether temporal term, partner and window go together; torch is imported only for what is not the default."""
+    term, default, window = config.temporal, TrainConfig().temporal, config.data.window
+    if term.form == "none" or (term.form, term.partner) == (default.form, default.partner):
+        return
+    form, partner = TERMS.get(term.form), PARTNERS.get(term.partner)
+    if form.whole_windows and term.partner != "next":
+        what = f"{term.form} compares the tokens of a window among themselves"
+        raise UsageError(f"{what}, partner '{term.partner}' does not apply: use next")
+    if partner.form is not None and term.form != "pairwise":
+        what = f"partner {term.partner} is another form of pairwise ({partner.form})"
+        raise UsageError(f"{what}: form '{term.form}' has none, use pairwise")
+    if window < form.least_window:
+        sizes = f"the temporal term '{term.form}' needs windows of at least {form.least_window} tokens"
+        raise UsageError(f"{sizes}, data.window is {window}: give a larger --window")
 
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -23,12 +23,13 @@ from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, UsageError
+from ..plugins import load_plugins
 from .config import TrainConfig
 from .loop.diagnostics import Metrics
 from .loop.distributed import World, joined, seen_by_share
 from .loop.inputs import Inputs, resolve_device, resolve_dtype
 from .loop.member import Member
-from .loop.memory_plan import available_bytes, estimate, split_passes
+from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, needs_siblings
 from .plan import MemberPlan, plan_members, tokens_per_step
 from .presets import changed
@@ -81,6 +82,7 @@ def train(
     if not config.data.store:
         raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
     check_loggers(config.run.log)
+    load_plugins(config.run.plugins)
     device = resolve_device(config.run)
     dtype = resolve_dtype(config.run, device)
     store = ActivationStore.open(config.data.store)
@@ -170,7 +172,7 @@ def _train_pass(
     step = latest_common(folders) if claims[0].has_checkpoint else None
     if step is not None:
         inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
-    plans = [each.plan for each in claims]
+    plans = [_as_begun(each) for each in claims]
     if step is None and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
         inputs = inputs.with_median(store)
     if world.writes:
@@ -180,7 +182,7 @@ def _train_pass(
         work.restore(step)
     config = plans[0].config
     kept = {each.plan.name: each.record for each in claims if each.record and step is not None}
-    records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs) for plan in plans}
+    records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs, device) for plan in plans}
     if world.writes:
         for each in claims:
             records[each.plan.name].save(each.folder)
@@ -192,6 +194,14 @@ def _train_pass(
             finish(member, records[each.plan.name], each.folder, work)
     world.wait()
     return {each.plan.name: work.last_metrics.get(each.plan.name, {}) for each in claims}
+
+
+def _as_begun(begun: Claim) -> MemberPlan:
+    """The plan with the step that a run was begun with: the two steps agree up to rounding, not bit for bit."""
+    if begun.record is None or not begun.has_checkpoint:
+        return begun.plan
+    step = begun.record.step or "fast"
+    return replace(begun.plan, config=changed(begun.plan.config, {"run.step": step}))
 
 
 def _announce(
@@ -211,11 +221,13 @@ def _announce(
     note(
         f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}"
     )
+    for reason in dict.fromkeys(why for plan in plans if (why := step_of(plan, device.type)[1])):
+        note(f"step: autograd ({reason})")
     if step is not None:
         note(f"going on from step {step}")
 
 
-def new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs) -> RunRecord:
+def new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs, device: torch.device) -> RunRecord:
     """The record of a run that is about to begin."""
     return RunRecord(
         name=plan.name,
@@ -234,6 +246,8 @@ def new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs) -> RunR
         tokens=0,
         finished=False,
         metrics={},
+        step=step_of(plan, device.type)[0],
+        plugins=load_plugins(plan.config.run.plugins),
         versions={
             "tcsae": __version__,
             "torch": torch.__version__,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...train.config import SAEConfig
 from ...train.sae.activation import Activation
-from ...train.sae.initialise import initialise
 from ...train.sae.temporal_sae import TemporalSAE
 from ..protocol import TokenBatch
 
@@ -55,7 +54,7 @@ def spliced_in(name: str, batch: TokenBatch, x_hat_BTD: Tensor) -> Tensor:
 def untrained_sae(d_model: int, seed: int) -> TemporalSAE:
     """The paper's initial state with as many features as dimensions: half of the features fire on anything."""
     sae = TemporalSAE(d_model, d_model, Activation("relu"))
-    initialise(sae, SAEConfig(initial="paper", decoder="free", b_dec="zero"), seed)
+    sae.initialise(SAEConfig(initial="paper", decoder="free", b_dec="zero"), seed)
     return sae.eval()
 
 

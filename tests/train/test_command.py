@@ -81,7 +81,11 @@ def test_sweeps_and_short_counts(store, tmp_path, capsys):
     [
         (["--k", "0"], 2, "sae.k: Input should be greater than or equal to 1"),
         (["--width", "many"], 2, "'many' is not a count"),
-        (["--temporal", "wavelet"], 2, "temporal.form: Input should be 'pairwise'"),
+        (
+            ["--temporal", "wavelet"],
+            2,
+            "there is no temporal term 'wavelet': choose one of pairwise, window_mean",
+        ),
         (["--preset", "old"], 2, "preset 'old' is unknown"),
         (["--config", "none.toml"], 2, "cannot be read"),
         (["--sweep", "lr"], 2, "write --sweep KEY=V1,V2"),

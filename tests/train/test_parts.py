@@ -20,11 +20,11 @@ from tcsae.train.loop.distributed import World
 from tcsae.train.loop.member import Member, dead_after
 from tcsae.train.loop.stack import Stack
 from tcsae.train.loop.temporal_buffer import TemporalBuffer
-from tcsae.train.loss.partners import draw_partners
+from tcsae.train.loss.partners import Batch, draw_partners, generator_of
 from tcsae.train.plan import plan_members
 from tcsae.train.presets import build_config
 from tcsae.train.sae.activation import Activation
-from tcsae.train.sae.initialise import initialise, kaiming_uniform, orthogonal
+from tcsae.train.sae.initialise import kaiming_uniform, orthogonal
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 examples = settings(max_examples=15, deadline=None)
@@ -45,17 +45,17 @@ def test_the_papers_initialisation():
 def test_the_tied_initialisation_and_the_mean():
     sae = TemporalSAE(8, 32)
     mean = torch.arange(8.0)
-    initialise(sae, SAEConfig(), 3, mean)
+    sae.initialise(SAEConfig(), 3, mean)
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(32))
     assert torch.equal(sae.b_dec, mean)
     again, other = TemporalSAE(8, 32), TemporalSAE(8, 32)
-    initialise(again, SAEConfig(), 3, mean)
-    initialise(other, SAEConfig(), 4, mean)
+    again.initialise(SAEConfig(), 3, mean)
+    other.initialise(SAEConfig(), 4, mean)
     assert torch.equal(again.W_dec, sae.W_dec)
     assert not torch.equal(other.W_dec, sae.W_dec)
     jump = TemporalSAE(8, 32, Activation("jumprelu"))
-    initialise(jump, SAEConfig(activation="jumprelu", b_dec="zero", threshold=0.5), 3, mean)
+    jump.initialise(SAEConfig(activation="jumprelu", b_dec="zero", threshold=0.5), 3, mean)
     assert torch.equal(jump.threshold, torch.full((32,), 0.5))
     assert not jump.b_dec.any()
 
@@ -143,13 +143,18 @@ def test_the_buffers_memory_does_not_grow_and_known_correlations_come_out():
         TemporalBuffer(2, 1)
 
 
+def drawn(kind, documents, window, step):
+    rows = starts = torch.zeros(len(documents), dtype=torch.int64)
+    return draw_partners(kind, Batch(documents, rows, starts, window, generator_of(0, step)))
+
+
 @examples
 @given(n=st.integers(1, 9), window=st.integers(2, 5), step=st.integers(0, 50))
 def test_partners_are_whom_their_name_says(n, window, step):
     documents = torch.arange(n) // 2 % 3  # siblings share one
-    other = draw_partners("other_document", documents, window, seed=0, step=step)
-    same = draw_partners("same_document", documents, window, seed=0, step=step)
-    shuffled = draw_partners("shuffled", documents, window, seed=0, step=step)
+    other = drawn("other_document", documents, window, step)
+    same = drawn("same_document", documents, window, step)
+    shuffled = drawn("shuffled", documents, window, step)
     own = torch.arange(n)[:, None].expand(n, window - 1)
     for partners in (other, same, shuffled):
         assert partners.shape == (n, window - 1)
@@ -163,15 +168,15 @@ def test_partners_are_whom_their_name_says(n, window, step):
     assert (same[~whole] == -1).all()
     assert torch.equal((shuffled[whole] // window) // 2, own[whole] // 2)
     assert (shuffled[whole] != (own * window + torch.arange(window - 1))[whole]).all()
-    assert torch.equal(shuffled, draw_partners("shuffled", documents, window, seed=0, step=step))
-    assert draw_partners("next", documents, window, seed=0, step=step) is None
+    assert torch.equal(shuffled, drawn("shuffled", documents, window, step))
+    assert drawn("next", documents, window, step) is None
 
 
 def test_shuffled_partners_are_as_often_before_as_after():
-    drawn = torch.stack([draw_partners("shuffled", torch.zeros(2), 5, seed=0, step=step)[0] for step in range(400)])
-    places = torch.bincount(drawn.flatten(), minlength=10).double() / drawn.numel()
+    found = torch.stack([drawn("shuffled", torch.zeros(2), 5, step)[0] for step in range(400)])
+    places = torch.bincount(found.flatten(), minlength=10).double() / found.numel()
     assert places.tolist() == pytest.approx([0.1] * 10, abs=0.03)
-    neighbours = (drawn == torch.arange(1, 5)).double().mean()
+    neighbours = (found == torch.arange(1, 5)).double().mean()
     assert neighbours == pytest.approx(1 / 9, abs=0.04)
 
 

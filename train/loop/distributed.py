@@ -19,7 +19,8 @@ from torch import Tensor
 from ...console import set_quiet
 from ..config import TrainConfig
 from ..loss.objective import StepResult
-from ..sae.temporal_sae import TemporalSAE
+from ..loss.registry import PARTNERS, TERMS
+from ..sae.protocol import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class World:
         return slice(cuts[self.rank], cuts[self.rank + 1])
 
     @torch.no_grad()
-    def combine(self, sae: TemporalSAE, result: StepResult, weight: float) -> StepResult:
+    def combine(self, sae: SparseAutoencoder, result: StepResult, weight: float) -> StepResult:
         """Gradients and terms of the whole batch from those of the shares; ``weight`` is this share's part of the
         windows.
         """
@@ -53,8 +54,7 @@ class World:
         self._sum([*gradients, terms], weight)
         fired_F = result.fired_F.clone()
         self._sum([fired_F], 1)
-        if sae.activation.kind == "batchtopk" and sae.threshold is not None:
-            self._sum([sae.threshold], 1 / self.size)
+        self._sum([buffer for buffer in sae.buffers() if buffer.is_floating_point()], 1 / self.size)
         return replace(result, fired_F=fired_F, **dict(zip(names, terms.unbind(), strict=True)))
 
     def mean(self, value: Tensor, weight: float) -> Tensor:
@@ -95,9 +95,9 @@ def seen_by_share(configs: Iterable[TrainConfig]) -> list[str]:
         term = config.temporal
         if config.sae.activation == "batchtopk":
             found.add("batchtopk's choice of the largest codes")
-        if term.form in ("normalised", "contrastive"):
+        if term.form != "none" and not TERMS.get(term.form).mean_over_windows:
             found.add(f"the {term.form} form")
-        if term.form != "none" and term.partner in ("same_document", "other_document", "shuffled"):
+        if term.form != "none" and PARTNERS.get(term.partner).drawn:
             found.add(f"the draw of {term.partner} partners")
     return sorted(found)
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..loss.objective import Objective, StepResult, objective_of
 from ..plan import MemberPlan, tokens_per_step
-from ..sae.activation import Activation
-from ..sae.initialise import initialise
-from ..sae.temporal_sae import TemporalSAE
+from ..sae.protocol import SparseAutoencoder
+from ..sae.registry import ARCHITECTURES
 from .distributed import World
 from .schedule import warmup_factor
 
@@ -35,6 +34,11 @@ class Update:
     objective: Objective
     grad_norm: Tensor
     lr: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and the gradient are finite; waits for the device."""
+        return math.isfinite(self.result.total) and math.isfinite(self.grad_norm)
 
 
 class Member:
@@ -91,9 +95,6 @@ class Member:
         """Go on from such a state."""
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
-        of_W_enc = self.optimiser.state[self.sae.W_enc]
-        for name, moment in of_W_enc.items():  # [F, D], as memory lies; until 2026-11-27 they were seen as [D, F]
-            of_W_enc[name] = moment if moment.is_contiguous() else moment.t()
         self.idle_F.copy_(state["idle"])
         self.step = state["step"]
 
@@ -110,31 +111,26 @@ def dead_after(config: TrainConfig) -> int:
     return config.loss.dead_after or min(_MOST_DEAD_AFTER, share)
 
 
-def activation_of(config: TrainConfig) -> Activation:
-    """The activation of a configuration."""
-    kind = config.sae.activation
-    return Activation(kind, k=config.sae.k if kind in ("topk", "batchtopk") else None, bandwidth=config.sae.bandwidth)
-
-
-def _new_sae(plan: MemberPlan, mean_D: Tensor) -> TemporalSAE:
-    sae = TemporalSAE(plan.d_model, plan.config.sae.width, activation_of(plan.config))
-    initialise(sae, plan.config.sae, plan.config.run.seed, mean_D)
+def _new_sae(plan: MemberPlan, mean_D: Tensor) -> SparseAutoencoder:
+    sae = ARCHITECTURES.get(plan.config.sae.architecture).build(plan.config.sae, plan.d_model)
+    sae.initialise(plan.config.sae, plan.config.run.seed, mean_D)
     return sae
 
 
-def _new_optimiser(sae: TemporalSAE, config: TrainConfig) -> torch.optim.Optimizer:
+def _new_optimiser(sae: SparseAutoencoder, config: TrainConfig) -> torch.optim.Optimizer:
     chosen = config.optimiser
-    decayed = [sae.W_enc, sae.b_enc]
-    kept = [sae.W_dec, sae.b_dec]
+    kept, fast = sae.decoder_parameters(), sae.fast_parameters()
+    apart = {id(parameter) for parameter in (*kept, *fast)}
+    decayed = [parameter for parameter in sae.parameters() if id(parameter) not in apart]
     if chosen.decay_decoder:
         decayed, kept = decayed + kept, []
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": chosen.weight_decay}]
     groups += [{"params": kept, "weight_decay": 0.0}]
-    if isinstance(sae.threshold, torch.nn.Parameter):
+    if fast:
         # Thresholds are of the size of pre-activations, 1, and weights of 1/√D: at one rate they would take √D times as
         # long.
         times = chosen.threshold_rate or math.sqrt(sae.d_model)
-        groups.append({"params": [sae.threshold], "weight_decay": 0.0, "times": times})
+        groups.append({"params": fast, "weight_decay": 0.0, "times": times})
     groups = [group for group in groups if group["params"]]
     if chosen.name == "adam":
         return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], lr=chosen.lr, fused=True)

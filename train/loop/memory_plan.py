@@ -14,7 +14,7 @@ from ...console import format_bytes
 from ...errors import ResourceError
 from ..loss.objective import objective_of
 from ..plan import MemberPlan, tokens_per_step
-from .member import activation_of
+from ..step.registry import Step, choose_step
 
 _USABLE = 0.8  # of what is free: the window pool, the allocator and the rest of the machine need some
 _STATES = 4  # weight, gradient and AdamW's two moments, float32
@@ -34,12 +34,22 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
     calls.
     """
     alike: dict[tuple[object, ...], list[MemberPlan]] = {}
+    found: list[list[MemberPlan]] = []
     for plan in members:
         config, objective = plan.config, objective_of(plan.config, plan.d_model, plan.config.sae.width)
         dead = (objective.decoder_norms, objective.aux_k, objective.aux_weight)
-        shape = (plan.d_model, config.sae.width, activation_of(config), config.sae.decoder)
+        shape = (
+            plan.d_model,
+            config.sae.width,
+            config.sae.activation,
+            config.sae.k,
+            config.sae.bandwidth,
+            config.sae.decoder,
+        )
+        if step_of(plan, device)[0] == "autograd":
+            found.append([plan])
+            continue
         alike.setdefault((*shape, *dead, config.optimiser, config.run.steps), []).append(plan)
-    found = []
     for plans in alike.values():
         each = tokens_per_step(plans[0].config) * plans[0].config.sae.width
         n_stacks = math.ceil(len(plans) / max(1, STACK_BELOW.get(device, 0) // each))
@@ -48,14 +58,21 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
     return found
 
 
+def step_of(plan: MemberPlan, device: str) -> tuple[Step, str]:
+    """How a member steps on a kind of device, and why where that is not by hand."""
+    objective = objective_of(plan.config, plan.d_model, plan.config.sae.width)
+    return choose_step(plan.config, objective.temporal.form if objective.temporal.active else "none", device)
+
+
 def member_bytes(plan: MemberPlan) -> int:
     """Bytes that a member occupies for as long as it trains."""
     return _STATES * 4 * plan.n_parameters
 
 
 def step_bytes(plan: MemberPlan) -> int:
-    """Bytes that one dense step of a member needs beside that; stacks take turns, so a pass needs the largest one's
-    only.
+    """Bytes that one dense step of a member needs beside that.
+
+    Stacks take turns, so a pass needs the largest one's only.
     """
     return tokens_per_step(plan.config) * 4 * (_CODE_BUFFERS * plan.config.sae.width + 4 * plan.d_model)
 

@@ -4,7 +4,11 @@ checkpoint.
 
 from __future__ import annotations
 
-from ..config import OptimiserConfig
+from collections.abc import Iterable
+
+import torch
+
+from ..config import OptimiserConfig, TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
@@ -22,3 +26,12 @@ def warmup_factor(step: int, steps: int, share: float) -> float:
     """Factor of a weight that grows linearly from zero to one over the first ``share`` of the run."""
     length = int(share * steps)
     return min(1.0, step / length) if length else 1.0
+
+
+def set_rate(optimisers: Iterable[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
+    """Give optimisers the rate of a step; a group's own factor ``times`` applies. Returns the rate without it."""
+    lr = learning_rate(step, config.run.steps, config.optimiser)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * group.get("times", 1)
+    return lr

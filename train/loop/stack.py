@@ -12,17 +12,17 @@ Shapes: M members, N windows, W positions, D model width, F features.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..loss.objective import Objective, StepResult
+from ..sae.temporal_sae import TemporalSAE
 from ..step.by_hand import Stacked, sparse_step, stacked_step
 from .member import Member, Update
-from .schedule import learning_rate
+from .schedule import set_rate
 
 
 class Stack:
@@ -35,9 +35,10 @@ class Stack:
     """
 
     def __init__(self, members: Sequence[Member]):
-        self.members, self.sae = list(members), members[0].sae
-        saes = [member.sae for member in members]
-        thresholds = [sae.threshold for sae in saes if sae.threshold is not None and sae.activation.kind == "jumprelu"]
+        self.members = list(members)
+        saes = [_by_hand(member) for member in members]
+        self.sae = saes[0]
+        thresholds = [sae.threshold for sae in saes if isinstance(sae.threshold, nn.Parameter)]
         self.weights = Stacked(
             W_enc=_joined([sae.W_enc for sae in saes], feature_major=True),
             b_enc=_joined([sae.b_enc for sae in saes]),
@@ -59,12 +60,14 @@ class Stack:
 
         Args:
             x_NWD: what all members see.
-            partners: of every member, see :func:`..loss.terms.pairs`; None: nobody has partners that are not
+            partners: of every member, see :class:`..loss.terms.Pairs`; None: nobody has partners that are not
                 neighbours.
             share: part of the batch that this process has.
 
         """
-        lr = self._set_rate()
+        first = self.members[0]
+        optimisers = {id(each): each for each in (self._optimiser, *(m.optimiser for m in self.members))}
+        lr = set_rate(optimisers.values(), first.step, first.config)
         objectives = [member.current_objective() for member in self.members]
         results = self._gradients(x_NWD, objectives, partners or [None] * len(self.members))
         pairs = zip(self.members, results, strict=True)
@@ -72,7 +75,7 @@ class Stack:
         self._keep_rows_unit()
         norms = self._clip()
         updates = [Update(*each, lr) for each in zip(results, objectives, norms, strict=True)]
-        if x_NWD.device.type == "cpu" and not all(map(_is_finite, updates)):
+        if x_NWD.device.type == "cpu" and not all(update.is_finite for update in updates):
             return updates
         self._descend()
         self._idle_MF += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
@@ -80,14 +83,6 @@ class Stack:
         for member in self.members:
             member.step += 1
         return updates
-
-    def _set_rate(self) -> float:
-        config = self.members[0].config
-        lr = learning_rate(self.members[0].step, config.run.steps, config.optimiser)
-        for optimiser in {id(each): each for each in (self._optimiser, *(m.optimiser for m in self.members))}.values():
-            for group in optimiser.param_groups:
-                group["lr"] = lr * group.get("times", 1)
-        return lr
 
     def _gradients(
         self, x_NWD: Tensor, objectives: Sequence[Objective], partners: Sequence[Tensor | None]
@@ -99,7 +94,7 @@ class Stack:
         compute_dtype = self.members[0].compute_dtype
         for parameter in itertools.chain(*self._parameters):
             parameter.grad = None
-        saes = [member.sae for member in self.members]
+        saes = [_by_hand(member) for member in self.members]
         if len(saes) == 1:
             options = {"partner_NP": partners[0], "dead_F": dead[0], "compute_dtype": compute_dtype}
             result = sparse_step(self.sae, x_NWD, objectives[0], **options)
@@ -153,8 +148,10 @@ class Stack:
             self.weights.threshold.clamp_(min=0)
 
 
-def _is_finite(update: Update) -> bool:
-    return math.isfinite(update.result.total) and math.isfinite(update.grad_norm)
+def _by_hand(member: Member) -> TemporalSAE:
+    """The member's SAE, which is of the architecture that is stepped by hand (:func:`..step.registry.choose_step`)."""
+    assert isinstance(member.sae, TemporalSAE)  # noqa: S101 - for the type checker
+    return member.sae
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from ...cache.store import ActivationStore
 from ...cache.windows import WindowBatch
 from ...console import Progress, format_count, format_duration, warn
 from ...progress_bar import Table
-from ..config import Partner
-from ..loss.partners import NEED_SIBLINGS, draw_partners
+from ..loss.partners import Batch, draw_partners, generator_of
+from ..loss.registry import PARTNERS
 from ..plan import MemberPlan, tokens_per_step
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
 from ..run_folder.metrics_log import Journal
@@ -32,7 +32,8 @@ from .diagnostics import Metrics, diagnose
 from .distributed import World
 from .inputs import Inputs
 from .member import Member, Update
-from .memory_plan import stacks
+from .memory_plan import stacks, step_of
+from .single import Single
 from .stack import Stack
 
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -99,7 +100,11 @@ class Pass:
         self.config = plans[0].config
         self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
         by_name = {member.plan.name: member for member in self.members}
-        self.stacks = [Stack([by_name[plan.name] for plan in part]) for part in stacks(plans, device.type)]
+        self.stacks: list[Stack | Single] = []
+        for part in stacks(plans, device.type):
+            members = [by_name[plan.name] for plan in part]
+            step, _ = step_of(part[0], device.type)
+            self.stacks.append(Stack(members) if step == "fast" else Single(members[0]))
         self.mean_D = inputs.mean_D.to(device)
         self.feed = open_feed(store, self.config.data, inputs, device)
         self.step, self.steps = 0, self.config.run.steps
@@ -169,10 +174,12 @@ class Pass:
     def _partners(self, batch: WindowBatch) -> dict[str, torch.Tensor | None]:
         """Of every member, by its name; members with partners of one kind have the same ones."""
         terms = {m.plan.name: m.objective.temporal for m in self.members}
-        kinds: set[Partner] = {term.partner for term in terms.values() if term.active}
-        drawn: dict[Partner | None, torch.Tensor | None] = {None: None}
+        kinds = {term.partner for term in terms.values() if term.active}
+        drawn: dict[str | None, torch.Tensor | None] = {None: None}
         for kind in kinds:
-            found = draw_partners(kind, batch.documents_N, self.feed.window, seed=self.config.data.seed, step=self.step)
+            generator = generator_of(self.config.data.seed, self.step)
+            seen = Batch(batch.documents_N, batch.rows_N, batch.starts_N, self.feed.window, generator)
+            found = draw_partners(kind, seen)
             drawn[kind] = None if found is None else found.to(self.device)
         return {name: drawn[term.partner if term.active else None] for name, term in terms.items()}
 
@@ -203,7 +210,7 @@ class Pass:
 
         What they kept while training follows weights that have moved on since (arXiv 2412.06410, eq 5).
         """
-        members = [member for member in self.members if member.sae.activation.kind == "batchtopk"]
+        members = [member for member in self.members if member.sae.running_threshold is not None]
         smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
         for _ in range(_CALIBRATION_BATCHES if members else 0):
             x_NWD = self.inputs.prepare(self.feed.next_batch().x_NWD, self.device)
@@ -213,8 +220,8 @@ class Pass:
                 smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
         for member in members:
             found = smallest[member.plan.name]
-            if found and member.sae.threshold is not None:
-                member.sae.threshold.fill_(sum(found) / len(found))
+            if found and member.sae.running_threshold is not None:
+                member.sae.running_threshold.fill_(sum(found) / len(found))
 
     def checkpoint(self) -> None:
         """Write the state of every member, all of the same step.
@@ -249,7 +256,8 @@ class Pass:
 
 def needs_siblings(plan: MemberPlan) -> bool:
     """Whether a member's partners come from another window of the same document."""
-    return plan.config.temporal.partner in NEED_SIBLINGS and plan.config.temporal.form != "none"
+    term = plan.config.temporal
+    return term.form != "none" and PARTNERS.get(term.partner).siblings
 
 
 class _Rate:

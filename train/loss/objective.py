@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..config import Partner, TemporalForm, TrainConfig
-
-DEFAULT_L1 = {"relu": 1.5, "jumprelu": 0.3, "topk": 0.0, "batchtopk": 0.0}  # L0 ≈ 50 on a real model (docs/LOG.md)
+from ..config import TrainConfig
+from ..sae.registry import ARCHITECTURES
+from .registry import PARTNERS
 
 
 @dataclass(frozen=True)
 class TemporalTerm:
     """λ2 L_temp: its form, weight λ2, partner, and the first ``n_features`` of the dictionary that it sees."""
 
-    form: TemporalForm = "none"
+    form: str = "none"
     weight: float = 0.0
-    partner: Partner = "next"
+    partner: str = "next"
     lag: int = 1
     n_features: int = 0
     similarity: str = "cosine"
@@ -70,21 +70,30 @@ class StepResult:
 
 def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objective:
     """The objective of a configuration for an SAE of these widths."""
-    sae, loss, temporal = config.sae, config.loss, config.temporal
-    counted = sae.activation in ("topk", "batchtopk")
-    sparsity = 0.0 if counted else (DEFAULT_L1[sae.activation] if loss.l1 < 0 else loss.l1)
+    sae, loss = config.sae, config.loss
+    kind = ARCHITECTURES.get(sae.architecture)
+    fixed = kind.fixes_sparsity(sae)
+    l1 = kind.default_l1(sae) if loss.l1 < 0 else loss.l1
     return Objective(
-        sparsity_weight=sparsity,
-        decoder_norms=loss.decoder_norms and sae.decoder == "free" and sae.activation == "relu",
-        temporal=TemporalTerm(
-            form=temporal.form,
-            weight=0.0 if temporal.form == "none" else temporal.weight,
-            partner=temporal.partner,
-            lag=temporal.lag if temporal.partner == "lag" else 1,
-            n_features=max(1, round(temporal.scope * n_features)),
-            similarity=temporal.similarity,
-            temperature=temporal.temperature,
-        ),
-        aux_k=(loss.aux_k or max(1, d_model // 2)) if counted else 0,
-        aux_weight=loss.aux_weight if counted else 0.0,
+        sparsity_weight=0.0 if fixed else l1,
+        decoder_norms=loss.decoder_norms and sae.decoder == "free" and not fixed,
+        temporal=_term_of(config, n_features),
+        aux_k=(loss.aux_k or max(1, d_model // 2)) if fixed else 0,
+        aux_weight=loss.aux_weight if fixed else 0.0,
+    )
+
+
+def _term_of(config: TrainConfig, n_features: int) -> TemporalTerm:
+    temporal = config.temporal
+    if temporal.form == "none":
+        return TemporalTerm(n_features=max(1, round(temporal.scope * n_features)))
+    form = PARTNERS.get(temporal.partner).form  # which some partners replace
+    return TemporalTerm(
+        form=form or temporal.form,
+        weight=temporal.weight,
+        partner=temporal.partner,
+        lag=temporal.lag if temporal.partner == "lag" else 1,
+        n_features=max(1, round(temporal.scope * n_features)),
+        similarity=temporal.similarity,
+        temperature=temporal.temperature,
     )

@@ -9,59 +9,82 @@ Shapes: N windows, W positions; P = W − 1 pairs per window, as many as there a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..config import Partner
+from .registry import PARTNERS, partner
 
-NEED_SIBLINGS = ("same_document", "shuffled")
 _TRIES = 8
 
 
-def draw_partners(kind: Partner, documents_N: Tensor, window: int, *, seed: int, step: int) -> Tensor | None:
-    """Partner of the tokens 0 … W−2 of every window, [N, W−1], −1 where there is none; None for neighbours.
+@dataclass(frozen=True)
+class Batch:
+    """What a partner may know of a batch of windows; all tensors on the CPU."""
 
-    Args:
-        kind: as in the configuration.
-        documents_N: document of every window.
-        window: W.
-        seed: of the data order.
-        step: of the run; the same seed and step give the same partners.
-
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
-    if kind == "other_document":
-        return _other_document(documents_N, window, generator)
-    if kind == "same_document":
-        return _siblings(len(documents_N), window, generator)
-    if kind == "shuffled":
-        return _shuffled(len(documents_N), window, generator)
-    return None
+    documents_N: Tensor  # document of every window
+    rows_N: Tensor  # its row of the store
+    starts_N: Tensor  # position of its first token in that row
+    window: int  # W
+    generator: torch.Generator
 
 
-def _other_document(documents_N: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    n, shape = len(documents_N), (len(documents_N), window - 1)
+def draw_partners(kind: str, batch: Batch) -> Tensor | None:
+    """Partner of the tokens 0 … W−2 of every window, [N, W−1], −1 where there is none; None for neighbours."""
+    return PARTNERS.get(kind).draw(batch)
+
+
+def generator_of(seed: int, step: int) -> torch.Generator:
+    """What the partners of a step are drawn from: the same for the same data order and step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
+
+
+@partner("next", drawn=False)
+def _next(batch: Batch) -> None:
+    """The next token: no control."""
+
+
+@partner("lag", drawn=False)
+def _lag(batch: Batch) -> None:
+    """The token ``temporal.lag`` further on in the window."""
+
+
+@partner("l2", drawn=False, form="squared_norms")
+def _l2(batch: Batch) -> None:
+    """The next token, but the term is pairwise without its cross term: only shrinking earns anything."""
+
+
+@partner("other_document")
+def _other_document(batch: Batch) -> Tensor:
+    """A token of another document."""
+    n, shape = len(batch.documents_N), (len(batch.documents_N), batch.window - 1)
     chosen = torch.full(shape, -1)
     for _ in range(_TRIES):
-        drawn = torch.randint(n, shape, generator=generator)
-        fits = (chosen < 0) & (documents_N[drawn] != documents_N[:, None])
+        drawn = torch.randint(n, shape, generator=batch.generator)
+        fits = (chosen < 0) & (batch.documents_N[drawn] != batch.documents_N[:, None])
         chosen = torch.where(fits, drawn, chosen)
-    position = torch.randint(window, shape, generator=generator)
-    return torch.where(chosen >= 0, chosen * window + position, -1)
+    position = torch.randint(batch.window, shape, generator=batch.generator)
+    return torch.where(chosen >= 0, chosen * batch.window + position, -1)
 
 
-def _siblings(n: int, window: int, generator: torch.Generator) -> Tensor:
+@partner("same_document", siblings=True)
+def _same_document(batch: Batch) -> Tensor:
+    """A token of the sibling window."""
+    n, w = len(batch.documents_N), batch.window
     sibling_N = torch.arange(n) ^ 1
-    position = torch.randint(window, (n, window - 1), generator=generator)
-    return torch.where(sibling_N[:, None] < n, sibling_N[:, None] * window + position, -1)
+    position = torch.randint(w, (n, w - 1), generator=batch.generator)
+    return torch.where(sibling_N[:, None] < n, sibling_N[:, None] * w + position, -1)
 
 
-def _shuffled(n: int, window: int, generator: torch.Generator) -> Tensor:
+@partner("shuffled", siblings=True)
+def _shuffled(batch: Batch) -> Tensor:
     """The next token in a random order of the 2W tokens of a window and its sibling."""
-    stretch, pairs = 2 * window, n // 2
-    order = torch.rand(pairs, stretch, generator=generator).argsort(dim=-1)
+    n, w = len(batch.documents_N), batch.window
+    stretch, pairs = 2 * w, n // 2
+    order = torch.rand(pairs, stretch, generator=batch.generator).argsort(dim=-1)
     following = torch.empty_like(order).scatter(1, order, order.roll(-1, dims=1))
     flat = following + torch.arange(pairs)[:, None] * stretch
-    whole = torch.full((n, window), -1)
-    whole[: 2 * pairs] = flat.reshape(2 * pairs, window)
+    whole = torch.full((n, w), -1)
+    whole[: 2 * pairs] = flat.reshape(2 * pairs, w)
     return whole[:, :-1]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...cache.store import ActivationStore
 from ...errors import RunError
+from ...plugins import changed_plugin, load_plugins
 from ..config import TrainConfig
 from ..formats.saelens import CONFIG, WEIGHTS
 from ..plan import MemberPlan
@@ -31,6 +32,7 @@ _FREE = {
     "run.log",
     "run.checkpoint_every",
     "run.log_every",
+    "run.plugins",
     "data.store",
 }
 
@@ -119,6 +121,9 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
 
 
 def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder: Path) -> None:
+    plugin = changed_plugin(record.plugins, load_plugins(config.run.plugins))
+    if plugin:
+        raise RunError(f"{folder}: {plugin}; give another --name or --out, or replace it with --fresh")
     difference = first_difference(record.config, config.model_dump(mode="json"))
     if difference:
         raise RunError(
@@ -130,12 +135,16 @@ def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field in which two configurations would compute something else, as words."""
+    """The first field in which two configurations would compute something else, as words.
+
+    A field that the old one does not have yet had its default.
+    """
+    defaults = TrainConfig().model_dump(mode="json")
     for group, fields in new.items():
         if not isinstance(fields, dict):
             continue
         for key, value in fields.items():
-            before = old.get(group, {}).get(key)
+            before = old.get(group, {}).get(key, defaults[group].get(key))
             if f"{group}.{key}" not in _FREE and before != value:
                 return f"{group}.{key} was {before!r} and is now {value!r}"
     return None

@@ -52,6 +52,10 @@ class RunRecord(BaseModel):
     finished: bool
     metrics: dict[str, float | None]
     """The last metrics of the training stream (names as in ``metrics.jsonl``); None where undefined."""
+    step: str = ""
+    """fast: by the step that was derived by hand; autograd: by autograd. Empty: by hand, before this was kept."""
+    plugins: dict[str, str] = {}
+    """Plug-ins it was trained with: name of the file → SHA-256 of its bytes."""
     versions: dict[str, str]
     created: str
     """When the run began, ISO 8601, UTC."""

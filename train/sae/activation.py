@@ -1,4 +1,4 @@
-"""What turns pre-activations into codes: four activations as one small specification and pure functions.
+"""What turns pre-activations into codes: a small specification, and one class per activation behind it.
 
 Shapes: N tokens (any leading dimensions), F features. Pre-activations are x·W_enc + b_enc in the scale the SAE works
 in.
@@ -7,13 +7,16 @@ in.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ..config import ActivationKind
+from .registry import ACTIVATIONS, activation
+
+if TYPE_CHECKING:
+    from .temporal_sae import TemporalSAE
 
 
 @dataclass(frozen=True)
@@ -28,24 +31,98 @@ class Activation:
 
     """
 
-    kind: ActivationKind = "relu"
+    kind: str = "relu"
     k: int | None = None
     bandwidth: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ActivationKind):
-            raise UsageError(
-                f"activation '{self.kind}' is unknown: choose one of {', '.join(get_args(ActivationKind))}"
-            )
-        counted = self.kind in ("topk", "batchtopk")
-        if counted and (self.k is None or self.k < 1):
+        fixes_k = ACTIVATIONS.get(self.kind).fixes_k
+        if fixes_k and (self.k is None or self.k < 1):
             raise UsageError(f"activation '{self.kind}' needs k ≥ 1, but k is {self.k}: give --k")
-        if not counted and self.k is not None:
+        if not fixes_k and self.k is not None:
+            has_k = ", ".join(name for name in ACTIVATIONS if ACTIVATIONS.get(name).fixes_k)
             raise UsageError(
-                f"activation '{self.kind}' has no k, but k is {self.k}: leave it out or choose topk or batchtopk"
+                f"activation '{self.kind}' has no k, but k is {self.k}: leave it out or choose one of {has_k}"
             )
         if self.bandwidth <= 0:
             raise UsageError(f"the jumprelu bandwidth is {self.bandwidth}: it must be positive")
+
+    @property
+    def function(self) -> ActivationFunction:
+        """What it does."""
+        return ACTIVATIONS.get(self.kind)()
+
+
+class ActivationFunction:
+    """Base of all activations: a new one overrides :meth:`codes` and whatever else differs."""
+
+    fixes_k: ClassVar[bool] = False
+    """Whether L0 is k by construction: then no λ1 is needed, and AuxK revives dead features."""
+    default_l1: ClassVar[float] = 1.5
+    """λ1 where the configuration leaves it open; L0 ≈ 50 on a real model (docs/LOG.md)."""
+    threshold: ClassVar[Literal["none", "per_feature", "running"]] = "none"
+    """per_feature: a parameter [F]. running: one number that training keeps, used outside training mode."""
+
+    def codes(self, pre: Tensor, sae: TemporalSAE) -> Tensor:
+        """Pre-activations [.., F] → codes [.., F], ≥ 0."""
+        raise NotImplementedError
+
+    def sparsity(self, pre: Tensor, z: Tensor, sae: TemporalSAE) -> Tensor | None:
+        """What λ1 weighs, a mean over tokens; None: Σ z."""
+        return None
+
+
+@activation("relu")
+class ReLU(ActivationFunction):
+    """max(pre, 0)."""
+
+    def codes(self, pre: Tensor, sae: TemporalSAE) -> Tensor:
+        """See base."""
+        return torch.relu(pre)
+
+
+@activation("topk")
+class TopK(ActivationFunction):
+    """The k largest of every token."""
+
+    fixes_k = True
+
+    def codes(self, pre: Tensor, sae: TemporalSAE) -> Tensor:
+        """See base."""
+        return top_k(pre, sae.activation.k or 0)
+
+
+@activation("batchtopk")
+class BatchTopK(ActivationFunction):
+    """The k·N largest of a batch of N tokens while training; above a threshold otherwise (arXiv 2412.06410)."""
+
+    fixes_k = True
+    threshold = "running"
+
+    def codes(self, pre: Tensor, sae: TemporalSAE) -> Tensor:
+        """See base."""
+        assert sae.threshold is not None  # noqa: S101 - for the type checker
+        if sae.training or sae.threshold < 0:
+            return batch_top_k(pre, sae.activation.k or 0)
+        return torch.relu(pre) * (pre > sae.threshold)
+
+
+@activation("jumprelu")
+class JumpReLU(ActivationFunction):
+    """relu(pre) where pre exceeds the feature's learned threshold; λ1 weighs L0 (arXiv 2407.14435)."""
+
+    default_l1 = 0.3
+    threshold = "per_feature"
+
+    def codes(self, pre: Tensor, sae: TemporalSAE) -> Tensor:
+        """See base."""
+        assert sae.threshold is not None  # noqa: S101 - for the type checker
+        return jump_relu(pre, sae.threshold, sae.activation.bandwidth)
+
+    def sparsity(self, pre: Tensor, z: Tensor, sae: TemporalSAE) -> Tensor | None:
+        """L0, with a pseudo-derivative to the thresholds."""
+        assert sae.threshold is not None  # noqa: S101 - for the type checker
+        return step_function(pre, sae.threshold, sae.activation.bandwidth).sum(-1).mean()
 
 
 def top_k(pre_NF: Tensor, k: int) -> Tensor:

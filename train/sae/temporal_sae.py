@@ -1,39 +1,31 @@
-"""The sparse autoencoder: four weights, an activation, and nothing else.
+"""The sparse autoencoder: an encoder, a decoder, an activation (TC-SAE paper, eq 4 and 5).
 
-    z = act((x − b_dec) W_enc + b_enc)        eq 4 of the TC-SAE paper
-    x̂ = z W_dec + b_dec                       eq 5
-
-Shapes: D model width, F features; any leading dimensions. An SAE works in the units of its weights: the trainer feeds
-scaled inputs, and :meth:`TemporalSAE.rescaled` folds the scale into the weights before they are saved, so that whatever
-:meth:`TemporalSAE.load` returns takes and gives raw activations.
+Shapes: D = d_model, F = n_features, any leading dimensions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import RunError
-from .activation import Activation, batch_top_k, jump_relu, top_k
+from ..config import SAEConfig
+from ..loss.objective import Objective
+from ..loss.terms import at_least_float32
+from .activation import Activation
+from .initialise import kaiming_uniform, orthogonal, unit_rows
+from .protocol import SAEOutput, SparseAutoencoder
+from .registry import ACTIVATIONS, architecture
+
+_THRESHOLD_MOMENTUM = 0.99
 
 
-@dataclass(frozen=True)
-class SAEOutput:
-    """What an SAE says of activations ``x`` [.., D]: its reconstruction, its codes and the codes before
-    the activation.
-    """
-
-    reconstruction: Tensor  # [.., D], in the units of x
-    features: Tensor  # [.., F], ≥ 0
-    pre_activations: Tensor  # [.., F]
-
-
-class TemporalSAE(nn.Module):
-    """A sparse autoencoder. New ones are all zero; ``train.initial`` fills them.
+@architecture("sae")
+class TemporalSAE(SparseAutoencoder):
+    """A sparse autoencoder. New ones are all zero; :meth:`initialise` fills them.
 
     Args:
         d_model: width of the activations.
@@ -43,7 +35,6 @@ class TemporalSAE(nn.Module):
         metadata: where the SAE belongs (model_name, hook_name, layer …); saved with it.
 
     Attributes:
-        W_enc: [d_model, n_features]. W_dec: [n_features, d_model]. b_enc: [n_features]. b_dec: [d_model].
         threshold: jumprelu: the learned thresholds [n_features]; batchtopk: the running threshold [] used outside
             training mode (−1 until one was measured); otherwise None.
 
@@ -60,19 +51,53 @@ class TemporalSAE(nn.Module):
         subtract_b_dec: bool = True,
         metadata: dict[str, Any] | None = None,
     ):
-        super().__init__()
-        self.d_model, self.n_features = d_model, n_features
+        super().__init__(d_model, n_features, metadata=metadata)
         self.activation, self.subtract_b_dec = activation, subtract_b_dec
-        self.metadata = dict(metadata or {})
-        # Feature-major in memory: the sparse step writes its gradient one feature at a time.
+        # Feature-major in memory: the step by hand writes its gradient one feature at a time.
         self.W_enc = nn.Parameter(torch.zeros(n_features, d_model).t())
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.zeros(n_features, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        if activation.kind == "jumprelu":
+        kind = activation.function.threshold
+        if kind == "per_feature":
             self.threshold = nn.Parameter(torch.zeros(n_features))
         else:
-            self.register_buffer("threshold", torch.tensor(-1.0) if activation.kind == "batchtopk" else None)
+            self.register_buffer("threshold", torch.tensor(-1.0) if kind == "running" else None)
+
+    @classmethod
+    def build(cls, config: SAEConfig, d_model: int) -> Self:
+        """See :class:`SparseAutoencoder`."""
+        return cls(d_model, config.width, activation_of(config))
+
+    @torch.no_grad()
+    def initialise(self, config: SAEConfig, seed: int, centre_D: Tensor | None = None) -> None:
+        """Fill the weights: ``tied`` (random unit decoder rows, the encoder their transpose) or ``paper``."""
+        # Drawn on the CPU, so that every device starts from the same numbers.
+        generator = torch.Generator().manual_seed(seed)
+        d, f = self.d_model, self.n_features
+        if config.initial == "paper":
+            self.W_enc.copy_(kaiming_uniform(d, f, generator))
+            decoder = orthogonal(f, d, generator)
+            self.W_dec.copy_(unit_rows(decoder) if config.decoder == "unit" else decoder)
+        else:
+            self.W_dec.copy_(unit_rows(torch.randn(f, d, generator=generator)))
+            self.W_enc.copy_(self.W_dec.T)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        if config.b_dec != "zero" and centre_D is not None:
+            self.b_dec.copy_(centre_D)
+        if isinstance(self.threshold, nn.Parameter):
+            self.threshold.fill_(config.threshold)
+
+    @classmethod
+    def fixes_sparsity(cls, config: SAEConfig) -> bool:
+        """See :class:`SparseAutoencoder`."""
+        return activation_of(config).function.fixes_k
+
+    @classmethod
+    def default_l1(cls, config: SAEConfig) -> float:
+        """See :class:`SparseAutoencoder`."""
+        return activation_of(config).function.default_l1
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """[.., D] → [.., F], before the activation.
@@ -89,25 +114,11 @@ class TemporalSAE(nn.Module):
 
     def activate(self, pre: Tensor) -> Tensor:
         """Pre-activations [.., F] → codes [.., F]. Batchtopk competes over the whole batch in training mode only."""
-        kind = self.activation.kind
-        if kind == "relu":
-            return torch.relu(pre)
-        if kind == "topk":
-            return top_k(pre, self.activation.k or 0)
-        assert self.threshold is not None  # noqa: S101 - for the type checker: these two kinds always have one
-        if kind == "jumprelu":
-            return jump_relu(pre, self.threshold, self.activation.bandwidth)
-        if self.training or self.threshold < 0:
-            return batch_top_k(pre, self.activation.k or 0)
-        return torch.relu(pre) * (pre > self.threshold)
+        return self.activation.function.codes(pre, self)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [.., D] → codes [.., F] (eq 4)."""
         return self.activate(self.pre_activations(x))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes [.., F] → reconstruction [.., D] (eq 5)."""
-        return z @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Everything about activations ``x`` [.., D]."""
@@ -115,13 +126,48 @@ class TemporalSAE(nn.Module):
         z = self.activate(pre)
         return SAEOutput(self.decode(z), z, pre)
 
+    def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
+        """Σ z of relu (also reported, without weight, where k is fixed), L0 of jumprelu."""
+        own = self.activation.function.sparsity(
+            at_least_float32(out.pre_activations), at_least_float32(out.features), self
+        )
+        return super().sparsity_loss(out, objective) if own is None else own
+
+    def after_backward(self, out: SAEOutput) -> None:
+        """Follow the running threshold, where there is one."""
+        if self.activation.function.threshold == "running":
+            self.track_threshold(at_least_float32(out.features.detach()))
+
     @torch.no_grad()
-    def rescaled(self, scale: float) -> TemporalSAE:
-        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, reconstructions /
-        scale.
-        """
-        raw = TemporalSAE(
-            self.d_model, self.n_features, self.activation, subtract_b_dec=self.subtract_b_dec, metadata=self.metadata
+    def track_threshold(self, z: Tensor) -> None:
+        """Follow the smallest code that passed: the threshold outside training (arXiv 2412.06410, eq 5)."""
+        assert self.threshold is not None  # noqa: S101 - for the type checker
+        passed = z[z > 0]
+        if passed.numel() == 0:
+            return
+        smallest = passed.min()
+        fresh = self.threshold < 0
+        follow = _THRESHOLD_MOMENTUM * self.threshold + (1 - _THRESHOLD_MOMENTUM) * smallest
+        self.threshold.copy_(torch.where(fresh, smallest, follow))
+
+    @property
+    def running_threshold(self) -> Tensor | None:
+        """See :class:`SparseAutoencoder`; of batchtopk."""
+        return self.threshold if self.activation.function.threshold == "running" else None
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """The learned thresholds, which are of the size of pre-activations."""
+        return [self.threshold] if isinstance(self.threshold, nn.Parameter) else []
+
+    @torch.no_grad()
+    def rescaled(self, scale: float) -> Self:
+        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, x̂ / scale."""
+        raw = type(self)(
+            self.d_model,
+            self.n_features,
+            self.activation,
+            subtract_b_dec=self.subtract_b_dec,
+            metadata=self.metadata,
         )
         raw.to(self.W_enc).train(self.training).load_state_dict(self.state_dict())
         raw.W_enc.mul_(scale)
@@ -146,3 +192,9 @@ class TemporalSAE(nn.Module):
         from ..formats.saelens import load_saelens
 
         return load_saelens(Path(path))
+
+
+def activation_of(config: SAEConfig) -> Activation:
+    """The activation of a configuration."""
+    kind = ACTIVATIONS.get(config.activation)
+    return Activation(config.activation, k=config.k if kind.fixes_k else None, bandwidth=config.bandwidth)

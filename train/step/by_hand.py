@@ -32,11 +32,13 @@ from ..loss.objective import Objective, StepResult
 from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .active_entries import Codes, codes_of
-from .autograd import track_threshold
 from .fused_relu import FusedCodes, can_fuse, fused_codes
 from .jumprelu import Jumps, jump_codes, to_thresholds
 from .matmul import product
+from .registry import STEPS, HandWritten
 from .temporal_gradient import add_temporal
+
+STEPS.add("sae", HandWritten(activations=("relu", "topk", "batchtopk", "jumprelu")))
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def sparse_step(
         sae: in training mode.
         x_NWD: scaled activations in the dtype of the weights.
         objective: the terms and their weights.
-        partner_NP: see :func:`..loss.terms.pairs`; for the partners that are not neighbours.
+        partner_NP: see :class:`..loss.terms.Pairs`; for the partners that are not neighbours.
         dead_F: bool [F], the features AuxK revives.
         compute_dtype: of the dense products' factors, bfloat16 or the weights' own; sums and everything else stay in
             the weights' dtype.
@@ -166,9 +168,9 @@ def stacked_step(
     if saes[0].subtract_b_dec:
         for W_enc, b_enc, b_dec in zip(weights.W_enc, gradients.b_enc, gradients.b_dec, strict=True):
             b_dec.sub_(W_enc.t() @ b_enc)
-    if saes[0].activation.kind == "batchtopk":
+    if saes[0].activation.function.threshold == "running":
         for sae, values in zip(saes, codes.members(codes.value), strict=True):
-            track_threshold(sae, values)
+            sae.track_threshold(values)
     return _results(terms | more, objectives, codes.column_counts().view(len(saes), -1)), gradients
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..loss import terms as loss_terms
 from ..loss.objective import TemporalTerm
 from .active_entries import Codes, DenseCodes, SparseCodes
+from .registry import GRADIENTS, temporal_gradient
 
 _TINY = 1e-12  # as in terms.py
 
@@ -45,30 +46,32 @@ def add_temporal(
         codes: of N·W tokens, window after window, and so for every member.
         terms: of every member.
         windows: N and W.
-        partners: of every member, [N, W−1], see :func:`..loss.terms.pairs`.
+        partners: of every member, [N, W−1], see :class:`..loss.terms.Pairs`.
 
     """
     loss_M = codes.value.new_zeros(codes.n_members)
     for chosen in _by_form(terms):
-        if isinstance(codes, DenseCodes) or terms[chosen[0]].form == "contrastive":
+        gradient = GRADIENTS.get(terms[chosen[0]].form)
+        if isinstance(codes, DenseCodes) or gradient is contrastive:
             loss_M += _of_matrices(slope, codes, terms, chosen, windows, partners)
             continue
         pairs = [_pairs(terms[m], windows, partners[m], codes.value.device) for m in chosen]
         if any(own_P.numel() for own_P, _ in pairs):
-            loss_M += _Compared(codes, terms, dict(zip(chosen, pairs, strict=True)), windows).add_to(slope)
+            compared = Compared(codes, terms, dict(zip(chosen, pairs, strict=True)), windows)
+            loss_M += gradient(compared, slope)
     return loss_M
 
 
 def _by_form(terms: Sequence[TemporalTerm]) -> list[list[int]]:
     """The members with an active term, those of one form together."""
-    forms: dict[tuple[str, bool], list[int]] = {}
+    forms: dict[str, list[int]] = {}
     for member, term in enumerate(terms):
         if term.active:
-            forms.setdefault((term.form, term.partner == "l2"), []).append(member)
+            forms.setdefault(term.form, []).append(member)
     return list(forms.values())
 
 
-class _Compared:
+class Compared:
     """Codes, and for every token the tokens that it is compared with; of the members whose pairs are given."""
 
     def __init__(
@@ -91,69 +94,80 @@ class _Compared:
         self.scope = _scope(codes, terms)
         self.value = codes.value if self.scope is None else codes.value * self.scope
 
-    def add_to(self, slope: Tensor) -> Tensor:
-        """λ2 times the gradient is added to ``slope``; the terms [M]."""
-        if self.term.partner == "l2":
-            return self.norms(slope)
-        forms = {"l1": self.absolute, "normalised": self.normalised, "cosine": self.cosine}
-        return forms.get(self.term.form, self.squares)(slope)
-
     def others(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each of the K: the rows compared with, and their codes at the active entries."""
         for rows_R in self.rows_KR:
             other = self.codes.at_rows(rows_R)
             yield rows_R, other if self.scope is None else other.mul_(self.scope)
 
-    def squares(self, slope: Tensor, factor: Sequence[float] | None = None) -> Tensor:
-        """Mean over pairs of Σ (a − b)²; the gradient takes a ``factor`` of each member's."""
-        pull = [2 * p * f for p, f in zip(self.pull, factor or [1.0] * len(self.pull), strict=True)]
-        loss_M = slope.new_zeros(len(pull))
-        for _, other in self.others():
-            difference = torch.sub(self.value, other, out=other)
-            self.codes.add(slope, difference, pull)
-            loss_M += self.codes.dots(self.value, difference)
-        return loss_M.mul_(loss_M.new_tensor(self.share))
 
-    def absolute(self, slope: Tensor) -> Tensor:
-        """Mean over pairs of Σ |a − b|."""
-        loss_M = slope.new_zeros(len(self.pull))
-        for _, other in self.others():
-            sign = torch.sub(self.value, other, out=other).sign_()
-            self.codes.add(slope, sign, self.pull)
-            loss_M += self.codes.dots(self.value, sign)
-        return loss_M.mul_(loss_M.new_tensor(self.share))
+@temporal_gradient("window_mean")
+@temporal_gradient("pairwise")
+def squares(compared: Compared, slope: Tensor, factor: Sequence[float] | None = None) -> Tensor:
+    """Mean over pairs of Σ (a − b)²; the gradient takes a ``factor`` of each member's."""
+    pull = [2 * p * f for p, f in zip(compared.pull, factor or [1.0] * len(compared.pull), strict=True)]
+    loss_M = slope.new_zeros(len(pull))
+    for _, other in compared.others():
+        difference = torch.sub(compared.value, other, out=other)
+        compared.codes.add(slope, difference, pull)
+        loss_M += compared.codes.dots(compared.value, difference)
+    return loss_M.mul_(loss_M.new_tensor(compared.share))
 
-    def normalised(self, slope: Tensor) -> Tensor:
-        """Pairwise divided by the mean over tokens of Σ z²."""
-        size_M = self.codes.dots(self.value, self.value) / self.n_tokens
-        scale_M = 1 / size_M.clamp(min=_TINY)
-        loss_M = self.squares(slope, scale_M.tolist()) * scale_M
-        weights_M = scale_M.new_tensor([p / s if s else 0.0 for p, s in zip(self.pull, self.share, strict=True)])
-        shrink_M = torch.where(size_M > _TINY, -2 / self.n_tokens * loss_M * scale_M * weights_M, 0)
-        self.codes.add(slope, self.value, shrink_M.tolist())
-        return loss_M
 
-    def norms(self, slope: Tensor) -> Tensor:
-        """Mean over pairs of ‖a‖² + ‖b‖²."""
-        times_R = self.meets_KR.sum(0).to(self.value.dtype)
-        gradient = self.value * self.codes.of_rows(times_R)
-        self.codes.add(slope, gradient, [2 * p for p in self.pull])
-        return self.codes.dots(gradient, self.value).mul_(times_R.new_tensor(self.share))
+@temporal_gradient("l1")
+def absolute(compared: Compared, slope: Tensor) -> Tensor:
+    """Mean over pairs of Σ |a − b|."""
+    loss_M = slope.new_zeros(len(compared.pull))
+    for _, other in compared.others():
+        sign = torch.sub(compared.value, other, out=other).sign_()
+        compared.codes.add(slope, sign, compared.pull)
+        loss_M += compared.codes.dots(compared.value, sign)
+    return loss_M.mul_(loss_M.new_tensor(compared.share))
 
-    def cosine(self, slope: Tensor) -> Tensor:
-        """Mean over pairs of 1 − cos(a, b)."""
-        codes = self.codes
-        inverse_R = torch.rsqrt(codes.row_sums(self.value.square()) + _TINY)
-        loss_M = inverse_R.new_tensor([float(share > 0) for share in self.share])
-        share_M = inverse_R.new_tensor(self.share)
-        for (rows_R, other), meets_R in zip(self.others(), self.meets_KR, strict=True):
-            scale_R = inverse_R * inverse_R.index_select(0, rows_R) * meets_R
-            cosine_R = codes.row_sums(self.value * other) * scale_R
-            loss_M -= cosine_R.view(len(loss_M), -1).sum(1) * share_M / 2
-            # d cos(a, b) / da = b / (‖a‖‖b‖) − cos(a, b) a / ‖a‖²
-            along = codes.of_rows(cosine_R * inverse_R.square())
-            codes.add(slope, (self.value * along).sub_(other.mul_(codes.of_rows(scale_R))), self.pull)
-        return loss_M
+
+@temporal_gradient("normalised")
+def normalised(compared: Compared, slope: Tensor) -> Tensor:
+    """Pairwise divided by the mean over tokens of Σ z²."""
+    codes, share = compared.codes, compared.share
+    size_M = codes.dots(compared.value, compared.value) / compared.n_tokens
+    scale_M = 1 / size_M.clamp(min=_TINY)
+    loss_M = squares(compared, slope, scale_M.tolist()) * scale_M
+    weights_M = scale_M.new_tensor([p / s if s else 0.0 for p, s in zip(compared.pull, share, strict=True)])
+    shrink_M = torch.where(size_M > _TINY, -2 / compared.n_tokens * loss_M * scale_M * weights_M, 0)
+    codes.add(slope, compared.value, shrink_M.tolist())
+    return loss_M
+
+
+@temporal_gradient("squared_norms")
+def norms(compared: Compared, slope: Tensor) -> Tensor:
+    """Mean over pairs of ‖a‖² + ‖b‖²."""
+    times_R = compared.meets_KR.sum(0).to(compared.value.dtype)
+    gradient = compared.value * compared.codes.of_rows(times_R)
+    compared.codes.add(slope, gradient, [2 * p for p in compared.pull])
+    return compared.codes.dots(gradient, compared.value).mul_(times_R.new_tensor(compared.share))
+
+
+@temporal_gradient("cosine")
+def cosine(compared: Compared, slope: Tensor) -> Tensor:
+    """Mean over pairs of 1 − cos(a, b)."""
+    codes = compared.codes
+    inverse_R = torch.rsqrt(codes.row_sums(compared.value.square()) + _TINY)
+    loss_M = inverse_R.new_tensor([float(share > 0) for share in compared.share])
+    share_M = inverse_R.new_tensor(compared.share)
+    for (rows_R, other), meets_R in zip(compared.others(), compared.meets_KR, strict=True):
+        scale_R = inverse_R * inverse_R.index_select(0, rows_R) * meets_R
+        cosine_R = codes.row_sums(compared.value * other) * scale_R
+        loss_M -= cosine_R.view(len(loss_M), -1).sum(1) * share_M / 2
+        # d cos(a, b) / da = b / (‖a‖‖b‖) − cos(a, b) a / ‖a‖²
+        along = codes.of_rows(cosine_R * inverse_R.square())
+        codes.add(slope, (compared.value * along).sub_(other.mul_(codes.of_rows(scale_R))), compared.pull)
+    return loss_M
+
+
+@temporal_gradient("contrastive")
+def contrastive(compared: Compared, slope: Tensor) -> Tensor:
+    """All pairs meet all others: taken from whole matrices, see :func:`_of_matrices`."""
+    raise NotImplementedError
 
 
 def _scope(codes: SparseCodes, terms: Sequence[TemporalTerm]) -> Tensor | None:
@@ -212,7 +226,7 @@ def _of_matrices(
     loss_M = z_MNWF.new_zeros(codes.n_members)
     for m in chosen:
         term, z_NWF = terms[m], z_MNWF[m]
-        if isinstance(codes, DenseCodes) and term.form == "pairwise" and term.partner != "l2" and partners[m] is None:
+        if isinstance(codes, DenseCodes) and term.form == "pairwise" and partners[m] is None:
             loss_M[m] = _pairwise(slopes[m].view(z_NWF.shape), z_NWF, term)
             continue
         with torch.enable_grad():

@@ -16,7 +16,6 @@ from tcsae.train.loop.geometric_median import geometric_median, sample_tokens
 from tcsae.train.loop.inputs import Inputs
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.record import load_run
-from tcsae.train.sae.initialise import initialise
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 coordinates = st.integers(-5, 5)
@@ -118,5 +117,5 @@ def test_a_run_begins_at_the_median_of_its_scaled_inputs_and_says_so(store, tmp_
     assert torch.equal(Inputs.from_state_dict(inputs.state_dict()).median_D, inputs.median_D)
     for kind, centre in (("mean", inputs.mean_D), ("geometric_median", inputs.median_D), ("zero", torch.zeros(8))):
         sae, chosen = TemporalSAE(8, 16), config.sae.model_copy(update={"b_dec": kind})
-        initialise(sae, chosen, 0, inputs.centre(chosen))
+        sae.initialise(chosen, 0, inputs.centre(chosen))
         assert torch.equal(sae.b_dec.detach(), centre)

@@ -13,12 +13,13 @@ from tcsae.train.loop import memory_plan
 from tcsae.train.loop.member import Member
 from tcsae.train.loop.memory_plan import member_bytes, split_passes, stacks, step_bytes
 from tcsae.train.loop.stack import Stack
-from tcsae.train.loss.partners import draw_partners
+from tcsae.train.loss.partners import Batch, draw_partners, generator_of
 from tcsae.train.plan import MemberPlan, plan_members
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from tcsae.train.step import active_entries, by_hand
-from tcsae.train.step.autograd import dense_step
+from tcsae.train.step.autograd import autograd_step
+from tcsae.train.step.registry import GRADIENTS
 
 WINDOWS, W, D, F = 8, 5, 8, 24
 SMALL = {
@@ -29,7 +30,7 @@ SMALL = {
     "run.baseline": False,
     "data.batch_size": WINDOWS * W,
 }
-FORMS = ("pairwise", "window_mean", "normalised", "cosine", "l1", "contrastive")
+FORMS = tuple(GRADIENTS)
 
 
 def plans_of(changes: dict[str, Any], grid: dict[str, tuple[str, ...]]) -> list[MemberPlan]:
@@ -53,7 +54,10 @@ def batch(seed: int) -> torch.Tensor:
 def partners_of(members: list[Member], step: int) -> list[torch.Tensor | None]:
     documents = torch.arange(WINDOWS) // 2
     terms = [member.objective.temporal for member in members]
-    return [draw_partners(t.partner, documents, W, seed=0, step=step) if t.active else None for t in terms]
+    rows = starts = torch.zeros(WINDOWS, dtype=torch.int64)
+    batches = [Batch(documents, rows, starts, W, generator_of(0, step)) for _ in terms]
+    pairs = zip(terms, batches, strict=True)
+    return [draw_partners(t.partner, batch) if t.active else None for t, batch in pairs]
 
 
 def check_alike(plans: list[MemberPlan], *, bits: bool = True, steps: int = 4) -> None:
@@ -127,7 +131,7 @@ def test_entries_in_company_and_matrices_alone_agree_within_rounding(monkeypatch
 @pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 def test_descent_is_torchs_own_with_nothing_fused(activation: str, seeds: tuple[str, ...]) -> None:
-    """dense_step, clip_grad_norm_ and AdamW one tensor at a time, on rows left free: the slow twin of the
+    """autograd_step, clip_grad_norm_ and AdamW one tensor at a time, on rows left free: the slow twin of the
     whole step.
     """
     changes = {"sae.activation": activation, "sae.decoder": "free", "loss.decoder_norms": False, "loss.l1_warmup": 0.0}
@@ -144,7 +148,7 @@ def test_descent_is_torchs_own_with_nothing_fused(activation: str, seeds: tuple[
         updates = stack.train_step(batch(step))
         for twin, optimiser, update in zip(twins, optimisers, updates, strict=True):
             optimiser.zero_grad(set_to_none=True)
-            dense_step(twin.sae, batch(step), twin.objective)
+            autograd_step(twin.sae, batch(step), twin.objective)
             norm = torch.nn.utils.clip_grad_norm_(twin.sae.parameters(), 1.0)
             optimiser.step()
             torch.testing.assert_close(update.grad_norm, norm, rtol=1e-4, atol=1e-5)

@@ -12,8 +12,9 @@ from reference import step_terms_and_gradients
 from tcsae.train.loss.objective import Objective, TemporalTerm
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
-from tcsae.train.step.autograd import dense_step
+from tcsae.train.step.autograd import autograd_step
 from tcsae.train.step.by_hand import sparse_step
+from tcsae.train.step.registry import GRADIENTS, STEPS
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 SPARSE, DENSE = 1.0, -1.0  # from which density on whole matrices are used: never, always
@@ -77,7 +78,7 @@ TERMS = (
     {"form": "none"},
     {"form": "pairwise"},
     {"form": "pairwise", "lag": 2},
-    {"form": "pairwise", "partner": "l2"},
+    {"form": "squared_norms"},
     {"form": "window_mean"},
     {"form": "normalised"},
     {"form": "l1"},
@@ -116,6 +117,25 @@ def test_step_equals_autograd(
     check(sae, windows(n, w, seed=seed), objective)
 
 
+@pytest.mark.parametrize("form", list(GRADIENTS))
+@pytest.mark.parametrize("kind", STEPS.get("sae").activations)
+@pytest.mark.parametrize("dense_above", [0.0, 1.0])
+def test_every_registered_gradient_equals_autograd(kind: str, form: str, dense_above: float) -> None:
+    """What is registered as derived by hand, against the step that is always right; in float64."""
+    activation = next(each for each in ACTIVATIONS if each.kind == kind)
+    mine, theirs = random_sae(activation, seed=4), random_sae(activation, seed=4)
+    x, temporal = windows(6, 5, seed=4), TemporalTerm(form=form, weight=0.5, n_features=20)
+    objective = Objective(0.2, True, temporal, aux_k=3, aux_weight=0.3)
+    dead = torch.arange(24) % 5 == 0
+    found = sparse_step(mine, x, objective, dead_F=dead, dense_above=dense_above)
+    expected = autograd_step(theirs, x, objective, dead_F=dead)
+    for name in ("total", "reconstruction", "sparsity", "temporal", "auxiliary"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-9)
+    assert torch.equal(found.fired_F, expected.fired_F)
+    for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     activation=st.sampled_from(ACTIVATIONS),
@@ -149,11 +169,11 @@ def test_float32_agrees_within_its_own_precision(activation: Activation) -> None
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_contrastive_term_equals_the_dense_step(activation: Activation) -> None:
+def test_contrastive_term_equals_the_autograd_step(activation: Activation) -> None:
     sae = random_sae(activation).float()
     x = windows(6, 4).float()
     objective = Objective(temporal=TemporalTerm(form="contrastive", weight=0.5, n_features=24))
-    expected = dense_step(sae, x, objective)
+    expected = autograd_step(sae, x, objective)
     gradients = {name: getattr(sae, name).grad.clone() for name in WEIGHTS}
     sae.zero_grad(set_to_none=True)
     result = sparse_step(sae, x, objective, dense_above=SPARSE)
@@ -175,12 +195,12 @@ def test_gradients_accumulate_and_fit_any_layout() -> None:
         assert getattr(sae, name).grad.stride() == getattr(sae, name).stride()
 
 
-def test_batchtopk_follows_the_threshold_of_the_dense_step() -> None:
+def test_batchtopk_follows_the_threshold_of_the_autograd_step() -> None:
     mine, theirs = (random_sae(Activation("batchtopk", k=3)).float() for _ in range(2))
     for seed in range(3):
         x = windows(4, 5, seed=seed).float()
         sparse_step(mine, x, Objective())
-        dense_step(theirs, x, Objective())
+        autograd_step(theirs, x, Objective())
     assert mine.threshold is not None
     torch.testing.assert_close(mine.threshold, theirs.threshold)
 
@@ -196,14 +216,14 @@ def test_nan_reaches_the_loss(above: float, where: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 5.0])
 @pytest.mark.parametrize("bandwidth", [0.05, 1.0])
-def test_thresholds_learn_what_the_dense_step_teaches_them(threshold: float, bandwidth: float) -> None:
+def test_thresholds_learn_what_the_autograd_step_teaches_them(threshold: float, bandwidth: float) -> None:
     sae = random_sae(Activation("jumprelu", bandwidth=bandwidth)).float()
     with torch.no_grad():
         sae.threshold.fill_(threshold)  # type: ignore[union-attr]
     x, temporal = windows(20, 5).float(), TemporalTerm(form="pairwise", weight=0.3, n_features=24)
     found = []
     for step, options in (
-        (dense_step, {}),
+        (autograd_step, {}),
         (sparse_step, {"dense_above": SPARSE}),
         (sparse_step, {"dense_above": DENSE}),
     ):

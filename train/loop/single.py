@@ -1,0 +1,62 @@
+"""One member that steps by itself through autograd: any architecture, activation and temporal term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..step.autograd import autograd_step
+from .member import Member, Update
+from .schedule import set_rate
+
+
+class Single:
+    """A member and its step.
+
+    Args:
+        member: whose weights are changed in place.
+
+    """
+
+    def __init__(self, member: Member):
+        self.members = [member]
+
+    def train_step(
+        self, x_NWD: Tensor, partners: Sequence[Tensor | None] | None = None, *, share: float = 1.0
+    ) -> list[Update]:
+        """One step on scaled windows, which are ``share`` of the batch's; see :meth:`.stack.Stack.train_step`.
+
+        On a CPU, nothing changes if the loss or the gradient is not finite.
+        """
+        (member,) = self.members
+        sae, config, objective = member.sae, member.config, member.current_objective()
+        lr = set_rate([member.optimiser], member.step, config)
+        sae.zero_grad(set_to_none=True)
+        result = autograd_step(
+            sae,
+            x_NWD,
+            objective,
+            partner_NP=partners[0] if partners else None,
+            dead_F=member.dead if objective.aux_weight > 0 else None,
+            compute_dtype=member.compute_dtype,
+        )
+        result = member.world.combine(sae, result, share)
+        if config.sae.decoder == "unit":
+            sae.project_gradients()
+        gradients = [p for p in sae.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(gradients, config.optimiser.clip or math.inf)
+        update = Update(result, objective, norm, lr)
+        if x_NWD.device.type == "cpu" and not update.is_finite:
+            return [update]
+        member.optimiser.step()
+        if config.sae.decoder == "unit":
+            sae.constrain()
+        for parameter in sae.fast_parameters():
+            parameter.data.clamp_(min=0)
+        member.idle_F += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        member.idle_F.masked_fill_(result.fired_F > 0, 0)
+        member.step += 1
+        return [update]

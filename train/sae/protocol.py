@@ -1,0 +1,167 @@
+"""What the trainer and the evaluator ask of every architecture, and what most of them can leave as it is.
+
+Shapes: N windows, W positions, D model width, F features. Weights are float32. While training, activations are scaled
+so that E‖x‖² = D; the scale is folded into the weights before they are saved, so that whatever is loaded takes and
+gives raw activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import terms
+from ..loss.terms import at_least_float32
+
+if TYPE_CHECKING:
+    from ..config import SAEConfig
+    from ..loss.objective import Objective
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What an SAE says of activations ``x`` [.., D]: its reconstruction, its codes and the codes before the activation.
+
+    ``parts`` holds whatever else an architecture computes on the way and its own loss needs.
+    """
+
+    reconstruction: Tensor  # [.., D], in the units of x
+    features: Tensor  # [.., F], ≥ 0
+    pre_activations: Tensor  # [.., F]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SparseAutoencoder(nn.Module):
+    """Base of all architectures.
+
+    A new one overrides :meth:`build`, :meth:`initialise` and :meth:`forward`, and the terms of its loss where they
+    differ; autograd does the rest.
+
+    Attributes:
+        W_enc: [d_model, n_features]. b_enc: [n_features].
+        W_dec: [n_features, d_model], a feature's direction in the activations' space; b_dec: [d_model].
+        metadata: where the SAE belongs (model_name, hook_name, layer …); saved with it.
+
+    """
+
+    architecture: ClassVar[str]
+    """The name it is registered under."""
+    sees: ClassVar[Literal["token", "window", "row"]] = "token"
+    """What a code is computed from."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init__(self, d_model: int, n_features: int, *, metadata: dict[str, Any] | None = None):
+        super().__init__()
+        self.d_model, self.n_features = d_model, n_features
+        self.metadata = dict(metadata or {})
+
+    # --- making one
+
+    @classmethod
+    def build(cls, config: SAEConfig, d_model: int) -> Self:
+        """A new one as the configuration says, its weights not yet filled."""
+        raise NotImplementedError
+
+    def initialise(self, config: SAEConfig, seed: int, centre_D: Tensor | None = None) -> None:
+        """Fill the weights from one generator of that seed; ``centre_D`` is where b_dec begins unless that is zero."""
+        raise NotImplementedError
+
+    @classmethod
+    def fixes_sparsity(cls, config: SAEConfig) -> bool:
+        """Whether L0 follows from the configuration's k: then no λ1 is needed, and AuxK revives dead features."""
+        return False
+
+    @classmethod
+    def default_l1(cls, config: SAEConfig) -> float:
+        """λ1 where the configuration leaves it open and :meth:`fixes_sparsity` is false."""
+        return 1.5
+
+    # --- what it computes
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Everything about activations ``x`` [.., D]."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [.., D] → codes [.., F]."""
+        return self.forward(x).features
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes [.., F] → reconstruction [.., D] (eq 5)."""
+        return z @ self.W_dec + self.b_dec
+
+    # --- its loss; each term is a mean over tokens
+
+    def reconstruction_loss(self, x: Tensor, out: SAEOutput) -> Tensor:
+        """Mean over tokens of Σ_d (x − x̂)²."""
+        return terms.reconstruction(x, at_least_float32(out.reconstruction))
+
+    def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
+        """What λ1 weighs: Σ z, times the norms of the decoder's rows where the objective says so."""
+        return terms.l1(at_least_float32(out.features), self.W_dec.norm(dim=-1) if objective.decoder_norms else None)
+
+    def auxiliary_loss(self, x: Tensor, out: SAEOutput, dead_F: Tensor | None, objective: Objective) -> Tensor | None:
+        """What ``objective.aux_weight`` weighs: AuxK, where there are dead features; None where there is nothing."""
+        if dead_F is None or not bool(dead_F.any()):
+            return None
+        residual = (x - at_least_float32(out.reconstruction)).detach().flatten(0, -2)
+        pre = at_least_float32(out.pre_activations).flatten(0, -2)
+        return terms.aux_k(residual, pre, self.W_dec, dead_F, objective.aux_k)
+
+    # --- around a step
+
+    def after_backward(self, out: SAEOutput) -> None:
+        """Called once per step with what :meth:`forward` gave, gradients done: for running statistics."""
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are not decayed unless ``optimiser.decay_decoder`` says so."""
+        return [self.W_dec, self.b_dec]
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the size of activations, not of weights: their learning rate is √D times as large."""
+        return []
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove what would only be undone by :meth:`constrain`; called where decoder rows keep norm 1."""
+        if self.W_dec.grad is not None:
+            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Give decoder rows norm 1; called after a step where the configuration asks for it."""
+        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
+    @property
+    def running_threshold(self) -> Tensor | None:
+        """The threshold [] used outside training, where there is one: after the last step it is set to the mean, over
+        batches, of the smallest active code.
+        """
+        return None
+
+    # --- keeping one
+
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`from_settings` needs beside the widths to make it again; plain JSON values."""
+        return {}
+
+    @classmethod
+    def from_settings(cls, d_model: int, n_features: int, settings: dict[str, Any], metadata: dict[str, Any]) -> Self:
+        """One whose weights are about to be loaded."""
+        return cls(d_model, n_features, metadata=metadata, **settings)
+
+    def rescaled(self, scale: float) -> Self:
+        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, x̂ / scale."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder with ``cfg.json`` and ``sae_weights.safetensors``; SAELens opens the kinds that it knows."""
+        raise NotImplementedError

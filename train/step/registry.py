@@ -1,0 +1,93 @@
+"""Which step trains a configuration: by autograd, which is always right, or by hand, where that was derived.
+
+By hand needs three things: a step for the architecture and its activation, and a gradient for the temporal term on
+active entries. Each is registered where it is written; a test holds each to autograd in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from ...errors import UsageError
+from ...registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import TrainConfig
+    from .temporal_gradient import Compared
+
+    Gradient = Callable[[Compared, Tensor], Tensor]
+
+G = TypeVar("G", bound="Callable[..., Tensor]")
+Step = Literal["autograd", "fast"]
+
+
+@dataclass(frozen=True)
+class HandWritten:
+    """What the step by hand of an architecture knows: its activations, on which kinds of device."""
+
+    activations: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+STEPS: Registry[HandWritten] = Registry("hand-written step", {"sae": "train.step.by_hand"})
+GRADIENTS: Registry[Gradient] = Registry(
+    "hand-written temporal gradient",
+    dict.fromkeys(
+        ("pairwise", "window_mean", "normalised", "cosine", "l1", "contrastive", "squared_norms"),
+        "train.step.temporal_gradient",
+    ),
+)
+
+
+def temporal_gradient(name: str) -> Callable[[G], G]:
+    """Register the gradient of the temporal term ``name`` on active entries; optional, since autograd finds it too.
+
+    The function takes a :class:`~tcsae.train.step.temporal_gradient.Compared` and ∂L/∂z at the active entries, adds λ2
+    times the term's gradient to the latter, and returns the term of every member [M].
+    """
+
+    def add(function: G) -> G:
+        GRADIENTS.add(name, function)
+        return function
+
+    return add
+
+
+def choose_step(config: TrainConfig, form: str, device: str) -> tuple[Step, str]:
+    """The step that ``config.run.step`` means for a configuration, and a reason where ``auto`` is not by hand.
+
+    Args:
+        config: of a member.
+        form: the temporal term it trains with, ``none`` for none (a partner can replace the configured one).
+        device: cpu, cuda …
+
+    Raises:
+        UsageError: ``fast`` was asked for where there is no step by hand.
+
+    """
+    lacking = _lacking(config, form, device)
+    if config.run.step == "autograd":
+        return "autograd", "asked for"
+    if lacking is None:
+        return "fast", ""
+    if config.run.step == "fast":
+        raise UsageError(f"there is no hand-written step for {lacking}: use --step autograd or auto")
+    return "autograd", f"no hand-written step for {lacking}"
+
+
+def _lacking(config: TrainConfig, form: str, device: str) -> str | None:
+    sae = config.sae
+    if sae.architecture not in STEPS:
+        return f"architecture '{sae.architecture}' (there is one for {', '.join(STEPS)})"
+    known = STEPS.get(sae.architecture)
+    if sae.activation not in known.activations:
+        return f"activation '{sae.activation}' (there is one for {', '.join(known.activations)})"
+    if form != "none" and form not in GRADIENTS:
+        return f"temporal term '{form}' (there is one for {', '.join(GRADIENTS)})"
+    if device not in known.devices:
+        return f"device {device} (there is one for {', '.join(known.devices)})"
+    return None
