@@ -13,14 +13,13 @@ from typing import Any
 from ..cache.format.manifest import StoreManifest
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
-from ..train.formats.foreign import AnySAE
 from ..train.formats.locate import load_external
+from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
+from ..train.sae.gated import AnySAE
 from ..train.sae.temporal_sae import TemporalSAE
 from .config import EvaluateConfig
 from .results import Failure, Role, SAEFacts
-
-WEIGHTS = "sae_weights.safetensors"
 
 
 @dataclass(frozen=True)

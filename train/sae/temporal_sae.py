@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RunError
+from ..formats.locate import read_sae
+from ..formats.registry import FORMATS
 from .activation import Activation, batch_top_k, jump_relu, top_k
 
 
@@ -130,19 +132,23 @@ class TemporalSAE(nn.Module):
         return raw
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that SAELens opens as it is (``cfg.json``, ``sae_weights.safetensors``)."""
-        from ..formats.saelens import save_saelens
+        """Write a folder that SAELens opens as it is (``cfg.json``, ``sae_weights.safetensors``).
 
-        save_saelens(self, Path(path))
+        Raises:
+            RunError, ResourceError: the folder cannot be written, or a batchtopk threshold was never measured.
+
+        """
+        FORMATS.get("saelens").write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> TemporalSAE:
-        """Read such a folder, in evaluation mode, on the CPU, in the units of raw activations.
+        """Read an SAE of any registered format, by path or hub id, in evaluation mode, on the CPU, for raw activations.
 
         Raises:
-            RunError: there is none, it is damaged, or it is of a kind this program does not know.
+            RunError: there is none, it is damaged, or it is of a kind that this class cannot express.
 
         """
-        from ..formats.saelens import load_saelens
-
-        return load_saelens(Path(path))
+        _, sae = read_sae(path)
+        if not isinstance(sae, cls):
+            raise RunError(f"{path} holds a {type(sae).__name__}, which is no {cls.__name__}: evaluate it with --sae")
+        return sae
