@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache.store import ActivationStore
+    from .train.formats.registry import SAEFormat, sae_format
     from .train.sae.temporal_sae import SAEOutput, TemporalSAE
 
 __version__ = "0.1.0"
-__all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__"]
+__all__ = ["ActivationStore", "SAEFormat", "SAEOutput", "TemporalSAE", "__version__", "sae_format"]
 
 _HOMES = {
+    "SAEFormat": ".train.formats.registry",
+    "sae_format": ".train.formats.registry",
     "ActivationStore": ".cache.store",
     "TemporalSAE": ".train.sae.temporal_sae",
     "SAEOutput": ".train.sae.temporal_sae",

@@ -6,6 +6,7 @@ without importing torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Generic, TypeVar
@@ -43,14 +44,19 @@ class Registry(Generic[T]):
         """
         if not name or not name.replace("_", "").replace("-", "").isalnum():
             raise UsageError(f"'{name}' is no name for a {self.kind}: use letters, digits, '_' and '-'")
-        taken = name in self._entries or (Registry._plugin is not None and name in self._modules)
-        if taken:
+        plugin = None if self._is_built_in(name) else Registry._plugin
+        if name in self._entries or (plugin is not None and name in self._modules):
             owner = self._owners.get(name, "this program")
             raise UsageError(f"the {self.kind} '{name}' is registered by {owner} already: choose another name")
         self._entries[name] = entry
-        if Registry._plugin is not None:
-            self._owners[name] = Registry._plugin
+        if plugin is not None:
+            self._owners[name] = plugin
         return entry
+
+    def _is_built_in(self, name: str) -> bool:
+        """Whether the built-in module of that name is just being imported, perhaps because a plug-in needs it."""
+        module = sys.modules.get(f"{__package__}.{self._modules.get(name)}")
+        return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
     def register(self, name: str) -> Callable[[T], T]:
         """:meth:`add` as a decorator."""

@@ -120,7 +120,7 @@ def ours(options: argparse.Namespace) -> None:
     from tcsae.evaluate.model.splice import Head, SplicedModel
     from tcsae.evaluate.one_pass import Measurement
     from tcsae.evaluate.table_row import Candidate, MeasuredRow
-    from tcsae.train.formats.foreign import read_saelens
+    from tcsae.train.formats.locate import read_sae
 
     folder = Path(options.folder)
     case = real(options) if options.run or options.model else small(options)
@@ -128,7 +128,7 @@ def ours(options: argparse.Namespace) -> None:
     found = survey(spliced, case.text, [case.layer], BATCH_ROWS)[case.layer]
     sae_folder = case.sae_folder or random_sae(case.lm.d_model, found.mean_D, folder / "sae")
     measured = [
-        Candidate(MeasuredRow("sae", "sae", case.layer), read_saelens(sae_folder), found, {}, ""),
+        Candidate(MeasuredRow("sae", "sae", case.layer), read_sae(sae_folder)[1], found, {}, ""),
         Candidate(MeasuredRow("zero_all", "reference", case.layer), None, found, {}, ""),
     ]
     with progress("measure", None) as bar:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic_files import write_file
 from ..console import format_bytes, format_count
 from .format.layout import PADDING, SPECIAL
 from .statistics import StoreStatistics, cached_statistics, token_norms
@@ -110,7 +111,7 @@ def draw_norms(store: ActivationStore, file: Path, *, chunks: int = 64) -> None:
         mean = np.where(token, norms, 0).sum(0) / token.sum(0)
     right.plot(np.arange(store.context), mean, marker=".", linewidth=1)
     right.set(yscale="log", xlabel="position", ylabel="mean ‖x‖", title="norm by position")
-    figure.savefig(file, dpi=150)
+    write_file(file, lambda out: figure.savefig(out, format=file.suffix[1:] or "png", dpi=150))
 
 
 def _sampled_norms(store: ActivationStore, chunks: int) -> tuple[np.ndarray, np.ndarray]:

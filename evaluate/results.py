@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..atomic_files import write_json
 from ..errors import RunError
+from ..untrusted_files import read_json
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -89,7 +89,7 @@ class SAEFacts(Frozen):
     """What is known of an SAE apart from its measurements; a reference row has no such facts."""
 
     path: str
-    source: Literal["run", "saelens", "gemma-scope", "dictionary-learning"]
+    source: str = Field(description="run, or the format of files from elsewhere: saelens, gemma-scope …")
     architecture: str = Field(description="relu, topk, batchtopk, jumprelu, gated …")
     d_model: int
     n_features: int
@@ -249,7 +249,7 @@ class EvaluationReport(Frozen):
 
 def write_results(report: EvaluationReport, folder: str | Path) -> Path:
     """Write ``results.json`` whole or not at all; returns its path."""
-    return write_json(json.loads(report.model_dump_json()), Path(folder) / RESULTS_FILE)
+    return write_json(Path(folder) / RESULTS_FILE, json.loads(report.model_dump_json()), indent=1, ascii_only=False)
 
 
 def read_results(path: str | Path) -> EvaluationReport:
@@ -260,13 +260,12 @@ def read_results(path: str | Path) -> EvaluationReport:
 
     """
     file = Path(path) / RESULTS_FILE if Path(path).is_dir() else Path(path)
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise RunError(f"no results at {file}; write them with `pipeline evaluate`") from None
-    except ValueError:
-        raise RunError(f"{file} is not JSON; evaluate again to replace it") from None
-    version = found.get("schema_version") if isinstance(found, dict) else None
+    found = read_json(
+        file,
+        missing=f"no results at {file}; write them with `pipeline evaluate`",
+        remedy="evaluate again to replace it",
+    )
+    version = found.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; upgrade it")
     try:
@@ -279,15 +278,6 @@ def read_results(path: str | Path) -> EvaluationReport:
         ) from None
 
 
-def write_json(content: Mapping[str, Any], path: Path) -> Path:
-    """Write JSON beside its place, then rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
-    os.replace(partial, path)
-    return path
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema of ``results.json``, as published in ``docs/results.schema.json``."""
     return EvaluationReport.model_json_schema()
@@ -297,7 +287,7 @@ def publish_schema(path: str | Path) -> Path:
     """Write the schema; run after a change of this file: ``python -m tcsae.evaluate.results
     docs/results.schema.json``.
     """
-    return write_json(json_schema(), Path(path))
+    return write_json(path, json_schema(), indent=1, ascii_only=False)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from typing import Any
 from ..cache.format.manifest import StoreManifest
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
-from ..train.formats.foreign import AnySAE
 from ..train.formats.locate import load_external
+from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
-from ..train.sae.temporal_sae import TemporalSAE
+from ..train.sae.protocol import SparseAutoencoder
 from .config import EvaluateConfig
 from .results import Failure, Role, SAEFacts
-
-WEIGHTS = "sae_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Subject:
     name: str
     layer: int
     facts: SAEFacts
-    load: Callable[[], AnySAE]
+    load: Callable[[], SparseAutoencoder]
     fingerprint: str
     role: Role | None = None
     pair: str | None = None
@@ -109,14 +107,14 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
     weights = Path(path) / WEIGHTS
     if not weights.exists():
         raise RunError(f"{path} says it is finished but has no {WEIGHTS}: train it again")
-    sae = TemporalSAE.load(path)
+    sae = SparseAutoencoder.load(path)
     original = sae.metadata.get("pruned_from")
     group.subjects.append(
         Subject(
             name=_free_name(record.name, record.layer, group),
             layer=record.layer,
             facts=_facts_of_run(path, record, sae, {"pruned_from": original} if original else {}),
-            load=lambda: TemporalSAE.load(path),
+            load=lambda: SparseAutoencoder.load(path),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
             role="pruned" if original else record.role,
             pair=original or record.twin,
@@ -142,7 +140,7 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
             facts=SAEFacts(
                 path=path,
                 source=found.source,
-                architecture=found.sae.activation.kind if isinstance(found.sae, TemporalSAE) else "gated",
+                architecture=found.sae.label,
                 d_model=found.sae.d_model,
                 n_features=found.sae.n_features,
             ),
@@ -196,11 +194,11 @@ def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
     )
 
 
-def _facts_of_run(path: str, record: RunRecord, sae: TemporalSAE, more: dict[str, str]) -> SAEFacts:
+def _facts_of_run(path: str, record: RunRecord, sae: SparseAutoencoder, more: dict[str, str]) -> SAEFacts:
     return SAEFacts(
         path=path,
         source="run",
-        architecture=sae.activation.kind,
+        architecture=sae.label,
         d_model=sae.d_model,
         n_features=sae.n_features,
         settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens} | more,

@@ -7,7 +7,6 @@ computed from whatever rows there are.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic_files import write_file
 from .intervals.jackknife import Jackknifed
 from .metrics.fidelity import Fidelity
 from .metrics.saebench import SAEBenchSums
@@ -63,11 +63,8 @@ class MeasuredRow:
             "sums": {name: {key: getattr(one, key) for key in _ABOUT} for name, one in self.sums.items()},
         } | {key: {name: one.model_dump() for name, one in getattr(self, key).items()} for key in _MODELS}
         arrays = {f"{name}:{side}": getattr(one, f"{side}_U") for name, one in self.sums.items() for side in _SIDES}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, plain=np.array(json.dumps(plain)), **arrays)
-        os.replace(partial, path)
+        described = np.array(json.dumps(plain))
+        write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, plain=described, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> MeasuredRow | None:

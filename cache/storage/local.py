@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...atomic_files import sync_folder
 from .os_errors import plain_errors
 
 PARTIAL = ".partial"  # suffix of a file in the making
@@ -245,9 +246,3 @@ def _advance(pending: list[memoryview], n: int) -> list[memoryview]:
     if pending and n:
         pending[0] = pending[0][n:]
     return pending
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside a folder durable."""
-    with open_readonly(folder) as fd:
-        os.fsync(fd)

@@ -6,7 +6,6 @@ on; the evaluation of the new run beside the old one then uses held-out text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...atomic_files import write_json
 from ...cache.store import ActivationStore
 from ...console import progress
 from ...errors import RunError, UsageError
@@ -248,7 +248,7 @@ def _write(new: TemporalSAE, record: RunRecord, config: PruneConfig, summary: Pr
     settings = {**record.config, "sae": {**record.config["sae"], **sizes}}
     new.metadata = {**new.metadata, "tcsae_run": out.name, "pruned_from": record.name}
     new.cpu().save(out)
-    (out / PRUNE_RECORD).write_text(json.dumps({"config": asdict(config), **asdict(summary)}, indent=1) + "\n")
+    write_json(out / PRUNE_RECORD, {"config": asdict(config), **asdict(summary)}, indent=1)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     record.model_copy(
         update={"name": out.name, "twin": None, "config": settings, "metrics": {}, "created": created}

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...atomic_files import plain_errors, write_file
 from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels import plane_zoomed, time_plane, weight_fidelity, weight_variation
@@ -41,14 +42,14 @@ _STYLE: Any = {
 
 def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     """Write every panel as ``KEY.png`` and ``KEY.svg``; returns the paths. The folder's older figures are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
-        old.unlink()
-    written = []
+    written: list[Path] = []
     for panel in panels:
         with _figure(1, _height(panel)) as (figure, axes):
             draw(axes[0], panel)
             written += _save(figure, folder / _file_name(panel.key))
+    for old in {*folder.glob("*.png"), *folder.glob("*.svg")} - set(written):
+        with plain_errors(f"remove {old}"):
+            old.unlink()
     return written
 
 
@@ -76,8 +77,8 @@ def write_picture(report: EvaluationReport, path: Path, layer: int | None = None
     with _figure(len(found), SIZE[1]) as (figure, axes):
         for ax, panel in zip(axes, found, strict=True):
             draw(ax, panel)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI * 1.25, metadata={"Software": None})
+        about = {"Software": None}
+        write_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI * 1.25, metadata=about))
     return path
 
 
@@ -232,8 +233,8 @@ def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
 
 def _save(figure: Any, stem: Path) -> list[Path]:
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
-    figure.savefig(png, dpi=DPI, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    write_file(png, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}))
+    write_file(svg, lambda file: figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}))
     return [png, svg]
 
 

@@ -7,7 +7,6 @@ browser in a content security policy. The same evaluation always gives the same 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...atomic_files import write_file
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
 from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
@@ -37,19 +37,14 @@ def write_report(report: EvaluationReport, folder: Path) -> Path:
     """Write ``index.html`` and ``figures/*.png|svg`` into the folder; returns the page's path.
 
     Raises:
-        OSError: the folder cannot be written.
+        RunError, ResourceError: the folder cannot be written.
 
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     report = in_reading_order(report)
     panels = sections(report)
     write_figures([panel for group in panels.values() for panel in group], folder / "figures")
-    page = folder / PAGE
-    partial = page.with_name(page.name + ".partial")
-    partial.write_text(render_page(report, panels), encoding="utf-8")
-    os.replace(partial, page)
-    return page
+    return write_file(folder / PAGE, render_page(report, panels))
 
 
 def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""dictionary_learning folders: ``ae.pt`` (a state dict) and ``config.json``, as its ``load_dictionary`` reads them.
+"""dictionary_learning: ``ae.pt`` (a state dict) and ``config.json``, as its ``load_dictionary`` reads them.
 
 Its relu and topk classes hold the same four weights, two of them transposed, so these come back bit for bit. Its
 jumprelu class never subtracts the decoder's bias from the input: that subtraction is folded into the encoder's bias.
@@ -6,76 +6,126 @@ jumprelu class never subtracts the decoder's bias from the input: that subtracti
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...atomic_files import write_file, write_json
 from ...errors import RunError
+from ...untrusted_files import read_json, shown
 from ..sae.activation import Activation
+from ..sae.protocol import SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
+from .from_weights import count, gated_sae, place_of, plain_sae
+from .registry import SAEFormat, sae_format
+from .tensor_files import read_torch
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 _CLASSES = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
-_KINDS = {name: kind for kind, name in _CLASSES.items()}
 # Their names (and, for the linear layers, transposition) of our four weights.
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+_OTHER = {"bias": "b_dec", "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
 
 
-def save_dictionary_learning(sae: TemporalSAE, folder: Path) -> None:
-    """Write ``sae``, in raw units, into ``folder``.
+@sae_format("dictionary-learning")
+class DictionaryLearning(SAEFormat):
+    """A ``.pt`` file of a state dict with its ``config.json`` beside it, or the folder of the two."""
 
-    Raises:
-        RunError: the folder cannot be written, or the SAE is one that their classes cannot express.
+    files = (WEIGHTS, CONFIG)
+    library = "dictionary-learning"
+    example = (
+        "from dictionary_learning.utils import load_dictionary\n\n"
+        'sae, config = load_dictionary("path/to/this/folder", device="cpu")'
+    )
 
-    """
-    kind = sae.activation.kind
-    if kind not in _CLASSES:
-        raise RunError(f"a {kind} SAE in training has no counterpart in dictionary_learning: export the finished run")
-    if kind in ("relu", "topk") and not sae.subtract_b_dec:
-        raise RunError(
-            f"dictionary_learning's {kind} subtracts the decoder's bias from its input, this one does not: use saelens"
-        )
-    trainer = {
-        "dict_class": _CLASSES[kind],
-        "trainer_class": "tcsae",
-        "activation_dim": sae.d_model,
-        "dict_size": sae.n_features,
-        "k": sae.activation.k,
-        "layer": sae.metadata.get("layer"),
-        "lm_name": sae.metadata.get("model_name"),
-        "submodule_name": sae.metadata.get("hook_name"),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(_state(sae), folder / f"{WEIGHTS}.partial")
-        os.replace(folder / f"{WEIGHTS}.partial", folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps({"trainer": trainer, "buffer": {}}, indent=2) + "\n")
-    except OSError as failure:
-        raise RunError(f"the SAE cannot be written to {folder}: {failure.strerror or failure}") from failure
+    def matches(self, path: Path) -> bool:
+        """A ``.pt`` file, or a folder with an ``ae.pt``."""
+        return path.suffix == ".pt" or (path / WEIGHTS).exists()
+
+    def read(self, path: Path) -> SparseAutoencoder:
+        """AutoEncoder, TopK, BatchTopK, Matryoshka, JumpRelu or Gated; without ``config.json`` where that is clear."""
+        file = path if path.suffix == ".pt" else path / WEIGHTS
+        weights = read_torch(file)
+        trainer = _trainer(file.with_name(CONFIG))
+        place = {"model_name": "lm_name", "hook_name": "submodule_name", "layer": "layer"}
+        metadata = {ours: trainer[theirs] for ours, theirs in place.items() if trainer.get(theirs) is not None}
+        metadata = place_of(file.with_name(CONFIG), metadata)
+        kind = trainer.get("dict_class") or _class_of(file, weights)
+        named = _own_names(weights)
+        if kind == "AutoEncoder":
+            return plain_sae(file, named, Activation("relu"), metadata=metadata)
+        if kind == "AutoEncoderTopK":
+            return plain_sae(file, named, Activation("topk", k=_k(file, weights)), metadata=metadata)
+        if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+            return plain_sae(file, named, Activation("jumprelu"), metadata=metadata)
+        if kind == "JumpReluAutoEncoder":
+            return plain_sae(file, named, Activation("jumprelu"), subtract_b_dec=False, metadata=metadata)
+        if kind == "GatedAutoEncoder":
+            return gated_sae(file, named, metadata=metadata)
+        known = "AutoEncoder, TopK, BatchTopK, Matryoshka, JumpRelu and Gated"
+        raise RunError(f"{shown(file)} is a dictionary of class '{shown(kind)}'; {known} can be read")
+
+    def write(self, sae: SparseAutoencoder, folder: Path) -> None:
+        """Relu, topk or jumprelu; others have no counterpart among their classes."""
+        kind = sae.label
+        if type(sae) is not TemporalSAE or kind not in _CLASSES:
+            raise RunError(
+                f"a {kind} SAE in training has no counterpart in dictionary_learning: export the finished run"
+                if kind == "batchtopk"
+                else f"a {kind} SAE cannot be written for dictionary_learning: use saelens"
+            )
+        if kind in ("relu", "topk") and not sae.subtract_b_dec:
+            raise RunError(
+                f"dictionary_learning's {kind} subtracts the decoder's bias from its input, this one does not: use "
+                "saelens"
+            )
+        trainer = {
+            "dict_class": _CLASSES[kind],
+            "trainer_class": "tcsae",
+            "activation_dim": sae.d_model,
+            "dict_size": sae.n_features,
+            "k": sae.activation.k,
+            "layer": sae.metadata.get("layer"),
+            "lm_name": sae.metadata.get("model_name"),
+            "submodule_name": sae.metadata.get("hook_name"),
+        }
+        write_file(folder / WEIGHTS, lambda file: torch.save(_state(sae), file))
+        write_json(folder / CONFIG, {"trainer": trainer, "buffer": {}})
 
 
-def load_dictionary_learning(folder: str | Path) -> TemporalSAE:
-    """Read such a folder (relu, topk or jumprelu), in evaluation mode.
+def _trainer(config: Path) -> dict[str, Any]:
+    if not config.exists():
+        return {}
+    trainer = read_json(config).get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise RunError(f"{shown(config)}: 'trainer' is {shown(repr(trainer))}, an object was expected")
+    return trainer
 
-    Raises:
-        RunError: nothing there, damaged, or of another class.
 
-    """
-    folder = Path(folder)
-    try:
-        trainer = json.loads((folder / CONFIG).read_text())["trainer"]
-        state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as failure:
-        raise RunError(f"{folder} holds no dictionary_learning SAE ({WEIGHTS} and {CONFIG}): {failure}") from failure
-    name = trainer.get("dict_class")
-    if name not in _KINDS:
-        raise RunError(f"{folder} holds dictionary_learning's '{name}', this program reads {', '.join(_KINDS)}")
-    return _sae(_KINDS[name], trainer, state, folder).eval()
+def _class_of(file: Path, weights: Mapping[str, Tensor]) -> str:
+    if "r_mag" in weights:
+        return "GatedAutoEncoder"
+    if "W_enc" in weights:
+        return "MatryoshkaBatchTopKSAE" if "k" in weights else "JumpReluAutoEncoder"
+    if "k" not in weights:
+        return "AutoEncoder"
+    raise RunError(f"{shown(file)} may be TopK or BatchTopK: put the config.json that was saved with it beside it")
+
+
+def _k(file: Path, weights: Mapping[str, Tensor]) -> int:
+    found = weights.get("k")
+    if found is not None and (found.numel() != 1 or found.is_floating_point()):
+        raise RunError(f"{shown(file)}: 'k' is no whole number: it is not an SAE of a kind known here")
+    return count(file, {} if found is None else {"k": int(found)}, "k")
+
+
+def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """dictionary_learning's names and layouts as ours."""
+    named = {_LINEAR.get(name) or _OTHER.get(name) or name: value for name, value in weights.items()}
+    return named | {_LINEAR[name]: _flipped(weights[name]) for name in _LINEAR if name in weights}
 
 
 def _state(sae: TemporalSAE) -> dict[str, Tensor]:
@@ -96,30 +146,3 @@ def _state(sae: TemporalSAE) -> dict[str, Tensor]:
 
 def _flipped(weight: Tensor) -> Tensor:
     return weight.T if weight.ndim == 2 else weight
-
-
-def _sae(kind: str, trainer: dict[str, Any], state: dict[str, Tensor], folder: Path) -> TemporalSAE:
-    if kind == "jumprelu":
-        weights = state
-    else:
-        weights = {ours: _flipped(state[name]) for name, ours in _LINEAR.items() if name in state}
-        weights["b_dec"] = state["bias" if kind == "relu" else "b_dec"]
-    metadata = {
-        "model_name": trainer.get("lm_name"),
-        "hook_name": trainer.get("submodule_name"),
-        "layer": trainer.get("layer"),
-    }
-    try:
-        d_model, n_features = weights["W_enc"].shape
-        k = int(state["k"]) if kind == "topk" else None
-        sae = TemporalSAE(
-            d_model,
-            n_features,
-            Activation(kind, k=k),  # pyright: ignore[reportArgumentType] - one of _KINDS
-            subtract_b_dec=kind != "jumprelu",
-            metadata=metadata,
-        )
-        sae.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError) as failure:
-        raise RunError(f"{folder / WEIGHTS} does not hold the weights of a {kind} SAE: {failure}") from failure
-    return sae

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import RunError, UsageError
+from ...atomic_files import write_file
+from ...errors import RunError
 from ..run_folder.record import RunRecord, load_run
-from ..sae.temporal_sae import TemporalSAE
-from .dictionary_learning import save_dictionary_learning
-
-FORMATS = {"saelens": TemporalSAE.save, "dictionary-learning": save_dictionary_learning}
-_HOW = {
-    "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("path/to/this/folder")',
-    "dictionary-learning": (
-        "from dictionary_learning.utils import load_dictionary\n\n"
-        'sae, config = load_dictionary("path/to/this/folder", device="cpu")'
-    ),
-}
+from .locate import read_sae
+from .registry import FORMATS, writable_format
 
 
 def export(run: str | Path, format_name: str, out: str | Path | None = None, *, push_to_hub: str | None = None) -> Path:
@@ -24,7 +16,7 @@ def export(run: str | Path, format_name: str, out: str | Path | None = None, *, 
 
     Args:
         run: the run's folder.
-        format_name: saelens or dictionary-learning.
+        format_name: of a registered format that can be written, such as saelens or dictionary-learning.
         out: where to; by default ``RUN/FORMAT``.
         push_to_hub: repository such as ``name/my-sae``, made if it is not there.
 
@@ -33,22 +25,19 @@ def export(run: str | Path, format_name: str, out: str | Path | None = None, *, 
 
     Raises:
         RunError: no such run, it is not finished, or the hub refuses.
-        UsageError: an unknown format.
+        UsageError: an unknown format, or one that is only read.
+        ResourceError: the disk is full.
 
     """
-    if format_name not in FORMATS:
-        raise UsageError(f"format '{format_name}' is unknown: choose one of {', '.join(FORMATS)}")
+    format_name = writable_format(format_name)
     record = load_run(run)
     if not record.finished:
         raise RunError(
             f"{run} stopped at step {record.steps} of {record.planned_steps}: finish it with the same train command"
         )
     folder = Path(out) if out else Path(run) / format_name
-    FORMATS[format_name](TemporalSAE.load(run), folder)
-    try:
-        (folder / "README.md").write_text(model_card(record, format_name))
-    except OSError as failure:
-        raise RunError(f"the model card cannot be written to {folder}: {failure.strerror or failure}") from failure
+    FORMATS.get(format_name).write(read_sae(run)[1], folder)
+    write_file(folder / "README.md", model_card(record, format_name))
     if push_to_hub:
         _upload(folder, push_to_hub)
     return folder
@@ -76,7 +65,8 @@ def model_card(record: RunRecord, format_name: str) -> str:
     }
     shown = ("explained_variance", "l0", "dead_share", "temporal_variation")
     measured = {name.replace("_", " "): record.metrics.get(name) for name in shown}
-    lines = ["---", "library_name: saelens" if format_name == "saelens" else "library_name: dictionary-learning"]
+    written = FORMATS.get(format_name)
+    lines = ["---", *([f"library_name: {written.library}"] if written.library else [])]
     lines += ["tags: [sparse-autoencoder, temporal-consistency]", f"base_model: {model['id']}", "---"]
     lines += ["", f"# {record.name}", ""]
     lines += [
@@ -86,7 +76,8 @@ def model_card(record: RunRecord, format_name: str) -> str:
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += ["On the last logged batch of its training stream (not on held-out text):", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in measured.items() if value is not None]
-    return "\n".join([*lines, "", "```python", _HOW[format_name], "```", ""])
+    opened = ["", "```python", written.example, "```"] if written.example else []
+    return "\n".join([*lines, *opened, ""])
 
 
 def _upload(folder: Path, repository: str) -> None:

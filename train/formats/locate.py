@@ -1,7 +1,7 @@
-"""Finding anyone's SAE: by path or hub id, and the layer it belongs to.
+"""Finding anyone's SAE: by path or hub id, whatever its format, and the layer it belongs to.
 
-Accepted: a SAELens folder; a Gemma Scope ``params.npz`` or its folder; a dictionary_learning ``ae.pt`` or its folder;
-any of them on the hub as ``owner/repository/path/inside``.
+Accepted: every format of :data:`~.registry.FORMATS`, as a folder or a file, here or on the hub as
+``owner/repository/path/inside``.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ...errors import RunError, UsageError
-from .foreign import CHECKPOINT, GEMMA_SCOPE, SAELENS_CONFIG, AnySAE, read_checkpoint, read_gemma_scope, read_saelens
+from ...untrusted_files import reason, shown
+from .registry import FORMATS, format_of
 
-Source = Literal["saelens", "gemma-scope", "dictionary-learning"]
+if TYPE_CHECKING:  # the SAE classes reach this file, not the other way round
+    from ..sae.protocol import SparseAutoencoder
 
 # Names of hook points whose number is the block whose output they are; resid_pre is the output of the block before.
 _OUTPUT_OF = (
@@ -32,9 +34,10 @@ class ExternalSAE:
 
     name: str
     path: str
-    source: Source
+    source: str
+    """Name of its format."""
     layer: int
-    sae: AnySAE
+    sae: SparseAutoencoder
     model_name: str | None
 
 
@@ -46,14 +49,13 @@ def load_external(path: str, layer: int | None = None) -> ExternalSAE:
         UsageError: no layer is known, or the one given contradicts the SAE's own.
 
     """
-    local = _locate(path)
-    source, sae = _read(local, path)
+    source, sae = read_sae(path)
     metadata = sae.metadata
     said = layer_of(metadata, path)
     if said is None and layer is None:
         raise UsageError(f"{path} does not say which layer it belongs to: give --layer")
     if said is not None and layer is not None and said != layer:
-        hook = metadata.get("hook_name") or path
+        hook = shown(metadata.get("hook_name") or path)
         raise UsageError(
             f"--layer {layer} was given for {path}, but it belongs to layer {said} ('{hook}'): leave --layer out"
         )
@@ -87,34 +89,33 @@ def layer_of(metadata: dict[str, Any], path: str) -> int | None:
     return None
 
 
-def _read(local: Path, path: str) -> tuple[Source, AnySAE]:
-    if local.is_dir():
-        if (local / SAELENS_CONFIG).exists():
-            return "saelens", read_saelens(local)
-        for name in (GEMMA_SCOPE, CHECKPOINT):
-            if (local / name).exists():
-                return _read(local / name, path)
-        raise RunError(
-            f"{path} holds none of {SAELENS_CONFIG}, {GEMMA_SCOPE} and {CHECKPOINT}: name the folder of one SAE"
-        )
-    if local.suffix == ".npz":
-        return "gemma-scope", read_gemma_scope(local)
-    if local.suffix == ".pt":
-        return "dictionary-learning", read_checkpoint(local)
-    raise RunError(
-        f"{path} is neither a folder nor an .npz or .pt file: SAELens, Gemma Scope and "
-        "dictionary_learning SAEs can be read"
-    )
+def read_sae(path: str | Path) -> tuple[str, SparseAutoencoder]:
+    """The format and the SAE at a local path or hub id; the SAE in evaluation mode, on the CPU, for raw activations.
+
+    Raises:
+        RunError: nothing there, of no known format, damaged, or of a kind that cannot be expressed.
+
+    """
+    local = _locate(str(path))
+    name = format_of(local)
+    if name is None:
+        kinds = ", ".join(f"{each} ({' and '.join(FORMATS.get(each).files)})" for each in FORMATS)
+        raise RunError(f"{shown(path)} holds no SAE of a known format: name the folder or file of one SAE of {kinds}")
+    return name, FORMATS.get(name).read(local)
 
 
 def _locate(path: str) -> Path:
     """The path itself, or a local copy of what the hub has under that name."""
     local = Path(path)
-    if local.exists():
+    try:
+        there = local.exists()
+    except OSError as failure:  # a name too long, a folder that may not be entered
+        raise RunError(f"there is no SAE at {shown(path)}: {reason(failure)}") from None
+    if there:
         return local
     parts = path.strip("/").split("/")
-    if path.startswith((".", "/", "~")) or len(parts) < 2:
-        raise RunError(f"there is no SAE at {path}: name a folder, a file, or owner/repository/path on the hub")
+    if path.startswith((".", "/", "~")) or len(parts) < 2 or ".." in parts or not path.isprintable():
+        raise RunError(f"there is no SAE at {shown(path)}: name a folder, a file, or owner/repository/path on the hub")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -131,8 +132,8 @@ def _locate(path: str) -> Path:
             f"there is no SAE at {path}, neither a local path nor on the hub (or it is private: set HF_TOKEN)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as failure:
-        reason = str(failure).splitlines()[0]
-        raise RunError(f"{path} is no local path, and the hub cannot be asked for it: {reason}") from None
+        why = reason(failure)
+        raise RunError(f"{path} is no local path, and the hub cannot be asked for it: {why}") from None
     if not found.exists():
         raise RunError(f"{repository} on the hub has nothing under '{inside}': look up the path in its file list")
     return found
@@ -140,6 +141,7 @@ def _locate(path: str) -> Path:
 
 def _name(path: str) -> str:
     """A short name: the last parts of the path that tell SAEs of one release apart."""
-    parts = [part for part in Path(path).parts if part not in ("/", "\\", ".", "..", GEMMA_SCOPE, CHECKPOINT)]
+    unsaid = {"/", "\\", ".", "..", *(name for each in FORMATS for name in FORMATS.get(each).files)}
+    parts = [part for part in Path(path).parts if part not in unsaid]
     told_apart_by = 3 if any(part.startswith("width_") for part in parts) else 1  # Gemma Scope: layer, width, L0
     return "/".join(parts[-told_apart_by:])

@@ -1,4 +1,4 @@
-"""SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``, the format most tools read.
+"""SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``, the format most tools read and run folders have.
 
 SAELens stores the four weights under the names and layouts used here, so saving copies them bit for bit. A batchtopk
 SAE is saved as what it is outside training, a jumprelu with one threshold. Keys as of sae-lens 6; later ones are
@@ -7,43 +7,103 @@ additions.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ... import __version__
+from ...atomic_files import write_file, write_json
 from ...errors import RunError
+from ...untrusted_files import read_json, shown
 from ..sae.activation import Activation
+from ..sae.gated import GatedSAE
+from ..sae.protocol import SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
+from .from_weights import count, gated_sae, place_of, plain_sae, registered_sae, shape_of, unit_decoder
+from .registry import SAEFormat, sae_format
+from .tensor_files import read_safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+_OWN = "tcsae:"  # an architecture, or an activation, that SAELens does not have
+_THRESHOLDS = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
 # SAELens drops the model's name, the hook and the context size of anything that claims to be older than 6.
 _SAE_LENS_FORMAT = "6.0.0"
 
 
-def saelens_config(sae: TemporalSAE) -> dict[str, Any]:
+@sae_format("saelens")
+class SAELens(SAEFormat):
+    """A folder as ``SAE.load_from_disk`` of SAELens opens it."""
+
+    files = (CONFIG, WEIGHTS)
+    library = "saelens"
+    example = 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("path/to/this/folder")'
+
+    def matches(self, path: Path) -> bool:
+        """A folder with a ``cfg.json``."""
+        return (path / CONFIG).exists()
+
+    def read(self, path: Path) -> SparseAutoencoder:
+        """Standard, topk (with or without decoder-norm rescaling), batchtopk, matryoshka, jumprelu or gated."""
+        config = read_json(path / CONFIG)
+        weights = read_safetensors(path / WEIGHTS)
+        _check_what_is_folded(path, config)
+        kept = config.get("metadata")
+        if kept is not None and not isinstance(kept, dict):
+            raise RunError(f"{shown(path / CONFIG)}: 'metadata' is {shown(repr(kept))}, an object was expected")
+        metadata = dict(kept or {})
+        metadata |= {key: config[key] for key in ("hook_name", "model_name") if config.get(key) and key not in metadata}
+        common: dict[str, Any] = {
+            "subtract_b_dec": bool(config.get("apply_b_dec_to_input", True)),
+            "metadata": place_of(path / CONFIG, metadata),
+        }
+        described = [count(path / CONFIG, config, "d_in"), count(path / CONFIG, config, "d_sae")]
+        there = list(shape_of(path / WEIGHTS, weights))
+        if there != described:
+            shapes = f"W_enc is {there} in {WEIGHTS}, {described} by {CONFIG}"
+            raise RunError(f"{shown(path)}: {shapes}: the two files belong to different SAEs")
+        return _sae(path, config, weights, common)
+
+    def write(self, sae: SparseAutoencoder, folder: Path) -> None:
+        """Weights first: a folder with a ``cfg.json`` is complete."""
+        tensors = {name: value.detach().float().cpu().contiguous() for name, value in sae.state_dict().items()}
+        if type(sae) is TemporalSAE and sae.activation.kind == "batchtopk":
+            if tensors["threshold"] < 0:
+                raise RunError("this batchtopk SAE has no threshold yet: train it for at least one step before saving")
+            tensors["threshold"] = tensors["threshold"].expand(sae.n_features).clone()
+        write_file(folder / WEIGHTS, save(tensors))
+        write_json(folder / CONFIG, saelens_config(sae))
+
+
+def saelens_config(sae: SparseAutoencoder) -> dict[str, Any]:
     """The contents of ``cfg.json`` for ``sae``."""
     config: dict[str, Any] = {
-        "architecture": _ARCHITECTURES[sae.activation.kind],
+        "architecture": _architecture(sae),
         "d_in": sae.d_model,
         "d_sae": sae.n_features,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": sae.subtract_b_dec,
+        "apply_b_dec_to_input": getattr(sae, "subtract_b_dec", True),
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {**_DEFAULT_METADATA, "tcsae_version": __version__, **sae.metadata},
     }
-    if sae.activation.kind == "topk":
+    if config["architecture"].startswith(_OWN):
+        config["tcsae_settings"] = sae.settings()
+    elif isinstance(sae, TemporalSAE) and sae.activation.kind == "topk":
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": False}
     return config
+
+
+def _architecture(sae: SparseAutoencoder) -> str:
+    """SAELens' name of what it can express, else one that it does not know: it must not take it for something else."""
+    if type(sae) is GatedSAE:
+        return "gated"
+    if type(sae) is TemporalSAE and sae.activation.kind in _ARCHITECTURES:
+        return _ARCHITECTURES[sae.activation.kind]
+    return _OWN + sae.architecture
 
 
 _DEFAULT_METADATA: dict[str, Any] = {
@@ -63,109 +123,57 @@ _DEFAULT_METADATA: dict[str, Any] = {
 }
 
 
-def save_saelens(sae: TemporalSAE, folder: Path) -> None:
-    """Write ``sae``, whose weights must already be in the units of raw activations, into ``folder``.
-
-    Raises:
-        RunError: the folder cannot be written, or a batchtopk threshold was never measured.
-
-    """
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in sae.state_dict().items()}
-    if sae.activation.kind == "batchtopk":
-        if tensors["threshold"] < 0:
-            raise RunError("this batchtopk SAE has no threshold yet: train it for at least one step before saving it")
-        tensors["threshold"] = tensors["threshold"].expand(sae.n_features).clone()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Weights first and each by rename: a folder with a cfg.json is complete.
-        save_file(tensors, folder / f"{WEIGHTS}.partial")
-        os.replace(folder / f"{WEIGHTS}.partial", folder / WEIGHTS)
-        (folder / f"{CONFIG}.partial").write_text(json.dumps(saelens_config(sae), indent=2) + "\n")
-        os.replace(folder / f"{CONFIG}.partial", folder / CONFIG)
-    except OSError as failure:
-        raise RunError(f"the SAE cannot be written to {folder}: {failure.strerror or failure}") from failure
-
-
-def load_saelens(folder: Path) -> TemporalSAE:
-    """Read a SAELens folder of the architectures standard, topk or jumprelu.
-
-    Raises:
-        RunError: nothing there, damaged, or of a kind this program does not know.
-
-    """
-    config = _read_config(folder)
-    tensors = _read_weights(folder)
-    try:
-        d_model, n_features = int(config["d_in"]), int(config["d_sae"])
-        activation = _activation(config, folder)
-    except (KeyError, TypeError, ValueError) as failure:
-        raise RunError(f"{folder / CONFIG} lacks or garbles {failure}: it does not describe an SAE") from failure
-    if config.get("normalize_activations", "none") != "none":
-        how = config["normalize_activations"]
-        raise RunError(
-            f"{folder} expects inputs normalised by '{how}': fold that into its weights with SAELens and save it again"
-        )
-    sae = TemporalSAE(
-        d_model,
-        n_features,
-        activation,
-        subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
-        metadata=config.get("metadata") or {},
-    )
-    _fill(sae, tensors, folder)
-    return sae.eval()
-
-
-def _activation(config: dict[str, Any], folder: Path) -> Activation:
-    architecture = config["architecture"]
+def _sae(path: Path, config: dict[str, Any], weights: dict[str, Tensor], common: dict[str, Any]) -> SparseAutoencoder:
+    source = path / WEIGHTS
+    architecture = config.get("architecture", "standard")
+    if isinstance(architecture, str) and architecture.startswith(_OWN):
+        settings = config.get("tcsae_settings") or {}
+        return registered_sae(source, weights, architecture.removeprefix(_OWN), settings, common["metadata"])
+    if architecture == "gated":
+        return gated_sae(source, weights, **common)
+    if architecture == "standard" and config.get("activation_fn_str", "relu") == "relu":
+        return plain_sae(source, weights, Activation("relu"), **common)
+    if architecture in ("standard", "topk"):  # before SAELens 6, topk was a standard SAE with another activation
+        k = count(path / CONFIG, _with_kwargs(config), "k") if _is_topk(config) else None
+        if k is not None:
+            return plain_sae(source, _rescaled(source, config, weights), Activation("topk", k=k), **common)
+    elif architecture in _THRESHOLDS:
+        if "threshold" not in weights and "topk_threshold" in weights:
+            weights = weights | {"threshold": weights["topk_threshold"]}
+        return plain_sae(source, _rescaled(source, config, weights), Activation("jumprelu"), **common)
+    found = f"architecture '{shown(architecture)}'"
     if architecture == "standard":
-        return Activation("relu")
-    if architecture == "jumprelu":
-        return Activation("jumprelu")
-    if architecture == "topk" and not config.get("rescale_acts_by_decoder_norm"):
-        return Activation("topk", k=int(config["k"]))
-    detail = "topk with rescaled activations" if architecture == "topk" else f"architecture '{architecture}'"
-    raise RunError(
-        f"{folder} holds {detail}, this program reads standard, topk and jumprelu: convert it with SAELens first"
-    )
+        found += f" with activation '{shown(config.get('activation_fn_str'))}'"
+    known = "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu and gated"
+    raise RunError(f"{shown(path)} is a SAELens SAE of {found}; {known} can be read")
 
 
-def _fill(sae: TemporalSAE, tensors: dict[str, Tensor], folder: Path) -> None:
-    for name, mine in sae.state_dict().items():
-        if name not in tensors:
-            kind = sae.activation.kind
-            raise RunError(f"{folder / WEIGHTS} has no '{name}', which a {kind} SAE needs: the folder is incomplete")
-        theirs = tensors[name]
-        if theirs.shape != mine.shape:
-            shapes = f"{list(theirs.shape)} in {WEIGHTS}, {list(mine.shape)} by {CONFIG}"
-            raise RunError(f"{folder}: '{name}' is {shapes}: the two files belong to different SAEs")
-        if not torch.isfinite(theirs).all():
-            raise RunError(
-                f"{folder / WEIGHTS}: '{name}' holds NaN or infinity: the file is damaged or the training diverged"
-            )
-    sae.load_state_dict({name: tensors[name].float() for name in sae.state_dict()})
+def _is_topk(config: dict[str, Any]) -> bool:
+    return config.get("architecture") == "topk" or config.get("activation_fn_str") == "topk"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+def _with_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the arguments of its activation at the top, where SAELens 6 has them."""
+    inner = config.get("activation_fn_kwargs")
+    return (inner if isinstance(inner, dict) else {}) | config
+
+
+def _rescaled(source: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not config.get("rescale_acts_by_decoder_norm"):
+        return weights
+    missing = next((name for name in ("W_dec", "b_enc") if name not in weights), None)
+    if missing:
+        raise RunError(f"{shown(source)} has no '{missing}': the SAE is incomplete, or of another kind than it says")
+    return unit_decoder(weights)
+
+
+def _check_what_is_folded(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what SAELens does at run time and the weights do not have in them."""
+    how = config.get("normalize_activations", "none")
+    if how not in ("none", None):
         raise RunError(
-            f"{folder} holds no SAE ({CONFIG} is missing): name a finished run or a SAELens folder"
-        ) from None
-    except (OSError, ValueError) as failure:
-        raise RunError(f"{path} cannot be read: {failure}") from failure
-    if not isinstance(config, dict):
-        raise RunError(f"{path} holds no JSON object: it does not describe an SAE")
-    return config
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise RunError(f"{folder} has {CONFIG} but no {WEIGHTS}: the folder is incomplete") from None
-    except (OSError, SafetensorError) as failure:
-        raise RunError(f"{path} is damaged or no safetensors file: {failure}") from failure
+            f"{shown(path)} normalises its inputs by '{shown(how)}' at run time: fold that into the weights with "
+            "SAELens first"
+        )
+    if config.get("finetuning_scaling_factor"):
+        raise RunError(f"{shown(path)} scales its features at run time: fold that into the weights with SAELens first")

@@ -79,7 +79,7 @@ def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objectiv
         decoder_norms=loss.decoder_norms and sae.decoder == "free" and not fixed,
         temporal=_term_of(config, n_features),
         aux_k=(loss.aux_k or max(1, d_model // 2)) if fixed else 0,
-        aux_weight=loss.aux_weight if fixed else 0.0,
+        aux_weight=kind.auxiliary_weight(sae, loss.aux_weight),
     )
 
 

@@ -6,7 +6,6 @@ apart, which is why each keeps the one before, and :func:`latest_common` finds t
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...atomic_files import write_file
 from ...console import format_bytes
 from ...errors import ResourceError, RunError
 
@@ -30,25 +30,12 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
         ResourceError: the disk is full.
 
     """
-    folder = run / FOLDER
-    final = folder / f"step-{step:010d}.pt"
-    partial = folder / f"{final.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as failure:
-        partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(run).free
-        size = sum(t.numel() * t.element_size() for t in _tensors(state))
-        if free < size:
-            sizes = f"a checkpoint of {format_bytes(size)} does not fit into the {format_bytes(free)} left at {run}"
-            raise ResourceError(f"{sizes}: make room and resume") from failure
-        raise RunError(f"the checkpoint {final} cannot be written: {failure}") from failure
+        write_file(_file(run, step), lambda file: torch.save(state, file))
+    except ResourceError as failure:
+        size, free = sum(t.numel() * t.element_size() for t in _tensors(state)), shutil.disk_usage(run).free
+        sizes = f"a checkpoint of {format_bytes(size)} does not fit into the {format_bytes(free)} left at {run}"
+        raise ResourceError(f"{sizes}: make room and resume") from failure
     for old in checkpoints(run)[:-_KEPT]:
         _file(run, old).unlink(missing_ok=True)
 
@@ -91,11 +78,3 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return [tree]
     return [tensor for value in (tree.values() if isinstance(tree, dict) else []) for tensor in _tensors(value)]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...atomic_files import make_folder, plain_errors, write_file
 from ...errors import RunError, UsageError
 
 METRICS = "metrics.jsonl"
@@ -43,10 +42,10 @@ class Journal:
 
     def __init__(self, run: Path, kinds: Sequence[str], *, from_step: int, config: dict[str, Any]):
         self._path = run / METRICS
-        with _one_sentence(self._path):
-            run.mkdir(parents=True, exist_ok=True)
+        with plain_errors(f"write {self._path}"):
+            make_folder(run)
             sent = _truncate(self._path, from_step)
-            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._sinks: list[_Sink] = []
         try:
             self._sinks += (_SINKS[kind](run, config, from_step, sent) for kind in kinds if kind != "jsonl")
@@ -70,14 +69,14 @@ class Journal:
         self._line({"step": step, "alarm": message})
 
     def _line(self, entry: dict[str, Any]) -> None:
-        with _one_sentence(self._path):
+        with plain_errors(f"write {self._path}"):
             self._file.write(json.dumps(entry, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close every sink."""
         try:
-            with _one_sentence(self._path):
+            with plain_errors(f"write {self._path}"):
                 self._file.close()
         finally:
             for sink in self._sinks:
@@ -100,9 +99,11 @@ def check_loggers(kinds: Sequence[str]) -> None:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's metrics, alarms left out."""
-    path = run / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [entry for line in lines if (entry := _parsed(line)) and "alarm" not in entry]
+    return [entry for line in _lines(run / METRICS) if (entry := _parsed(line)) and "alarm" not in entry]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -117,19 +118,9 @@ def _truncate(path: Path, step: int) -> int:
     """Drop what lies past ``step``; the last step that was there."""
     if not path.exists():
         return 0
-    lines = {line: entry["step"] for line in path.read_text().splitlines() if (entry := _parsed(line))}
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line, at in lines.items() if step and at <= step))
-    os.replace(partial, path)
+    lines = {line: entry["step"] for line in _lines(path) if (entry := _parsed(line))}
+    write_file(path, "".join(f"{line}\n" for line, at in lines.items() if step and at <= step))
     return max(lines.values(), default=0)
-
-
-@contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as failure:
-        raise RunError(f"{path} cannot be written: {failure.strerror or failure}") from failure
 
 
 class _TensorBoard:
@@ -159,8 +150,7 @@ class _WeightsAndBiases:
         file = run / "wandb" / "id"
         goes_on = from_step > 0 and file.exists()
         if not goes_on:
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(f"{run.name}-{secrets.token_hex(4)}")
+            write_file(file, f"{run.name}-{secrets.token_hex(4)}")
         self._sent = sent if goes_on else 0
         try:
             self._run = wandb.init(

@@ -5,14 +5,14 @@ A run is finished when its record says so, and only then do other stages see it.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ...atomic_files import write_json
 from ...errors import RunError
+from ...untrusted_files import read_json
 
 RECORD = "train.json"
 
@@ -61,19 +61,13 @@ class RunRecord(BaseModel):
     """When the run began, ISO 8601, UTC."""
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/train.json`` by rename, so that a reader never sees half of it.
+        """Write ``folder/train.json`` whole and durably.
 
         Raises:
-            RunError: the folder cannot be written.
+            RunError, ResourceError: the folder cannot be written.
 
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{RECORD}.partial"
-            partial.write_text(json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
-            os.replace(partial, folder / RECORD)
-        except OSError as failure:
-            raise RunError(f"the run folder {folder} cannot be written: {failure.strerror or failure}") from failure
+        write_json(folder / RECORD, self.model_dump(mode="json"))
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -84,15 +78,12 @@ def load_run(path: str | Path) -> RunRecord:
 
     """
     file = Path(path) / RECORD
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} is no training run ({RECORD} is missing): name a folder that 'pipeline train' wrote"
-        ) from None
-    except (OSError, ValueError) as failure:
-        raise RunError(f"{file} cannot be read: {failure}") from failure
-    version = raw.get("format_version") if isinstance(raw, dict) else None
+    raw = read_json(
+        file,
+        missing=f"{path} is no training run ({RECORD} is missing): name a folder that 'pipeline train' wrote",
+        remedy="train the run again with --fresh",
+    )
+    version = raw.get("format_version")
     if isinstance(version, int) and version > 1:
         raise RunError(f"{file} is of format {version}, this program reads format 1: update tcsae")
     try:

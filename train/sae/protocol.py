@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ...errors import RunError
+from ..formats.locate import read_sae
+from ..formats.registry import FORMATS
 from ..loss import terms
 from ..loss.terms import at_least_float32
 
@@ -63,6 +66,11 @@ class SparseAutoencoder(nn.Module):
         self.d_model, self.n_features = d_model, n_features
         self.metadata = dict(metadata or {})
 
+    @property
+    def label(self) -> str:
+        """What tables call it: its activation, or its architecture where that is more."""
+        return self.architecture
+
     # --- making one
 
     @classmethod
@@ -83,6 +91,11 @@ class SparseAutoencoder(nn.Module):
     def default_l1(cls, config: SAEConfig) -> float:
         """λ1 where the configuration leaves it open and :meth:`fixes_sparsity` is false."""
         return 1.5
+
+    @classmethod
+    def auxiliary_weight(cls, config: SAEConfig, aux_weight: float) -> float:
+        """Weight of :meth:`auxiliary_loss`; ``aux_weight`` is the configuration's, which is that of AuxK."""
+        return aux_weight if cls.fixes_sparsity(config) else 0.0
 
     # --- what it computes
 
@@ -150,7 +163,7 @@ class SparseAutoencoder(nn.Module):
     # --- keeping one
 
     def settings(self) -> dict[str, Any]:
-        """What :meth:`from_settings` needs beside the widths to make it again; plain JSON values."""
+        """What :meth:`from_settings` needs beside the widths; plain JSON values, kept in ``cfg.json``."""
         return {}
 
     @classmethod
@@ -158,10 +171,38 @@ class SparseAutoencoder(nn.Module):
         """One whose weights are about to be loaded."""
         return cls(d_model, n_features, metadata=metadata, **settings)
 
+    @torch.no_grad()
     def rescaled(self, scale: float) -> Self:
-        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, x̂ / scale."""
-        raise NotImplementedError
+        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, x̂ / scale.
+
+        This one fits whatever computes its codes from (x − b_dec) W_enc or x W_enc, and x̂ from z W_dec + b_dec.
+        """
+        raw = self.from_settings(self.d_model, self.n_features, self.settings(), self.metadata)
+        raw.to(self.W_enc).train(self.training).load_state_dict(self.state_dict())
+        raw.W_enc.mul_(scale)
+        raw.W_dec.div_(scale)
+        raw.b_dec.div_(scale)
+        return raw
 
     def save(self, path: str | Path) -> None:
-        """Write a folder with ``cfg.json`` and ``sae_weights.safetensors``; SAELens opens the kinds that it knows."""
-        raise NotImplementedError
+        """Write ``cfg.json`` and ``sae_weights.safetensors``, which SAELens opens where it knows the architecture.
+
+        Raises:
+            RunError, ResourceError: the folder cannot be written, or a batchtopk threshold was never measured.
+
+        """
+        FORMATS.get("saelens").write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an SAE of any registered format, by path or hub id, in evaluation mode, on the CPU, for raw activations.
+
+        Raises:
+            RunError: there is none, it is damaged, or it is not of this class.
+
+        """
+        _, sae = read_sae(path)
+        if not isinstance(sae, cls):
+            what = f"{path} holds a {type(sae).__name__}, which is no {cls.__name__}"
+            raise RunError(f"{what}: load it with {type(sae).__name__}.load or SparseAutoencoder.load")
+        return sae

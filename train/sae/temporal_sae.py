@@ -5,7 +5,6 @@ Shapes: D = d_model, F = n_features, any leading dimensions.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -63,6 +62,11 @@ class TemporalSAE(SparseAutoencoder):
             self.threshold = nn.Parameter(torch.zeros(n_features))
         else:
             self.register_buffer("threshold", torch.tensor(-1.0) if kind == "running" else None)
+
+    @property
+    def label(self) -> str:
+        """See :class:`SparseAutoencoder`."""
+        return self.activation.kind if type(self) is TemporalSAE else self.architecture
 
     @classmethod
     def build(cls, config: SAEConfig, d_model: int) -> Self:
@@ -159,39 +163,17 @@ class TemporalSAE(SparseAutoencoder):
         """The learned thresholds, which are of the size of pre-activations."""
         return [self.threshold] if isinstance(self.threshold, nn.Parameter) else []
 
-    @torch.no_grad()
-    def rescaled(self, scale: float) -> Self:
-        """The same SAE for raw activations, where this one takes ``scale`` times them: equal codes, x̂ / scale."""
-        raw = type(self)(
-            self.d_model,
-            self.n_features,
-            self.activation,
-            subtract_b_dec=self.subtract_b_dec,
-            metadata=self.metadata,
-        )
-        raw.to(self.W_enc).train(self.training).load_state_dict(self.state_dict())
-        raw.W_enc.mul_(scale)
-        raw.W_dec.div_(scale)
-        raw.b_dec.div_(scale)
-        return raw
-
-    def save(self, path: str | Path) -> None:
-        """Write a folder that SAELens opens as it is (``cfg.json``, ``sae_weights.safetensors``)."""
-        from ..formats.saelens import save_saelens
-
-        save_saelens(self, Path(path))
+    def settings(self) -> dict[str, Any]:
+        """See :class:`SparseAutoencoder`."""
+        chosen = self.activation
+        kept = {"activation": chosen.kind, "k": chosen.k, "bandwidth": chosen.bandwidth}
+        return kept | {"subtract_b_dec": self.subtract_b_dec}
 
     @classmethod
-    def load(cls, path: str | Path) -> TemporalSAE:
-        """Read such a folder, in evaluation mode, on the CPU, in the units of raw activations.
-
-        Raises:
-            RunError: there is none, it is damaged, or it is of a kind this program does not know.
-
-        """
-        from ..formats.saelens import load_saelens
-
-        return load_saelens(Path(path))
+    def from_settings(cls, d_model: int, n_features: int, settings: dict[str, Any], metadata: dict[str, Any]) -> Self:
+        """See :class:`SparseAutoencoder`."""
+        chosen = Activation(settings["activation"], k=settings["k"], bandwidth=settings["bandwidth"])
+        return cls(d_model, n_features, chosen, subtract_b_dec=settings["subtract_b_dec"], metadata=metadata)
 
 
 def activation_of(config: SAEConfig) -> Activation:

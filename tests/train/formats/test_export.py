@@ -10,14 +10,15 @@ from saes import random_sae
 from stores import make_store
 from tcsae.errors import RunError, UsageError
 from tcsae.pipeline import main
-from tcsae.train.formats.dictionary_learning import load_dictionary_learning, save_dictionary_learning
 from tcsae.train.formats.export import export
+from tcsae.train.formats.registry import FORMATS
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
 from tcsae.train.run_folder.record import load_run
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
+DICTIONARY_LEARNING = FORMATS.get("dictionary-learning")
 KINDS = [Activation("relu"), Activation("topk", k=3), Activation("jumprelu")]
 
 
@@ -38,8 +39,8 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
 def test_dictionary_learning_round_trip(tmp_path, activation):
     sae = random_sae(activation).eval()
-    save_dictionary_learning(sae, tmp_path)
-    again = load_dictionary_learning(tmp_path)
+    DICTIONARY_LEARNING.write(sae, tmp_path)
+    again = TemporalSAE.load(tmp_path)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(again(x).features, sae(x).features, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again(x).reconstruction, sae(x).reconstruction, atol=1e-5, rtol=1e-5)
@@ -48,14 +49,14 @@ def test_dictionary_learning_round_trip(tmp_path, activation):
         assert torch.equal(getattr(again, name), getattr(sae, name))
     if activation.kind == "jumprelu":
         assert not again.subtract_b_dec
-        save_dictionary_learning(again, tmp_path / "twice")
-        for name, value in load_dictionary_learning(tmp_path / "twice").state_dict().items():
+        DICTIONARY_LEARNING.write(again, tmp_path / "twice")
+        for name, value in TemporalSAE.load(tmp_path / "twice").state_dict().items():
             assert torch.equal(value, again.state_dict()[name])
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
 def test_the_files_are_the_ones_dictionary_learning_reads(tmp_path, activation):
-    save_dictionary_learning(random_sae(activation), tmp_path)
+    DICTIONARY_LEARNING.write(random_sae(activation), tmp_path)
     state = torch.load(tmp_path / "ae.pt", weights_only=True)
     linear = {"encoder.weight": [10, 6], "encoder.bias": [10], "decoder.weight": [6, 10]}
     expected = {
@@ -73,7 +74,7 @@ def test_the_files_are_the_ones_dictionary_learning_reads(tmp_path, activation):
 def test_dictionary_learning_itself_computes_the_same(tmp_path, activation):
     utils = pytest.importorskip("dictionary_learning.utils")
     sae = random_sae(activation).eval()
-    save_dictionary_learning(sae, tmp_path)
+    DICTIONARY_LEARNING.write(sae, tmp_path)
     theirs, _ = utils.load_dictionary(str(tmp_path), "cpu")
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(theirs(x), sae(x).reconstruction, atol=1e-5, rtol=1e-5)
@@ -81,20 +82,16 @@ def test_dictionary_learning_itself_computes_the_same(tmp_path, activation):
 
 def test_what_cannot_be_expressed_is_refused(tmp_path):
     with pytest.raises(RunError, match="export the finished run"):
-        save_dictionary_learning(random_sae(Activation("batchtopk", k=2)), tmp_path)
+        DICTIONARY_LEARNING.write(random_sae(Activation("batchtopk", k=2)), tmp_path)
     sae = random_sae()
     sae.subtract_b_dec = False
     with pytest.raises(RunError, match="use saelens"):
-        save_dictionary_learning(sae, tmp_path)
-    with pytest.raises(RunError, match="holds no dictionary_learning SAE"):
-        load_dictionary_learning(tmp_path)
-    save_dictionary_learning(random_sae(), tmp_path)
+        DICTIONARY_LEARNING.write(sae, tmp_path)
+    DICTIONARY_LEARNING.write(random_sae(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({"trainer": config["trainer"] | {"dict_class": "GatedAutoEncoder"}})
-    )
-    with pytest.raises(RunError, match="'GatedAutoEncoder'"):
-        load_dictionary_learning(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": config["trainer"] | {"dict_class": "Transcoder"}}))
+    with pytest.raises(RunError, match="of class 'Transcoder'"):
+        TemporalSAE.load(tmp_path)
 
 
 def test_a_saelens_export_is_the_run_folders_weights(run, tmp_path):
@@ -105,6 +102,7 @@ def test_a_saelens_export_is_the_run_folders_weights(run, tmp_path):
 
 def test_the_card_says_where_the_sae_comes_from(run, tmp_path):
     card = (export(run, "dictionary-learning", tmp_path) / "README.md").read_text()
+    assert (export(run, "dictionary_learning", tmp_path / "other dash") / "README.md").read_text() == card
     record = load_run(run)
     for words in (record.name, "blocks.3.hook_resid_post", "made up", "pairwise", "topk (k = 4)", "load_dictionary"):
         assert words in card
@@ -112,8 +110,10 @@ def test_the_card_says_where_the_sae_comes_from(run, tmp_path):
 
 
 def test_unfinished_runs_and_unknown_formats_are_refused(run, tmp_path):
-    with pytest.raises(UsageError, match="'npz' is unknown"):
+    with pytest.raises(UsageError, match="'npz' is unknown: choose one of saelens, dictionary-learning"):
         export(run, "npz")
+    with pytest.raises(UsageError, match="'gemma-scope' is only read"):
+        export(run, "gemma-scope")
     load_run(run).model_copy(update={"finished": False}).save(tmp_path)
     with pytest.raises(RunError, match="finish it with the same train command"):
         export(tmp_path, "saelens")

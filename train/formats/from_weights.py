@@ -1,0 +1,163 @@
+"""From named weights, whoever wrote them, to an SAE: every shape and number is checked first.
+
+Shapes: D model width, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RunError, TcsaeError
+from ...untrusted_files import shown
+from ..sae.activation import Activation
+from ..sae.gated import GatedSAE
+from ..sae.protocol import SparseAutoencoder
+from ..sae.registry import ARCHITECTURES
+from ..sae.temporal_sae import TemporalSAE
+
+MOST_FEATURES = 1 << 31
+
+
+def plain_sae(source: Path, weights: Mapping[str, Tensor], activation: Activation, **common: Any) -> TemporalSAE:
+    """The SAE of these weights, in evaluation mode.
+
+    Args:
+        source: where they come from, for messages.
+        weights: W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D] and, for jumprelu, threshold [F] or [].
+        activation: what it computes with them.
+        common: further arguments of :class:`~tcsae.train.sae.temporal_sae.TemporalSAE`.
+
+    Raises:
+        RunError: a weight is missing, of another shape, or not finite; a k that is no number of its features.
+
+    """
+    D, F = shape_of(source, weights)
+    if activation.k is not None and activation.k > F:
+        raise RunError(f"{shown(source)} keeps k = {activation.k} features of a token, but has only {F}")
+    wanted = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
+    if activation.kind == "jumprelu":
+        wanted["threshold"] = (F,)
+    found = _checked(source, weights, wanted)
+    sae = TemporalSAE(D, F, activation, **common)
+    sae.load_state_dict(found)
+    return sae.eval()
+
+
+def gated_sae(source: Path, weights: Mapping[str, Tensor], **common: Any) -> GatedSAE:
+    """The gated SAE of these weights, in evaluation mode.
+
+    Raises:
+        RunError: as :func:`plain_sae`.
+
+    """
+    D, F = shape_of(source, weights)
+    wanted = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,), "r_mag": (F,), "b_gate": (F,), "b_mag": (F,)}
+    sae = GatedSAE(D, F, **common)
+    sae.load_state_dict(_checked(source, weights, wanted))
+    return sae.eval()
+
+
+def registered_sae(
+    source: Path, weights: Mapping[str, Tensor], name: str, settings: Any, metadata: dict[str, Any]
+) -> SparseAutoencoder:
+    """An SAE of any registered architecture, as this program saves those that other programs do not know.
+
+    Args:
+        source: where it comes from, for messages.
+        weights: its whole state.
+        name: of the architecture.
+        settings: see :meth:`~tcsae.train.sae.protocol.SparseAutoencoder.settings`.
+        metadata: where it belongs.
+
+    Raises:
+        RunError: the architecture is not registered, or weights and settings do not fit it.
+
+    """
+    if name not in ARCHITECTURES:
+        raise RunError(f"{shown(source)} is of architecture '{shown(name)}', which a plug-in registers: give --plugin")
+    D, F = shape_of(source, weights)
+    try:
+        sae = ARCHITECTURES.get(name).from_settings(D, F, dict(settings), metadata)
+    except (TcsaeError, KeyError, TypeError, ValueError) as failure:
+        what = f"{shown(source)} does not describe an SAE of architecture '{name}'"
+        raise RunError(f"{what} ({type(failure).__name__}: {failure})") from failure
+    wanted = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    sae.load_state_dict(_checked(source, weights, wanted))
+    return sae.eval()
+
+
+def shape_of(source: Path, weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """D and F of the encoder matrix.
+
+    Raises:
+        RunError: there is none.
+
+    """
+    if "W_enc" not in weights or weights["W_enc"].ndim != 2:
+        raise RunError(f"{shown(source)} has no encoder matrix: it is not an SAE of a kind known here")
+    return weights["W_enc"].shape[0], weights["W_enc"].shape[1]
+
+
+def unit_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same SAE with decoder rows of norm 1: what SAELens' decoder-norm rescaling does at run time."""
+    norms_F = weights["W_dec"].float().norm(dim=1)
+    return dict(weights) | {
+        "W_enc": weights["W_enc"].float() * norms_F,
+        "b_enc": weights["b_enc"].float() * norms_F,
+        "W_dec": weights["W_dec"].float() / norms_F[:, None],
+    }
+
+
+def count(source: Path, fields: Mapping[str, Any], name: str, *, most: int = MOST_FEATURES) -> int:
+    """A whole number from 1 to ``most`` that a description must have.
+
+    Raises:
+        RunError: it is missing or something else.
+
+    """
+    if name not in fields:
+        raise RunError(f"{shown(source)} lacks '{name}': it does not describe an SAE")
+    value = fields[name]
+    if type(value) is not int or not 1 <= value <= most:
+        raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a whole number from 1 was expected")
+    return value
+
+
+def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with the names that other stages read checked: model_name, hook_name, layer.
+
+    Raises:
+        RunError: one of them is neither missing nor what it should be.
+
+    """
+    for name in ("model_name", "hook_name"):
+        value = metadata.get(name)
+        if value is not None and not isinstance(value, str):
+            raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a name was expected")
+    layer = metadata.get("layer")
+    if layer is not None and (type(layer) is not int or not 0 <= layer < 1 << 16):
+        raise RunError(f"{shown(source)}: 'layer' is {shown(repr(layer))}, the number of a layer was expected")
+    return dict(metadata)
+
+
+def _checked(source: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    found = {}
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise RunError(f"{shown(source)} has no '{name}': the SAE is incomplete, or of another kind than it says")
+        value = weights[name]
+        if tuple(value.shape) != shape and not (name == "threshold" and value.ndim == 0):
+            shapes = f"has shape {list(value.shape)}, the other weights need {list(shape)}"
+            raise RunError(f"{shown(source)}: '{name}' {shapes}: its files belong to different SAEs")
+        value = value.float().expand(shape)
+        if not torch.isfinite(value).all():
+            raise RunError(
+                f"{shown(source)}: '{name}' holds NaN or infinity: the file is damaged or its training diverged"
+            )
+        found[name] = value.contiguous()
+    return found

@@ -1,0 +1,131 @@
+"""Files that others wrote, or that may be damaged: read within bounds, or refused in one sentence.
+
+Opening a FIFO would wait for ever and a device never ends, so only regular files are opened; JSON nested without end,
+numbers beyond 64 bits or not finite, and files larger than anything meaningful are refused before they cost anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import RunError
+
+MOST_JSON = 1 << 28  # bytes; reports of many SAEs are the largest JSON files there are
+DEEPEST_JSON = 64  # no file of ours or of any format read here comes near
+
+
+def open_regular(path: str | Path, *, missing: str | None = None, remedy: str = "name another file") -> BinaryIO:
+    """Open a regular file for reading.
+
+    Args:
+        path: the file.
+        missing: the sentence where there is none.
+        remedy: what to do where it cannot be read, as the end of the sentence.
+
+    Raises:
+        RunError: nothing there, it is no regular file, or it may not be read.
+
+    """
+    try:
+        # O_NONBLOCK: a FIFO without a writer is opened at once, to be refused; it changes nothing for regular files.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise RunError(missing or f"{shown(path)} is missing") from None
+    except (OSError, ValueError) as failure:
+        raise RunError(f"{shown(path)} cannot be read ({reason(failure)}): {remedy}") from failure
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise RunError(f"{shown(path)} is {_kind(mode)} and no regular file: {remedy}")
+
+
+def read_bytes(path: str | Path, *, most: int, missing: str | None = None, remedy: str = "name another file") -> bytes:
+    """The contents of a regular file of at most ``most`` bytes.
+
+    Raises:
+        RunError: as :func:`open_regular`, or it is larger.
+
+    """
+    with open_regular(path, missing=missing, remedy=remedy) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            sizes = f"has {size:,} bytes, more than the {most:,} that such a file may have"
+            raise RunError(f"{shown(path)} {sizes}: {remedy}")
+        try:
+            return file.read(most)
+        except OSError as failure:
+            raise RunError(f"{shown(path)} cannot be read ({reason(failure)}): {remedy}") from failure
+
+
+def read_json(
+    path: str | Path, *, most: int = MOST_JSON, missing: str | None = None, remedy: str = "name another file"
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        RunError: as :func:`read_bytes`; it is no JSON object, is nested too deeply, or holds a number that is not
+            finite or has more than 64 bits.
+
+    """
+    raw = read_bytes(path, most=most, missing=missing, remedy=remedy)
+    try:
+        found = json.loads(raw.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        _check_depth(found)
+    except RecursionError:
+        raise RunError(f"{shown(path)} cannot be read (it is nested too deeply): {remedy}") from None
+    except ValueError as failure:
+        raise RunError(f"{shown(path)} cannot be read ({reason(failure)}): {remedy}") from failure
+    return found
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A name or value from outside as part of a sentence: one line, printable, cut where it is very long."""
+    words = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(value))
+    return words if len(words) <= most else f"{words[: most // 2]}…{words[-most // 2 :]}"
+
+
+def reason(failure: BaseException) -> str:
+    """The first line of an exception's message, or its kind; of an OSError what the system said."""
+    said = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure).strip()
+    return shown(said.splitlines()[0], 200) if said else type(failure).__name__
+
+
+def _integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= 20 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"the number {shown(digits, 24)} does not fit into 64 bits")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(digits, 24)} is not finite")
+    return value
+
+
+def _check_depth(found: dict[str, Any]) -> None:
+    level: list[Any] = [found]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
