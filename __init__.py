@@ -11,17 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache.store import ActivationStore
     from .train.formats.registry import SAEFormat, sae_format
-    from .train.sae.temporal_sae import SAEOutput, TemporalSAE
+    from .train.loss.registry import partner, temporal_term
+    from .train.sae.activation import ActivationFunction
+    from .train.sae.protocol import SAEOutput, SparseAutoencoder
+    from .train.sae.registry import activation, architecture
+    from .train.sae.temporal_sae import TemporalSAE
+    from .train.step.registry import temporal_gradient
 
 __version__ = "0.1.0"
-__all__ = ["ActivationStore", "SAEFormat", "SAEOutput", "TemporalSAE", "__version__", "sae_format"]
+__all__ = [
+    "ActivationFunction",
+    "ActivationStore",
+    "SAEFormat",
+    "SAEOutput",
+    "SparseAutoencoder",
+    "TemporalSAE",
+    "__version__",
+    "activation",
+    "architecture",
+    "partner",
+    "sae_format",
+    "temporal_gradient",
+    "temporal_term",
+]
 
 _HOMES = {
-    "SAEFormat": ".train.formats.registry",
-    "sae_format": ".train.formats.registry",
+    "ActivationFunction": ".train.sae.activation",
     "ActivationStore": ".cache.store",
+    "SAEFormat": ".train.formats.registry",
+    "SAEOutput": ".train.sae.protocol",
+    "SparseAutoencoder": ".train.sae.protocol",
     "TemporalSAE": ".train.sae.temporal_sae",
-    "SAEOutput": ".train.sae.temporal_sae",
+    "activation": ".train.sae.registry",
+    "architecture": ".train.sae.registry",
+    "partner": ".train.loss.registry",
+    "sae_format": ".train.formats.registry",
+    "temporal_gradient": ".train.step.registry",
+    "temporal_term": ".train.loss.registry",
 }
 
 

@@ -40,11 +40,17 @@ def load_plugins(files: Iterable[str | Path]) -> dict[str, str]:
             raise UsageError(f"two different plug-ins are called {file.name}: rename one of them")
         key = str(file.resolve())
         if _loaded.get(key) != digest:
-            Registry.forget_plugin(key)
-            _loaded.pop(key, None)
+            forget_plugin(file)
             _run(file, key, digest)
             _loaded[key] = digest
     return hashes
+
+
+def forget_plugin(file: str | Path) -> None:
+    """Undo :func:`load_plugins` of one file: nothing that it registered is known any more."""
+    key = str(Path(file).resolve())
+    Registry.forget_plugin(key)
+    _loaded.pop(key, None)
 
 
 def changed_plugin(recorded: Mapping[str, str], given: Mapping[str, str]) -> str | None:

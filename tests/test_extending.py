@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from saes import random_sae
+from stores import make_store
+from tcsae import SparseAutoencoder
 from tcsae.errors import RunError
-from tcsae.plugins import load_plugins
-from tcsae.registry import Registry
+from tcsae.pipeline import main
+from tcsae.plugins import forget_plugin, load_plugins
 from tcsae.train.formats.locate import load_external
 from tcsae.train.formats.registry import FORMATS, writable_format
+from tcsae.train.run_folder.record import load_run
 
 PAGE = Path(__file__).parents[1] / "docs" / "EXTENDING.md"
 
@@ -36,7 +39,111 @@ def example(tmp_path):
 
     yield load
     for file in written:
-        Registry.forget_plugin(str(file.resolve()))
+        forget_plugin(file)
+
+
+def command(tmp_path, plugin, *more):
+    """Exit status of a small training."""
+    folder = tmp_path / "stores"
+    store = next(folder.glob("*.zarr"), None) or make_store(folder, layer=3)
+    small = ["--steps", "6", "--batch-size", "60", "--width", "16", "--k", "3", "--out", str(tmp_path / "runs")]
+    return main(["train", "--store", str(store), *small, "--plugin", str(plugin), *more])
+
+
+def train(tmp_path, plugin, *more):
+    """The run folders of one that works, by name."""
+    assert command(tmp_path, plugin, *more) == 0
+    return {path.name: path for path in (tmp_path / "runs").iterdir()}
+
+
+def weights_of(path):
+    return (path / "sae_weights.safetensors").read_bytes()
+
+
+def test_a_temporal_term(example, tmp_path):
+    plugin = example("A temporal term")
+    runs = train(tmp_path, plugin, "--temporal", "second_difference", "--temporal-weight", "0.5")
+    assert sorted(runs) == ["l3-topk3-none-s0", "l3-topk3-second_difference0.5-w5-s0"]
+    record = load_run(runs["l3-topk3-second_difference0.5-w5-s0"])
+    assert (record.step, list(record.plugins)) == ("autograd", ["example.py"])
+    assert load_run(runs["l3-topk3-none-s0"]).step == "fast"
+    assert record.metrics["temporal"] > 0
+    assert weights_of(runs["l3-topk3-none-s0"]) != weights_of(runs["l3-topk3-second_difference0.5-w5-s0"])
+
+
+def test_a_temporal_term_in_a_sweep_is_what_it_is_alone(example, tmp_path):
+    plugin = example("A temporal term")
+    swept = train(tmp_path, plugin, "--temporal", "second_difference", "--sweep", "temporal-weight=0.1,0.5")
+    alone = train(tmp_path / "alone", plugin, "--temporal", "second_difference", "--temporal-weight", "0.5")
+    name = "l3-topk3-second_difference0.5-w5-s0"
+    assert weights_of(swept[name]) == weights_of(alone[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("--step", "fast", "no hand-written step for temporal term 'second_difference'"),
+        ("--temporal-partner", "shuffled", "compares the tokens of a window among themselves"),
+        ("--window", "2", "needs windows of at least 3 tokens"),
+    ],
+)
+def test_what_a_temporal_term_cannot_do_is_said(example, tmp_path, capsys, kind, more, message):
+    plugin = example("A temporal term")
+    assert command(tmp_path, plugin, "--temporal", "second_difference", kind, more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_partner(example, tmp_path):
+    runs = train(tmp_path, example("A partner"), "--temporal-partner", "mirror", "--temporal-weight", "0.5")
+    record = load_run(runs["l3-topk3-pairwise0.5-mirror-w5-s0"])
+    assert (record.step, record.metrics["temporal"] > 0) == ("fast", True)
+
+
+def test_an_architecture(example, tmp_path):
+    runs = train(tmp_path, example("An architecture"), "--architecture", "two_step")
+    path = runs["l3-two_step3-pairwise0.03-w5-s0"]
+    sae = SparseAutoencoder.load(path)
+    x = torch.randn(5, sae.d_model)
+    first = sae.activate(sae.pre_activations(x))
+    pre = sae.pre_activations(x) + (x - sae.decode(first)) @ sae.W_enc
+    torch.testing.assert_close(sae.encode(x), sae.activate(pre))
+    assert (sae.architecture, sae.activation.k, load_run(path).step) == ("two_step", 3, "autograd")
+
+
+def test_an_architecture_needs_its_plugin_to_be_read(example, tmp_path):
+    plugin = example("An architecture")
+    path = train(tmp_path, plugin, "--architecture", "two_step")["l3-two_step3-pairwise0.03-w5-s0"]
+    forget_plugin(plugin)
+    with pytest.raises(RunError, match="of architecture 'two_step', which a plug-in registers: give --plugin"):
+        SparseAutoencoder.load(path)
+
+
+def test_an_activation(example, tmp_path):
+    path = train(tmp_path, example("An activation"), "--activation", "squared_relu")["l3-squared_relu0.5-none-s0"]
+    sae = SparseAutoencoder.load(path)
+    x = torch.randn(5, sae.d_model)
+    torch.testing.assert_close(sae.encode(x), torch.relu(sae.pre_activations(x)).pow(2))
+
+
+@pytest.mark.parametrize("change", ["changed", "left out"])
+def test_an_unfinished_run_does_not_go_on_with_another_plugin(example, tmp_path, capsys, monkeypatch, change):
+    plugin = example("A temporal term")
+    asked = ["--temporal", "second_difference", "--no-baseline", "--name", "begun"]
+    monkeypatch.setattr("tcsae.train.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command(tmp_path, plugin, *asked) == 130
+    monkeypatch.undo()
+    if change == "changed":
+        plugin.write_text(plugin.read_text() + "# another idea\n")
+        message = "the plug-in example.py has changed since it was begun"
+    else:
+        elsewhere = tmp_path / "other.py"
+        elsewhere.write_text(plugin.read_text())
+        forget_plugin(plugin)
+        plugin, message = elsewhere, "the plug-in example.py, which was not given"
+    capsys.readouterr()
+    assert command(tmp_path, plugin, *asked) == 1
+    assert message in capsys.readouterr().err
+    forget_plugin(plugin)
 
 
 def test_an_sae_format(example, tmp_path):

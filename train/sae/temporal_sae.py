@@ -120,14 +120,21 @@ class TemporalSAE(SparseAutoencoder):
         """Pre-activations [.., F] → codes [.., F]. Batchtopk competes over the whole batch in training mode only."""
         return self.activation.function.codes(pre, self)
 
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations [.., D] → pre-activations and codes [.., F] (eq 4).
+
+        A subclass with another encoder overrides this.
+        """
+        pre = self.pre_activations(x)
+        return pre, self.activate(pre)
+
     def encode(self, x: Tensor) -> Tensor:
-        """Activations [.., D] → codes [.., F] (eq 4)."""
-        return self.activate(self.pre_activations(x))
+        """Activations [.., D] → codes [.., F]."""
+        return self.codes(x)[1]
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Everything about activations ``x`` [.., D]."""
-        pre = self.pre_activations(x)
-        z = self.activate(pre)
+        pre, z = self.codes(x)
         return SAEOutput(self.decode(z), z, pre)
 
     def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
