@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache.store import ActivationStore
+    from .evaluate.metrics.registry import metric
+    from .evaluate.report.panels.registry import panel
     from .train.sae.temporal_sae import SAEOutput, TemporalSAE
 
 __version__ = "0.1.0"
-__all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__"]
+__all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__", "metric", "panel"]
 
 _HOMES = {
     "ActivationStore": ".cache.store",
     "TemporalSAE": ".train.sae.temporal_sae",
     "SAEOutput": ".train.sae.temporal_sae",
+    "metric": ".evaluate.metrics.registry",
+    "panel": ".evaluate.report.panels.registry",
 }
 
 

@@ -6,8 +6,10 @@ without importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .errors import UsageError
@@ -43,12 +45,13 @@ class Registry(Generic[T]):
         """
         if not name or not name.replace("_", "").replace("-", "").isalnum():
             raise UsageError(f"'{name}' is no name for a {self.kind}: use letters, digits, '_' and '-'")
-        taken = name in self._entries or (Registry._plugin is not None and name in self._modules)
-        if taken:
+        # A plug-in may import a part of this program that registers something too: that is not the plug-in's.
+        own = _running_module().startswith(f"{__package__}.")
+        if name in self._entries or (name in self._modules and not own):
             owner = self._owners.get(name, "this program")
             raise UsageError(f"the {self.kind} '{name}' is registered by {owner} already: choose another name")
         self._entries[name] = entry
-        if Registry._plugin is not None:
+        if Registry._plugin is not None and not own:
             self._owners[name] = Registry._plugin
         return entry
 
@@ -84,6 +87,15 @@ class Registry(Generic[T]):
         """The plug-in that registered the name; None for this program's own."""
         return self._owners.get(name)
 
+    def among(self, plugins: Collection[str]) -> list[str]:
+        """All names but those of plug-in files that are not in ``plugins`` (file names): of another call."""
+        owners = {name: Path(owner).name for name, owner in self._owners.items()}
+        return [name for name in self if name not in owners or owners[name] in plugins]
+
+    def built_in(self, name: str) -> bool:
+        """Whether the name is this program's own."""
+        return name in self._modules
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._entries
 
@@ -94,8 +106,21 @@ class Registry(Generic[T]):
         return len(set(self))
 
     @classmethod
+    def kinds(cls, plugin: str) -> set[str]:
+        """What a plug-in file (by name) has registered: the kinds of these registries."""
+        return {one.kind for one in cls._all for owner in one._owners.values() if Path(owner).name == plugin}
+
+    @classmethod
     def forget_plugin(cls, plugin: str) -> None:
         """Remove everything that a plug-in registered."""
         for registry in cls._all:
             for name in [name for name, owner in registry._owners.items() if owner == plugin]:
                 del registry._entries[name], registry._owners[name]
+
+
+def _running_module() -> str:
+    """Name of the module whose body is being run by an import; empty where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return "" if frame is None else frame.f_globals.get("__name__", "")

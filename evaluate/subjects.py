@@ -4,15 +4,18 @@ model is loaded once. Whatever cannot be loaded becomes a failure with its sente
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..cache.format.manifest import StoreManifest
+from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
+from ..registry import Registry
 from ..train.formats.foreign import AnySAE
 from ..train.formats.locate import load_external
 from ..train.run_folder.record import RunRecord, find_runs, load_run
@@ -38,6 +41,8 @@ class Subject:
     scope: float = 1.0
     """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too.
     """
+    notes: tuple[str, ...] = ()
+    """What a reader must know of it beforehand."""
 
 
 @dataclass
@@ -52,8 +57,10 @@ class Group:
     subjects: list[Subject] = field(default_factory=list)
 
 
-def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]:
-    """Everything asked for, by model and text.
+def gather_subjects(
+    config: EvaluateConfig, plugins: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Group], list[Failure]]:
+    """Everything asked for, by model and text. ``plugins``: those that are loaded, file name → SHA-256.
 
     Raises:
         UsageError: nothing was asked for and there is no finished run.
@@ -69,7 +76,7 @@ def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]
     groups: dict[tuple[Any, ...], Group] = {}
     failures: list[Failure] = []
     for path in paths:
-        _attempt(path, failures, lambda path=path: _add_run(groups, config, path))
+        _attempt(path, failures, lambda path=path: _add_run(groups, config, path, plugins))
     for at, path in enumerate(config.saes):
         layer = config.layers[at if len(config.layers) > 1 else 0] if config.layers else None
         _attempt(path, failures, lambda path=path, layer=layer: _add_external(groups, config, path, layer))
@@ -97,13 +104,16 @@ def _attempt(path: str, failures: list[Failure], add: Callable[[], None]) -> Non
         failures.append(Failure(path=path, message=str(failure)))
 
 
-def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str) -> None:
+def _add_run(
+    groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, plugins: Mapping[str, str]
+) -> None:
     record = load_run(path)
     if not record.finished:
         raise RunError(
             f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with "
             "pipeline train --resume"
         )
+    notes = _compare_plugins(path, getattr(record, "plugins", {}), plugins)
     manifest = StoreManifest.model_validate(record.store_manifest)
     group = _group(groups, config, manifest)
     weights = Path(path) / WEIGHTS
@@ -121,8 +131,35 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
             role="pruned" if original else record.role,
             pair=original or record.twin,
             scope=1.0 if original else _scope(record),
+            notes=notes,
         )
     )
+
+
+def _compare_plugins(path: str, recorded: Mapping[str, str], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Notes on plug-ins that have changed since the run was trained with them.
+
+    Raises:
+        RunError: one is missing, or one that says what the SAE computes has changed.
+
+    """
+    notes = []
+    for name, digest in recorded.items():
+        if name not in given:
+            raise RunError(
+                f"{path} was trained with the plug-in {name} (SHA-256 {digest[:12]}…), which was not given: "
+                f"add --plugin {name}"
+            )
+        if given[name] == digest:
+            continue
+        change = f"the plug-in {name} has changed since: SHA-256 {digest[:12]}… then, {given[name][:12]}… now"
+        if Registry.kinds(name) & {"architecture", "activation"}:
+            raise RunError(
+                f"{path} was trained when its SAE's code was another, {change}: give the file as it was then"
+            )
+        warn(f"{path}: {change}")
+        notes.append(f"{change}; the weights are those of then")
+    return tuple(notes)
 
 
 def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, layer: int | None) -> None:

@@ -152,9 +152,8 @@ def evaluated(report: EvaluationReport) -> str:
     )
     model = f"{named(report.model.id, 'model')} ({report.model.architecture}, {report.model.dtype})"
     return (
-        f"{what} at {where} of {model}, spliced into the model on"
-        f" {report.n_tokens:,} held-out tokens from {_documents(report)} of "
-        f"{named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed "
+        f"{what} at {where} of {model}, spliced into the model on {report.n_tokens:,} held-out tokens from "
+        f"{_documents(report)} of {named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed "
         f"{report.seed}, on {machine}."
     )
 
