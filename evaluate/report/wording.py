@@ -247,6 +247,8 @@ def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
         ("machine", ", ".join(_machine(k, v) for k, v in report.machine.items() if v is not None) or "—"),
         ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items()) or "—"),
     ]
+    if report.plugins:
+        facts.append(("plug-ins", ", ".join(f"{name} (SHA-256 {one[:12]}…)" for name, one in report.plugins.items())))
     return facts
 
 
