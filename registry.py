@@ -45,15 +45,19 @@ class Registry(Generic[T]):
         """
         if not name or not name.replace("_", "").replace("-", "").isalnum():
             raise UsageError(f"'{name}' is no name for a {self.kind}: use letters, digits, '_' and '-'")
-        # A plug-in may import a part of this program that registers something too: that is not the plug-in's.
-        own = _running_module().startswith(f"{__package__}.")
-        if name in self._entries or (name in self._modules and not own):
+        plugin = None if self._is_built_in(name) else Registry._plugin
+        if name in self._entries or (plugin is not None and name in self._modules):
             owner = self._owners.get(name, "this program")
             raise UsageError(f"the {self.kind} '{name}' is registered by {owner} already: choose another name")
         self._entries[name] = entry
-        if Registry._plugin is not None and not own:
-            self._owners[name] = Registry._plugin
+        if plugin is not None:
+            self._owners[name] = plugin
         return entry
+
+    def _is_built_in(self, name: str) -> bool:
+        """Whether the built-in module of that name is just being imported, perhaps because a plug-in needs it."""
+        module = sys.modules.get(f"{__package__}.{self._modules.get(name)}")
+        return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
     def register(self, name: str) -> Callable[[T], T]:
         """:meth:`add` as a decorator."""
@@ -88,12 +92,12 @@ class Registry(Generic[T]):
         return self._owners.get(name)
 
     def among(self, plugins: Collection[str]) -> list[str]:
-        """All names but those of plug-in files that are not in ``plugins`` (file names): of another call."""
+        """All names but those of plug-ins whose files (names) are not in ``plugins``: they belong to another call."""
         owners = {name: Path(owner).name for name, owner in self._owners.items()}
         return [name for name in self if name not in owners or owners[name] in plugins]
 
-    def built_in(self, name: str) -> bool:
-        """Whether the name is this program's own."""
+    def is_own(self, name: str) -> bool:
+        """Whether the name is this program's own: neither a plug-in's nor registered in a notebook."""
         return name in self._modules
 
     def __contains__(self, name: object) -> bool:
@@ -107,7 +111,7 @@ class Registry(Generic[T]):
 
     @classmethod
     def kinds(cls, plugin: str) -> set[str]:
-        """What a plug-in file (by name) has registered: the kinds of these registries."""
+        """Kinds of the registries in which a plug-in file (by name) has registered something."""
         return {one.kind for one in cls._all for owner in one._owners.values() if Path(owner).name == plugin}
 
     @classmethod
@@ -116,11 +120,3 @@ class Registry(Generic[T]):
         for registry in cls._all:
             for name in [name for name, owner in registry._owners.items() if owner == plugin]:
                 del registry._entries[name], registry._owners[name]
-
-
-def _running_module() -> str:
-    """Name of the module whose body is being run by an import; empty where there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "<module>":
-        frame = frame.f_back
-    return "" if frame is None else frame.f_globals.get("__name__", "")

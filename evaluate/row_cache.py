@@ -25,7 +25,7 @@ MEASURING = (
 )
 """The source that rows are made by: files, and folders with all their files."""
 _NOT_MEASURING = {"report panel", "temporal term", "partner"}
-"""Kinds of what a plug-in registers that no row depends on: the page is made from rows, weights are trained already."""
+"""What a plug-in may register without any row depending on it: rows come before the page and after the training."""
 
 
 def measuring_code(plugins: Mapping[str, str]) -> str:
@@ -45,7 +45,7 @@ def measuring_code(plugins: Mapping[str, str]) -> str:
         if not kinds or kinds - _NOT_MEASURING:
             digest.update(plugin.encode())
     for name in METRICS.among(plugins):
-        if not METRICS.built_in(name) and METRICS.owner(name) is None:  # in a notebook, say
+        if not METRICS.is_own(name) and METRICS.owner(name) is None:  # in a notebook, say
             try:
                 digest.update(getsource(METRICS.get(name).written_as).encode())
             except (OSError, TypeError):

@@ -15,10 +15,10 @@ from ..cache.format.manifest import StoreManifest
 from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
-from ..registry import Registry
 from ..train.formats.foreign import AnySAE
 from ..train.formats.locate import load_external
 from ..train.run_folder.record import RunRecord, find_runs, load_run
+from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
 from ..train.sae.temporal_sae import TemporalSAE
 from .config import EvaluateConfig
 from .results import Failure, Role, SAEFacts
@@ -113,7 +113,7 @@ def _add_run(
             f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with "
             "pipeline train --resume"
         )
-    notes = _compare_plugins(path, getattr(record, "plugins", {}), plugins)
+    notes = _notes_on_plugins(path, record, plugins)
     manifest = StoreManifest.model_validate(record.store_manifest)
     group = _group(groups, config, manifest)
     weights = Path(path) / WEIGHTS
@@ -136,29 +136,29 @@ def _add_run(
     )
 
 
-def _compare_plugins(path: str, recorded: Mapping[str, str], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Notes on plug-ins that have changed since the run was trained with them.
+def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) -> tuple[str, ...]:
+    """What to note of plug-ins that have changed since the run was trained with them.
 
     Raises:
-        RunError: one is missing, or one that says what the SAE computes has changed.
+        RunError: a plug-in is missing, or one has changed that says what the SAE computes.
 
     """
     notes = []
-    for name, digest in recorded.items():
+    of_sae = record.config.get("sae", {})
+    makers = ARCHITECTURES.owner(of_sae.get("architecture", "")), ACTIVATIONS.owner(of_sae.get("activation", ""))
+    for name, digest in record.plugins.items():
         if name not in given:
             raise RunError(
-                f"{path} was trained with the plug-in {name} (SHA-256 {digest[:12]}…), which was not given: "
-                f"add --plugin {name}"
+                f"{path} was trained with the plug-in {name} (SHA-256 {digest[:12]}…), which was not given: add "
+                f"--plugin {name}"
             )
         if given[name] == digest:
             continue
-        change = f"the plug-in {name} has changed since: SHA-256 {digest[:12]}… then, {given[name][:12]}… now"
-        if Registry.kinds(name) & {"architecture", "activation"}:
-            raise RunError(
-                f"{path} was trained when its SAE's code was another, {change}: give the file as it was then"
-            )
+        change = f"the plug-in {name} has changed since training (SHA-256 {digest[:12]}… then, {given[name][:12]}… now)"
+        if name in [Path(maker).name for maker in makers if maker]:
+            raise RunError(f"{path}: {change} and says what this SAE computes: evaluate with the file as it was")
         warn(f"{path}: {change}")
-        notes.append(f"{change}; the weights are those of then")
+        notes.append(f"{change}; the weights are those of the training")
     return tuple(notes)
 
 

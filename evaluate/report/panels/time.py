@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...results import EvaluationReport, Record
 from ..chart import Axis, Panel
-from .parts import axis_from_zero, curve_panel, links, mark_of, row_panel, saes_of, scatter
+from .parts import axis_from_zero, curve_panel, links, mark_of, records_of, row_panel, saes_of, scatter
 from .registry import panel
 
 VARIATION = "temporal variation, Σ(zₜ − zₜ₊₁)² / Σ z²"
@@ -47,24 +47,29 @@ def weight_variation(report: EvaluationReport, layer: int) -> Panel | None:
 
 
 def _weight_panel(report: EvaluationReport, layer: int, key: str, label: str, title: str, caption: str) -> Panel | None:
-    found = [(weight, record) for record in report.records if (weight := _weight(record, layer)) is not None]
-    weights = sorted({weight for weight, _ in found})
+    found = [
+        (weight, record, metric)
+        for record in records_of(report, layer)
+        if (weight := _weight(record)) is not None
+        and (metric := record.metrics.get(key)) is not None
+        and metric.value is not None
+    ]
+    weights = sorted({weight for weight, *_ in found})
     if len(weights) < FEWEST:
         return None
     marks = []
-    for weight, record in found:
-        metric = record.metrics.get(key)
-        if metric is not None and metric.value is not None:
-            column = metric.model_copy(update={"value": float(weights.index(weight)), "low": None, "high": None})
-            mark = mark_of(report, record, column, metric, (key, key))
-            marks.append(replace(mark, label="", title=f"{record.name}, λ2 = {weight:g}"))
+    for weight, record, metric in found:
+        column = metric.model_copy(update={"value": float(weights.index(weight)), "low": None, "high": None})
+        mark = mark_of(report, record, column, metric, (key, key))
+        marks.append(replace(mark, label="", title=f"{record.name}, λ2 = {weight:g}"))
     axis = Axis("λ2, weight of the temporal term", categories=tuple(f"{weight:g}" for weight in weights))
     name = f"weight-{key.replace('_', '-')}-{layer}"
     return Panel(name, f"{title}, layer {layer}", axis, Axis(label), tuple(marks), caption=caption)
 
 
-def _weight(record: Record, layer: int) -> float | None:
-    if record.layer != layer or record.role not in ("tc", "twin") or record.sae is None:
+def _weight(record: Record) -> float | None:
+    """λ2 of a TC-SAE, 0 of a twin."""
+    if record.role not in ("tc", "twin") or record.sae is None:
         return None
     if record.role == "twin":
         return 0.0
