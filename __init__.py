@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache.store import ActivationStore
+    from .evaluate.metrics.registry import metric
+    from .evaluate.report.panels.registry import panel
     from .train.formats.registry import SAEFormat, sae_format
     from .train.loss.registry import partner, temporal_term
     from .train.sae.activation import ActivationFunction
@@ -29,6 +31,8 @@ __all__ = [
     "__version__",
     "activation",
     "architecture",
+    "metric",
+    "panel",
     "partner",
     "sae_format",
     "temporal_gradient",
@@ -44,6 +48,8 @@ _HOMES = {
     "TemporalSAE": ".train.sae.temporal_sae",
     "activation": ".train.sae.registry",
     "architecture": ".train.sae.registry",
+    "metric": ".evaluate.metrics.registry",
+    "panel": ".evaluate.report.panels.registry",
     "partner": ".train.loss.registry",
     "sae_format": ".train.formats.registry",
     "temporal_gradient": ".train.step.registry",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from .errors import TcsaeError, UsageError
 from .registry import Registry
@@ -65,6 +67,26 @@ def changed_plugin(recorded: Mapping[str, str], given: Mapping[str, str]) -> str
     return None if more is None else f"it was begun without the plug-in {more}"
 
 
+@contextmanager
+def plugin_at_work(registry: Registry[Any], name: str) -> Iterator[None]:
+    """Run what is registered under ``name``: where a plug-in registered it, its own errors become one sentence.
+
+    Raises:
+        UsageError: the plug-in's code failed; the sentence names it, the file and the line.
+
+    """
+    owner = registry.owner(name)
+    try:
+        yield
+    except TcsaeError:
+        raise
+    except Exception as failure:
+        if owner is None:
+            raise
+        reason = _where(failure, Path(owner))
+        raise UsageError(f"the {registry.kind} '{name}' of the plug-in {Path(owner).name} fails: {reason}") from failure
+
+
 def _run(file: Path, key: str, digest: str) -> None:
     name = f"tcsae_plugin_{digest[:16]}"
     spec = spec_from_file_location(name, file)
@@ -89,7 +111,11 @@ def _run(file: Path, key: str, digest: str) -> None:
 
 def _where(failure: Exception, file: Path) -> str:
     """Kind, message and, where it is known, the line of the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == str(file)]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(failure.__traceback__)
+        if Path(frame.filename).resolve() == file.resolve()
+    ]
     line = failure.lineno if isinstance(failure, SyntaxError) else (lines[-1] if lines else None)
     words = failure.msg if isinstance(failure, SyntaxError) else str(failure)
     return f"{type(failure).__name__}{f' in line {line}' if line else ''}: {words}"

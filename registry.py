@@ -7,8 +7,9 @@ without importing torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .errors import UsageError
@@ -90,6 +91,15 @@ class Registry(Generic[T]):
         """The plug-in that registered the name; None for this program's own."""
         return self._owners.get(name)
 
+    def among(self, plugins: Collection[str]) -> list[str]:
+        """All names but those of plug-ins whose files (names) are not in ``plugins``: they belong to another call."""
+        owners = {name: Path(owner).name for name, owner in self._owners.items()}
+        return [name for name in self if name not in owners or owners[name] in plugins]
+
+    def is_own(self, name: str) -> bool:
+        """Whether the name is this program's own: neither a plug-in's nor registered in a notebook."""
+        return name in self._modules
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._entries
 
@@ -98,6 +108,11 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(set(self))
+
+    @classmethod
+    def kinds(cls, plugin: str) -> set[str]:
+        """Kinds of the registries in which a plug-in file (by name) has registered something."""
+        return {one.kind for one in cls._all for owner in one._owners.values() if Path(owner).name == plugin}
 
     @classmethod
     def forget_plugin(cls, plugin: str) -> None:

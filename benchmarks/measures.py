@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tcsae.evaluate.metrics.active_entries import Codes
-from tcsae.evaluate.metrics.all import Measures
+from tcsae.evaluate.metrics.active_entries import ActiveEntries
+from tcsae.evaluate.metrics.all import AllMetrics, families
 from tcsae.evaluate.protocol import TokenBatch
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
@@ -80,18 +80,19 @@ def main() -> None:
     sae.W_dec.normal_()
     sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(sae.W_dec.T)
-    measures = Measures(sae, context=CONTEXT, seed=0)  # pyright: ignore[reportArgumentType]
+    metrics = AllMetrics(sae, families(), context=CONTEXT, seed=0)  # pyright: ignore[reportArgumentType]
     times: dict[str, list[float]] = {"encode_and_decode": [], "read_sparsely": [], "all_metrics": []}
     for at in range(asked.batches):
         batch = batch_of(asked.rows, at * asked.rows, asked.width, asked.device)
         times["encode_and_decode"].append(milliseconds(lambda batch=batch: sae(batch.x_BTD), asked.device))
         out = sae(batch.x_BTD)
-        read = lambda z=out.features, batch=batch: Codes.from_dense(z, batch.valid_BT)  # noqa: E731
+        read = lambda z=out.features, batch=batch: ActiveEntries.from_dense(z, batch.valid_BT)  # noqa: E731
         times["read_sparsely"].append(milliseconds(read, asked.device))
-        update = lambda out=out, batch=batch: measures.update(batch, out.features, out.reconstruction)  # noqa: E731
+        active = read()
+        update = lambda out=out, b=batch, active=active: metrics.update(b, active, out.reconstruction)  # noqa: E731
         times["all_metrics"].append(milliseconds(update, asked.device))
-    held = held_bytes(measures, set())
-    closing = milliseconds(measures.result, asked.device) / 1000
+    held = held_bytes(metrics, set())
+    closing = milliseconds(metrics.result, asked.device) / 1000
     record = {
         "what": "measures",
         **{key: value for key, value in vars(asked).items() if key != "batches"},

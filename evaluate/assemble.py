@@ -15,7 +15,8 @@ from ..errors import TcsaeError
 from ..train.run_folder.metrics_log import read_metrics
 from .intervals.bootstrap import Resampler
 from .intervals.jackknife import Jackknifed
-from .metrics.fidelity import OUTLIERS, definitions
+from .metrics.fidelity import OUTLIERS
+from .metrics.fidelity import definitions as fidelity_definitions
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import HeldOutText
 from .protocol import UnitSums
@@ -34,7 +35,7 @@ def compose(
     """The report of these rows, all measured on ``text``; ``facts`` are its remaining fields."""
     resampler = Resampler.of(text.unit_documents, seed)
     records = [record_of(row, rows, resampler) for row in rows]
-    known: dict[str, Definition] = definitions()
+    known: dict[str, Definition] = fidelity_definitions()
     for row in rows:
         known |= row.definitions
     used = {metric.definition for record in records for metric in record.metrics.values()}
@@ -100,7 +101,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
         curves=row.curves,
         saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
-        notes=row.notes,
+        notes=[*row.subject_notes, *row.notes],
     )
 
 

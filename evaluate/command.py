@@ -102,6 +102,9 @@ def evaluate(
     device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
     dtype: str = typer.Option("auto", "--dtype", help="Of the language model: auto, bfloat16 or float32."),
     quick: bool = typer.Option(False, "--quick", help="Ten batches, no feature browser: a first look."),
+    plugin: list[str] = typer.Option(
+        [], "--plugin", help="A Python file with your own metrics or panels, or with what a run was trained with."
+    ),
     resume: bool = typer.Option(
         True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
     ),
@@ -142,6 +145,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         quick=quick,
+        plugins=tuple(plugin),
         fresh=not resume,
     )
     from .run import evaluate as run_evaluation

@@ -52,6 +52,8 @@ class EvaluateConfig:
     """Of the language model; every metric is computed in float32 or better."""
     quick: bool = False
     """Ten batches and no feature browser: a first look."""
+    plugins: tuple[str, ...] = ()
+    """Python files that register metrics, report panels or what an SAE is made of; each is run first."""
     fresh: bool = False
     """Measure everything again, also what an earlier evaluation of the same text has measured."""
 
@@ -62,8 +64,8 @@ class EvaluateConfig:
             raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
         if self.layers and len(self.layers) not in (1, len(self.saes)):
             raise UsageError(
-                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for "
-                "each --sae, or one for all"
+                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for each --sae, or "
+                "one for all"
             )
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:

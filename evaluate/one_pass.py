@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..console import Progress
-from ..errors import RunError, TcsaeError
+from ..errors import RunError
 from .metrics.fidelity import Slab, predictions, token_losses
 from .model.heldout_text import HeldOutText
 from .model.reference_rows import spliced_in
@@ -58,7 +58,7 @@ class Measurement:
             batch = batches[candidate.row.layer]
             try:
                 x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
-            except TcsaeError as failure:
+            except RunError as failure:
                 self._drop(candidate, failure)
                 continue
             if not self._borrows(candidate):
@@ -111,7 +111,7 @@ class Measurement:
             if other.row.layer == candidate.row.layer and other.shares == candidate.row.name
         ]
 
-    def _drop(self, candidate: Candidate, failure: TcsaeError) -> None:
+    def _drop(self, candidate: Candidate, failure: RunError) -> None:
         self.candidates.remove(candidate)
         path = candidate.row.facts.path if candidate.row.facts else candidate.row.name
         self.failures.append(Failure(path=path, message=str(failure)))
@@ -121,7 +121,7 @@ def _finite(candidate: Candidate, x_hat_BTD: Tensor, rows: slice) -> Tensor:
     if not torch.isfinite(x_hat_BTD).all():
         name, layer = candidate.row.name, candidate.row.layer
         raise RunError(
-            f"{name} gives NaN or infinity at layer {layer} in rows {rows.start} to {rows.stop - 1}: "
-            "its weights do not fit"
+            f"{name} gives NaN or infinity at layer {layer} in rows {rows.start} to {rows.stop - 1}: its weights do "
+            "not fit"
         )
     return x_hat_BTD

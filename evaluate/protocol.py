@@ -7,14 +7,18 @@ to), so whatever is an average over tokens or pairs is kept as two sums per unit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .results import Curve, Definition, Metric
+
+if TYPE_CHECKING:
+    from .metrics.active_entries import ActiveEntries
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,25 @@ class Findings:
     """What an accumulator found. The driver turns ``sums`` into metrics with intervals and into paired differences."""
 
     sums: dict[str, UnitSums] = field(default_factory=dict)
-    metrics: dict[str, Metric] = field(
-        default_factory=dict
-    )  # what no ratio of sums expresses: with its own interval or none
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """What no ratio of sums expresses, with its own interval or none."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    per_feature: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # [F] or [F, …]: for the feature browser, never written
+    per_feature: dict[str, np.ndarray] = field(default_factory=dict)
+    """[F] or [F, …]: for the feature browser, never written."""
     notes: list[str] = field(default_factory=list)
+
+    def add(self, more: Findings) -> None:
+        """Take in what another accumulator found."""
+        self.sums |= more.sums
+        self.metrics |= more.metrics
+        self.curves |= more.curves
+        self.per_feature |= more.per_feature
+        self.notes += more.notes
+
+
+def plain_metric(definitions: Mapping[str, Definition], key: str, value: float | None, n: int) -> Metric:
+    """A metric that has no interval, in its definition's unit; NaN is undefined."""
+    return Metric(value=value, unit=definitions[key].unit, n=n, definition=key)
 
 
 class SparseCoder(Protocol):
@@ -81,14 +96,15 @@ class SparseCoder(Protocol):
 
 
 class Accumulator(Protocol):
-    """Measures one SAE (or reference) over the whole text, a batch at a time, in memory that does not grow with the
-    text.
-    """
+    """Measures something of one SAE over the whole text, a batch at a time, in memory that does not grow with it."""
 
-    definitions: dict[str, Definition]
+    @property
+    def definitions(self) -> Mapping[str, Definition]:
+        """Of everything in its findings."""
+        ...
 
-    def update(self, batch: TokenBatch, z_BTF: Tensor, x_hat_BTD: Tensor) -> None:
-        """Take one batch in: features and reconstruction (float32) at every position, the invalid ones included."""
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:
+        """Take one batch in: the features, and the reconstruction [B, T, D] in float32 at every position."""
         ...
 
     def result(self) -> Findings:
@@ -128,7 +144,5 @@ class Ledger:
     def ratio(
         self, numerator: str, denominator: str, unit: str, *, offset: float = 0.0, scale: float = 1.0
     ) -> UnitSums:
-        """Two names as a metric; the definition's key is the numerator's name until :func:`dataclasses.replace` says
-        else.
-        """
+        """Two names as a metric, whose definition is called like the numerator."""
         return UnitSums(self[numerator], self[denominator], unit, numerator, offset, scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,11 @@ class Definition(Frozen):
         default=None, description="which direction is good; null where neither is"
     )
     label: str = Field(default="", description="a short name for tables; empty means the key itself")
+    group: str = Field(
+        default="",
+        description="its group of columns in the report's main table: sparsity, fidelity …; empty: it stands in the "
+        "table of all metrics only",
+    )
     interval: str = Field(
         default=BOOTSTRAP, description="how the 95 % interval is made; beginning with `none:`, why there is none"
     )
@@ -62,10 +68,9 @@ class Metric(Frozen):
     n: int = Field(description="how many tokens, pairs or features the value is an average over")
     low: Number = Field(
         default=None,
-        description="lower end of the 95 % interval; null where the definition's `interval` says "
-        "why, where the text is too "
-        "short for one (the report's `resampling` says so), and where the value is undefined without "
-        "some part of the text",
+        description="lower end of the 95 % interval; null where the definition's `interval` says why, where the text "
+        "is too short for one (the report's `resampling` says so), and where the value is undefined without some part "
+        "of the text",
     )
     high: Number = Field(default=None, description="upper end of it, null in the same places")
     definition: str = Field(description="key into the report's definitions")
@@ -83,6 +88,11 @@ class Curve(Frozen):
     y_label: str
     x_scale: Literal["linear", "log"] = "linear"
     definition: str = Field(description="key into the report's definitions")
+
+    @classmethod
+    def histogram(cls, edges: Iterable[float], counts: Iterable[float], **facts: Any) -> Curve:
+        """Counts between edges; ``facts`` are the labels, the definition and the scale."""
+        return cls(kind="histogram", x=[float(edge) for edge in edges], y=[float(count) for count in counts], **facts)
 
 
 class SAEFacts(Frozen):
@@ -222,6 +232,9 @@ class EvaluationReport(Frozen):
     created: str = Field(description="ISO 8601, UTC")
     machine: dict[str, str | int | float | None] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    plugins: dict[str, str] = Field(
+        default_factory=dict, description="plug-in files that were loaded: name → SHA-256 of the file"
+    )
     model: ModelFacts
     text: TextFacts
     n_documents: int
@@ -284,9 +297,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def publish_schema(path: str | Path) -> Path:
-    """Write the schema; run after a change of this file: ``python -m tcsae.evaluate.results
-    docs/results.schema.json``.
-    """
+    """Write the schema, after a change of this file: ``python -m tcsae.evaluate.results docs/results.schema.json``."""
     return write_json(path, json_schema(), indent=1, ascii_only=False)
 
 

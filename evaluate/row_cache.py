@@ -1,22 +1,59 @@
-"""Rows on disk: which rows a report needs, which of them an earlier evaluation of the same text measured, which go
-together.
+"""Rows kept on disk: which rows a report needs, which of them an earlier evaluation of the same text measured, and
+which are measured in one pass.
 
-Rows lie in ``rows/FINGERPRINT/`` in the report's folder; the fingerprint covers everything that changes what a row
-would say: the model's weights and dtype, every token of the text, the seed and the version of the measures.
+Rows lie in ``rows/FINGERPRINT/`` in the report's folder. The fingerprint covers everything that changes what a row
+would say: the model's weights and dtype, every token of the text, the seed, and the code that measures.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from inspect import getsource
 from pathlib import Path
 
+from ..errors import UsageError
+from ..registry import Registry
+from .metrics.registry import METRICS
 from .subjects import Subject
 from .table_row import MeasuredRow
 
-MEASURES_VERSION = 2
-"""Raised when a kept row of an earlier version would mean something else."""
+MEASURING = (
+    *("evaluate/features", "evaluate/intervals", "evaluate/metrics", "evaluate/model"),
+    *("evaluate/one_pass.py", "evaluate/protocol.py", "evaluate/table_row.py", "train/sae"),
+)
+"""The source that rows are made by: files, and folders with all their files."""
+_NOT_MEASURING = {"report panel", "temporal term", "partner"}
+"""What a plug-in may register without any row depending on it: rows come before the page and after the training."""
+
+
+def measuring_code(plugins: Mapping[str, str]) -> str:
+    """Hash of everything that measures: this program's source and the plug-ins (file name → SHA-256) that matter.
+
+    Raises:
+        UsageError: a metric was registered by no file whose source could be hashed.
+
+    """
+    root, digest = Path(__file__).parents[1], sha256()
+    for part in MEASURING:
+        files = [root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py"))
+        for file in files:
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    for name, plugin in sorted(plugins.items()):
+        kinds = Registry.kinds(name)
+        if not kinds or kinds - _NOT_MEASURING:
+            digest.update(plugin.encode())
+    for name in METRICS.among(plugins):
+        if not METRICS.is_own(name) and METRICS.owner(name) is None:  # in a notebook, say
+            try:
+                digest.update(getsource(METRICS.get(name).written_as).encode())
+            except (OSError, TypeError):
+                raise UsageError(
+                    f"the source of the metric '{name}' cannot be read, so rows measured with another version of it "
+                    "could not be told from these: write it into a file and load that as a plug-in"
+                ) from None
+    return digest.hexdigest()
 
 
 def slug(text: str) -> str:
@@ -24,12 +61,12 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
-class Shelf:
+class RowCache:
     """The rows of one report.
 
     Args:
         folder: of the report.
-        facts: everything the measurements depend on.
+        facts: everything that the measurements depend on, :func:`measuring_code` included.
         layers: at which references are measured.
         references: their names.
         subjects: the SAEs.
@@ -47,7 +84,7 @@ class Shelf:
         *,
         fresh: bool,
     ):
-        self._folder = folder / "rows" / sha256(repr((MEASURES_VERSION, *facts)).encode()).hexdigest()[:12]
+        self._folder = folder / "rows" / sha256(repr(tuple(facts)).encode()).hexdigest()[:12]
         self.wanted: dict[str, tuple[int, str | Subject]] = {
             f"l{layer}-{name}.npz": (layer, name) for layer in layers for name in references
         }
@@ -61,11 +98,9 @@ class Shelf:
             self._rows = {key: self._refreshed(key, row) for key, row in found.items() if row is not None}
 
     def _refreshed(self, key: str, row: MeasuredRow) -> MeasuredRow:
-        """A kept row, with what may have changed around unchanged weights: its path, its name and its other half."""
+        """A kept row, with what may have changed around unchanged weights: its path, name, pair and notes."""
         what = self.wanted[key][1]
-        if not isinstance(what, str):
-            row.name, row.role, row.pair, row.facts = what.name, what.role, what.pair, what.facts
-        return row
+        return row if isinstance(what, str) else row.described_by(what)
 
     def put(self, key: str, row: MeasuredRow) -> None:
         """Keep a finished row."""
@@ -73,7 +108,7 @@ class Shelf:
         self._rows[key] = row
 
     @property
-    def rows(self) -> list[MeasuredRow]:
+    def finished(self) -> list[MeasuredRow]:
         """All finished rows, in the report's order."""
         return [self._rows[key] for key in self.wanted if key in self._rows]
 

@@ -1,7 +1,8 @@
 """Stage three as a whole: SAEs in, report out.
 
 Each model is loaded once. Rows that an earlier evaluation of the same text finished are taken from the report's folder;
-what is missing is measured in as few passes over the text as memory allows; the report is assembled from all rows.
+what is missing is measured in as few passes over the text as memory allows, in halves where a pass does not fit; the
+report is assembled from all rows and says on which machine it was made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,38 +27,305 @@ from ..errors import ResourceError, RunError, TcsaeError
 from ..extract.model.load import LanguageModel, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
+from ..plugins import load_plugins
 from .assemble import compose
 from .config import EvaluateConfig
-from .features.collect import browser
-from .metrics.all import accumulators
-from .metrics.by_scope import SplitMeasures
-from .metrics.prefix_shift import DEFINITIONS as PROBE_DEFINITIONS
-from .metrics.prefix_shift import probes
+from .features.collect import FeatureBrowser
+from .metrics.all import AllMetrics, families, probes
+from .metrics.by_scope import ByScope
 from .model.heldout_text import HeldOutText, LayerSurvey, survey
-from .model.probes import Bench, ProbeContext
+from .model.probes import ProbeContext, ProbedModel
 from .model.reference_rows import untrained_sae, zero_sae
 from .model.splice import Head, SplicedModel
 from .one_pass import Measurement
 from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
-from .row_cache import Shelf, slug
+from .row_cache import RowCache, measuring_code, slug
 from .subjects import Group, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
 
+PASS_BYTES = 4e9
+"""Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
+VERIFY_ROWS = 2
+"""Rows on which the shared prefix is tried."""
+BROWSER_CARDS = 200
+"""Cards over all SAEs of a report, at least a tenth of it each."""
 # What torch says where it has no exception of its own for it.
 _WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One report and where it lies."""
+
+    report: EvaluationReport
+    folder: Path
+    page: Path | None
+
+    def with_failures(self, failures: Sequence[Failure]) -> Outcome:
+        """The same, with what failed after its report was written; written again."""
+        report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
+        write_results(report, self.folder)
+        return Outcome(report, self.folder, write_report(report, self.folder))
+
+
+def evaluate(config: EvaluateConfig) -> list[Outcome]:
+    """Evaluate everything asked for: one report per language model and text.
+
+    Raises:
+        UsageError: nothing to evaluate, or a plug-in that cannot be run.
+        TcsaeError: of the only thing that could be evaluated.
+
+    """
+    plugins = load_plugins(config.plugins)
+    groups, failures = gather_subjects(config, plugins)
+    for failure in failures:
+        warn(f"{failure.path}: {failure.message}")
+    if not groups:
+        raise RunError(
+            failures[0].message if len(failures) == 1 else f"none of the {len(failures)} SAEs can be evaluated"
+        )
+    names = _names(config, groups)
+    outcomes = []
+    for group, name in zip(groups, names, strict=True):
+        try:
+            outcomes.append(_Evaluation(config, group, name, failures, plugins).run())
+            failures = []  # reported
+        except TcsaeError as failure:
+            if len(groups) == 1:
+                raise
+            warn(f"{group.model.id}: {failure}")
+            failures.append(Failure(path=group.model.id, message=str(failure)))
+    if not outcomes:
+        raise RunError(f"none of the {len(groups)} language models could be evaluated in; the messages above say why")
+    if failures:
+        outcomes[-1] = outcomes[-1].with_failures(failures)
+    return outcomes
+
+
+def _names(config: EvaluateConfig, groups: Sequence[Group]) -> list[str]:
+    """A folder name per group, different from each other."""
+    names: list[str] = []
+    for group in groups:
+        name = config.name or slug(Path(group.model.id).name) or "report"
+        while name in names:
+            name += "-" + (slug(Path(group.text.dataset).name) or "2")
+        names.append(name)
+    return names
+
+
+class _Evaluation:
+    """One group on its way to a report."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        group: Group,
+        name: str,
+        failures: Sequence[Failure],
+        plugins: Mapping[str, str],
+    ):
+        self.config, self.group, self.name, self.plugins = config, group, name, plugins
+        self.families = families(plugins)
+        self.failures = list(failures)
+        self.folder = Path(config.out) / name
+        self.notes: list[str] = []
+
+    def run(self) -> Outcome:
+        started = time.perf_counter()
+        config, group = self.config, self.group
+        self.lm = load_language_model(group.model)
+        self._compare_model()
+        self._drop_unfit()
+        self.layers = sorted({subject.layer for subject in group.subjects})
+        documents = open_documents(group.text)
+        identity = resolve_text(group.text, self.lm, documents)
+        blocks = row_blocks(
+            group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
+        )
+        self.text = HeldOutText.gather((block for block, _ in blocks), config.rows)
+        if len(self.text) < config.rows:
+            self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
+        self.model, self.head = SplicedModel(self.lm), Head(self.lm)
+        model = self.lm.identity
+        settings = (config.batch_rows, config.seed, config.quick)
+        facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
+        self.rows = RowCache(self.folder, facts, self.layers, config.references, group.subjects, fresh=config.fresh)
+        if self.rows.missing:
+            with within_memory(config.batch_rows):
+                self._measure()
+        report = compose(
+            self.rows.finished,
+            self.text,
+            name=self.name,
+            machine=describe_machine(self.lm.device),
+            versions=versions(),
+            plugins=dict(self.plugins),
+            model=_model_facts(self.lm),
+            identity=identity,
+            seed=config.seed,
+            layers=self.layers,
+            failures=self.failures,
+            notes=self.notes,
+            seconds=round(time.perf_counter() - started, 1),
+            peak_memory_bytes=peak_memory(self.lm.device),
+        )
+        write_results(report, self.folder)
+        return Outcome(report, self.folder, write_report(report, self.folder))
+
+    def _say(self, message: str) -> None:
+        self.notes.append(message)
+        note(message)
+
+    def _compare_model(self) -> None:
+        expected, found = self.group.model_fingerprint, self.lm.identity
+        if expected is not None and expected != found.fingerprint:
+            self._say(
+                f"the weights of {found.id} are not those the store was extracted with (fingerprint "
+                f"{found.fingerprint[:12]}, the store's {expected[:12]})"
+            )
+
+    def _drop_unfit(self) -> None:
+        """Leave out SAEs of another width or depth; fail when none is left."""
+        lm = self.lm
+        for subject in list(self.group.subjects):
+            message = None
+            if not 0 <= subject.layer < lm.n_layers:
+                message = (
+                    f"the SAE belongs to layer {subject.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
+                )
+            elif subject.facts.d_model != lm.d_model:
+                message = (
+                    f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: name the model "
+                    "it was trained on with --model"
+                )
+            if message is not None:
+                warn(f"{subject.facts.path}: {message}")
+                self.group.subjects.remove(subject)
+                self.failures.append(Failure(path=subject.facts.path, message=message))
+        if not self.group.subjects:
+            raise RunError(self.failures[-1].message)
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        config = self.config
+        kept = len(self.rows.finished)
+        if kept:
+            note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
+        tokens = self.text.tokens(slice(0, VERIFY_ROWS), self.lm.device)
+        for message in self.model.verify(tokens, self.layers):
+            self._say(message)
+        residuals, final_BTD = self.model.clean(tokens[:1], self.layers)
+        self.head.verify(tokens[:1], final_BTD)
+        if self.head.note:
+            self._say(self.head.note)
+        uniform = frozenset(
+            layer
+            for layer, x_BTD in residuals.items()
+            if self.head.uniform_at_zero and not self.model.spliced(tokens[:1], layer, torch.zeros_like(x_BTD)).any()
+        )
+        surveys = survey(self.model, self.text, self.layers, config.batch_rows)
+        limit = PASS_BYTES
+        if self.lm.device.type == "cuda":
+            limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
+        passes = deque(self.rows.passes(limit))
+        with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
+            while passes:
+                part = passes.popleft()
+                if not self._fits(part, surveys, uniform, bar):
+                    release()
+                    left = [key for key in part if key in self.rows.missing]
+                    self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
+                    passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
+
+    def _fits(self, part: list[str], surveys: dict[int, LayerSurvey], uniform: frozenset[int], bar: Progress) -> bool:
+        """Measure these rows in one pass; false where they do not fit into memory together."""
+        try:
+            candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
+            measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
+            measurement.run(self.config.batch_rows, bar)
+            for failure in measurement.failures:
+                warn(f"{failure.path}: {failure.message}")
+            self.failures += measurement.failures
+            self._finish(measurement.candidates)
+        except Exception as failure:
+            if len(part) == 1 or not is_out_of_memory(failure):
+                raise
+            return False
+        return True
+
+    def _candidate(self, key: str, surveys: dict[int, LayerSurvey]) -> Candidate | None:
+        layer, what = self.rows.wanted[key]
+        sae: Any = None
+        if isinstance(what, str):
+            row = MeasuredRow(what, "reference", layer)
+            if what == "untrained":
+                sae = untrained_sae(self.lm.d_model, self.config.seed)
+            elif what == "zero_sae":
+                sae = zero_sae(self.lm.d_model)
+        else:
+            row = row_of(what)
+            try:
+                sae = what.load()
+            except TcsaeError as failure:
+                warn(f"{what.facts.path}: {failure}")
+                self.failures.append(Failure(path=what.facts.path, message=str(failure)))
+                return None
+        if sae is not None:
+            sae = sae.to(self.lm.device, torch.float32)
+        scope = 1.0 if isinstance(what, str) else what.scope
+        return Candidate(row, sae, surveys[layer], self._accumulators(row, sae, scope), key)
+
+    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float) -> dict[str, Any]:
+        if sae is None or row.name == "zero_sae":
+            return {}
+        common = {"context": self.text.context, "seed": self.config.seed}
+        found: dict[str, Any] = {"metrics": AllMetrics(sae, self.families, **common)}
+        inside = max(1, round(scope * sae.n_features))
+        if inside < sae.n_features:
+            found["by_scope"] = ByScope(sae, self.families, **common, inside=inside)
+        if row.kind == "sae" and not self.config.quick:
+            cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
+            found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=cards)
+        return found
+
+    def _finish(self, candidates: list[Candidate]) -> None:
+        """Complete and keep every row of a pass."""
+        probed = ProbedModel.of(self.model, self.head, self.text)
+        layer = None
+        for candidate in sorted(candidates, key=lambda one: one.row.layer):
+            if candidate.row.layer != layer:
+                probed.forget()
+            layer = candidate.row.layer
+            per_feature = candidate.finish()
+            if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
+                context = ProbeContext(probed, candidate.sae, candidate.row.layer, self.config.seed, per_feature)
+                candidate.row.take(probes(context, self.families))
+                for family in self.families.values():
+                    candidate.row.definitions |= family.definitions
+                shown: Any = candidate.accumulators["browser"]
+                candidate.row.cards = shown.cards(context)
+            self.rows.put(candidate.key, candidate.row)
+
+
+def _model_facts(lm: LanguageModel) -> ModelFacts:
+    shared = {name: getattr(lm.identity, name) for name in ModelFacts.model_fields if name != "d_model"}
+    return ModelFacts(d_model=lm.d_model, **shared)
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether an allocation failed: on the GPU, on the CPU by torch, or on the CPU by Python and NumPy."""
     if isinstance(failure, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(failure, TcsaeError):  # a plug-in's failure is told in a sentence; what it was is its cause
+        return failure.__cause__ is not None and is_out_of_memory(failure.__cause__)
     return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _WORDS)
 
 
 @contextmanager
 def within_memory(batch_rows: int) -> Iterator[None]:
-    """Measuring, SAE by SAE in the end: what then still does not fit is a batch of ``batch_rows`` rows.
+    """A block that measures one SAE at a time in the end: what then does not fit is a batch of ``batch_rows`` rows.
 
     Raises:
         ResourceError: an allocation failed inside.
@@ -108,258 +376,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-PASS_BYTES = 4e9
-"""Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
-VERIFY_ROWS = 2
-BROWSER_CARDS = 200
-"""Cards over all SAEs of a report, at least a tenth of it each."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One report and where it lies."""
-
-    report: EvaluationReport
-    folder: Path
-    page: Path | None
-
-    def with_failures(self, failures: Sequence[Failure]) -> Outcome:
-        """The same, with what failed after its report was written; written again."""
-        report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
-        write_results(report, self.folder)
-        return Outcome(report, self.folder, write_report(report, self.folder))
-
-
-def evaluate(config: EvaluateConfig) -> list[Outcome]:
-    """Evaluate everything asked for: one report per language model and text.
-
-    Raises:
-        UsageError: nothing to evaluate.
-        TcsaeError: of the only thing that could be evaluated.
-
-    """
-    groups, failures = gather_subjects(config)
-    for failure in failures:
-        warn(f"{failure.path}: {failure.message}")
-    if not groups:
-        raise RunError(
-            failures[0].message if len(failures) == 1 else f"none of the {len(failures)} SAEs can be evaluated"
-        )
-    names = _names(config, groups)
-    outcomes = []
-    for group, name in zip(groups, names, strict=True):
-        try:
-            outcomes.append(_Evaluation(config, group, name, failures).run())
-            failures = []  # reported
-        except TcsaeError as failure:
-            if len(groups) == 1:
-                raise
-            warn(f"{group.model.id}: {failure}")
-            failures.append(Failure(path=group.model.id, message=str(failure)))
-    if not outcomes:
-        raise RunError(f"none of the {len(groups)} language models could be evaluated in; the messages above say why")
-    if failures:
-        outcomes[-1] = outcomes[-1].with_failures(failures)
-    return outcomes
-
-
-def _names(config: EvaluateConfig, groups: Sequence[Group]) -> list[str]:
-    """A folder name per group, different from each other."""
-    names: list[str] = []
-    for group in groups:
-        name = config.name or slug(Path(group.model.id).name) or "report"
-        while name in names:
-            name += "-" + (slug(Path(group.text.dataset).name) or "2")
-        names.append(name)
-    return names
-
-
-class _Evaluation:
-    """One group on its way to a report."""
-
-    def __init__(self, config: EvaluateConfig, group: Group, name: str, failures: Sequence[Failure]):
-        self.config, self.group, self.name = config, group, name
-        self.failures = list(failures)
-        self.folder = Path(config.out) / name
-        self.notes: list[str] = []
-
-    def run(self) -> Outcome:
-        started = time.perf_counter()
-        config, group = self.config, self.group
-        self.lm = load_language_model(group.model)
-        self._compare_model()
-        self._drop_unfit()
-        self.layers = sorted({subject.layer for subject in group.subjects})
-        documents = open_documents(group.text)
-        identity = resolve_text(group.text, self.lm, documents)
-        blocks = row_blocks(
-            group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
-        )
-        self.text = HeldOutText.gather((block for block, _ in blocks), config.rows)
-        if len(self.text) < config.rows:
-            self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
-        self.model, self.head = SplicedModel(self.lm), Head(self.lm)
-        model = self.lm.identity
-        facts = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, config.seed, config.quick)
-        self.shelf = Shelf(self.folder, facts, self.layers, config.references, group.subjects, fresh=config.fresh)
-        if self.shelf.missing:
-            with within_memory(config.batch_rows):
-                self._measure()
-        report = compose(
-            self.shelf.rows,
-            self.text,
-            name=self.name,
-            machine=describe_machine(self.lm.device),
-            versions=versions(),
-            model=_model_facts(self.lm),
-            identity=identity,
-            seed=config.seed,
-            layers=self.layers,
-            failures=self.failures,
-            notes=self.notes,
-            seconds=round(time.perf_counter() - started, 1),
-            peak_memory_bytes=peak_memory(self.lm.device),
-        )
-        write_results(report, self.folder)
-        return Outcome(report, self.folder, write_report(report, self.folder))
-
-    def _say(self, message: str) -> None:
-        self.notes.append(message)
-        note(message)
-
-    def _compare_model(self) -> None:
-        expected, found = self.group.model_fingerprint, self.lm.identity
-        if expected is not None and expected != found.fingerprint:
-            self._say(
-                f"the weights of {found.id} are not those the store was extracted with "
-                f"(fingerprint {found.fingerprint[:12]}, the store's {expected[:12]})"
-            )
-
-    def _drop_unfit(self) -> None:
-        """Leave out SAEs of another width or depth; fail when none is left."""
-        lm = self.lm
-        for subject in list(self.group.subjects):
-            message = None
-            if not 0 <= subject.layer < lm.n_layers:
-                message = (
-                    f"the SAE belongs to layer {subject.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
-                )
-            elif subject.facts.d_model != lm.d_model:
-                message = (
-                    f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: "
-                    "name the model it was trained on with --model"
-                )
-            if message is not None:
-                warn(f"{subject.facts.path}: {message}")
-                self.group.subjects.remove(subject)
-                self.failures.append(Failure(path=subject.facts.path, message=message))
-        if not self.group.subjects:
-            raise RunError(self.failures[-1].message)
-
-    # --- measuring ----------------------------------------------------------------------------------------------------
-
-    def _measure(self) -> None:
-        config = self.config
-        kept = len(self.shelf.rows)
-        if kept:
-            note(f"{kept} of {len(self.shelf.wanted)} rows were measured before and are kept")
-        tokens = self.text.tokens(slice(0, VERIFY_ROWS), self.lm.device)
-        for message in self.model.verify(tokens, self.layers):
-            self._say(message)
-        residuals, final_BTD = self.model.clean(tokens[:1], self.layers)
-        self.head.verify(tokens[:1], final_BTD)
-        if self.head.note:
-            self._say(self.head.note)
-        uniform = frozenset(
-            layer
-            for layer, x_BTD in residuals.items()
-            if self.head.uniform_at_zero and not self.model.spliced(tokens[:1], layer, torch.zeros_like(x_BTD)).any()
-        )
-        surveys = survey(self.model, self.text, self.layers, config.batch_rows)
-        limit = PASS_BYTES
-        if self.lm.device.type == "cuda":
-            limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
-        passes = deque(self.shelf.passes(limit))
-        with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
-            while passes:
-                part = passes.popleft()
-                if not self._fits(part, surveys, uniform, bar):
-                    release()
-                    left = [key for key in part if key in self.shelf.missing]
-                    self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
-                    passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
-
-    def _fits(self, part: list[str], surveys: dict[int, LayerSurvey], uniform: frozenset[int], bar: Progress) -> bool:
-        """Measure these rows in one pass; false where they do not fit into memory together."""
-        try:
-            candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-            measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
-            measurement.run(self.config.batch_rows, bar)
-            for failure in measurement.failures:
-                warn(f"{failure.path}: {failure.message}")
-            self.failures += measurement.failures
-            self._finish(measurement.candidates)
-        except Exception as failure:
-            if len(part) == 1 or not is_out_of_memory(failure):
-                raise
-            return False
-        return True
-
-    def _candidate(self, key: str, surveys: dict[int, LayerSurvey]) -> Candidate | None:
-        layer, what = self.shelf.wanted[key]
-        sae: Any = None
-        if isinstance(what, str):
-            row = MeasuredRow(what, "reference", layer)
-            if what == "untrained":
-                sae = untrained_sae(self.lm.d_model, self.config.seed)
-            elif what == "zero_sae":
-                sae = zero_sae(self.lm.d_model)
-        else:
-            row = row_of(what)
-            try:
-                sae = what.load()
-            except TcsaeError as failure:
-                warn(f"{what.facts.path}: {failure}")
-                self.failures.append(Failure(path=what.facts.path, message=str(failure)))
-                return None
-        if sae is not None:
-            sae = sae.to(self.lm.device, torch.float32)
-        scope = 1.0 if isinstance(what, str) else what.scope
-        return Candidate(row, sae, surveys[layer], self._accumulators(row, sae, scope), key)
-
-    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float) -> dict[str, Any]:
-        if sae is None or row.name == "zero_sae":
-            return {}
-        common = {"context": self.text.context, "seed": self.config.seed}
-        found: dict[str, Any] = dict(accumulators(sae, **common))
-        inside = max(1, round(scope * sae.n_features))
-        if inside < sae.n_features:
-            found["splits"] = SplitMeasures(sae, **common, inside=inside)
-        if row.kind == "sae" and not self.config.quick:
-            cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
-            found["browser"] = browser(sae, n_cards=cards, **common)
-        return found
-
-    def _finish(self, candidates: list[Candidate]) -> None:
-        """Complete and keep every row of a pass."""
-        bench = Bench.of(self.model, self.head, self.text)
-        layer = None
-        for candidate in sorted(candidates, key=lambda one: one.row.layer):
-            if candidate.row.layer != layer:
-                bench.forget()
-            layer = candidate.row.layer
-            per_feature = candidate.finish()
-            if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
-                context = ProbeContext(bench, candidate.sae, candidate.row.layer, self.config.seed, per_feature)
-                candidate.row.take(probes(context))
-                candidate.row.definitions |= PROBE_DEFINITIONS
-                shown: Any = candidate.accumulators["browser"]
-                candidate.row.cards = shown.cards(context)
-            self.shelf.put(candidate.key, candidate.row)
-
-
-def _model_facts(lm: LanguageModel) -> ModelFacts:
-    shared = {name: getattr(lm.identity, name) for name in ModelFacts.model_fields if name != "d_model"}
-    return ModelFacts(d_model=lm.d_model, **shared)

@@ -4,19 +4,22 @@ model is loaded once. Whatever cannot be loaded becomes a failure with its sente
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..cache.format.manifest import StoreManifest
+from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
 from ..train.formats.locate import load_external
 from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
 from ..train.sae.protocol import SparseAutoencoder
+from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
 from .config import EvaluateConfig
 from .results import Failure, Role, SAEFacts
 
@@ -36,6 +39,8 @@ class Subject:
     scope: float = 1.0
     """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too.
     """
+    notes: tuple[str, ...] = ()
+    """What a reader must know of it beforehand."""
 
 
 @dataclass
@@ -50,8 +55,10 @@ class Group:
     subjects: list[Subject] = field(default_factory=list)
 
 
-def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]:
-    """Everything asked for, by model and text.
+def gather_subjects(
+    config: EvaluateConfig, plugins: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Group], list[Failure]]:
+    """Everything asked for, by model and text. ``plugins``: those that are loaded, file name → SHA-256.
 
     Raises:
         UsageError: nothing was asked for and there is no finished run.
@@ -67,7 +74,7 @@ def gather_subjects(config: EvaluateConfig) -> tuple[list[Group], list[Failure]]
     groups: dict[tuple[Any, ...], Group] = {}
     failures: list[Failure] = []
     for path in paths:
-        _attempt(path, failures, lambda path=path: _add_run(groups, config, path))
+        _attempt(path, failures, lambda path=path: _add_run(groups, config, path, plugins))
     for at, path in enumerate(config.saes):
         layer = config.layers[at if len(config.layers) > 1 else 0] if config.layers else None
         _attempt(path, failures, lambda path=path, layer=layer: _add_external(groups, config, path, layer))
@@ -95,13 +102,16 @@ def _attempt(path: str, failures: list[Failure], add: Callable[[], None]) -> Non
         failures.append(Failure(path=path, message=str(failure)))
 
 
-def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str) -> None:
+def _add_run(
+    groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, plugins: Mapping[str, str]
+) -> None:
     record = load_run(path)
     if not record.finished:
         raise RunError(
             f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with "
             "pipeline train --resume"
         )
+    notes = _notes_on_plugins(path, record, plugins)
     manifest = StoreManifest.model_validate(record.store_manifest)
     group = _group(groups, config, manifest)
     weights = Path(path) / WEIGHTS
@@ -119,8 +129,35 @@ def _add_run(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path:
             role="pruned" if original else record.role,
             pair=original or record.twin,
             scope=1.0 if original else _scope(record),
+            notes=notes,
         )
     )
+
+
+def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) -> tuple[str, ...]:
+    """What to note of plug-ins that have changed since the run was trained with them.
+
+    Raises:
+        RunError: a plug-in is missing, or one has changed that says what the SAE computes.
+
+    """
+    notes = []
+    of_sae = record.config.get("sae", {})
+    makers = ARCHITECTURES.owner(of_sae.get("architecture", "")), ACTIVATIONS.owner(of_sae.get("activation", ""))
+    for name, digest in record.plugins.items():
+        if name not in given:
+            raise RunError(
+                f"{path} was trained with the plug-in {name} (SHA-256 {digest[:12]}…), which was not given: add "
+                f"--plugin {name}"
+            )
+        if given[name] == digest:
+            continue
+        change = f"the plug-in {name} has changed since training (SHA-256 {digest[:12]}… then, {given[name][:12]}… now)"
+        if name in [Path(maker).name for maker in makers if maker]:
+            raise RunError(f"{path}: {change} and says what this SAE computes: evaluate with the file as it was")
+        warn(f"{path}: {change}")
+        notes.append(f"{change}; the weights are those of the training")
+    return tuple(notes)
 
 
 def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, layer: int | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..atomic_files import write_file
 from .intervals.jackknife import Jackknifed
+from .metrics.active_entries import ActiveEntries
 from .metrics.fidelity import Fidelity
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import LayerSurvey
@@ -26,7 +27,8 @@ from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
 from .subjects import Subject
 
-SHARED_SPLICES = {"zero_sae": "zero"}  # what reconstructs the same need not be run twice
+SHARED_SPLICES = {"zero_sae": "zero"}
+"""A reference whose reconstruction is that of another one: the layers above need not be run twice."""
 
 
 @dataclass
@@ -46,6 +48,14 @@ class MeasuredRow:
     definitions: dict[str, Definition] = field(default_factory=dict)
     compat: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    subject_notes: list[str] = field(default_factory=list)
+    """What is noted of the SAE itself rather than found on the text; not kept on disk."""
+
+    def described_by(self, subject: Subject) -> MeasuredRow:
+        """The same row with all that is known of its SAE apart from measurements."""
+        self.name, self.role, self.pair, self.facts = subject.name, subject.role, subject.pair, subject.facts
+        self.subject_notes = list(subject.notes)
+        return self
 
     def take(self, findings: Findings) -> None:
         """Add what an accumulator found."""
@@ -131,9 +141,10 @@ class Candidate:
             x_hat_BTD = self.sae.decode(z_BTF)
         self.fidelity.add_reconstruction(batch, x_hat_BTD, z_BTF)
         self.compat.add_reconstruction(batch, x_hat_BTD, z_BTF)
-        if z_BTF is not None:
+        if z_BTF is not None and self.accumulators:
+            active = ActiveEntries.from_dense(z_BTF, batch.valid_BT)
             for accumulator in self.accumulators.values():
-                accumulator.update(batch, z_BTF, x_hat_BTD)
+                accumulator.update(batch, active, x_hat_BTD)
         return x_hat_BTD
 
     def finish(self) -> dict[str, np.ndarray]:
@@ -151,4 +162,4 @@ class Candidate:
 
 def row_of(subject: Subject) -> MeasuredRow:
     """The row of an SAE before anything is measured."""
-    return MeasuredRow(subject.name, "sae", subject.layer, subject.role, subject.pair, subject.facts)
+    return MeasuredRow(subject.name, "sae", subject.layer).described_by(subject)

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests say: from tiny import ti
 import pytest
 import torch
 from hypothesis import settings
+from tcsae import plugins
+from tcsae.registry import Registry
 from tiny import KINDS, tiny_corpus, tiny_model
 
 # The same examples in every run: what is found by chance belongs into a test of its own.
@@ -54,6 +56,15 @@ socket.socket.connect = _connect_nearby  # type: ignore[method-assign]
 def _deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_plugins_of_other_tests() -> Iterator[None]:
+    """What a test's plug-ins register ends with the test."""
+    yield
+    for key in list(plugins._loaded):
+        Registry.forget_plugin(key)
+        del plugins._loaded[key]
 
 
 def _model_fixture(kind: str) -> Any:

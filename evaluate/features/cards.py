@@ -27,8 +27,8 @@ DEFINITIONS = {
         unit="activation units",
     ),
     "feature_lag_curve": Definition(
-        text="Correlation of the feature's activation with itself that many tokens later, over valid "
-        "pairs, means removed.",
+        text="Correlation of the feature's activation with itself that many tokens later, over valid pairs, means "
+        "removed.",
         unit="1",
     ),
 }

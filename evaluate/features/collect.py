@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..metrics.active_entries import ActiveEntries
 from ..protocol import Findings, TokenBatch
 from ..results import Definition, FeatureCard
 from .cards import DEFINITIONS, CardSource, Place, choose, describe
@@ -86,8 +87,9 @@ class FeatureBrowser:
         self._generator = torch.Generator().manual_seed(seed)
         self._seen: _Seen | None = None
 
-    def update(self, batch: TokenBatch, z_BTF: Tensor, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - the accumulators' signature
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
         """Take one batch in: per row and feature only the strongest valid activation matters."""
+        z_BTF = active.z_BTF
         if self._seen is None:
             self._seen = _Seen(self._sae.n_features, z_BTF.device)
         masked_BTF = z_BTF * batch.valid_BT[..., None]
@@ -112,8 +114,3 @@ class FeatureBrowser:
         chosen = choose(known, self._n_cards, self._seed)
         places = {feature: self._seen.places(feature) for feature in chosen}
         return describe(source, self._sae.W_dec, known, chosen, places, self._max_rows)
-
-
-def browser(sae: Any, *, context: int, seed: int, n_cards: int = 200, max_rows: int = 256) -> FeatureBrowser:  # noqa: ARG001
-    """The browser's accumulator for one SAE, made the way every accumulator is made."""
-    return FeatureBrowser(sae, seed=seed, n_cards=n_cards, max_rows=max_rows)

@@ -1,4 +1,4 @@
-"""Sparse codes of a batch of rows: the one representation that every feature, temporal and position metric reads.
+"""The features of a batch that are not zero: the one representation that every metric of the features reads.
 
 Shapes: B rows, T positions, N = B·T tokens (token n = row · T + position), F features, E active entries, L lags.
 
@@ -19,9 +19,10 @@ from ...errors import RunError
 
 
 @dataclass(frozen=True)
-class Codes:
-    """The nonzero features at the tokens that count."""
+class ActiveEntries:
+    """The nonzero features at the tokens that count, and the dense features they were taken from."""
 
+    z_BTF: Tensor  # float32, at every position
     n_rows: int
     context: int
     n_features: int
@@ -31,7 +32,7 @@ class Codes:
     value_E: Tensor  # float64
 
     @classmethod
-    def from_dense(cls, z_BTF: Tensor, valid_BT: Tensor) -> Codes:
+    def from_dense(cls, z_BTF: Tensor, valid_BT: Tensor) -> ActiveEntries:
         """Take the nonzero entries out of dense features.
 
         Raises:
@@ -52,7 +53,7 @@ class Codes:
                 f"feature {int(feature[first])} is {float(value[first])} at {where}: the SAE or its input is damaged"
             )
         order = torch.argsort(feature, stable=True)
-        return cls(n_rows, context, n_features, valid_N, feature[order], token[order], value[order])
+        return cls(z_BTF, n_rows, context, n_features, valid_N, feature[order], token[order], value[order])
 
     @property
     def n_tokens(self) -> int:
@@ -117,7 +118,7 @@ class Matches:
     later_M: Tensor
 
 
-def matches(codes: Codes, masks: PairMasks) -> Matches:
+def matches(active: ActiveEntries, masks: PairMasks) -> Matches:
     """All of them, for every lag of ``masks``.
 
     Two entries ``lag`` tokens apart are at most ``lag`` places apart in the sorted list: so many shifted comparisons
@@ -126,11 +127,11 @@ def matches(codes: Codes, masks: PairMasks) -> Matches:
     lags = masks.later_LN.shape[0] - 1
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for shift in range(1, lags + 1):
-        gap = codes.token_E[shift:] - codes.token_E[:-shift]
-        near = (codes.feature_E[shift:] == codes.feature_E[:-shift]) & (gap <= lags)
+        gap = active.token_E[shift:] - active.token_E[:-shift]
+        near = (active.feature_E[shift:] == active.feature_E[:-shift]) & (gap <= lags)
         earlier = near.nonzero().squeeze(1)
         lag, later = gap[earlier], earlier + shift
-        keep = masks.later_LN[lag, codes.token_E[later]]
+        keep = masks.later_LN[lag, active.token_E[later]]
         found.append((lag[keep], earlier[keep], later[keep]))
     lag, earlier, later = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Matches(lag, earlier, later)

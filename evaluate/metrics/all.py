@@ -1,61 +1,98 @@
-"""The entry to all feature, temporal and position metrics: one accumulator that reads the features once, sparsely."""
+"""All registered metrics together: what one SAE's pass over the text is read by, and what is asked after it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..protocol import Accumulator, Findings, SparseCoder, TokenBatch
-from .active_entries import Codes
-from .features import FeatureStatistics
-from .position import PositionStatistics
-from .redundancy import COLLAPSE_SHARE
-from .temporal import TemporalStatistics
+from ...errors import UsageError
+from ...plugins import plugin_at_work
+from ..protocol import Findings, SparseCoder, TokenBatch
+from ..results import Definition
+from . import fidelity
+from .active_entries import ActiveEntries
+from .registry import METRICS, MetricFamily
 
-_ALIVE_ALARM = 0.05
+if TYPE_CHECKING:
+    from ..model.probes import ProbeContext
 
 
-class Measures:
-    """Feature, temporal and position statistics of one SAE. The dense features become sparse codes once
-    for all three.
+def families(plugins: Collection[str] = ()) -> dict[str, MetricFamily]:
+    """The metrics of this program and those of these plug-in files (names), by the name of the family.
+
+    Raises:
+        UsageError: two of them define a metric of the same name.
+
+    """
+    found = {name: METRICS.get(name) for name in METRICS.among(plugins)}
+    owners = dict.fromkeys(fidelity.definitions(), "fidelity")
+    for name, family in found.items():
+        for key in family.definitions:
+            if key in owners:
+                raise UsageError(f"both '{owners[key]}' and '{name}' define a metric '{key}': rename one of them")
+            owners[key] = name
+    return found
+
+
+def definitions(plugins: Collection[str] = ()) -> dict[str, Definition]:
+    """Every metric that an evaluation measures, fidelity included, in the order of the report's columns."""
+    found = fidelity.definitions()
+    for family in families(plugins).values():
+        found |= family.definitions
+    return found
+
+
+class AllMetrics:
+    """The accumulators of some families for one SAE, read and finished together.
+
+    Args:
+        sae: whose features are measured.
+        chosen: the families; those that ask the model after the pass have no part in it.
+        context: positions of a row.
+        seed: of samples and nulls.
+
     """
 
-    def __init__(self, sae: SparseCoder, *, context: int, seed: int):
-        parts = (FeatureStatistics, TemporalStatistics, PositionStatistics)
-        self.definitions = {key: text for part in parts for key, text in part.definitions.items()}
-        self._parts = [part(sae, context=context, seed=seed) for part in parts]
+    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int):
+        self._parts = {
+            name: family.accumulator(sae, context=context, seed=seed)
+            for name, family in chosen.items()
+            if family.accumulator is not None
+        }
+        self.definitions = {key: one for part in self._parts.values() for key, one in part.definitions.items()}
 
-    def update(self, batch: TokenBatch, z_BTF: Tensor, x_hat_BTD: Tensor) -> None:
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:
         """Take one batch in."""
-        codes = Codes.from_dense(z_BTF, batch.valid_BT)
-        for part in self._parts:
-            part.update(batch, codes, x_hat_BTD)
+        for name, part in self._parts.items():
+            with plugin_at_work(METRICS, name):
+                part.update(batch, active, x_hat_BTD)
 
     def result(self) -> Findings:
-        """What the three parts found, together with alarms."""
+        """What all of them found."""
         found = Findings()
-        for part in self._parts:
-            more = part.result()
-            found.sums |= more.sums
-            found.metrics |= more.metrics
-            found.curves |= more.curves
-            found.per_feature |= more.per_feature
-        found.notes += _alarms(found)
+        for name, part in self._parts.items():
+            with plugin_at_work(METRICS, name):
+                more = part.result()
+            _check_defined(name, more, part.definitions)
+            found.add(more)
         return found
 
 
-def _alarms(found: Findings) -> list[str]:
-    """What a reader must not overlook: a dictionary that died or collapsed."""
-    alive, repeated = found.metrics["alive"].value, found.metrics["near_duplicate_share"].value
-    notes = []
-    if alive is not None and alive < _ALIVE_ALARM:
-        notes.append(f"only {alive:.1%} of the features are ever active: the dictionary is all but dead")
-    if repeated is not None and repeated > COLLAPSE_SHARE:
-        notes.append(
-            f"{repeated:.1%} of the alive features nearly repeat another's decoder row: the dictionary is collapsing"
-        )
-    return notes
+def probes(context: ProbeContext, chosen: Mapping[str, MetricFamily]) -> Findings:
+    """What the families that ask the model after the pass find."""
+    found = Findings()
+    for name, family in chosen.items():
+        if family.probe is not None:
+            with plugin_at_work(METRICS, name):
+                more = family.probe(context)
+            _check_defined(name, more, family.definitions)
+            found.add(more)
+    return found
 
 
-def accumulators(sae: SparseCoder, *, context: int, seed: int) -> dict[str, Accumulator]:
-    """All accumulators of this kind, by name: what the driver feeds during its pass."""
-    return {"measures": Measures(sae, context=context, seed=seed)}
+def _check_defined(name: str, found: Findings, known: Iterable[str]) -> None:
+    used = {one.definition for part in (found.sums, found.metrics, found.curves) for one in part.values()}
+    if undefined := sorted(used - set(known)):
+        raise UsageError(f"the metric '{name}' finds '{undefined[0]}', which its definitions do not have: add it")

@@ -1,5 +1,4 @@
-"""How often, how many, how strongly: density of every feature, L0 and L1 of every token, decoder rows that repeat one
-another.
+"""How often, how many, how strongly: density of every feature, L0 and L1 of every token, and how long the weights are.
 
 Shapes: F features, N tokens, E active entries, G jackknife groups. A feature is active where it is not zero; tokens
 that do not count (special, padding, outliers) are neither counted nor looked at.
@@ -14,15 +13,18 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS, group_of, jackknife
-from ..protocol import Findings, Ledger, TokenBatch
+from ..protocol import Findings, Ledger, SparseCoder, TokenBatch, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
-from .active_entries import Codes
-from .redundancy import NEAR_DUPLICATE, decoder_neighbours
+from .active_entries import ActiveEntries
+from .registry import metric
 
 _BINS_PER_OCTAVE = 4
 _LOWEST_OCTAVE, _HIGHEST_OCTAVE = -32, 48  # L1 of a token lies between 2^-32 and 2^48, or is counted in the end bins
 
-_OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, which no text was drawn for"
+FEW_ALIVE = 0.05
+"""Share of alive features below which the notes warn."""
+
+_OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, whatever the text"
 _HISTOGRAM = f"{NO_INTERVAL} a histogram is drawn as it was counted"
 
 DEFINITIONS = {
@@ -31,6 +33,7 @@ DEFINITIONS = {
         unit="share",
         better="higher",
         label="alive",
+        group="features",
         interval=JACKKNIFE,
     ),
     "share_dense_1pct": Definition(
@@ -56,32 +59,20 @@ DEFINITIONS = {
     "l1_distribution": Definition(
         text="histogram over tokens of Σ_i z_i ‖W_dec,i‖", unit="activation units", interval=_HISTOGRAM
     ),
-    "near_duplicate_share": Definition(
-        text=f"share of alive features whose decoder row has a cosine ≥ {NEAR_DUPLICATE} with that of "
-        "another alive feature",
-        unit="share",
-        better="lower",
-        label="near-duplicates",
-        interval=_OF_WEIGHTS,
-    ),
-    "neighbour_cosine": Definition(
-        text="mean over alive features of the largest cosine between the decoder row and another alive feature's",
-        unit="1",
-        better="lower",
-        interval=_OF_WEIGHTS,
-    ),
     "decoder_norm": Definition(text="mean norm of the decoder rows", unit="1", interval=_OF_WEIGHTS),
     "encoder_norm": Definition(text="mean norm of the encoder columns", unit="1", interval=_OF_WEIGHTS),
     "decoder_bias_norm": Definition(text="norm of the decoder's bias", unit="activation units", interval=_OF_WEIGHTS),
 }
 
 
+@metric("features")
 class FeatureStatistics:
     """Counts and sums per feature and histograms over tokens, in O(F) memory."""
 
     definitions = DEFINITIONS
+    by_part = ("alive", "share_dense_1pct", "share_dense_10pct")
 
-    def __init__(self, sae, *, context: int, seed: int):  # noqa: ARG002 - every part of the measures is built alike
+    def __init__(self, sae: SparseCoder, *, context: int, seed: int):  # noqa: ARG002 - every accumulator is made alike
         self._sae = sae
         size, device = sae.n_features, sae.W_dec.device
         self._norm_F = sae.W_dec.detach().double().norm(dim=1)
@@ -95,18 +86,18 @@ class FeatureStatistics:
             (_HIGHEST_OCTAVE - _LOWEST_OCTAVE) * _BINS_PER_OCTAVE, dtype=torch.float64, device=device
         )
 
-    def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in."""
         group_N = group_of(batch.units_BT)
-        self._tokens_G += torch.bincount(group_N[codes.valid_N], minlength=GROUPS)
-        self._active_GF += codes.per_group(group_N, GROUPS)
-        self._sum_F += codes.per_feature(codes.value_E)
-        self._max_F.scatter_reduce_(0, codes.feature_E, codes.value_E, "amax")
-        l0_N, l1_N = codes.per_token(), codes.per_token(codes.value_E.abs() * self._norm_F[codes.feature_E])
-        self._l0 += torch.bincount(l0_N[codes.valid_N].long(), minlength=len(self._l0))
-        units_N = batch.units_BT.reshape(-1)[codes.valid_N]
-        self._ledger.add(units_N, strength=l1_N[codes.valid_N], entries=l0_N[codes.valid_N])
-        octave = l1_N[codes.valid_N].clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
+        self._tokens_G += torch.bincount(group_N[active.valid_N], minlength=GROUPS)
+        self._active_GF += active.per_group(group_N, GROUPS)
+        self._sum_F += active.per_feature(active.value_E)
+        self._max_F.scatter_reduce_(0, active.feature_E, active.value_E, "amax")
+        l0_N, l1_N = active.per_token(), active.per_token(active.value_E.abs() * self._norm_F[active.feature_E])
+        self._l0 += torch.bincount(l0_N[active.valid_N].long(), minlength=len(self._l0))
+        units_N = batch.units_BT.reshape(-1)[active.valid_N]
+        self._ledger.add(units_N, strength=l1_N[active.valid_N], entries=l0_N[active.valid_N])
+        octave = l1_N[active.valid_N].clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
         bins = (octave * _BINS_PER_OCTAVE).long().clamp(max=len(self._l1) - 1)
         self._l1 += torch.bincount(bins, minlength=len(self._l1))
 
@@ -115,19 +106,19 @@ class FeatureStatistics:
         active_F, tokens = self._active_GF.sum(0), float(self._tokens_G.sum())
         density_F = (active_F / tokens if tokens else active_F * torch.nan).cpu().numpy()
         mean_F = (self._sum_F / active_F).cpu().numpy()
-        neighbour, cosine = decoder_neighbours(self._sae.W_dec.detach(), alive_F=active_F > 0)
         strength = replace(self._ledger.ratio("strength", "entries", "activation units"), definition="mean_activation")
+        shares, alive = self._shares(), float((active_F > 0).double().mean())
+        few = f"only {alive:.1%} of the features are ever active: nearly the whole dictionary is dead"
         return Findings(
             sums={"mean_activation": strength},
-            metrics={**self._shares(), **self._sizes(), **_redundancy(cosine)},
+            metrics=shares | self._sizes(),
             curves=self._curves(density_F),
             per_feature={
                 "density": density_F,
                 "mean_activation": mean_F,
                 "max_activation": np.where(density_F > 0, self._max_F.cpu().numpy(), np.nan),
-                "neighbour": neighbour.cpu().numpy(),
-                "neighbour_cosine": cosine.cpu().numpy(),
             },
+            notes=[few] if tokens and alive < FEW_ALIVE else [],
         )
 
     def _shares(self) -> dict[str, Metric]:
@@ -150,58 +141,54 @@ class FeatureStatistics:
         largest = float((self._max_F * self._norm_F).max())
         width = self._sae.n_features
         return {
-            "max_activation": _plain("max_activation", largest if entries else None, entries),
-            "decoder_norm": _plain("decoder_norm", float(self._norm_F.mean()), width),
-            "encoder_norm": _plain("encoder_norm", float(sae.W_enc.detach().double().norm(dim=0).mean()), width),
-            "decoder_bias_norm": _plain("decoder_bias_norm", float(sae.b_dec.detach().double().norm()), 1),
+            "max_activation": plain_metric(DEFINITIONS, "max_activation", largest if entries else None, entries),
+            "decoder_norm": plain_metric(DEFINITIONS, "decoder_norm", float(self._norm_F.mean()), width),
+            "encoder_norm": plain_metric(
+                DEFINITIONS, "encoder_norm", float(sae.W_enc.detach().double().norm(dim=0).mean()), width
+            ),
+            "decoder_bias_norm": plain_metric(
+                DEFINITIONS, "decoder_bias_norm", float(sae.b_dec.detach().double().norm()), 1
+            ),
         }
 
     def _curves(self, density_F: np.ndarray) -> dict[str, Curve]:
         lowest = np.floor(np.log10(1 / max(float(self._tokens_G.sum()), 1.0)))
         edges = np.logspace(lowest, 0, int(-lowest) * 8 + 1)
         counts = np.histogram(density_F[density_F > 0], edges)[0]
-        curves = {"density": _histogram(edges, counts, "share of tokens active on", "features", "density", "log")}
+        curves = {
+            "density": Curve.histogram(
+                edges,
+                counts,
+                x_label="share of tokens active on",
+                y_label="features",
+                definition="density",
+                x_scale="log",
+            )
+        }
         l0 = self._l0.cpu().numpy()
         if l0.any():
             top = int(np.flatnonzero(l0)[-1]) + 1
             width = max(1, -(-top // 64))
             padded = np.pad(l0[:top], (0, -top % width)).reshape(-1, width).sum(1)
             edges = np.arange(len(padded) + 1) * width - 0.5
-            curves["l0"] = _histogram(edges, padded, "active features", "tokens", "l0_distribution", "linear")
+            curves["l0"] = Curve.histogram(
+                edges, padded, x_label="active features", y_label="tokens", definition="l0_distribution"
+            )
         l1 = self._l1.cpu().numpy()
         if l1.any():
             used = np.flatnonzero(l1)
             octaves = np.arange(used[0], used[-1] + 2) / _BINS_PER_OCTAVE + _LOWEST_OCTAVE
             counts = l1[used[0] : used[-1] + 1]
-            curves["l1"] = _histogram(2.0**octaves, counts, "Σ z ‖W_dec‖", "tokens", "l1_distribution", "log")
+            curves["l1"] = Curve.histogram(
+                2.0**octaves,
+                counts,
+                x_label="Σ z ‖W_dec‖",
+                y_label="tokens",
+                definition="l1_distribution",
+                x_scale="log",
+            )
         return curves
 
 
 def _share(flags_F: Tensor, tokens: Tensor) -> float:
     return float(flags_F.double().mean()) if float(tokens) > 0 else float("nan")
-
-
-def _redundancy(cosine_F: Tensor) -> dict[str, Metric]:
-    found = cosine_F[torch.isfinite(cosine_F)]
-    share = float((found >= NEAR_DUPLICATE).double().mean()) if len(found) else None
-    mean = float(found.mean()) if len(found) else None
-    return {
-        "near_duplicate_share": _plain("near_duplicate_share", share, len(found)),
-        "neighbour_cosine": _plain("neighbour_cosine", mean, len(found)),
-    }
-
-
-def _plain(key: str, value: float | None, n: int) -> Metric:
-    return Metric(value=value, unit=DEFINITIONS[key].unit, n=n, definition=key)
-
-
-def _histogram(edges, counts, x_label: str, y_label: str, definition: str, x_scale) -> Curve:
-    return Curve(
-        kind="histogram",
-        x=[float(e) for e in edges],
-        y=[float(c) for c in counts],
-        x_label=x_label,
-        y_label=y_label,
-        x_scale=x_scale,
-        definition=definition,
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,36 +23,85 @@ from ..results import Definition
 SLAB_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
 OUTLIERS = "_without_outliers"
 
-_TEXTS: dict[str, tuple[str, str, Literal["lower", "higher"] | None, str]] = {
-    "ce": ("next-token cross-entropy with the splice, per token", "nats", "lower", "CE"),
-    "ce_clean": ("next-token cross-entropy of the untouched model, per token", "nats", None, "CE clean"),
-    "kl": ("KL(p_original ‖ p_spliced) of the next-token distribution, per token", "nats", "lower", "KL"),
-    "kl_noise_floor": ("the KL that rounding the activations to bfloat16 causes by itself", "nats", None, "KL floor"),
-    "ce_score_mean": ("(CE_mean − CE) / (CE_mean − CE_clean): share of that loss recovered", "1", "higher", "CE rec."),
-    "ce_score_zero": ("(CE_zero − CE) / (CE_zero − CE_clean), special positions kept", "1", "higher", "CE rec. (zero)"),
-    "kl_score_mean": ("(KL_mean − KL) / KL_mean", "1", "higher", "KL rec."),
-    "kl_score_zero": ("(KL_zero − KL) / KL_zero, special positions kept", "1", "higher", "KL rec. (zero)"),
-    "explained_variance": ("1 − E‖x − x̂‖² / E‖x − μ‖², μ the mean over all tokens evaluated", "1", "higher", "EV"),
-    "mse_per_token": ("E Σ_d (x − x̂)²", "activation units²", "lower", "MSE/token"),
-    "mse_per_element": ("E (x − x̂)², averaged over tokens and dimensions", "activation units²", "lower", "MSE/element"),
-    "cosine": ("E cos(x, x̂), over the tokens where x̂ is not zero", "1", "higher", "cos(x, x̂)"),
-    "l0": ("E of the number of active features", "features", None, "L0"),
-    "l1": ("E Σ_i z_i ‖W_dec,i‖, which no rescaling of features changes", "activation units", None, "L1"),
-    "norm_ratio": ("E ‖x̂‖ / ‖x‖", "1", None, "‖x̂‖/‖x‖"),
-    "relative_reconstruction_bias": ("E‖x̂‖² / E⟨x̂, x⟩: below 1 the reconstruction is shrunken", "1", None, "bias"),
-}  # fmt: skip
+DEFINITIONS = {
+    "ce": Definition(
+        text="next-token cross-entropy with the splice, per token",
+        unit="nats",
+        better="lower",
+        label="CE",
+        group="fidelity",
+    ),
+    "ce_clean": Definition(
+        text="next-token cross-entropy of the untouched model, per token", unit="nats", label="CE clean"
+    ),
+    "kl": Definition(
+        text="KL(p_original ‖ p_spliced) of the next-token distribution, per token",
+        unit="nats",
+        better="lower",
+        label="KL",
+        group="fidelity",
+    ),
+    "kl_noise_floor": Definition(
+        text="the KL that rounding the activations to bfloat16 causes by itself", unit="nats", label="KL floor"
+    ),
+    "ce_score_mean": Definition(
+        text="(CE_mean − CE) / (CE_mean − CE_clean): share of that loss recovered",
+        unit="1",
+        better="higher",
+        label="CE rec.",
+        group="fidelity",
+    ),
+    "ce_score_zero": Definition(
+        text="(CE_zero − CE) / (CE_zero − CE_clean), special positions kept",
+        unit="1",
+        better="higher",
+        label="CE rec. (zero)",
+    ),
+    "kl_score_mean": Definition(
+        text="(KL_mean − KL) / KL_mean", unit="1", better="higher", label="KL rec.", group="fidelity"
+    ),
+    "kl_score_zero": Definition(
+        text="(KL_zero − KL) / KL_zero, special positions kept", unit="1", better="higher", label="KL rec. (zero)"
+    ),
+    "explained_variance": Definition(
+        text="1 − E‖x − x̂‖² / E‖x − μ‖², μ the mean over all tokens evaluated",
+        unit="1",
+        better="higher",
+        label="EV",
+        group="fidelity",
+    ),
+    "mse_per_token": Definition(text="E Σ_d (x − x̂)²", unit="activation units²", better="lower", label="MSE/token"),
+    "mse_per_element": Definition(
+        text="E (x − x̂)², averaged over tokens and dimensions",
+        unit="activation units²",
+        better="lower",
+        label="MSE/element",
+    ),
+    "cosine": Definition(
+        text="E cos(x, x̂), over the tokens where x̂ is not zero",
+        unit="1",
+        better="higher",
+        label="cos(x, x̂)",
+        group="fidelity",
+    ),
+    "l0": Definition(text="E of the number of active features", unit="features", label="L0", group="sparsity"),
+    "l1": Definition(
+        text="E Σ_i z_i ‖W_dec,i‖, which no rescaling of features changes", unit="activation units", label="L1"
+    ),
+    "norm_ratio": Definition(text="E ‖x̂‖ / ‖x‖", unit="1", label="‖x̂‖/‖x‖", group="fidelity"),
+    "relative_reconstruction_bias": Definition(
+        text="E‖x̂‖² / E⟨x̂, x⟩: below 1 the reconstruction is shrunken", unit="1", label="bias"
+    ),
+}
+"""Every metric of this file; :func:`definitions` has those without outliers too."""
 
 
 def definitions() -> dict[str, Definition]:
     """Every metric of this file by name; the variants without outliers repeat the text and say what is left out."""
-    plain = {
-        key: Definition(text=text, unit=unit, better=better, label=label)
-        for key, (text, unit, better, label) in _TEXTS.items()
-    }
     tail = "; without tokens whose norm exceeds 10 × the median at this layer"
-    return plain | {
-        key + OUTLIERS: one.model_copy(update={"text": one.text + tail, "label": one.label + "*"})
-        for key, one in plain.items()
+    return DEFINITIONS | {
+        key + OUTLIERS: one.model_copy(update={"text": one.text + tail, "label": one.label + "*", "group": ""})
+        for key, one in DEFINITIONS.items()
     }
 
 
@@ -195,7 +243,9 @@ class Fidelity:
             "l1": ("l1", "tokens"),
         }
         sums = {
-            name: UnitSums(self.ledger[above + suffix], self.ledger[below + suffix], _TEXTS[name][1], name + suffix)
+            name: UnitSums(
+                self.ledger[above + suffix], self.ledger[below + suffix], DEFINITIONS[name].unit, name + suffix
+            )
             for name, (above, below) in ratios.items()
         }
         sums["mse_per_element"] = replace(sums["mse_per_element"], scale=1 / len(self.center_D))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS
-from .active_entries import Codes, Matches, PairMasks
+from .active_entries import ActiveEntries, Matches, PairMasks
 
 XY, X, Y, XX, YY = range(5)
 
@@ -24,16 +24,16 @@ class LagSums:
         self.sums_GSFL = torch.zeros(GROUPS, 5, n_features, lags, dtype=torch.float64, device=device)
         self.pairs_GL = torch.zeros(GROUPS, lags, dtype=torch.float64, device=device)
 
-    def update(self, codes: Codes, masks: PairMasks, found: Matches, group_N: Tensor) -> None:
+    def update(self, active: ActiveEntries, masks: PairMasks, found: Matches, group_N: Tensor) -> None:
         """Take one batch in. A pair belongs to the group of its first token."""
-        token_E, value_E = codes.token_E, codes.value_E
+        token_E, value_E = active.token_E, active.value_E
         for lag in range(1, self.lags + 1):
             self.pairs_GL[:, lag - 1] += torch.bincount(group_N[masks.earlier_LN[lag]], minlength=GROUPS)
             first = masks.earlier_LN[lag][token_E]
-            self._add(X, XX, lag, group_N[token_E[first]], codes.feature_E[first], value_E[first])
+            self._add(X, XX, lag, group_N[token_E[first]], active.feature_E[first], value_E[first])
             second = masks.later_LN[lag][token_E]
-            self._add(Y, YY, lag, group_N[token_E[second] - lag], codes.feature_E[second], value_E[second])
-        place = self._place(XY, found.lag_M, group_N[token_E[found.earlier_M]], codes.feature_E[found.earlier_M])
+            self._add(Y, YY, lag, group_N[token_E[second] - lag], active.feature_E[second], value_E[second])
+        place = self._place(XY, found.lag_M, group_N[token_E[found.earlier_M]], active.feature_E[found.earlier_M])
         self.sums_GSFL.view(-1).index_add_(0, place, value_E[found.earlier_M] * value_E[found.later_M])
 
     def _add(self, plain: int, squared: int, lag: int, group: Tensor, feature: Tensor, value: Tensor) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import group_of, jackknife, jackknife_band
-from ..protocol import Findings, SparseCoder, TokenBatch
+from ..protocol import Findings, SparseCoder, TokenBatch, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
-from .active_entries import Codes
+from .active_entries import ActiveEntries
+from .registry import metric
 from .rotation_test import ROTATIONS, RotationSample, false_discovery_rate
 
 FALSE_DISCOVERY_RATE = 0.05
@@ -25,27 +26,27 @@ _GROUPS = 4  # of the jackknife: each holds all sums once
 _EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual information is computed exactly
 
 _TEST = (
-    f"{NO_INTERVAL} it counts outcomes of a test whose power grows with the text: leaving text "
-    "out moves the count itself"
+    f"{NO_INTERVAL} it counts outcomes of a test whose power grows with the text: leaving text out moves the count "
+    "itself"
 )
 
 DEFINITIONS = {
     "eta_squared": Definition(
-        text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / "
-        "SS_total: η² corrected for "
-        "bias (ε²); positions 1 … T − 1, mean over features that vary.",
+        text="share of a feature's variance between positions, (SS_between − (P − 1) MS_within) / SS_total: η² "
+        "corrected for bias (ε²); positions 1 … T − 1, mean over features that vary.",
         unit="share",
         label="position η²",
+        group="position",
         interval=JACKKNIFE,
     ),
     "position_specific_share": Definition(
         text=f"share of the tested features whose η² exceeds what {ROTATIONS} rotations of positions 1 … T − 1 within "
-        f"each row give, at a false-discovery rate of {FALSE_DISCOVERY_RATE:.0%} "
-        "(Benjamini–Hochberg); features active in "
-        "fewer than 10 rows or 20 tokens are not tested",
+        f"each row give, at a false-discovery rate of {FALSE_DISCOVERY_RATE:.0%} (Benjamini–Hochberg); features "
+        "active in fewer than 10 rows or 20 tokens are not tested",
         unit="share",
         better="lower",
         label="position-specific",
+        group="position",
         interval=_TEST,
     ),
     "position_locked_share": Definition(
@@ -78,10 +79,12 @@ DEFINITIONS = {
 }
 
 
+@metric("position")
 class PositionStatistics:
     """Sums per feature and position, and the rotation test."""
 
     definitions = DEFINITIONS
+    by_part = ("eta_squared", "position_mutual_information", "position_specific_share", "position_locked_share")
 
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):
         device, size = sae.W_dec.device, sae.n_features
@@ -91,18 +94,18 @@ class PositionStatistics:
         self._tokens_GT = torch.zeros(_GROUPS, context, dtype=torch.float64, device=device)
         self._rotation = RotationSample(size, context, seed)
 
-    def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - all parts are fed alike
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - every accumulator is called alike
         """Take one batch in."""
-        group_N, position_E = group_of(batch.units_BT) % _GROUPS, codes.positions()
-        position_N = torch.arange(codes.n_tokens, device=group_N.device) % codes.context
-        place_N = (group_N * codes.context + position_N)[codes.valid_N]
+        group_N, position_E = group_of(batch.units_BT) % _GROUPS, active.positions()
+        position_N = torch.arange(active.n_tokens, device=group_N.device) % active.context
+        place_N = (group_N * active.context + position_N)[active.valid_N]
         self._tokens_GT += torch.bincount(place_N, minlength=self._tokens_GT.numel()).view_as(self._tokens_GT)
-        feature_E = group_N[codes.token_E] * codes.n_features + codes.feature_E
-        place_E = feature_E * codes.context + position_E
-        self._sum_GFT.view(-1).index_add_(0, place_E, codes.value_E)
-        self._active_GFT.view(-1).index_add_(0, place_E, torch.ones_like(codes.value_E))
-        self._square_GF.view(-1).index_add_(0, feature_E, codes.value_E**2 * (position_E > 0))
-        self._rotation.update(batch, codes)
+        feature_E = group_N[active.token_E] * active.n_features + active.feature_E
+        place_E = feature_E * active.context + position_E
+        self._sum_GFT.view(-1).index_add_(0, place_E, active.value_E)
+        self._active_GFT.view(-1).index_add_(0, place_E, torch.ones_like(active.value_E))
+        self._square_GF.view(-1).index_add_(0, feature_E, active.value_E**2 * (position_E > 0))
+        self._rotation.update(batch, active)
 
     def result(self) -> Findings:
         """Position dependence of every feature, tested, and its summaries."""
@@ -220,15 +223,13 @@ def _shares(eta_F: np.ndarray, q_F: np.ndarray, alive_F: np.ndarray) -> dict[str
     specific = tested & (q_F <= FALSE_DISCOVERY_RATE)
     locked = specific & (eta_F >= LOCKED)
     return {
-        "position_specific_share": _mean("position_specific_share", specific[tested]),
-        "position_locked_share": _mean("position_locked_share", locked[tested]),
-        "position_tested_share": _mean("position_tested_share", tested[alive_F]),
+        key: plain_metric(DEFINITIONS, key, float(flags.mean()) if len(flags) else None, len(flags))
+        for key, flags in (
+            ("position_specific_share", specific[tested]),
+            ("position_locked_share", locked[tested]),
+            ("position_tested_share", tested[alive_F]),
+        )
     }
-
-
-def _mean(key: str, values: np.ndarray) -> Metric:
-    value = float(values.mean()) if len(values) else None
-    return Metric(value=value, unit=DEFINITIONS[key].unit, n=len(values), definition=key)
 
 
 def _histogram(eta_F: np.ndarray) -> dict[str, Curve]:
@@ -238,10 +239,9 @@ def _histogram(eta_F: np.ndarray) -> dict[str, Curve]:
     edges = np.linspace(-0.05, 1.0, 43)
     counts = np.histogram(np.clip(found, -0.05, 1), edges)[0]
     return {
-        "eta_squared": Curve(
-            kind="histogram",
-            x=edges.tolist(),
-            y=counts.astype(float).tolist(),
+        "eta_squared": Curve.histogram(
+            edges,
+            counts,
             x_label="η², bias-corrected",
             y_label="features",
             definition="eta_squared_distribution",

@@ -21,6 +21,7 @@ from ...cache.format.layout import RowBlock
 from ..intervals.jackknife import GROUPS, jackknife
 from ..protocol import Findings, SparseCoder
 from ..results import Curve, Definition, Metric
+from .registry import metric
 
 PASSAGES = 12
 SHIFTS = (1, 4, 16, 64)
@@ -31,9 +32,8 @@ _PASSAGES = "delete-a-group jackknife over passages"
 
 DEFINITIONS = {
     "prefix_shift": Definition(
-        text="mean cosine between the codes of a passage's tokens run right after BOS and behind k "
-        "unrelated tokens (k: the "
-        f"largest of the curve), from the passage's {BURN_IN}th token on",
+        text="mean cosine between the codes of a passage's tokens run right after BOS and behind k unrelated tokens "
+        f"(k: the largest of the curve), from the passage's {BURN_IN}th token on",
         unit="1",
         interval=_PASSAGES,
         better="higher",
@@ -121,7 +121,8 @@ def _behind(plain_RT: np.ndarray, other_RT: np.ndarray, start: int, shift: int) 
     return np.concatenate([plain_RT[:, :start], other_RT[:, start : start + shift], own], axis=1)
 
 
-def probes(context: ShiftContext) -> Findings:
+@metric("prefix_shift", over="model", definitions=DEFINITIONS)
+def prefix_shift(context: ShiftContext) -> Findings:
     """Run the shifted passages and compare."""
     plan = plan_shifts(context.rows[0], context.seed) if context.rows else None
     if plan is None:

@@ -1,6 +1,7 @@
 """Decoder rows that repeat one another: how alike the most alike are, and which belong to one group.
 
-Shapes: F features, D model width. Nothing here holds an F × F matrix: rows meet in blocks.
+Shapes: F features, K features compared, D model width, B rows of a block. Nothing here holds an F × F matrix: cosines
+are computed block by block.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from ..protocol import Findings, SparseCoder, TokenBatch, plain_metric
+from ..results import NO_INTERVAL, Definition
+from .active_entries import ActiveEntries
+from .registry import metric
 
 NEAR_DUPLICATE = 0.9
 """Cosine from which two decoder rows count as one direction. Random rows stay below about √(4 ln F / D): 0.24 for F =
@@ -20,11 +26,66 @@ COLLAPSE_SHARE = 0.1
 _BLOCK = 2048
 
 
+_OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, whatever the text"
+
+DEFINITIONS = {
+    "near_duplicate_share": Definition(
+        text=f"share of alive features whose decoder row has a cosine ≥ {NEAR_DUPLICATE} with that of another alive "
+        "feature",
+        unit="share",
+        better="lower",
+        label="near-duplicates",
+        group="features",
+        interval=_OF_WEIGHTS,
+    ),
+    "neighbour_cosine": Definition(
+        text="mean over alive features of the largest cosine between the decoder row and another alive feature's",
+        unit="1",
+        better="lower",
+        interval=_OF_WEIGHTS,
+    ),
+}
+
+
+@metric("redundancy")
+class Redundancy:
+    """How alike the decoder rows of the features are that fire on the text."""
+
+    definitions = DEFINITIONS
+    by_part = ("near_duplicate_share",)
+
+    def __init__(self, sae: SparseCoder, *, context: int, seed: int):  # noqa: ARG002 - every accumulator is made alike
+        self._W_dec = sae.W_dec.detach()
+        self._alive_F = torch.zeros(sae.n_features, dtype=torch.bool, device=sae.W_dec.device)
+
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
+        """Take one batch in."""
+        self._alive_F |= active.per_feature() > 0
+
+    def result(self) -> Findings:
+        """Shares over alive features; per feature its most similar other feature and the cosine."""
+        neighbour_F, cosine_F = decoder_neighbours(self._W_dec, alive_F=self._alive_F)
+        found = cosine_F[torch.isfinite(cosine_F)]
+        share = float((found >= NEAR_DUPLICATE).double().mean()) if len(found) else None
+        mean = float(found.mean()) if len(found) else None
+        collapsing = (
+            f"{share or 0:.1%} of the alive features nearly repeat another's decoder row: the dictionary collapses"
+        )
+        return Findings(
+            metrics={
+                "near_duplicate_share": plain_metric(DEFINITIONS, "near_duplicate_share", share, len(found)),
+                "neighbour_cosine": plain_metric(DEFINITIONS, "neighbour_cosine", mean, len(found)),
+            },
+            per_feature={"neighbour": neighbour_F.cpu().numpy(), "neighbour_cosine": cosine_F.cpu().numpy()},
+            notes=[collapsing] if share is not None and share > COLLAPSE_SHARE else [],
+        )
+
+
 def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each feature's most similar other feature and their decoder rows' cosine, among the alive ones (all by default).
 
     Returns:
-        int64 [F] and float32 [F]; −1 and NaN for a dead feature, a zero row, and one that has no other to meet.
+        int64 [F] and float32 [F]; −1 and NaN for a dead feature, a zero row, and one that is alone.
 
     """
     size, device = len(W_dec), W_dec.device
@@ -36,20 +97,20 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
     best_K = torch.full((len(kept_K),), -2.0, device=device)
     where_K = torch.zeros(len(kept_K), dtype=torch.int64, device=device)
 
-    def offer(start: int, value: Tensor, index: Tensor) -> None:
+    def update(start: int, value: Tensor, index: Tensor) -> None:
         mine = slice(start, start + len(value))
         better = value > best_K[mine]
         best_K[mine] = torch.where(better, value, best_K[mine])
         where_K[mine] = torch.where(better, index, where_K[mine])
 
     for start in range(0, len(kept_K), _BLOCK):
-        for other, similar in _meetings(unit_KD[start : start + _BLOCK], unit_KD[start:]):
+        for other, similar in _cosines_by_block(unit_KD[start : start + _BLOCK], unit_KD[start:]):
             if other == 0:
                 similar.fill_diagonal_(-2.0)
             value, index = similar.max(dim=1)
-            offer(start, value, index + start + other)
+            update(start, value, index + start + other)
             value, index = similar.max(dim=0)  # the other half of a symmetric matrix that is computed but once
-            offer(start + other, value, index + start)
+            update(start + other, value, index + start)
     neighbour[kept_K], cosine[kept_K] = kept_K[where_K], best_K.clamp(-1, 1)
     return neighbour, cosine
 
@@ -62,7 +123,7 @@ def _unit_rows(W_dec: Tensor, alive_F: Tensor | None) -> tuple[Tensor, Tensor]:
     return W_dec.float()[kept_K] / norm_F[kept_K, None], kept_K
 
 
-def _meetings(block_BD: Tensor, unit_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _cosines_by_block(block_BD: Tensor, unit_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
     for other in range(0, len(unit_KD), _BLOCK):
         yield other, block_BD @ unit_KD[other : other + _BLOCK].T
 
@@ -72,8 +133,8 @@ def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEA
     alone.
 
     Features are visited by falling energy; each joins the most similar leader whose cosine reaches ``min_cosine``, or
-    becomes a leader. Every member is thus that close to its leader: chains of pairwise likeness cannot drag unlike
-    features together.
+    becomes a leader. Every member is thus that close to its leader: features that are not alike cannot join one group
+    through others between them.
     """
     leader_F = torch.arange(len(W_dec), device=W_dec.device)
     order = torch.argsort(energy_F.to(W_dec.device), descending=True, stable=True)
@@ -84,17 +145,17 @@ def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEA
         block = unit_KD[start : start + _BLOCK]
         best = torch.full((len(block),), -2.0, device=W_dec.device)
         name = torch.full((len(block),), -1, dtype=torch.int64, device=W_dec.device)
-        for other, similar in _meetings(block, unit_KD[:start]):
+        for other, similar in _cosines_by_block(block, unit_KD[:start]):
             similar[:, ~is_leader[other : other + _BLOCK][: similar.shape[1]]] = -2.0
             value, index = similar.max(dim=1)
             better = value > best
             best, name = torch.where(better, value, best), torch.where(better, names_K[index + other], name)
-        _settle_block(block, start, best, name, is_leader, names_K, min_cosine)
+        _visit_block(block, start, best, name, is_leader, names_K, min_cosine)
         leader_F[names_K[start : start + _BLOCK]] = name
     return leader_F
 
 
-def _settle_block(block, start: int, best, name, is_leader, names_K, min_cosine: float) -> None:
+def _visit_block(block, start: int, best, name, is_leader, names_K, min_cosine: float) -> None:
     """Visit a block's rows in order: each may also join a leader found within the block. Fills ``name`` and
     ``is_leader``.
     """

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..protocol import TokenBatch
-from .active_entries import Codes, uniform_hash
+from .active_entries import ActiveEntries, uniform_hash
 
 ROTATIONS = 200
 MIN_ROWS = 10
@@ -46,7 +46,7 @@ class RotationSample:
         self._row_level = np.zeros(0, dtype=np.int8)
         self._hole_row, self._hole_position = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
 
-    def update(self, batch: TokenBatch, codes: Codes) -> None:
+    def update(self, batch: TokenBatch, active: ActiveEntries) -> None:
         """Take one batch in."""
         first_row = len(self._row_level)
         level_B = _levels(uniform_hash(self._seed, batch.rows_B.cpu().numpy()))
@@ -54,10 +54,10 @@ class RotationSample:
         row, position = (~batch.valid_BT[:, 1:]).nonzero(as_tuple=True)
         self._hole_row = np.concatenate([self._hole_row, row.cpu().numpy() + first_row])
         self._hole_position = np.concatenate([self._hole_position, position.cpu().numpy()])
-        feature, row = codes.feature_E.cpu().numpy(), codes.rows().cpu().numpy()
-        position = codes.positions().cpu().numpy()
+        feature, row = active.feature_E.cpu().numpy(), active.rows().cpu().numpy()
+        position = active.positions().cpu().numpy()
         keep = (position > 0) & (level_B[row] >= self.level_F[feature])
-        new = (feature[keep], row[keep] + first_row, position[keep] - 1, codes.value_E.cpu().numpy()[keep])
+        new = (feature[keep], row[keep] + first_row, position[keep] - 1, active.value_E.cpu().numpy()[keep])
         self._kept = [np.concatenate([old, more.astype(old.dtype)]) for old, more in zip(self._kept, new, strict=True)]
         self._thin()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS, Jackknifed, leave_out
-from .active_entries import Codes, Matches
+from .active_entries import ActiveEntries, Matches
 from .token_sample import TokenSample
 
 
@@ -28,14 +28,14 @@ class AdjacentPairs:
     counts_2P: Tensor
 
     @classmethod
-    def of(cls, codes: Codes, found: Matches, first_N: Tensor) -> AdjacentPairs:
+    def of(cls, active: ActiveEntries, found: Matches, first_N: Tensor) -> AdjacentPairs:
         """``first_N``: bool, where a valid pair of lag 1 begins."""
         adjacent = found.lag_M == 1
         earlier, later = found.earlier_M[adjacent], found.later_M[adjacent]
-        dot_N, both_N = (torch.zeros(codes.n_tokens, dtype=torch.float64, device=first_N.device) for _ in range(2))
-        dot_N.index_add_(0, codes.token_E[earlier], codes.value_E[earlier] * codes.value_E[later])
-        both_N.index_add_(0, codes.token_E[earlier], torch.ones_like(codes.value_E[earlier]))
-        square_N, count_N = codes.per_token(codes.value_E**2), codes.per_token()
+        dot_N, both_N = (torch.zeros(active.n_tokens, dtype=torch.float64, device=first_N.device) for _ in range(2))
+        dot_N.index_add_(0, active.token_E[earlier], active.value_E[earlier] * active.value_E[later])
+        both_N.index_add_(0, active.token_E[earlier], torch.ones_like(active.value_E[earlier]))
+        square_N, count_N = active.per_token(active.value_E**2), active.per_token()
         t = first_N.nonzero().squeeze(1)
         ends_2P = torch.stack([t, t + 1])
         return cls(dot_N[t], both_N[t], square_N[ends_2P], count_N[ends_2P])

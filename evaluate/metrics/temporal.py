@@ -7,21 +7,28 @@ tokens.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band
-from ..protocol import Findings, Ledger, TokenBatch, UnitSums
-from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition, Metric
-from .active_entries import Codes, Matches, matches, pair_masks
+from ..protocol import Findings, Ledger, SparseCoder, TokenBatch, UnitSums, plain_metric
+from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition
+from .active_entries import ActiveEntries, Matches, matches, pair_masks
 from .gain_refit import refit_gains
 from .lag_correlation import LagSums, autocorrelation, variation
+from .registry import metric
 from .run_lengths import RunCounts, followed, geometric_survival, smoothness, survival
 from .similarity import AdjacentPairs, adjacent_cosine, chance, same_token, sample_similarity
 from .token_sample import TokenSample
+
+LAGS = 9
+"""Lags 1 … 9: what a window of ten tokens, the longest of the study, can see."""
+MIN_ACTIVE = 30
+"""Active tokens from which a feature's autocorrelation and run length enter an average."""
+SAMPLE_TOKENS = 1024
+"""Tokens that are compared with one another, far apart or in different documents."""
 
 _GAINS = f"{JACKKNIFE}, the gains held fixed"
 _SAMPLE = f"{JACKKNIFE}, leaving a group out of the sample"
@@ -29,19 +36,21 @@ _PAIRS = "over valid pairs: both tokens in one row and one document, neither spe
 
 DEFINITIONS = {
     "temporal_variation": Definition(
-        text=f"Σ ‖z_t − z_t+1‖² / Σ ½(‖z_t‖² + ‖z_t+1‖²) {_PAIRS}; 0: constant, 2: nothing in common. "
-        "The same for z and c·z.",
+        text=f"Σ ‖z_t − z_t+1‖² / Σ ½(‖z_t‖² + ‖z_t+1‖²) {_PAIRS}; 0: constant, 2: nothing in common. The same for z "
+        "and c·z.",
         unit="1",
         better="lower",
         label="temporal variation",
+        group="time",
     ),
     "temporal_variation_refit": Definition(
-        text="temporal variation of g_i ‖W_dec,i‖ z_i with the gains g that reconstruct a sample of tokens best (least "
-        "squares, all features together; features absent from the sample left out): invariant to rescaling any "
+        text="temporal variation of g_i ‖W_dec,i‖ z_i with the gains g that reconstruct a sample of tokens best "
+        "(least squares, all features together; features absent from the sample left out): invariant to rescaling any "
         "feature, so that shrinkage cannot lower it.",
         unit="1",
         better="lower",
         label="variation, refitted",
+        group="time",
         interval=_GAINS,
     ),
     "refit_gain": Definition(
@@ -53,22 +62,25 @@ DEFINITIONS = {
         text="share of Σ z² ‖W_dec‖² on features that have a refitted gain", unit="share", interval=_GAINS
     ),
     "lag_autocorrelation": Definition(
-        text="Pearson correlation of z_i at t and t + τ over the valid pairs of that lag, mean over "
-        "features with at least 30 "
-        "active tokens",
+        text="Pearson correlation of z_i at t and t + τ over the valid pairs of that lag, mean over features with at "
+        f"least {MIN_ACTIVE} active tokens",
         unit="1",
         label="autocorrelation",
         interval=JACKKNIFE,
     ),
     "lag_autocorrelation_uncentred": Definition(
-        text="Σ z_t z_t+τ / √(Σ z_t² Σ z_t+τ²) over the valid pairs of that lag, mean over features with at least 30 "
-        "active tokens",
+        text="Σ z_t z_t+τ / √(Σ z_t² Σ z_t+τ²) over the valid pairs of that lag, mean over features with at least "
+        f"{MIN_ACTIVE} active tokens",
         unit="1",
         label="autocorrelation, uncentred",
         interval=JACKKNIFE,
     ),
     "lag1_autocorrelation": Definition(
-        text="lag_autocorrelation at τ = 1, of adjacent tokens", unit="1", label="lag-1 correlation", interval=JACKKNIFE
+        text="lag_autocorrelation at τ = 1, of adjacent tokens",
+        unit="1",
+        label="lag-1 correlation",
+        group="time",
+        interval=JACKKNIFE,
     ),
     "lag1_autocorrelation_uncentred": Definition(
         text="lag_autocorrelation_uncentred at τ = 1, of adjacent tokens",
@@ -77,9 +89,8 @@ DEFINITIONS = {
         interval=JACKKNIFE,
     ),
     "adjacent_cosine": Definition(
-        text="mean cosine of the codes at t and t + 1, corrected for chance: (mean − chance) / (1 − "
-        "chance); 0: as alike as "
-        "tokens of different documents.",
+        text="mean cosine of the codes at t and t + 1, corrected for chance: (mean − chance) / (1 − chance); 0: as "
+        "alike as tokens of different documents.",
         unit="1",
         label="adjacent cosine",
         interval=f"{BOOTSTRAP}, chance taken as known",
@@ -91,10 +102,11 @@ DEFINITIONS = {
         text="mean cosine of the codes of tokens from different documents (a sample)", unit="1", interval=_SAMPLE
     ),
     "adjacent_jaccard": Definition(
-        text="mean Jaccard index of the sets of features active at t and t + 1, corrected for chance "
-        "like adjacent_cosine",
+        text="mean Jaccard index of the sets of features active at t and t + 1, corrected for chance like "
+        "adjacent_cosine",
         unit="1",
         label="adjacent Jaccard",
+        group="time",
         interval=f"{BOOTSTRAP}, chance taken as known",
     ),
     "adjacent_jaccard_raw": Definition(
@@ -107,15 +119,14 @@ DEFINITIONS = {
         text=f"mean cosine of the raw activations x_t and x_t+1 {_PAIRS}", unit="1", label="adjacent cosine of x"
     ),
     "reconstruction_adjacent_cosine": Definition(
-        text=f"mean cosine of the reconstructions x̂_t and x̂_t+1 {_PAIRS}; not to be mixed up with "
-        "the cosine of x and x̂",
+        text=f"mean cosine of the reconstructions x̂_t and x̂_t+1 {_PAIRS}; not to be mixed up with the cosine of x "
+        "and x̂",
         unit="1",
         label="adjacent cosine of x̂",
     ),
     "run_length": Definition(
-        text="mean number of tokens that a feature stays active, all features together: active "
-        "tokens whose successor counts, "
-        "divided by those of them where the run ends; runs cut by the edge of a row bias it in no direction",
+        text="mean number of tokens that a feature stays active, all features together: active tokens whose successor "
+        "counts, divided by those of them where the run ends; runs cut by the edge of a row bias it in no direction",
         unit="tokens",
         label="run length",
     ),
@@ -126,8 +137,8 @@ DEFINITIONS = {
     ),
     "run_length_excess": Definition(text="run_length / run_length_geometric", unit="1", interval=JACKKNIFE),
     "run_length_curve": Definition(
-        text="share of runs lasting longer than so many tokens (Kaplan–Meier, runs seen to begin; "
-        "cut runs count while seen)",
+        text="share of runs lasting longer than so many tokens (Kaplan–Meier, runs seen to begin; cut runs count "
+        "while seen)",
         unit="share",
         interval=JACKKNIFE,
     ),
@@ -137,8 +148,8 @@ DEFINITIONS = {
         interval=JACKKNIFE,
     ),
     "smoothness": Definition(
-        text="S of Temporal SAE (arXiv 2511.05541, section 4.3): per row the mean over features active in it of "
-        "max_t |z_t − z_t−1| / ‖x_t − x_t−1‖, then the mean over rows; valid pairs only",
+        text="S of Temporal SAE (arXiv 2511.05541, section 4.3): per row the mean over features active in it of max_t "
+        "|z_t − z_t−1| / ‖x_t − x_t−1‖, then the mean over rows; valid pairs only",
         unit="1",
         better="lower",
         label="smoothness S",
@@ -165,19 +176,17 @@ DEFINITIONS = {
 }
 
 
-LAGS = 9
-"""Lags 1 … 9: what a window of ten tokens, the longest of the study, can see."""
-MIN_ACTIVE = 30
-"""Active tokens from which a feature's autocorrelation and run length enter an average."""
-SAMPLE_TOKENS = 1024
-
-
+@metric("temporal")
 class TemporalStatistics:
     """All temporal metrics of one SAE in one pass."""
 
     definitions = DEFINITIONS
+    by_part = (
+        *("temporal_variation", "temporal_variation_refit", "lag1_autocorrelation"),
+        *("adjacent_cosine", "adjacent_jaccard", "run_length", "run_length_excess", "smoothness", "same_token"),
+    )
 
-    def __init__(self, sae, *, context: int, seed: int, lags: int = LAGS):
+    def __init__(self, sae: SparseCoder, *, context: int, seed: int, lags: int = LAGS):
         device = sae.W_dec.device
         self._sae, self._context, self._lags = sae, context, min(lags, context - 1)
         self._sums = LagSums(sae.n_features, self._lags, device)
@@ -187,28 +196,34 @@ class TemporalStatistics:
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self._active_GF = torch.zeros(GROUPS, sae.n_features, dtype=torch.float64, device=device)
 
-    def update(self, batch: TokenBatch, codes: Codes, x_hat_BTD: Tensor) -> None:
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:
         """Take one batch in."""
         group_N = group_of(batch.units_BT)
-        self._tokens_G += torch.bincount(group_N[codes.valid_N], minlength=GROUPS)
-        self._active_GF += codes.per_group(group_N, GROUPS)
-        self._sample.update(batch, codes)
+        self._tokens_G += torch.bincount(group_N[active.valid_N], minlength=GROUPS)
+        self._active_GF += active.per_group(group_N, GROUPS)
+        self._sample.update(batch, active)
         masks = pair_masks(batch.valid_BT, batch.documents_BT, self._lags)
-        found = matches(codes, masks)
-        self._sums.update(codes, masks, found, group_N)
-        next_E, previous_E = followed(codes, found)
-        chances_N, ends_N = self._runs.update(codes, masks, group_N, next_E, previous_E)
+        found = matches(active, masks)
+        self._sums.update(active, masks, found, group_N)
+        next_E, previous_E = followed(active, found)
+        chances_N, ends_N = self._runs.update(active, masks, group_N, next_E, previous_E)
         units_N, first_N = batch.units_BT.reshape(-1), masks.earlier_LN[1]
         self._ledger.add(units_N[first_N], run_chances=chances_N[first_N], run_ends=ends_N[first_N])
-        self._record_pairs(units_N[first_N], first_N, batch, codes, found, x_hat_BTD)
-        x_ND = batch.x_BTD.reshape(codes.n_tokens, -1)
-        self._record_rows(batch, *smoothness(codes, masks, found, next_E, x_ND))
+        self._record_pairs(units_N[first_N], first_N, batch, active, found, x_hat_BTD)
+        x_ND = batch.x_BTD.reshape(active.n_tokens, -1)
+        self._record_rows(batch, *smoothness(active, masks, found, next_E, x_ND))
 
     def _record_pairs(
-        self, units_P: Tensor, first_N: Tensor, batch: TokenBatch, codes: Codes, found: Matches, x_hat_BTD: Tensor
+        self,
+        units_P: Tensor,
+        first_N: Tensor,
+        batch: TokenBatch,
+        active: ActiveEntries,
+        found: Matches,
+        x_hat_BTD: Tensor,
     ) -> None:
         """Everything that is an average over pairs of adjacent tokens."""
-        pairs = AdjacentPairs.of(codes, found, first_N)
+        pairs = AdjacentPairs.of(active, found, first_N)
         self._ledger.add(units_P, variation=pairs.variation(), energy=pairs.energy())
         for name, values in (
             ("cosine", pairs.cosine()),
@@ -264,7 +279,7 @@ class TemporalStatistics:
             if expected is not None and expected < 1:
                 findings.sums[key] = self._mean(name, key, offset=-expected / (1 - expected), scale=1 / (1 - expected))
             else:
-                findings.metrics[key] = _metric(key, math.nan, 0)
+                findings.metrics[key] = plain_metric(DEFINITIONS, key, None, 0)
         for prefix, similarity_MM in (("same_token", cosine_MM), ("same_token_activation", activation_MM)):
             keys = (prefix, f"{prefix}_near")
             found = same_token(self._sample, similarity_MM, self._context, far=keys[0], near=keys[1])
@@ -367,7 +382,3 @@ class TemporalStatistics:
                 y_label="share of runs that last longer",
                 definition=f"{key}_curve",
             )
-
-
-def _metric(key: str, value: float, n: int) -> Metric:
-    return Metric(value=value, unit=DEFINITIONS[key].unit, n=n, definition=key)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..intervals.jackknife import group_of
 from ..protocol import TokenBatch
-from .active_entries import Codes, uniform_hash
+from .active_entries import ActiveEntries, uniform_hash
 
 
 class TokenSample:
@@ -34,28 +34,28 @@ class TokenSample:
     def __len__(self) -> int:
         return len(self._priority_M)
 
-    def update(self, batch: TokenBatch, codes: Codes) -> None:
+    def update(self, batch: TokenBatch, active: ActiveEntries) -> None:
         """Take one batch in."""
         rows = batch.rows_B.cpu().numpy()[:, None]
-        positions = torch.arange(codes.context).numpy()[None]
+        positions = torch.arange(active.context).numpy()[None]
         priority_N = torch.from_numpy(uniform_hash(self._seed, rows, positions)).reshape(-1).to(batch.x_BTD.device)
         limit = float(self._priority_M.max()) if len(self) == self._size else 1.0
-        new = (codes.valid_N & (priority_N < limit)).nonzero().squeeze(1)
+        new = (active.valid_N & (priority_N < limit)).nonzero().squeeze(1)
         if not len(new):
             return
-        slot_N = torch.full((codes.n_tokens,), -1, dtype=torch.int64, device=new.device)
+        slot_N = torch.full((active.n_tokens,), -1, dtype=torch.int64, device=new.device)
         slot_N[new] = torch.arange(len(new), device=new.device) + len(self)
-        mine = slot_N[codes.token_E] >= 0
+        mine = slot_N[active.token_E] >= 0
         self._priority_M = torch.cat([self._priority_M, priority_N[new]])
-        self.x_MD = torch.cat([self.x_MD, batch.x_BTD.reshape(codes.n_tokens, -1)[new].float()])
+        self.x_MD = torch.cat([self.x_MD, batch.x_BTD.reshape(active.n_tokens, -1)[new].float()])
         self.document_M = torch.cat([self.document_M, batch.documents_BT.reshape(-1)[new].long()])
         self.token_M = torch.cat([self.token_M, batch.tokens_BT.reshape(-1)[new].long()])
-        self.position_M = torch.cat([self.position_M, new % codes.context])
-        self.row_M = torch.cat([self.row_M, batch.rows_B[new // codes.context].long()])
+        self.position_M = torch.cat([self.position_M, new % active.context])
+        self.row_M = torch.cat([self.row_M, batch.rows_B[new // active.context].long()])
         self.group_M = torch.cat([self.group_M, group_of(batch.units_BT)[new]])
-        self.owner_E = torch.cat([self.owner_E, slot_N[codes.token_E[mine]]])
-        self.feature_E = torch.cat([self.feature_E, codes.feature_E[mine]])
-        self.value_E = torch.cat([self.value_E, codes.value_E[mine]])
+        self.owner_E = torch.cat([self.owner_E, slot_N[active.token_E[mine]]])
+        self.feature_E = torch.cat([self.feature_E, active.feature_E[mine]])
+        self.value_E = torch.cat([self.value_E, active.value_E[mine]])
         if len(self) > self._size:
             self._keep(torch.topk(self._priority_M, self._size, largest=False).indices)
 

@@ -22,7 +22,7 @@ PROBE_ROWS = 256
 
 
 @dataclass
-class Bench:
+class ProbedModel:
     """The model and the text, shared by all probes; keeps the activations of rows asked for more than once."""
 
     model: SplicedModel
@@ -32,7 +32,7 @@ class Bench:
     _altered: dict[tuple[int, bytes], Tensor]
 
     @classmethod
-    def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> Bench:
+    def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> ProbedModel:
         """With nothing kept yet."""
         return cls(model, head, text, {}, {})
 
@@ -63,9 +63,9 @@ class Bench:
 
 @dataclass
 class ProbeContext:
-    """One SAE's view of the bench."""
+    """What is asked of model and text about one SAE, once the pass is over."""
 
-    bench: Bench
+    probed: ProbedModel
     sae: SparseCoder
     layer: int
     seed: int
@@ -74,41 +74,41 @@ class ProbeContext:
     @property
     def n_tokens(self) -> int:
         """Tokens of the text that are neither special nor padding."""
-        return self.bench.text.n_tokens
+        return self.probed.text.n_tokens
 
     @property
     def bos_token_id(self) -> int | None:
         """What every row begins with."""
-        return self.bench.model.lm.bos_token_id
+        return self.probed.model.lm.bos_token_id
 
     @property
     def rows(self) -> list[RowBlock]:
         """Some hundred rows of the text, as one block."""
-        text = self.bench.text
+        text = self.probed.text
         part = slice(0, PROBE_ROWS)
         flags = np.where(text.real_RT[part], 0, 1).astype(np.uint8)
         return [RowBlock(text.tokens_RT[part].astype(np.int32), text.documents_RT[part].astype(np.int32), flags)]
 
     def run_rows(self, tokens_BT: Tensor) -> Tensor:
         """The residual stream [B, T, D] after the SAE's layer."""
-        return self.bench.run_once(tokens_BT, self.layer)
+        return self.probed.run_once(tokens_BT, self.layer)
 
     def tokens_of(self, rows: Sequence[int]) -> np.ndarray:
         """Token ids [n, T]."""
-        return self.bench.text.tokens_RT[list(rows)]
+        return self.probed.text.tokens_RT[list(rows)]
 
     def documents_of(self, rows: Sequence[int]) -> np.ndarray:
         """Document numbers [n, T]."""
-        return self.bench.text.documents_RT[list(rows)]
+        return self.probed.text.documents_RT[list(rows)]
 
     @torch.no_grad()
     def encode_rows(self, rows: Sequence[int]) -> Tensor:
         """Features [n, T, F]."""
-        return self.sae.encode(self.bench.rows(rows, self.layer))
+        return self.sae.encode(self.probed.rows(rows, self.layer))
 
     def token_text(self, token: int) -> str:
         """A token as readers see it, its leading space kept."""
-        tokenizer = self.bench.model.lm.tokenizer
+        tokenizer = self.probed.model.lm.tokenizer
         piece = tokenizer.convert_ids_to_tokens(int(token))
         text = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
         # Some tokenizers drop the space that begins a sequence; the piece itself knows of it.
@@ -116,4 +116,4 @@ class ProbeContext:
 
     def logit_effects(self, directions_nD: Tensor) -> Tensor:
         """What adding each direction to the residual stream does to the logits [n, V]."""
-        return self.bench.head.effects(directions_nD.to(self.bench.model.lm.device))
+        return self.probed.head.effects(directions_nD.to(self.probed.model.lm.device))

@@ -22,7 +22,7 @@ from ...console import progress
 from ...errors import RunError, UsageError
 from ...train.run_folder.record import RunRecord, load_run
 from ...train.sae.temporal_sae import TemporalSAE
-from ..metrics.active_entries import Codes
+from ..metrics.active_entries import ActiveEntries
 from ..metrics.position import FALSE_DISCOVERY_RATE, LOCKED, PositionStatistics
 from ..metrics.redundancy import NEAR_DUPLICATE
 from ..protocol import SparseCoder, TokenBatch
@@ -110,8 +110,8 @@ def prune_run(config: PruneConfig) -> PruneSummary:
     record = load_run(folder)
     if not record.finished:
         raise RunError(
-            f"{folder} has trained {record.steps} of {record.planned_steps} steps: finish it with "
-            "`pipeline train` first"
+            f"{folder} has trained {record.steps} of {record.planned_steps} steps: finish it with `pipeline train` "
+            "first"
         )
     out = Path(config.out) if config.out else folder.with_name(folder.name + "-pruned")
     if out.exists():
@@ -186,10 +186,10 @@ def _survey(sae: TemporalSAE, batches: _Batches, config: PruneConfig) -> tuple[E
     position = PositionStatistics(cast(SparseCoder, sae), context=batches.context, seed=config.seed)
     sum_F, square_F = (torch.zeros(sae.n_features, dtype=torch.float64, device=sae.W_dec.device) for _ in range(2))
     for batch in batches("looking for redundant features"):
-        codes = Codes.from_dense(sae.encode(batch.x_BTD), batch.valid_BT)
-        position.update(batch, codes, batch.x_BTD)
-        sum_F += codes.per_feature(codes.value_E)
-        square_F += codes.per_feature(codes.value_E**2)
+        active = ActiveEntries.from_dense(sae.encode(batch.x_BTD), batch.valid_BT)
+        position.update(batch, active, batch.x_BTD)
+        sum_F += active.per_feature(active.value_E)
+        square_F += active.per_feature(active.value_E**2)
     found = position.result().per_feature
     locked = (found["position_q"] <= config.false_discovery_rate) & (found["eta_squared"] >= config.min_eta_squared)
     W_dec = sae.W_dec.detach()

@@ -17,7 +17,8 @@ from typing import Any
 from ...atomic_files import plain_errors, write_file
 from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
-from .panels import plane_zoomed, time_plane, weight_fidelity, weight_variation
+from .panels.fidelity import plane_zoomed
+from .panels.time import time_plane, weight_fidelity, weight_variation
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160

@@ -20,7 +20,7 @@ from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
 from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
 from .figures import write_figures
-from .panels import sections
+from .panels.registry import sections
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables, reasons_of
 from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
@@ -133,11 +133,9 @@ def _browser_note(browser: dict[str, Any]) -> str:
     cut = any(sae["total"] > len(sae["features"]) for sae in browser["saes"])
     bound = " Fewer than were described, to bound this page's size; results.json has the rest." if cut else ""
     return (
-        f"{count} features of each autoencoder: some at random among those that fire, the rest "
-        "because they are extreme in "
-        f"something; each says which.{bound} The bars over the words are the activation, token by "
-        "token; the area above them "
-        "is the same over positions."
+        f"{count} features of each autoencoder: some at random among those that fire, the rest because they are "
+        f"extreme in something; each says which.{bound} The bars over the words are the activation, token by token; "
+        "the area above them is the same over positions."
     )
 
 

@@ -5,28 +5,19 @@ Digits are chosen per column, so that numbers of one metric line up; undefined i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from markupsafe import Markup
 
+from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
 from .svg import interval_glyph
 from .wording import ARROWS, PAIRS, better_of, decimals, metric_label, role_of, short_name, show, show_interval, verdict
 
-MAIN = (
-    *("l0", "ce", "kl", "ce_score_mean", "kl_score_mean", "explained_variance", "cosine", "norm_ratio"),
-    *("alive", "near_duplicate_share"),
-    *("temporal_variation", "temporal_variation_refit", "lag1_autocorrelation", "adjacent_jaccard"),
-    *("eta_squared", "position_specific_share"),
-)
-GROUPS = {
-    "l0": "sparsity",
-    "ce": "fidelity",
-    "alive": "features",
-    "temporal_variation": "time",
-    "eta_squared": "position",
-}
+GROUPS = ("sparsity", "fidelity", "features", "time", "position")
+"""Groups of columns in the main table, from left to right; those of plug-ins follow."""
 NOT_MEASURED, UNDEFINED = "a", "b"
 REASONS = {
     NOT_MEASURED: "does not apply to this row: a reference without features has none, or the measurement was left out",
@@ -89,8 +80,24 @@ def reasons_of(cells: Iterable[Cell]) -> dict[str, str]:
 
 def main_tables(report: EvaluationReport) -> list[Table]:
     """The headline metrics, one table per layer."""
-    keys = [key for key in MAIN if any(key in record.metrics for record in report.records)]
-    return [table(report, layer, keys) for layer in report.layers]
+    groups = headline(report)
+    keys = [key for key in groups if any(key in record.metrics for record in report.records)]
+    return [table(report, layer, keys, groups) for layer in report.layers]
+
+
+def headline(report: EvaluationReport) -> dict[str, str]:
+    """The metrics of the main table, from left to right, and the group of each.
+
+    A report that was written before definitions said their group is shown by what they say today.
+    """
+    known = definitions()
+    groups = {
+        key: group
+        for key, one in (known | report.definitions).items()
+        if (group := one.group or (known[key].group if key in known else ""))
+    }
+    order = list(dict.fromkeys([*GROUPS, *groups.values()]))
+    return dict(sorted(groups.items(), key=lambda item: order.index(item[1])))
 
 
 def full_tables(report: EvaluationReport) -> list[Table]:
@@ -99,13 +106,12 @@ def full_tables(report: EvaluationReport) -> list[Table]:
     return [table(report, layer, keys) for layer in report.layers]
 
 
-def table(report: EvaluationReport, layer: int, keys: Sequence[str]) -> Table:
-    """The records of a layer by the given metrics."""
+def table(
+    report: EvaluationReport, layer: int, keys: Sequence[str], groups: Mapping[str, str] = MappingProxyType({})
+) -> Table:
+    """The records of a layer by the given metrics; ``groups`` say which columns stand together."""
     records = [record for record in report.records if record.layer == layer]
-    columns, group = [], ""
-    for key in keys:
-        group = GROUPS.get(key, group)
-        columns.append(column(report, key, group))
+    columns = [column(report, key, groups.get(key, "")) for key in keys]
     digits = {key: _digits(records, key) for key in keys}
     rows = {
         kind: tuple(_row(r, keys, digits, report) for r in records if r.kind == kind) for kind in ("sae", "reference")
@@ -205,11 +211,11 @@ def comparisons(report: EvaluationReport, kind: str) -> list[Comparison]:
 
 
 def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
-    headline = [key for key in MAIN if key in pair.metrics]
-    order = [*headline, *[key for key in pair.metrics if key not in MAIN]]
+    first_shown = [key for key in headline(report) if key in pair.metrics]
+    order = [*first_shown, *[key for key in pair.metrics if key not in first_shown]]
     records = report.record(pair.first, pair.layer), report.record(pair.second, pair.layer)
     found = [d for key in order if (d := _difference(key, pair, records, report))]
-    main, others = (tuple(d for d in found if (d.column.key in headline) is wanted) for wanted in (True, False))
+    main, others = (tuple(d for d in found if (d.column.key in first_shown) is wanted) for wanted in (True, False))
     names, roles = (pair.first, pair.second), [role_of(record) if record else "external" for record in records]
     first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], strict=True))
     return Comparison(pair.layer, first, second, main, others, pair.warning or _sparsity_warning(records))
@@ -221,8 +227,8 @@ def _sparsity_warning(records: tuple[Record | None, Record | None]) -> str:
     if None in sizes or max(sizes) <= 1.02 * min(sizes):  # pyright: ignore[reportArgumentType, reportOperatorIssue]
         return ""
     return (
-        f"The two do not have the same L0 ({sizes[0]:.1f} and {sizes[1]:.1f}), so this compares "
-        "them at unequal sparsity."
+        f"The two do not have the same L0 ({sizes[0]:.1f} and {sizes[1]:.1f}), so this compares them at unequal "
+        "sparsity."
     )
 
 

@@ -32,8 +32,8 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         facts: dict[str, Any] = {
             "text": f"{report.n_tokens:,} tokens of {report.n_documents} documents",
             "intervals": f"95 %, resampling {report.resampling}",
-            "took": f"{format_duration(report.seconds)}, "
-            f"{format_bytes(report.peak_memory_bytes or 0)} of memory at most",
+            "took": f"{format_duration(report.seconds)}, {format_bytes(report.peak_memory_bytes or 0)} of memory at "
+            "most",
             "report": page,
         }
         if report.failures:

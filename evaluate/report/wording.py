@@ -152,9 +152,8 @@ def evaluated(report: EvaluationReport) -> str:
     )
     model = f"{named(report.model.id, 'model')} ({report.model.architecture}, {report.model.dtype})"
     return (
-        f"{what} at {where} of {model}, spliced into the model on"
-        f" {report.n_tokens:,} held-out tokens from {_documents(report)} of "
-        f"{named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed "
+        f"{what} at {where} of {model}, spliced into the model on {report.n_tokens:,} held-out tokens from "
+        f"{_documents(report)} of {named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed "
         f"{report.seed}, on {machine}."
     )
 
@@ -248,6 +247,8 @@ def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
         ("machine", ", ".join(_machine(k, v) for k, v in report.machine.items() if v is not None) or "—"),
         ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items()) or "—"),
     ]
+    if report.plugins:
+        facts.append(("plug-ins", ", ".join(f"{name} (SHA-256 {one[:12]}…)" for name, one in report.plugins.items())))
     return facts
 
 

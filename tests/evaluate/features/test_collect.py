@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from tcsae.evaluate.features.cards import AFTER, BEFORE, CardSource, choose
-from tcsae.evaluate.features.collect import RANDOM, STRONGEST, browser
+from tcsae.evaluate.features.collect import RANDOM, STRONGEST, FeatureBrowser
+from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.protocol import Accumulator, TokenBatch
 
 R, T, D, F, V = 40, 96, 6, 20, 50  # rows, positions, width, features, vocabulary
@@ -57,7 +58,7 @@ def sae():
 
 
 def passed(text: Text, sae, rows_per_batch=7, **options):
-    found = browser(sae, context=T, seed=3, **options)
+    found = FeatureBrowser(sae, seed=3, **options)
     for start in range(0, R, rows_per_batch):
         rows = slice(start, min(start + rows_per_batch, R))
         z_BTF = text.z_RTF[rows].clone()
@@ -72,7 +73,7 @@ def passed(text: Text, sae, rows_per_batch=7, **options):
             real_BT=text.valid_RT[rows],
             rows_B=torch.arange(R)[rows],
         )
-        found.update(batch, z_BTF, torch.zeros(len(z_BTF), T, D))
+        found.update(batch, ActiveEntries.from_dense(z_BTF, batch.valid_BT), torch.zeros(len(z_BTF), T, D))
     return found
 
 
@@ -85,7 +86,7 @@ def test_it_is_an_accumulator_without_findings(text, sae):
     found: Accumulator = passed(text, sae)
     assert found.result().metrics == {}
     assert {"feature_lag_curve", "feature_position_profile"} <= set(found.definitions)
-    assert browser(sae, context=T, seed=0).cards(text) == []  # before the first batch
+    assert FeatureBrowser(sae, seed=0).cards(text) == []  # before the first batch
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 7, R])

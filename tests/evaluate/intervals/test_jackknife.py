@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from tcsae.evaluate.intervals.jackknife import GROUPS, Jackknifed, jackknife, jackknife_band
-from tcsae.evaluate.metrics.active_entries import Codes
+from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.metrics.features import FeatureStatistics
 from tcsae.evaluate.metrics.position import PositionStatistics
 from tcsae.evaluate.metrics.temporal import TemporalStatistics
@@ -38,7 +38,7 @@ def group_batches(features: int = 6, rows: int = 4, context: int = 32):
 
 def measure(part, batches):
     for z, batch in batches:
-        part.update(batch, Codes.from_dense(z, batch.valid_BT), batch.x_BTD)
+        part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     return part.result()
 
 

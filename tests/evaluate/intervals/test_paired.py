@@ -5,7 +5,7 @@ from synthetic import paired, synthetic_report
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.report.page import render_page
-from tcsae.evaluate.report.panels import sections
+from tcsae.evaluate.report.panels.registry import sections
 from tcsae.evaluate.report.wording import in_reading_order, outcomes, short_name
 from tcsae.evaluate.results import NO_INTERVAL
 from tcsae.train.sae.activation import Activation

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
-from tcsae.evaluate.metrics.active_entries import Codes
-from tcsae.evaluate.metrics.by_scope import SplitMeasures
+from tcsae.evaluate.metrics.active_entries import ActiveEntries
+from tcsae.evaluate.metrics.all import families
+from tcsae.evaluate.metrics.by_scope import ByScope
 from tcsae.evaluate.metrics.temporal import TemporalStatistics
 from tcsae.train.run_folder.record import load_run
 from tcsae.train.sae.activation import Activation
@@ -21,8 +22,8 @@ def test_each_part_is_measured_as_if_the_other_were_not_there():
     x = torch.randn(6, 12, 4, generator=torch.Generator().manual_seed(0))
     z = sae.encode(x).detach()
     batch = batch_of(z, x_BTD=x)
-    part = SplitMeasures(sae, context=12, seed=0, inside=INSIDE)
-    part.update(batch, z, x)
+    part = ByScope(sae, families(), context=12, seed=0, inside=INSIDE)
+    part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), x)
     found = part.result()
     assert (found.sums.keys() | found.metrics.keys()) <= part.definitions.keys()
     kept_x = x[batch.valid_BT].double()
@@ -36,7 +37,7 @@ def test_each_part_is_measured_as_if_the_other_were_not_there():
         explained = 1 - (kept_x - rebuilt).square().sum() / (kept_x - kept_x.mean(0)).square().sum()
         assert value(found.sums[f"explained_variance_{name}"]) == pytest.approx(float(explained), rel=1e-5)
         alone = TemporalStatistics(random_sae(4, z_part.shape[-1], Activation("relu")), context=12, seed=0)
-        alone.update(batch, Codes.from_dense(z_part, batch.valid_BT), x)
+        alone.update(batch, ActiveEntries.from_dense(z_part, batch.valid_BT), x)
         whole = alone.result()
         for key in ("temporal_variation", "smoothness", "run_length"):
             assert value(found.sums[f"{key}_{name}"]) == pytest.approx(value(whole.sums[key])), key

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.errors import RunError
 from tcsae.evaluate.intervals.jackknife import GROUPS, jackknife
-from tcsae.evaluate.metrics.active_entries import Codes, matches, pair_masks, uniform_hash
-from tcsae.evaluate.metrics.all import accumulators
+from tcsae.evaluate.metrics.active_entries import ActiveEntries, matches, pair_masks, uniform_hash
+from tcsae.evaluate.metrics.all import AllMetrics, families
 from tcsae.evaluate.metrics.features import FeatureStatistics
 from worlds import batch_of, fake_sae, random_world, value
 
@@ -17,11 +17,11 @@ FEW = settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_codes_hold_what_the_dense_features_hold(seed):
     z, batch = random_world(seed)
-    codes = Codes.from_dense(z, batch.valid_BT)
+    active = ActiveEntries.from_dense(z, batch.valid_BT)
     back = torch.zeros_like(z)
-    back.view(-1, 4)[codes.token_E, codes.feature_E] = codes.value_E.float()
+    back.view(-1, 4)[active.token_E, active.feature_E] = active.value_E.float()
     assert torch.equal(back, z * batch.valid_BT[..., None])
-    key = codes.feature_E * 1000 + codes.token_E
+    key = active.feature_E * 1000 + active.token_E
     assert bool((key[1:] > key[:-1]).all())
 
 
@@ -29,10 +29,10 @@ def test_codes_hold_what_the_dense_features_hold(seed):
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_matches_are_the_entries_active_at_both_ends_of_a_valid_pair(seed, lags):
     z, batch = random_world(seed)
-    codes = Codes.from_dense(z, batch.valid_BT)
-    found = matches(codes, pair_masks(batch.valid_BT, batch.documents_BT, lags))
+    active = ActiveEntries.from_dense(z, batch.valid_BT)
+    found = matches(active, pair_masks(batch.valid_BT, batch.documents_BT, lags))
     fast = {
-        (int(codes.feature_E[a]), int(codes.token_E[a]), int(codes.token_E[b]), int(lag))
+        (int(active.feature_E[a]), int(active.token_E[a]), int(active.token_E[b]), int(lag))
         for lag, a, b in zip(found.lag_M, found.earlier_M, found.later_M, strict=True)
     }
     slow = {
@@ -56,7 +56,7 @@ def test_a_damaged_feature_is_named():
     row, position = batch.valid_BT.nonzero()[5].tolist()
     z[row, position, 2] = float("nan")
     with pytest.raises(RunError, match=f"feature 2 is nan at row {row} of the batch, position {position}"):
-        Codes.from_dense(z, batch.valid_BT)
+        ActiveEntries.from_dense(z, batch.valid_BT)
 
 
 @FEW
@@ -67,7 +67,7 @@ def test_counts_equal_the_dense_ones_whatever_the_batches(seed):
     sae.W_dec *= torch.tensor([[1.0], [2.0], [0.5], [3.0]])
     part = FeatureStatistics(sae, context=7, seed=0)
     for z, batch in worlds:
-        part.update(batch, Codes.from_dense(z, batch.valid_BT), batch.x_BTD)
+        part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     kept = torch.cat([z[batch.valid_BT] for z, batch in worlds]).double()
     found, tokens = part.result(), len(kept)
     active = kept != 0
@@ -97,7 +97,7 @@ def test_dense_shares_count_features_above_their_thresholds():
     z[:3, 1:, 2] = 1  # 30 %
     part = FeatureStatistics(fake_sae(4), context=101, seed=0)
     batch = batch_of(z)
-    part.update(batch, Codes.from_dense(z, batch.valid_BT), batch.x_BTD)
+    part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     found = part.result().metrics
     assert [found[key].value for key in ("alive", "share_dense_1pct", "share_dense_10pct")] == [0.75, 0.5, 0.25]
 
@@ -132,22 +132,22 @@ def test_hashes_are_uniform_and_know_every_number():
 def test_everything_is_defined_whose_key_is_used_and_a_dead_dictionary_raises_the_alarm():
     for density in (0.4, 0.0):
         z, batch = random_world(0, rows=30, density=density)
-        (measures,) = accumulators(fake_sae(4), context=7, seed=0).values()
-        measures.update(batch, z, batch.x_BTD)
+        measures = AllMetrics(fake_sae(4), families(), context=7, seed=0)
+        measures.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
         found = measures.result()
         used = {m.definition for part in (found.sums, found.metrics, found.curves) for m in part.values()}
         assert used <= set(measures.definitions)
         assert not set(found.sums) & set(found.metrics)
         assert all(len(values) == 4 for values in found.per_feature.values())
-        assert any("all but dead" in note for note in found.notes) == (density == 0)
+        assert any("dictionary is dead" in note for note in found.notes) == (density == 0)
 
 
 def test_a_collapsing_dictionary_raises_the_alarm():
     sae = fake_sae(4)
     sae.W_dec[1] = sae.W_dec[0] + 0.01
     z, batch = random_world(0, rows=30)
-    (measures,) = accumulators(sae, context=7, seed=0).values()
-    measures.update(batch, z, batch.x_BTD)
+    measures = AllMetrics(sae, families(), context=7, seed=0)
+    measures.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     found = measures.result()
     assert found.metrics["near_duplicate_share"].value == 0.5
-    assert any("collapsing" in note for note in found.notes)
+    assert any("collapses" in note for note in found.notes)

@@ -6,7 +6,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcsae.evaluate.metrics.active_entries import Codes
+from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.metrics.position import PositionStatistics, eta_squared, position_information
 from tcsae.evaluate.metrics.rotation_test import RotationSample, false_discovery_rate, pooled_p, standardised
 from worlds import batch_of, fake_sae, random_world
@@ -17,7 +17,7 @@ FEW = settings(max_examples=15, deadline=None)
 def measure(*batches, features: int, seed: int = 0):
     part = PositionStatistics(fake_sae(features), context=batches[0][0].shape[1], seed=seed)
     for z, batch in batches:
-        part.update(batch, Codes.from_dense(z, batch.valid_BT), batch.x_BTD)
+        part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     return part.result()
 
 
@@ -126,7 +126,7 @@ def test_the_rotation_test_keeps_its_rate_on_bursts_and_finds_what_is_planted():
         z[:, 7, ::10] += torch.randn(120, 40, generator=torch.Generator().manual_seed(seed)).abs() * 3
         batch = batch_of(z)
         sample = RotationSample(400, 24, seed)
-        sample.update(batch, Codes.from_dense(z, batch.valid_BT))
+        sample.update(batch, ActiveEntries.from_dense(z, batch.valid_BT))
         p = sample.p_values(rotations=100)
         planted = np.arange(400) % 10 == 0
         found = false_discovery_rate(p) <= 0.05
@@ -146,7 +146,7 @@ def test_the_rotation_test_keeps_its_rate_on_bursts_and_finds_what_is_planted():
 def test_the_statistic_is_the_between_position_sum_of_squares_and_offsets_rotate_rows():
     z, batch = random_world(3, rows=12, context=6)
     sample = RotationSample(4, 6, 0)
-    sample.update(batch, Codes.from_dense(z, batch.valid_BT))
+    sample.update(batch, ActiveEntries.from_dense(z, batch.valid_BT))
     found = sample.statistics(np.arange(4), 5, seed=1)
     offsets = np.random.default_rng(1).integers(5, size=(6, 12), dtype=np.int16)
     offsets[0] = 0
@@ -169,7 +169,7 @@ def test_the_sample_stays_bounded_keeps_whole_rows_and_does_not_depend_on_the_ba
     for sample, step in zip(samples, (8, 48), strict=True):
         for start in range(0, 96, step):
             batch = batch_of(z[start : start + step], first_row=start)
-            sample.update(batch, Codes.from_dense(z[start : start + step], batch.valid_BT))
+            sample.update(batch, ActiveEntries.from_dense(z[start : start + step], batch.valid_BT))
     one, other = samples
     assert one.level_F.tolist() == other.level_F.tolist()
     events, rows = one.events()

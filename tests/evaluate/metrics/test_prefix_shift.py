@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tcsae.cache.format.layout import SPECIAL, RowBlock
-from tcsae.evaluate.metrics.prefix_shift import plan_shifts, probes
+from tcsae.evaluate.metrics.prefix_shift import plan_shifts, prefix_shift
 
 
 def block(rows: int = 20, context: int = 24, documents: int = 5, *, bos: bool = True) -> RowBlock:
@@ -43,7 +43,7 @@ def test_a_shifted_row_is_its_head_the_prefix_and_the_passage(bos):
 def test_one_document_has_no_unrelated_text():
     assert plan_shifts(block(documents=1), 0) is None
     context = SimpleNamespace(rows=[block(documents=1)], seed=0)
-    assert "fewer than two documents" in probes(context).notes[0]
+    assert "fewer than two documents" in prefix_shift(context).notes[0]
 
 
 def fake_context(position_weight: float, past_weight: float = 0.0):
@@ -61,14 +61,14 @@ def fake_context(position_weight: float, past_weight: float = 0.0):
 
 
 def test_features_of_the_text_alone_do_not_move():
-    found = probes(fake_context(0.0))
+    found = prefix_shift(fake_context(0.0))
     assert found.metrics["prefix_shift"].value == pytest.approx(1)
     assert found.metrics["prefix_shift_activation"].value == pytest.approx(1)
     assert found.curves["prefix_shift"].x == [1, 4]
 
 
 def test_features_of_the_position_move_but_the_control_does_not():
-    found = probes(fake_context(3.0)).metrics
+    found = prefix_shift(fake_context(3.0)).metrics
     assert found["prefix_shift"].value < 0.5
     assert found["prefix_shift_activation"].value < 0.5
     assert found["prefix_shift_control"].value == pytest.approx(1)
@@ -76,6 +76,6 @@ def test_features_of_the_position_move_but_the_control_does_not():
 
 
 def test_a_changed_context_shows_in_the_control_too():
-    found = probes(fake_context(0.0, past_weight=3.0)).metrics
+    found = prefix_shift(fake_context(0.0, past_weight=3.0)).metrics
     assert found["prefix_shift_control"].value < 0.99
     assert found["prefix_shift_activation_control"].value < 0.99

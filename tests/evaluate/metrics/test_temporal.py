@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.evaluate.intervals.jackknife import group_of
-from tcsae.evaluate.metrics.active_entries import Codes, matches, pair_masks
+from tcsae.evaluate.metrics.active_entries import ActiveEntries, matches, pair_masks
 from tcsae.evaluate.metrics.gain_refit import refit_gains
 from tcsae.evaluate.metrics.lag_correlation import autocorrelation
 from tcsae.evaluate.metrics.run_lengths import RunCounts, followed
@@ -21,7 +21,7 @@ def measure(sae, *batches, lags: int = 4, seed: int = 0):
     """Feed (z, batch) pairs; the reconstruction is the activation itself."""
     part = TemporalStatistics(sae, context=batches[0][0].shape[1], seed=seed, lags=lags)
     for z, batch in batches:
-        part.update(batch, Codes.from_dense(z, batch.valid_BT), batch.x_BTD)
+        part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
     return part, part.result()
 
 
@@ -73,10 +73,10 @@ def test_autocorrelation_equals_the_slow_one_whatever_the_batches(seed):
 @given(st.integers(0, 10_000), st.floats(0.3, 0.9))
 def test_runs_equal_the_slow_ones(seed, density):
     z, batch = random_world(seed, density=density, context=9)
-    codes = Codes.from_dense(z, batch.valid_BT)
+    active = ActiveEntries.from_dense(z, batch.valid_BT)
     masks = pair_masks(batch.valid_BT, batch.documents_BT, 1)
     runs = RunCounts(4, 9, z.device)
-    runs.update(codes, masks, group_of(batch.units_BT), *followed(codes, matches(codes, masks)))
+    runs.update(active, masks, group_of(batch.units_BT), *followed(active, matches(active, masks)))
     slow = reference.metric_runs(z.tolist(), batch.valid_BT.tolist(), batch.documents_BT.tolist())
     seen = [(length, ended) for _, length, begun, ended in slow if begun]
     for kept, wanted in ((runs.ended_GT.sum(0), True), (runs.cut_GT.sum(0), False)):
@@ -171,7 +171,7 @@ def test_refitted_gains_undo_shrinkage():
     sae, z, x, shrink = superposed()
     sample = TokenSample(512, 8, 0, z.device)
     batch = batch_of(z * shrink, x_BTD=x)
-    sample.update(batch, Codes.from_dense(z * shrink, batch.valid_BT))
+    sample.update(batch, ActiveEntries.from_dense(z * shrink, batch.valid_BT))
     assert refit_gains(sample, sae.W_dec, sae.b_dec).tolist() == pytest.approx((1 / shrink).tolist(), rel=0.05)
 
 
@@ -239,11 +239,11 @@ def test_same_token_far_away_is_alike_only_if_the_position_does_not_matter():
 def test_the_sample_does_not_depend_on_the_batches():
     z, batch = random_world(5, rows=8, context=12)
     whole, parts = (TokenSample(20, 4, 1, z.device) for _ in range(2))
-    whole.update(batch, Codes.from_dense(z, batch.valid_BT))
+    whole.update(batch, ActiveEntries.from_dense(z, batch.valid_BT))
     for start in (0, 3, 6):
         cut = slice(start, start + 3)
         fields = {name: getattr(batch, name)[cut] for name in vars(batch)}
-        parts.update(type(batch)(**fields), Codes.from_dense(z[cut], batch.valid_BT[cut]))
+        parts.update(type(batch)(**fields), ActiveEntries.from_dense(z[cut], batch.valid_BT[cut]))
     assert len(whole) == len(parts) == 20
     order = [torch.argsort(s.row_M * 100 + s.position_M) for s in (whole, parts)]
     for one, other in ((whole.row_M, parts.row_M), (whole.x_MD, parts.x_MD), (whole.document_M, parts.document_M)):

@@ -21,7 +21,9 @@ from tcsae.evaluate.report.chart import (
 )
 from tcsae.evaluate.report.figures import write_figures, write_picture
 from tcsae.evaluate.report.page import render_page
-from tcsae.evaluate.report.panels import plane, plane_zoomed, sections, time_plane, variation_rows
+from tcsae.evaluate.report.panels.fidelity import plane, plane_zoomed
+from tcsae.evaluate.report.panels.registry import sections
+from tcsae.evaluate.report.panels.time import time_plane, variation_rows
 from tcsae.evaluate.report.svg import interval_glyph, render
 from tcsae.evaluate.results import Curve, EvaluationReport, TrainingCurves
 
