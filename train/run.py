@@ -22,11 +22,12 @@ from .. import __version__
 from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
+from ..device import DTYPES, resolve_device, resolve_dtype
 from ..errors import ResourceError, UsageError
 from .config import TrainConfig
 from .loop.diagnostics import Metrics
 from .loop.distributed import World, joined, seen_by_share
-from .loop.inputs import Inputs, resolve_device, resolve_dtype
+from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes
 from .loop.trainer import Pass, needs_siblings
@@ -81,8 +82,8 @@ def train(
     if not config.data.store:
         raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
     check_loggers(config.run.log)
-    device = resolve_device(config.run)
-    dtype = resolve_dtype(config.run, device)
+    device = resolve_device(config.run.device)
+    dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
     store = ActivationStore.open(config.data.store)
     statistics = store.statistics()
     members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
