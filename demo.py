@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .console import format_count, note, parse_count
-from .errors import UsageError
+from .errors import UsageError, needs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +62,7 @@ def run_demo(config: DemoConfig) -> Outcome:
         TcsaeError: whatever a stage finds wrong.
 
     """
+    needs("transformers", "datasets", "gguf", "accelerate", "matplotlib", extra="all", what="the demo")
     from .evaluate.config import EvaluateConfig
     from .evaluate.run import evaluate
     from .extract.config import ExtractConfig, ModelSource, TextSource

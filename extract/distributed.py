@@ -33,7 +33,7 @@ from ..cache.format.shard_writer import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
 from ..device import resolve_device, resolve_dtype
-from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
+from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError, needs
 from .config import ExtractConfig, ModelSource
 from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
 from .model.load import LanguageModel, identify_model, load_language_model
@@ -98,6 +98,7 @@ def _settle_device(device: str, dtype: str) -> tuple[str, str]:
 
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[Any]:
+    needs("dask", "distributed", extra="cluster", what="--workers")
     import dask.config
     from distributed import Client, LocalCluster
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...errors import needs
 from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels import plane_zoomed, time_plane, weight_fidelity, weight_variation
@@ -217,6 +218,7 @@ def _height(panel: Panel) -> float:
 @contextmanager
 def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
     """A figure without a window, in the report's style, closed afterwards."""
+    needs("matplotlib", extra="report", what="a report's figures")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...cache.format.manifest import ModelIdentity
 from ...device import DTYPES, resolve_device, resolve_dtype
-from ...errors import ModelError, ResourceError
+from ...errors import ModelError, ResourceError, needs
 from ..config import ModelSource
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
@@ -79,10 +79,13 @@ def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutli
         UsageError: a device that is not there.
 
     """
+    needs("transformers", extra="extract", what="a language model")
     from transformers import AutoConfig, AutoTokenizer
 
     _quieten()
     files = locate_model(source)
+    if files.gguf_file:
+        needs("gguf", "accelerate", extra="gguf", what="a model in a GGUF file")
     gguf = {"gguf_file": files.gguf_file} if files.gguf_file else {}
     with _load_failures(files):
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **gguf)
