@@ -1,30 +1,80 @@
 """tcsae: train and judge sparse autoencoders with temporal consistency on cached language-model activations.
 
-The public names are imported on first use, so that importing the package (and opening the command line's help) costs
-nothing.
+The public names are declared here and imported on first use, so that importing the package (and opening the command
+line's help) costs nothing.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .cache.store import ActivationStore
-    from .train.sae.temporal_sae import SAEOutput, TemporalSAE
+if TYPE_CHECKING:  # the same names once more, for editors and type checkers
+    from .cache.store import ActivationStore as ActivationStore
+    from .errors import TcsaeError as TcsaeError
+    from .evaluate.config import EvaluateConfig as EvaluateConfig
+    from .evaluate.flat import Report as Report
+    from .evaluate.results import EvaluationReport as EvaluationReport
+    from .evaluate.run import Outcome as Outcome
+    from .extract.config import ExtractConfig as ExtractConfig
+    from .extract.config import ModelSource as ModelSource
+    from .extract.config import TextSource as TextSource
+    from .extract.summary import ExtractSummary as ExtractSummary
+    from .interface import evaluate as evaluate
+    from .interface import extract as extract
+    from .interface import load_report as load_report
+    from .interface import train as train
+    from .train.config import DataConfig as DataConfig
+    from .train.config import LossConfig as LossConfig
+    from .train.config import OptimiserConfig as OptimiserConfig
+    from .train.config import RunConfig as RunConfig
+    from .train.config import SAEConfig as SAEConfig
+    from .train.config import TemporalConfig as TemporalConfig
+    from .train.config import TrainConfig as TrainConfig
+    from .train.options import train_config as train_config
+    from .train.run import TrainSummary as TrainSummary
+    from .train.sae.temporal_sae import SAEOutput as SAEOutput
+    from .train.sae.temporal_sae import TemporalSAE as TemporalSAE
 
 __version__ = "0.1.0"
-__all__ = ["ActivationStore", "SAEOutput", "TemporalSAE", "__version__"]
 
+# Public name → the module that has it. extract, train and evaluate are packages that can be called.
 _HOMES = {
-    "ActivationStore": ".cache.store",
-    "TemporalSAE": ".train.sae.temporal_sae",
-    "SAEOutput": ".train.sae.temporal_sae",
+    "extract": "extract",
+    "train": "train",
+    "evaluate": "evaluate",
+    "load_report": "interface",
+    "ActivationStore": "cache.store",
+    "TemporalSAE": "train.sae.temporal_sae",
+    "SAEOutput": "train.sae.temporal_sae",
+    "ExtractConfig": "extract.config",
+    "ModelSource": "extract.config",
+    "TextSource": "extract.config",
+    "ExtractSummary": "extract.summary",
+    "TrainConfig": "train.config",
+    "DataConfig": "train.config",
+    "SAEConfig": "train.config",
+    "LossConfig": "train.config",
+    "TemporalConfig": "train.config",
+    "OptimiserConfig": "train.config",
+    "RunConfig": "train.config",
+    "train_config": "train.options",
+    "TrainSummary": "train.run",
+    "EvaluateConfig": "evaluate.config",
+    "Outcome": "evaluate.run",
+    "EvaluationReport": "evaluate.results",
+    "Report": "evaluate.flat",
+    "TcsaeError": "errors",
 }
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tcsae' has no attribute '{name}'")
-    from importlib import import_module
+    home = import_module(f".{_HOMES[name]}", __name__)
+    return home if name == _HOMES[name] else getattr(home, name)
 
-    return getattr(import_module(_HOMES[name], __name__), name)
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,7 +19,6 @@ import safetensors
 import torch
 
 from .. import __version__
-from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..device import DTYPES, resolve_device, resolve_dtype
@@ -61,7 +60,6 @@ class TrainSummary:
         return facts | {"folder": self.runs[0].parent}
 
 
-@keeping_freed_memory()
 def train(
     config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False
 ) -> TrainSummary:
