@@ -1,65 +1,102 @@
 """tcsae: train and judge sparse autoencoders with temporal consistency on cached language-model activations.
 
-The public names are imported on first use, so that importing the package (and opening the command line's help) costs
-nothing.
+The public names are declared here and imported on first use, so that importing the package (and opening the command
+line's help) costs nothing.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .cache.store import ActivationStore
-    from .evaluate.metrics.registry import metric
-    from .evaluate.report.panels.registry import panel
-    from .train.formats.registry import SAEFormat, sae_format
-    from .train.loss.registry import partner, temporal_term
-    from .train.sae.activation import ActivationFunction
-    from .train.sae.protocol import SAEOutput, SparseAutoencoder
-    from .train.sae.registry import activation, architecture
-    from .train.sae.temporal_sae import TemporalSAE
-    from .train.step.registry import temporal_gradient
+if TYPE_CHECKING:  # the same names once more, for editors and type checkers
+    from .cache.store import ActivationStore as ActivationStore
+    from .errors import TcsaeError as TcsaeError
+    from .evaluate.config import EvaluateConfig as EvaluateConfig
+    from .evaluate.flat import Report as Report
+    from .evaluate.metrics.registry import metric as metric
+    from .evaluate.report.panels.registry import panel as panel
+    from .evaluate.results import EvaluationReport as EvaluationReport
+    from .evaluate.run import Outcome as Outcome
+    from .extract.config import ExtractConfig as ExtractConfig
+    from .extract.config import ModelSource as ModelSource
+    from .extract.config import TextSource as TextSource
+    from .extract.summary import ExtractSummary as ExtractSummary
+    from .interface import evaluate as evaluate
+    from .interface import extract as extract
+    from .interface import load_report as load_report
+    from .interface import train as train
+    from .train.config import DataConfig as DataConfig
+    from .train.config import LossConfig as LossConfig
+    from .train.config import OptimiserConfig as OptimiserConfig
+    from .train.config import RunConfig as RunConfig
+    from .train.config import SAEConfig as SAEConfig
+    from .train.config import TemporalConfig as TemporalConfig
+    from .train.config import TrainConfig as TrainConfig
+    from .train.formats.registry import SAEFormat as SAEFormat
+    from .train.formats.registry import sae_format as sae_format
+    from .train.loss.registry import partner as partner
+    from .train.loss.registry import temporal_term as temporal_term
+    from .train.options import train_config as train_config
+    from .train.run import TrainSummary as TrainSummary
+    from .train.sae.activation import ActivationFunction as ActivationFunction
+    from .train.sae.protocol import SAEOutput as SAEOutput
+    from .train.sae.protocol import SparseAutoencoder as SparseAutoencoder
+    from .train.sae.registry import activation as activation
+    from .train.sae.registry import architecture as architecture
+    from .train.sae.temporal_sae import TemporalSAE as TemporalSAE
+    from .train.step.registry import temporal_gradient as temporal_gradient
 
 __version__ = "0.1.0"
-__all__ = [
-    "ActivationFunction",
-    "ActivationStore",
-    "SAEFormat",
-    "SAEOutput",
-    "SparseAutoencoder",
-    "TemporalSAE",
-    "__version__",
-    "activation",
-    "architecture",
-    "metric",
-    "panel",
-    "partner",
-    "sae_format",
-    "temporal_gradient",
-    "temporal_term",
-]
 
+# Public name → the module that has it. extract, train and evaluate are packages that can be called.
 _HOMES = {
-    "ActivationFunction": ".train.sae.activation",
-    "ActivationStore": ".cache.store",
-    "SAEFormat": ".train.formats.registry",
-    "SAEOutput": ".train.sae.protocol",
-    "SparseAutoencoder": ".train.sae.protocol",
-    "TemporalSAE": ".train.sae.temporal_sae",
-    "activation": ".train.sae.registry",
-    "architecture": ".train.sae.registry",
-    "metric": ".evaluate.metrics.registry",
-    "panel": ".evaluate.report.panels.registry",
-    "partner": ".train.loss.registry",
-    "sae_format": ".train.formats.registry",
-    "temporal_gradient": ".train.step.registry",
-    "temporal_term": ".train.loss.registry",
+    "extract": "extract",
+    "train": "train",
+    "evaluate": "evaluate",
+    "load_report": "interface",
+    "ActivationStore": "cache.store",
+    "TemporalSAE": "train.sae.temporal_sae",
+    "SAEOutput": "train.sae.protocol",
+    "ExtractConfig": "extract.config",
+    "ModelSource": "extract.config",
+    "TextSource": "extract.config",
+    "ExtractSummary": "extract.summary",
+    "TrainConfig": "train.config",
+    "DataConfig": "train.config",
+    "SAEConfig": "train.config",
+    "LossConfig": "train.config",
+    "TemporalConfig": "train.config",
+    "OptimiserConfig": "train.config",
+    "RunConfig": "train.config",
+    "train_config": "train.options",
+    "TrainSummary": "train.run",
+    "EvaluateConfig": "evaluate.config",
+    "Outcome": "evaluate.run",
+    "EvaluationReport": "evaluate.results",
+    "Report": "evaluate.flat",
+    "ActivationFunction": "train.sae.activation",
+    "SAEFormat": "train.formats.registry",
+    "SparseAutoencoder": "train.sae.protocol",
+    "activation": "train.sae.registry",
+    "architecture": "train.sae.registry",
+    "metric": "evaluate.metrics.registry",
+    "panel": "evaluate.report.panels.registry",
+    "partner": "train.loss.registry",
+    "sae_format": "train.formats.registry",
+    "temporal_gradient": "train.step.registry",
+    "temporal_term": "train.loss.registry",
+    "TcsaeError": "errors",
 }
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tcsae' has no attribute '{name}'")
-    from importlib import import_module
+    home = import_module(f".{_HOMES[name]}", __name__)
+    return home if name == _HOMES[name] else getattr(home, name)
 
-    return getattr(import_module(_HOMES[name], __name__), name)
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,21 +17,25 @@ if TYPE_CHECKING:
 
     from .cache.format.layout import RowBlock
 
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+_norms = partial(typer.Option, rich_help_panel="Norms of a store")
+_again = partial(typer.Option, rich_help_panel="The model once more")
+_output = partial(typer.Option, rich_help_panel="Output")
+
+Json = Annotated[bool, _output("--json", help="Print one line of JSON.")]
 
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A store (folder or URL), a training run, or a report.")],
     statistics: Annotated[
         bool | None,
-        typer.Option("--statistics/--no-statistics", help="Compute norms that are not kept; by default below 4 GB."),
+        _norms("--statistics/--no-statistics", help="Compute norms that are not kept; by default below 4 GB."),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Compute them on the Dask cluster at this address, tcp://…, instead of threads here."),
+        _norms(help="Compute them on the Dask cluster at this address, tcp://…, instead of threads here."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw norms of a store into this file (.png, .svg, .pdf).")
+        Path | None, _norms(help="Also draw norms of a store into this file (.png, .svg, .pdf).")
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -107,14 +112,12 @@ def _report_facts(document: Path) -> dict[str, Any]:
 def verify(
     store: Annotated[str, typer.Argument(help="The store: a folder or URL.")],
     model: Annotated[
-        str | None, typer.Option(help="Also run this model (hub id, folder, or demo) on sampled rows and compare.")
+        str | None, _again(help="Also run this model (hub id, folder, or demo) on sampled rows and compare.")
     ] = None,
-    gguf_file: Annotated[
-        str | None, typer.Option(help="The GGUF file inside --model; by default the recorded one.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="The revision of --model; by default the recorded one.")] = None,
-    sample: Annotated[int, typer.Option(help="Rows to run again.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
+    gguf_file: Annotated[str | None, _again(help="The GGUF file inside --model; by default the recorded one.")] = None,
+    revision: Annotated[str | None, _again(help="The revision of --model; by default the recorded one.")] = None,
+    sample: Annotated[int, _again(help="Rows to run again.", min=1)] = 64,
+    seed: Annotated[int, _again(help="Which rows.")] = 0,
     json_output: Json = False,
 ) -> None:
     """Check every committed byte of a store; with --model also that its rows are what the model produces.

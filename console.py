@@ -1,7 +1,8 @@
 """What the user sees: progress, the closing summary, and numbers written for people.
 
-Everything goes to standard error except the summary, so that ``--json`` leaves standard output to machines. Progress is
-silent when standard error is not a terminal or after :func:`set_quiet`.
+Everything goes to standard error except the summary, so that ``--json`` leaves standard output to machines. A library
+says nothing unless it is asked to (:func:`speaking`); the command line speaks unless it is told not to (``--quiet``),
+with bars on a terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +20,9 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .progress_bar import Table
 
-_quiet = False
+_quiet = True
+_plain_progress = False  # lines in place of a bar where there is no terminal: a notebook, a log
+_SECONDS_BETWEEN_LINES = 10.0
 _COUNT = re.compile(r"^([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgGtT]?)$")
 _POWERS = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
@@ -27,6 +31,18 @@ def set_quiet(quiet: bool) -> None:
     """Silence progress and notes for the rest of the process."""
     global _quiet
     _quiet = quiet
+
+
+@contextmanager
+def speaking(progress: bool) -> Iterator[None]:
+    """Inside, notes and progress are shown, or are not, whatever was said before; also where there is no terminal."""
+    global _quiet, _plain_progress
+    before = _quiet, _plain_progress
+    _quiet, _plain_progress = not progress, progress
+    try:
+        yield
+    finally:
+        _quiet, _plain_progress = before
 
 
 def parse_count(text: str | int) -> int:
@@ -99,11 +115,38 @@ class _Silent:
         """Nowhere to show it."""
 
 
+class _Lines:
+    """A line now and then, for places where a bar cannot be drawn over itself."""
+
+    def __init__(self, description: str, total: float | None, unit: str, done: float):
+        self._description, self._total, self._unit = description, total, unit
+        self._done = self._begun_at = done
+        self._began = self._said = time.monotonic()
+
+    def advance(self, n: float, status: str = "") -> None:
+        """Count, and say how far it is if the last line is some seconds old or all is done."""
+        self._done += n
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES or self._done == self._total:
+            self._said = now
+            far = f"{self._done / self._total:.0%}" if self._total else format_count(self._done)
+            rate = (self._done - self._begun_at) / max(now - self._began, 1e-9)
+            note(
+                ", ".join(filter(None, (f"{self._description} {far}", f"{format_count(rate)} {self._unit}/s", status)))
+            )
+
+    def show(self, table: Table) -> None:
+        """Numbers by line would drown the rest: they are in ``metrics.jsonl``."""
+
+
 @contextmanager
 def progress(description: str, total: float | None, *, unit: str = "tokens", done: float = 0) -> Iterator[Progress]:
-    """A bar with rate and time left, counting ``unit`` from ``done`` to ``total``; silent unless on a terminal."""
+    """A bar with rate and time left, counting ``unit`` from ``done`` to ``total``.
+
+    Nothing when quiet; without a terminal nothing either, or lines where :func:`speaking` asked for progress.
+    """
     if _quiet or not sys.stderr.isatty():
-        yield _Silent()
+        yield _Lines(description, total, unit, done) if _plain_progress and not _quiet else _Silent()
         return
     from .progress_bar import Bar
 

@@ -7,18 +7,23 @@ everything done and only shows it again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
 
 from .console import format_count, note, parse_count
-from .errors import UsageError
+from .errors import UsageError, needs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .evaluate.run import Outcome
 
+
+_what = partial(typer.Option, rich_help_panel="Model and text")
+_sizes = partial(typer.Option, rich_help_panel="How much")
+_output = partial(typer.Option, rich_help_panel="Output")
 
 # The previous token is left out for time: it costs a pass through the upper layers, as zero_sae (which shares zero's)
 # does not.
@@ -62,6 +67,7 @@ def run_demo(config: DemoConfig) -> Outcome:
         TcsaeError: whatever a stage finds wrong.
 
     """
+    needs("transformers", "datasets", "gguf", "accelerate", "matplotlib", extra="all", what="the demo")
     from .evaluate.config import EvaluateConfig
     from .evaluate.run import evaluate
     from .extract.config import ExtractConfig, ModelSource, TextSource
@@ -88,6 +94,7 @@ def run_demo(config: DemoConfig) -> Outcome:
 
 
 def _train(config: DemoConfig, store: str) -> list[Path]:
+    from .allocator import keeping_freed_memory
     from .train.config import TrainConfig
     from .train.presets import changed
     from .train.run import train
@@ -100,21 +107,20 @@ def _train(config: DemoConfig, store: str) -> list[Path]:
         "run.out": f"{config.folder}/runs",
         "run.log_every": 10,
     }
-    return train(changed(TrainConfig(), sizes)).runs
+    with keeping_freed_memory():
+        return train(changed(TrainConfig(), sizes)).runs
 
 
 def demo(
-    model: str = typer.Option(DemoConfig.model, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
-    dataset: str = typer.Option(
-        DemoConfig.dataset, "--dataset", help="Hub id, text files or a folder of them, or 'demo'."
-    ),
-    layers: list[int] = typer.Option(list(DemoConfig.layers), "--layers", help="Layers, such as 5 10."),
-    tokens: str = typer.Option(str(DemoConfig.tokens), "--tokens", help="Tokens extracted per layer: 200k, 2M."),
-    steps: int = typer.Option(DemoConfig.steps, "--steps", help="Training steps of 2045 tokens."),
-    batches: int = typer.Option(DemoConfig.batches, "--batches", help="Batches of 16 rows of held-out text."),
-    folder: str = typer.Option(DemoConfig.folder, "--folder", help="Where the stores and the runs are kept."),
-    reports: str = typer.Option(DemoConfig.reports, "--reports", help="Where demo/index.html is written."),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    model: str = _what(DemoConfig.model, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
+    dataset: str = _what(DemoConfig.dataset, "--dataset", help="Hub id, text files or a folder of them, or 'demo'."),
+    layers: list[int] = _what(list(DemoConfig.layers), "--layers", help="Layers, such as 5 10."),
+    tokens: str = _sizes(str(DemoConfig.tokens), "--tokens", help="Tokens extracted per layer: 200k, 2M."),
+    steps: int = _sizes(DemoConfig.steps, "--steps", help="Training steps of 2045 tokens."),
+    batches: int = _sizes(DemoConfig.batches, "--batches", help="Batches of 16 rows of held-out text."),
+    folder: str = _output(DemoConfig.folder, "--folder", help="Where the stores and the runs are kept."),
+    reports: str = _output(DemoConfig.reports, "--reports", help="Where demo/index.html is written."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """The whole job on a real small model and text: a few minutes on two cores, then a page to look at.
 

@@ -4,6 +4,10 @@ Anything else that escapes is a bug and shows a traceback. ``pipeline.main`` tur
 sentence and its exit status; ``--debug`` shows where it came from.
 """
 
+from __future__ import annotations
+
+import importlib.util
+
 
 class TcsaeError(Exception):
     """A failure with a sentence for the user. Exit status 1."""
@@ -39,3 +43,24 @@ class RunError(TcsaeError):
 
 class ResourceError(TcsaeError):
     """Disk or memory does not suffice for the plan."""
+
+
+class MissingPackageError(TcsaeError):
+    """What was asked for needs a package of an extra that is not installed."""
+
+
+def needs(*packages: str, extra: str, what: str) -> None:
+    """Check that optional packages are there, before the work that needs them begins.
+
+    Args:
+        packages: names to import.
+        extra: which of pyproject.toml's extras installs them.
+        what: what needs them, as the sentence begins.
+
+    Raises:
+        MissingPackageError: one is not installed.
+
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f"{what} needs {package}, which is not installed: pip install 'tcsae[{extra}]'")

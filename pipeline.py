@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from . import __version__, demo
 from . import commands as cache_command
@@ -37,6 +37,14 @@ class ListCommand(TyperCommand):
     are not repeatable, positional arguments and everything after ``--`` are left as they were.
     """
 
+    def get_params(self, ctx: typer.Context) -> Any:
+        """--help under the last heading, not under one of its own above all others."""
+        params = super().get_params(ctx)
+        for param in params:
+            if param.name == "help":
+                setattr(param, "rich_help_panel", "Output")  # noqa: B010 - typer's, unknown to its base class
+        return params
+
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """Spread the lists, then parse as ever."""
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
@@ -48,6 +56,16 @@ class ListCommand(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
             raise _Stopped(str(stopped)) from None
+
+
+class _Commands(TyperGroup):
+    def get_params(self, ctx: typer.Context) -> Any:
+        """Of typer's two options for shell completion one is enough in --help."""
+        params = super().get_params(ctx)
+        for param in params:
+            if param.name == "show_completion":
+                setattr(param, "hidden", True)  # noqa: B010 - an option, which the type does not say
+        return params
 
 
 def spread_lists(args: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -87,9 +105,9 @@ def _repeat(flag: str, value: str) -> list[str]:
 
 app = typer.Typer(
     name="pipeline",
+    cls=_Commands,
     help="Train and judge sparse autoencoders with temporal consistency: extract → train → evaluate.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,16 +117,21 @@ for module in (extract_command, train_command, evaluate_command, cache_command, 
         app.command(cls=ListCommand)(function)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars or notes."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback behind a failure."),  # noqa: ARG001 - main() asks
-    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+    version: bool = typer.Option(  # noqa: ARG001 - its callback comes before a command is missed
+        False, "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
+    ),
 ) -> None:
     set_quiet(quiet)
-    if version:
-        print(__version__)
-        raise typer.Exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,12 +83,12 @@ class Contest:
 
     def sweep(self) -> None:
         """All members on one stream."""
-        train(self.config, sweep=GRID)
+        _train(self.config, sweep=GRID)
 
     def runs(self) -> None:
         """The same members, each by itself."""
         for plan in self.plans:
-            train(_alone(plan.config))
+            _train(_alone(plan.config))
 
     @keeping_freed_memory()
     def compute(self) -> None:
@@ -135,6 +135,9 @@ class Contest:
             "bytes_by_store": {name: round(medians[name]["bytes"] / self.bytes, 2) for name in ("sweep", "runs")},
             "medians": {name: {key: round(value, 3) for key, value in each.items()} for name, each in medians.items()},
         }
+
+
+_train = keeping_freed_memory()(train)  # as the command does
 
 
 def _alone(config: TrainConfig) -> TrainConfig:

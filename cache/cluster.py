@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import ResourceError
+from ..errors import ResourceError, needs
 
 CONNECT_SECONDS = 15
 
@@ -24,6 +24,7 @@ def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
             took several workers down with it.
 
     """
+    needs("dask", "distributed", extra="cluster", what="--scheduler")
     from distributed import Client, KilledWorker
     from distributed.client import FutureCancelledError
     from distributed.comm.core import CommClosedError

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..atomic_files import write_file
 from ..console import format_bytes, format_count
+from ..errors import needs
 from .format.layout import PADDING, SPECIAL
 from .statistics import StoreStatistics, cached_statistics, token_norms
 from .store import ActivationStore
@@ -95,6 +96,7 @@ def draw_norms(store: ActivationStore, file: Path, *, chunks: int = 64) -> None:
     """A picture: histogram of norms (ordinary and special tokens) and mean norm per position, from a
     sample of chunks.
     """
+    needs("matplotlib", extra="report", what="a picture")
     from matplotlib.figure import Figure
 
     norms, flags = _sampled_norms(store, chunks)

@@ -304,13 +304,13 @@ def _map_shards(store: ActivationStore, shards: Sequence[int], limit: float, sch
             for at in range(0, len(shards), _GROUP):
                 yield from pool.map(task, shards[at : at + _GROUP])
         return
-    from dask.delayed import delayed
-
-    tasks = [delayed(task, pure=False)(shard) for shard in shards]
-    groups = [tasks[at : at + _GROUP] for at in range(0, len(tasks), _GROUP)]
     with connected(
         scheduler, instead="leave --scheduler out", then="nothing is kept of the statistics; ask again"
     ) as client:
+        from dask.delayed import delayed
+
+        tasks = [delayed(task, pure=False)(shard) for shard in shards]
+        groups = [tasks[at : at + _GROUP] for at in range(0, len(tasks), _GROUP)]
         for group in groups:
             yield from cast(list[_ShardResult], client.gather(client.compute(group)))
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
+
+from .config import EvaluateConfig
+
+_main = partial(typer.Option, rich_help_panel="What to evaluate")
+_seen = partial(typer.Option, rich_help_panel="What to look at")
+_amount = partial(typer.Option, rich_help_panel="How much")
+_model = partial(typer.Option, rich_help_panel="Model")
+_text = partial(typer.Option, rich_help_panel="Text")
+_redundant = partial(typer.Option, rich_help_panel="What is redundant")
+_output = partial(typer.Option, rich_help_panel="Output")
 
 
 def prune(
     run: str = typer.Argument(..., help="Folder of a finished run."),
-    out: str | None = typer.Option(None, "--out", help="Folder of the new run. Default: the run's name with -pruned."),
-    store: str | None = typer.Option(
-        None, "--store", help="Activation store. Default: the one the run was trained on."
-    ),
-    tokens: str = typer.Option("200k", "--tokens", help="Tokens of the store to look at; 200k, 10M."),
-    min_cosine: float = typer.Option(
+    store: str | None = _seen(None, "--store", help="Activation store. Default: the one the run was trained on."),
+    tokens: str = _seen("200k", "--tokens", help="Tokens of the store to look at; 200k, 10M."),
+    device: str = _seen("auto", "--device", help="auto, cuda, cuda:1, cpu."),
+    min_cosine: float = _redundant(
         0.9, "--min-cosine", help="Merge features whose decoder rows are at least this alike; 2 merges none."
     ),
-    min_eta_squared: float = typer.Option(
+    min_eta_squared: float = _redundant(
         0.5,
         "--min-eta-squared",
         help="Drop features whose position explains at least this share of their variance; 2 drops none.",
     ),
-    false_discovery_rate: float = typer.Option(
+    false_discovery_rate: float = _redundant(
         0.05, "--false-discovery-rate", help="Of the test for position dependence."
     ),
-    seed: int = typer.Option(0, "--seed", help="Of the rotations of that test."),
-    device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    seed: int = _redundant(0, "--seed", help="Of the rotations of that test."),
+    out: str | None = _output(None, "--out", help="Folder of the new run. Default: the run's name with -pruned."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Merge near-duplicate features and drop position-locked ones into a new run, and say what that costs.
 
@@ -72,43 +82,37 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def evaluate(
-    run: list[str] = typer.Option(
-        [], "--run", help="A run folder; repeatable. Default: every finished run under runs/."
-    ),
-    sae: list[str] = typer.Option(
+    run: list[str] = _main([], "--run", help="A run folder; repeatable. Default: every finished run under runs/."),
+    sae: list[str] = _main(
         [],
         "--sae",
         help="An SAE from elsewhere: SAELens folder, Gemma Scope npz, dictionary_learning ae.pt, or hub id/path.",
     ),
-    layer: list[int] = typer.Option(
-        [], "--layer", help="Layer of each --sae, or one for all, where they do not say it."
+    layer: list[int] = _main([], "--layer", help="Layer of each --sae, or one for all, where they do not say it."),
+    runs: str = _main(EvaluateConfig.runs_folder, "--runs", help="Where finished runs are looked for."),
+    quick: bool = _amount(False, "--quick", help="Ten batches, no feature browser: a first look."),
+    batches: int = _amount(EvaluateConfig.batches, "--batches", help="Batches of text."),
+    batch_size: int = _amount(EvaluateConfig.batch_rows, "--batch-size", help="Rows (model contexts) per batch."),
+    seed: int = _amount(
+        EvaluateConfig.seed, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."
     ),
-    runs: str = typer.Option("runs", "--runs", help="Where finished runs are looked for."),
-    model: str | None = typer.Option(None, "--model", help="Language model. Default: the one each run's store names."),
-    revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit of --model on the hub."),
-    gguf_file: str | None = typer.Option(None, "--gguf-file", help="A GGUF file inside --model."),
-    dataset: str | None = typer.Option(
-        None, "--dataset", help="Text. Default: held-out documents of the store's text."
-    ),
-    split: str | None = typer.Option(None, "--split", help="Split of the dataset."),
-    text_column: str | None = typer.Option(None, "--text-column", help="Column that holds the text."),
-    batches: int = typer.Option(200, "--batches", help="Batches of text."),
-    batch_size: int = typer.Option(16, "--batch-size", help="Rows (model contexts) per batch."),
-    out: str = typer.Option("reports", "--out", help="Where reports are written."),
-    name: str | None = typer.Option(
-        None, "--name", help="Folder of the report under --out. Default: the model's name."
-    ),
-    seed: int = typer.Option(0, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."),
-    device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
-    dtype: str = typer.Option("auto", "--dtype", help="Of the language model: auto, bfloat16 or float32."),
-    quick: bool = typer.Option(False, "--quick", help="Ten batches, no feature browser: a first look."),
-    plugin: list[str] = typer.Option(
+    model: str | None = _model(None, "--model", help="Language model. Default: the one each run's store names."),
+    revision: str | None = _model(None, "--revision", help="Branch, tag or commit of --model on the hub."),
+    gguf_file: str | None = _model(None, "--gguf-file", help="A GGUF file inside --model."),
+    device: str = _model(EvaluateConfig.device, "--device", help="auto, cuda, cuda:1, cpu."),
+    dtype: str = _model(EvaluateConfig.dtype, "--dtype", help="Of the language model: auto, bfloat16 or float32."),
+    dataset: str | None = _text(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
+    split: str | None = _text(None, "--split", help="Split of the dataset."),
+    text_column: str | None = _text(None, "--text-column", help="Column that holds the text."),
+    plugin: list[str] = _main(
         [], "--plugin", help="A Python file with your own metrics or panels, or with what a run was trained with."
     ),
-    resume: bool = typer.Option(
+    out: str = _output(EvaluateConfig.out, "--out", help="Where reports are written."),
+    name: str | None = _output(None, "--name", help="Folder of the report under --out. Default: the model's name."),
+    resume: bool = _output(
         True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
     ),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Splice SAEs into their language model and report what is lost, what features do, and how they behave in time.
 
@@ -123,31 +127,31 @@ def evaluate(
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 
     """
-    from .config import EvaluateConfig
-    from .report.terminal import print_outcomes
+    from .config import evaluate_config
 
-    config = EvaluateConfig(
-        runs=tuple(run),
-        saes=tuple(sae),
-        layers=tuple(layer),
-        runs_folder=runs,
+    config = evaluate_config(
+        run=run,
+        sae=sae,
+        layer=layer,
+        runs=runs,
+        quick=quick,
+        batches=batches,
+        batch_size=batch_size,
+        seed=seed,
         model=model,
         revision=revision,
         gguf_file=gguf_file,
+        device=device,
+        dtype=dtype,
         dataset=dataset,
         split=split,
         text_column=text_column,
-        batches=batches,
-        batch_rows=batch_size,
         out=out,
         name=name,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quick=quick,
-        plugins=tuple(plugin),
+        plugin=plugin,
         fresh=not resume,
     )
+    from .report.terminal import print_outcomes
     from .run import evaluate as run_evaluation
 
     outcomes = run_evaluation(config)

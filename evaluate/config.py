@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, Unpack
 
+from .. import options
 from ..errors import UsageError
 
 REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae")
@@ -75,3 +79,59 @@ class EvaluateConfig:
     def rows(self) -> int:
         """How many rows of text are wanted."""
         return (min(self.batches, QUICK_BATCHES) if self.quick else self.batches) * self.batch_rows
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """The options of ``pipeline evaluate`` under their names in Python; one that is None is left at its default."""
+
+    run: str | Path | Sequence[str | Path] | None
+    """Run folders; none named here nor in ``sae``: every finished run in ``runs``."""
+    sae: str | Path | Sequence[str | Path] | None
+    """SAEs from elsewhere: folders, files or hub ids."""
+    layer: int | Sequence[int] | None
+    """The layer of each ``sae``, or one for all."""
+    runs: str | Path | None
+    model: str | Path | None
+    revision: str | None
+    gguf_file: str | None
+    dataset: str | Path | None
+    split: str | None
+    text_column: str | None
+    batches: int | None
+    batch_size: int | None
+    """Rows (model contexts) per batch."""
+    quick: bool | None
+    seed: int | None
+    device: str | None
+    dtype: str | None
+    out: str | Path | None
+    name: str | None
+    plugin: str | Path | Sequence[str | Path] | None
+    """Python files with metrics or panels of your own, or with what a run was trained with."""
+    fresh: bool | None
+
+
+_FIELDS = {
+    "run": "runs",
+    "sae": "saes",
+    "layer": "layers",
+    "runs": "runs_folder",
+    "batch_size": "batch_rows",
+    "plugin": "plugins",
+}
+
+
+def evaluate_config(**asked: Unpack[EvaluateOptions]) -> EvaluateConfig:
+    """The configuration that options mean; defaults are those of the record.
+
+    Raises:
+        UsageError: no such option, or a value that cannot be.
+
+    """
+    given = options.chosen(asked, EvaluateOptions, "evaluate")
+    for name in ("run", "sae", "layer", "plugin"):
+        if name in given:
+            given[name] = options.several(given[name])
+    return EvaluateConfig(
+        **options.fields(given, {name: _FIELDS.get(name, name) for name in EvaluateOptions.__annotations__})
+    )

@@ -23,7 +23,7 @@ import torch
 
 from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
-from ..errors import ResourceError, RunError, TcsaeError
+from ..errors import ResourceError, RunError, TcsaeError, needs
 from ..extract.model.load import LanguageModel, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
@@ -77,6 +77,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
         TcsaeError: of the only thing that could be evaluated.
 
     """
+    needs("matplotlib", extra="report", what="a report")
     plugins = load_plugins(config.plugins)
     groups, failures = gather_subjects(config, plugins)
     for failure in failures:

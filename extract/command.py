@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
+
+from .config import ExtractConfig, ModelSource, TextSource
+
+_main = partial(typer.Option, rich_help_panel="What to extract")
+_model = partial(typer.Option, rich_help_panel="Model")
+_text = partial(typer.Option, rich_help_panel="Text")
+_cluster = partial(typer.Option, rich_help_panel="Many machines")
+_output = partial(typer.Option, rich_help_panel="Output")
 
 
 def extract(
-    layers: list[int] = typer.Option(
-        ..., "--layers", help="Layers whose output is stored, from 0: 5 12 19 or 5,12,19."
+    layers: list[int] = _main(..., "--layers", help="Layers whose output is stored, from 0: 5 12 19 or 5,12,19."),
+    model: str = _main(ModelSource.id, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
+    dataset: str = _main(
+        TextSource.dataset, "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
     ),
-    model: str = typer.Option("google/gemma-2-2b", "--model", help="Hub id, folder, .gguf file, or 'demo'."),
-    revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit of the model on the hub."),
-    gguf_file: str | None = typer.Option(None, "--gguf-file", help="A GGUF file inside the folder or repository."),
-    dataset: str = typer.Option(
-        "Skylion007/openwebtext", "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
+    tokens: str = _main("10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. More than is stored extends it."),
+    context: int = _text(TextSource.context, "--context", help="Tokens per row, BOS included."),
+    packing: str = _text(
+        TextSource.packing, "--packing", help="document: rows never mix documents; concat: they are joined."
     ),
-    dataset_revision: str | None = typer.Option(
-        None, "--dataset-revision", help="Branch, tag or commit of the dataset."
+    held_out: float = _text(
+        TextSource.held_out, "--held-out", help="Share of documents kept for evaluation and never extracted."
     ),
-    split: str = typer.Option("train", "--split", help="Split of a hub dataset."),
-    text_column: str = typer.Option("text", "--text-column", help="Column that holds the text (not for .txt files)."),
-    tokens: str = typer.Option(
-        "10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. More than is stored extends it."
+    seed: int = _text(TextSource.seed, "--seed", help="Orders the documents."),
+    split: str = _text(TextSource.split, "--split", help="Split of a hub dataset."),
+    text_column: str = _text(
+        TextSource.text_column, "--text-column", help="Column that holds the text (not for .txt files)."
     ),
-    context: int = typer.Option(128, "--context", help="Tokens per row, BOS included."),
-    packing: str = typer.Option(
-        "document", "--packing", help="document: rows never mix documents; concat: they are joined."
+    dataset_revision: str | None = _text(
+        None, "--dataset-revision", help="Branch, tag or commit of the dataset on the hub."
     ),
-    held_out: float = typer.Option(
-        0.01, "--held-out", help="Share of documents kept for evaluation and never extracted."
+    revision: str | None = _model(None, "--revision", help="Branch, tag or commit of the model on the hub."),
+    gguf_file: str | None = _model(None, "--gguf-file", help="A GGUF file inside the folder or repository."),
+    device: str = _model(ModelSource.device, "--device", help="auto, cuda, cuda:1, cpu."),
+    dtype: str = _model(
+        ModelSource.dtype, "--dtype", help="Arithmetic: auto, bfloat16 or float32. Stores are bfloat16."
     ),
-    seed: int = typer.Option(0, "--seed", help="Orders the documents."),
-    batch_size: str = typer.Option("auto", "--batch-size", help="Rows per forward pass, or auto."),
-    device: str = typer.Option("auto", "--device", help="auto, cuda, cuda:1, cpu."),
-    dtype: str = typer.Option("auto", "--dtype", help="Arithmetic: auto, bfloat16 or float32. Stores are bfloat16."),
-    out: str = typer.Option("cache", "--out", help="Folder or URL (s3://…) that gets lL.zarr for every layer L."),
-    compression: str = typer.Option(
-        "none", "--compression", help="none, lz4 or zstd: up to 30 % smaller, slower to read."
+    batch_size: str = _model("auto", "--batch-size", help="Rows per forward pass, or auto."),
+    out: str = _output(ExtractConfig.out, "--out", help="Folder or URL (s3://…) that gets lL.zarr for every layer L."),
+    dry_run: bool = _output(False, "--dry-run", help="Print rows, bytes, disk and time, and write nothing."),
+    resume: bool = _output(True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."),
+    compression: str = _output(
+        ExtractConfig.compression, "--compression", help="none, lz4 or zstd: up to 30 % smaller, slower to read."
     ),
-    shard_bytes: str = typer.Option("256M", "--shard-bytes", help="About how much is committed at a time."),
-    workers: int | None = typer.Option(None, "--workers", help="Run on a local Dask cluster of so many processes."),
-    scheduler: str | None = typer.Option(None, "--scheduler", help="Run on the Dask cluster at this address, tcp://…"),
-    resume: bool = typer.Option(
-        True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."
-    ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print rows, bytes, disk and time, and write nothing."),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    shard_bytes: str = _output("256M", "--shard-bytes", help="About how much is committed at a time."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
+    workers: int | None = _cluster(None, "--workers", help="Run on a local Dask cluster of so many processes."),
+    scheduler: str | None = _cluster(None, "--scheduler", help="Run on the Dask cluster at this address, tcp://…"),
 ) -> None:
     """Store a language model's residual stream: one forward pass over the text fills a store per layer.
 
@@ -59,21 +67,29 @@ def extract(
         pipeline extract --model demo --dataset demo --layers 4 8 --tokens 200k --dry-run
 
     """
-    from ..console import parse_count, summary
-    from ..errors import UsageError
-    from .config import ExtractConfig, ModelSource, TextSource
+    from ..console import summary
+    from .config import extract_config
 
-    if batch_size != "auto" and not batch_size.isdigit():
-        raise UsageError(f"--batch-size {batch_size} must be a number, or auto")
-    config = ExtractConfig(
-        layers=tuple(layers),
-        model=ModelSource(model, revision, gguf_file, device, dtype),
-        text=TextSource(dataset, dataset_revision, split, text_column, packing, context, seed, held_out),  # type: ignore[arg-type]
-        tokens=parse_count(tokens),
-        batch_size=None if batch_size == "auto" else int(batch_size),
+    config = extract_config(
+        layers=layers,
+        model=model,
+        dataset=dataset,
+        tokens=tokens,
+        context=context,
+        packing=packing,  # pyright: ignore[reportArgumentType] - the configuration checks it
+        held_out=held_out,
+        seed=seed,
+        split=split,
+        text_column=text_column,
+        dataset_revision=dataset_revision,
+        revision=revision,
+        gguf_file=gguf_file,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
         out=out,
-        compression=compression,  # type: ignore[arg-type]
-        shard_bytes=parse_count(shard_bytes),
+        compression=compression,  # pyright: ignore[reportArgumentType]
+        shard_bytes=shard_bytes,
         fresh=not resume,
         workers=workers,
         scheduler=scheduler,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack
 
+from .. import options
+from ..console import parse_count
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,6 +128,66 @@ class ExtractConfig:
         return {layer: f"{self.out.rstrip('/')}/l{layer}.zarr" for layer in sorted(self.layers)}
 
 
+class ExtractOptions(TypedDict, total=False):
+    """The options of ``pipeline extract`` under their names in Python; one that is None is left at its default."""
+
+    layers: Required[int | Sequence[int]]
+    """Layers whose output is stored, from 0."""
+    model: str | Path | None
+    """Hub id, folder, .gguf file, or ``demo``."""
+    dataset: str | Path | None
+    """Hub id (or ``id:subset``), text files or a folder of them, or ``demo``."""
+    tokens: int | str | None
+    """Tokens per layer, as a number or as ``200k``, ``10M``, ``1B``."""
+    context: int | None
+    packing: Packing | None
+    held_out: float | None
+    seed: int | None
+    split: str | None
+    text_column: str | None
+    dataset_revision: str | None
+    revision: str | None
+    gguf_file: str | None
+    device: str | None
+    dtype: str | None
+    batch_size: int | str | None
+    """Rows per forward pass, or ``auto``."""
+    out: str | Path | None
+    compression: Literal["none", "lz4", "zstd"] | None
+    shard_bytes: int | str | None
+    fresh: bool | None
+    workers: int | None
+    scheduler: str | None
+
+
+# Option → field; what is named here neither for the model nor for the text is a field of ExtractConfig itself.
+MODEL_OPTIONS = {"model": "id", "revision": "revision", "gguf_file": "gguf_file", "device": "device", "dtype": "dtype"}
+TEXT_OPTIONS = {"dataset": "dataset", "dataset_revision": "revision"}
+TEXT_OPTIONS |= {name: name for name in ("split", "text_column", "packing", "context", "seed", "held_out")}
+
+
+def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:
+    """The configuration that options mean; defaults are those of the records.
+
+    Raises:
+        UsageError: no such option, or a value that cannot be.
+
+    """
+    given = options.chosen(asked, ExtractOptions, "extract")
+    rest = {name: value for name, value in given.items() if name not in {**MODEL_OPTIONS, **TEXT_OPTIONS}}
+    rest["layers"] = options.several(rest.get("layers", ()))
+    for name in ("tokens", "shard_bytes"):
+        if name in rest:
+            rest[name] = parse_count(rest[name])
+    size = rest.pop("batch_size", "auto")
+    if size != "auto":
+        if not str(size).isdigit():
+            raise UsageError(f"--batch-size {size} must be a number, or auto")
+        rest["batch_size"] = int(size)
+    model = ModelSource(**options.fields(given, MODEL_OPTIONS))
+    return ExtractConfig(model=model, text=TextSource(**options.fields(given, TEXT_OPTIONS)), **rest)
+
+
 def model_source(identity: ModelIdentity, *, device: str = "auto") -> ModelSource:
     """The model that a store's manifest names, at the recorded commit and in the recorded dtype."""
     return ModelSource(identity.id, identity.revision, identity.gguf_file, device, identity.dtype)
@@ -146,10 +210,9 @@ def command_line(config: ExtractConfig) -> str:
 
 
 def _flag(part: Any, name: str) -> str:
-    if name == "id":
-        return "--model"
-    prefix = "dataset-" if isinstance(part, TextSource) and name == "revision" else ""
-    return f"--{prefix}{name.replace('_', '-')}"
+    names = MODEL_OPTIONS if isinstance(part, ModelSource) else TEXT_OPTIONS if isinstance(part, TextSource) else {}
+    option = next((option for option, field_name in names.items() if field_name == name), name)
+    return f"--{option.replace('_', '-')}"
 
 
 def _word(value: Any) -> str:

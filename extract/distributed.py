@@ -32,10 +32,11 @@ from ..cache.format.manifest import Execution, ModelIdentity, identity_differenc
 from ..cache.format.shard_writer import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
-from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
+from ..device import resolve_device, resolve_dtype
+from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError, needs
 from .config import ExtractConfig, ModelSource
 from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
-from .model.load import LanguageModel, identify_model, load_language_model, resolve_device, resolve_dtype
+from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, describe_execution, make_plan
 from .summary import ExtractSummary, already_complete, record_execution, summarise
 from .text.row_batches import RowFeed
@@ -92,11 +93,12 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
 def _settle_device(device: str, dtype: str) -> tuple[str, str]:
     """On a worker: what ``auto`` means there."""
     found = resolve_device(device)
-    return str(found), resolve_dtype(dtype, found)
+    return (str(found) if ":" in device else found.type), resolve_dtype(dtype, found)
 
 
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[Any]:
+    needs("dask", "distributed", extra="cluster", what="--workers")
     import dask.config
     from distributed import Client, LocalCluster
 

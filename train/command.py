@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import typer
 
 from .loss.registry import PARTNERS, TERMS
 from .sae.registry import ACTIVATIONS, ARCHITECTURES
 
+_main = partial(typer.Option, rich_help_panel="What to train")
+_sparsity = partial(typer.Option, rich_help_panel="Sparsity")
+_temporal = partial(typer.Option, rich_help_panel="Temporal term")
+_optimiser = partial(typer.Option, rich_help_panel="Optimiser")
+_data = partial(typer.Option, rich_help_panel="Data")
+_output = partial(typer.Option, rich_help_panel="Output")
+
 
 def train(
-    store: str = typer.Option("", "--store", help="Activation store of one layer, such as cache/l12.zarr."),
-    preset: str | None = typer.Option(
-        None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."
+    store: str | None = _main(None, "--store", help="Activation store of one layer, such as cache/l12.zarr."),
+    sweep: list[str] = _main([], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."),
+    width: str | None = _main(None, "--width", help="Features; default 8 × d_model, rounded to a power of two."),
+    preset: str | None = _main(None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."),
+    config: str | None = _main(None, "--config", help="TOML file with any field; --show-config prints one."),
+    baseline: bool | None = _main(
+        None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream; done unless you say no."
     ),
-    config: str | None = typer.Option(None, "--config", help="TOML file with any field; --show-config prints one."),
-    architecture: str | None = typer.Option(None, "--architecture", help=f"One of {', '.join(ARCHITECTURES)}."),
-    activation: str | None = typer.Option(None, "--activation", help=f"One of {', '.join(ACTIVATIONS)}."),
-    width: str | None = typer.Option(None, "--width", help="Features; default 8 × d_model, rounded to a power of two."),
-    k: int | None = typer.Option(None, "--k", help="Active features per token (topk, batchtopk)."),
-    l1: float | None = typer.Option(None, "--l1", help="λ1, weight of Σ z (relu) or of L0 (jumprelu)."),
-    temporal: str | None = typer.Option(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
-    temporal_weight: float | None = typer.Option(None, "--temporal-weight", help="λ2."),
-    temporal_partner: str | None = typer.Option(
+    plugin: list[str] = _main([], "--plugin", help="Python file that registers something; repeatable."),
+    seed: int | None = _main(None, "--seed", help="Of the initial weights."),
+    architecture: str | None = _sparsity(None, "--architecture", help=f"One of {', '.join(ARCHITECTURES)}."),
+    activation: str | None = _sparsity(None, "--activation", help=f"One of {', '.join(ACTIVATIONS)}."),
+    k: int | None = _sparsity(None, "--k", help="Active features per token (topk, batchtopk)."),
+    l1: float | None = _sparsity(None, "--l1", help="λ1, weight of Σ z (relu) or of L0 (jumprelu)."),
+    temporal: str | None = _temporal(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
+    temporal_weight: float | None = _temporal(None, "--temporal-weight", help="λ2."),
+    temporal_partner: str | None = _temporal(
         None, "--temporal-partner", help=f"Whom a token is compared with: one of {', '.join(PARTNERS)}."
     ),
-    temporal_lag: int | None = typer.Option(None, "--temporal-lag", help="Distance for partner lag."),
-    temporal_scope: float | None = typer.Option(
+    temporal_lag: int | None = _temporal(None, "--temporal-lag", help="Distance for partner lag."),
+    temporal_scope: float | None = _temporal(
         None, "--temporal-scope", help="First fraction of the dictionary it sees."
     ),
-    window: int | None = typer.Option(None, "--window", help="Consecutive tokens per window, T."),
-    batch_size: str | None = typer.Option(None, "--batch-size", help="Tokens per step."),
-    steps: str | None = typer.Option(None, "--steps", help="Optimiser steps."),
-    tokens: str | None = typer.Option(None, "--tokens", help="Tokens to train on: 200k, 10M; default: the store once."),
-    lr: float | None = typer.Option(None, "--lr", help="Peak learning rate."),
-    warmup: int | None = typer.Option(None, "--warmup", help="Steps of learning-rate warm-up."),
-    sweep: list[str] = typer.Option(
-        [], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."
-    ),
-    baseline: bool | None = typer.Option(
-        None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream."
-    ),
-    seed: int | None = typer.Option(None, "--seed", help="Of the initial weights."),
-    data_seed: int | None = typer.Option(None, "--data-seed", help="Of the order of the windows."),
-    out: str | None = typer.Option(None, "--out", help="Folder of the run folders."),
-    name: str | None = typer.Option(None, "--name", help="Name of the run's folder."),
-    resume: bool = typer.Option(True, "--resume/--fresh", help="Go on with runs that are there, or delete them first."),
-    step: str | None = typer.Option(None, "--step", help="auto, fast (by hand) or autograd."),
-    plugin: list[str] = typer.Option([], "--plugin", help="Python file that registers something; repeatable."),
-    device: str | None = typer.Option(None, "--device", help="auto, cpu, cuda or cuda:1."),
-    dtype: str | None = typer.Option(None, "--dtype", help="Of the products: auto, float32 or bfloat16."),
-    log: list[str] = typer.Option([], "--log", help="jsonl (always written), tensorboard, wandb."),
-    log_every: int | None = typer.Option(None, "--log-every", help="Steps between two lines of metrics."),
-    checkpoint_every: int | None = typer.Option(None, "--checkpoint-every", help="Steps between two checkpoints."),
-    show_config: bool = typer.Option(
-        False, "--show-config", help="Print the resolved configuration as TOML and leave."
-    ),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    steps: str | None = _optimiser(None, "--steps", help="Optimiser steps."),
+    tokens: str | None = _optimiser(None, "--tokens", help="Tokens to train on: 200k, 10M; default: the store once."),
+    lr: float | None = _optimiser(None, "--lr", help="Peak learning rate."),
+    warmup: int | None = _optimiser(None, "--warmup", help="Steps of learning-rate warm-up."),
+    device: str | None = _optimiser(None, "--device", help="auto, cpu, cuda or cuda:1."),
+    step: str | None = _optimiser(None, "--step", help="auto, fast (by hand) or autograd."),
+    dtype: str | None = _optimiser(None, "--dtype", help="Of the products: auto, float32 or bfloat16."),
+    window: int | None = _data(None, "--window", help="Consecutive tokens per window, T."),
+    batch_size: str | None = _data(None, "--batch-size", help="Tokens per step."),
+    data_seed: int | None = _data(None, "--data-seed", help="Of the order of the windows."),
+    out: str | None = _output(None, "--out", help="Folder of the run folders."),
+    name: str | None = _output(None, "--name", help="Name of the run's folder."),
+    resume: bool = _output(True, "--resume/--fresh", help="Go on with runs that are there, or delete them first."),
+    log: list[str] = _output([], "--log", help="jsonl (always written), tensorboard, wandb."),
+    log_every: int | None = _output(None, "--log-every", help="Steps between two lines of metrics."),
+    checkpoint_every: int | None = _output(None, "--checkpoint-every", help="Steps between two checkpoints."),
+    show_config: bool = _output(False, "--show-config", help="Print the resolved configuration as TOML and leave."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Train a TC-SAE and its twin without the temporal term, on the same stream of windows.
 
@@ -73,20 +74,53 @@ def train(
         pipeline train --show-config > my.toml
 
     """
-    given = dict(locals())
     from ..console import summary
-    from .plan import parse_sweep
-    from .presets import build_config, show_toml
+    from .options import sweep_grid, train_config
+    from .presets import show_toml
 
-    chosen = build_config(preset, config, _changes(given))
-    grid = parse_sweep(sweep)
+    chosen = train_config(
+        config,
+        store=store,
+        width=width,
+        preset=preset,  # pyright: ignore[reportArgumentType] - the configuration checks it
+        baseline=baseline,
+        plugin=plugin,
+        seed=seed,
+        architecture=architecture,
+        activation=activation,
+        k=k,
+        l1=l1,
+        temporal=temporal,
+        temporal_weight=temporal_weight,
+        temporal_partner=temporal_partner,
+        temporal_lag=temporal_lag,
+        temporal_scope=temporal_scope,
+        steps=steps,
+        tokens=tokens,
+        lr=lr,
+        warmup=warmup,
+        step=step,  # pyright: ignore[reportArgumentType] - the configuration checks it
+        device=device,
+        dtype=dtype,
+        window=window,
+        batch_size=batch_size,
+        data_seed=data_seed,
+        out=out,
+        name=name,
+        log=log,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
+    grid = sweep_grid(sweep)
     if show_config:
         print(show_toml(chosen), end="")
         return
+    from ..allocator import keeping_freed_memory
     from .loop.distributed import speaks
     from .run import train as run
 
-    done = run(chosen, sweep=grid, fresh=not resume)
+    with keeping_freed_memory():
+        done = run(chosen, sweep=grid, fresh=not resume)
     if not speaks():
         return
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"
@@ -95,12 +129,12 @@ def train(
 
 def export(
     run: str = typer.Argument(..., help="Folder of a finished run."),
-    format_name: str = typer.Option("saelens", "--format", help="saelens or dictionary-learning."),
-    out: str | None = typer.Option(None, "--out", help="Folder to write; default RUN/FORMAT."),
-    push_to_hub: str | None = typer.Option(
+    format_name: str = _output("saelens", "--format", help="saelens or dictionary-learning."),
+    out: str | None = _output(None, "--out", help="Folder to write; default RUN/FORMAT."),
+    push_to_hub: str | None = _output(
         None, "--push-to-hub", help="Upload to this Hugging Face repository, OWNER/NAME."
     ),
-    json_output: bool = typer.Option(False, "--json", help="Print the summary as one line of JSON."),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Write a finished run in a format that other tools read, with a model card.
 
@@ -118,16 +152,6 @@ def export(
     folder = write(run, format_name, out, push_to_hub=push_to_hub)
     facts = {"folder": str(folder), "format": format_name, "uploaded_to": push_to_hub}
     summary("exported", {name: value for name, value in facts.items() if value}, as_json=json_output)
-
-
-def _changes(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as dotted fields of the configuration."""
-    from .plan import OPTIONS, as_count
-
-    fields = (
-        (OPTIONS[name.replace("_", "-")], value) for name, value in given.items() if name.replace("_", "-") in OPTIONS
-    )
-    return {field: as_count(field, value) for field, value in fields if value not in (None, [], "")}
 
 
 COMMANDS = [train, export]

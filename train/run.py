@@ -19,15 +19,15 @@ import safetensors
 import torch
 
 from .. import __version__
-from ..allocator import keeping_freed_memory
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
+from ..device import DTYPES, resolve_device, resolve_dtype
 from ..errors import ResourceError, UsageError
 from ..plugins import load_plugins
 from .config import TrainConfig
 from .loop.diagnostics import Metrics
 from .loop.distributed import World, joined, seen_by_share
-from .loop.inputs import Inputs, resolve_device, resolve_dtype
+from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, needs_siblings
@@ -61,7 +61,6 @@ class TrainSummary:
         return facts | {"folder": self.runs[0].parent}
 
 
-@keeping_freed_memory()
 def train(
     config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False
 ) -> TrainSummary:
@@ -83,8 +82,8 @@ def train(
         raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
     check_loggers(config.run.log)
     load_plugins(config.run.plugins)
-    device = resolve_device(config.run)
-    dtype = resolve_dtype(config.run, device)
+    device = resolve_device(config.run.device)
+    dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
     store = ActivationStore.open(config.data.store)
     statistics = store.statistics()
     members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...atomic_files import write_json
 from ...cache.store import ActivationStore
 from ...console import progress
+from ...device import resolve_device
 from ...errors import RunError, UsageError
 from ...train.run_folder.record import RunRecord, load_run
 from ...train.sae.temporal_sae import TemporalSAE
@@ -104,8 +105,6 @@ def prune_run(config: PruneConfig) -> PruneSummary:
         RunError: no such run, not finished, its store does not fit, or the new folder exists.
 
     """
-    from ...extract.model.load import resolve_device
-
     folder = Path(config.run)
     record = load_run(folder)
     if not record.finished:

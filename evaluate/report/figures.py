@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic_files import plain_errors, write_file
+from ...errors import needs
 from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels.fidelity import plane_zoomed
@@ -219,6 +220,7 @@ def _height(panel: Panel) -> float:
 @contextmanager
 def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
     """A figure without a window, in the report's style, closed afterwards."""
+    needs("matplotlib", extra="report", what="a report's figures")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

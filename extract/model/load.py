@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from ...cache.format.manifest import ModelIdentity
-from ...errors import ModelError, ResourceError, UsageError
+from ...device import DTYPES, resolve_device, resolve_dtype
+from ...errors import ModelError, ResourceError, needs
 from ..config import ModelSource
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,17 @@ def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutli
     """Configuration and tokenizer, without the weights. ``elsewhere``: device and dtype are those of another machine.
 
     Raises:
-        ModelError: not there, gated, out of reach, no causal language model, or a device that is not there.
+        ModelError: not there, gated, out of reach, or no causal language model.
+        UsageError: a device that is not there.
 
     """
+    needs("transformers", extra="extract", what="a language model")
     from transformers import AutoConfig, AutoTokenizer
 
     _quieten()
     files = locate_model(source)
+    if files.gguf_file:
+        needs("gguf", "accelerate", extra="gguf", what="a model in a GGUF file")
     gguf = {"gguf_file": files.gguf_file} if files.gguf_file else {}
     with _load_failures(files):
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **gguf)
@@ -133,7 +136,8 @@ def load_language_model(
     With ``deepest_layer`` the blocks above it and the head are dropped. ``identity`` spares hashing the weights again.
 
     Raises:
-        ModelError: as :func:`outline_model`; or no such layer, weights missing, or not enough memory on the device.
+        ModelError, UsageError: as :func:`outline_model`; or no such layer, or weights missing.
+        ResourceError: not enough memory on the device.
 
     """
     outline = source if isinstance(source, ModelOutline) else outline_model(source)
@@ -187,60 +191,6 @@ def find_blocks(model: nn.Module, n_layers: int) -> tuple[nn.Module, str]:
     raise ModelError(
         f"{type(model).__name__} keeps its {n_layers} blocks in no list beside its embedding: it cannot be tapped"
     )
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU if there is one, else the CPU.
-
-    Raises:
-        ModelError: a GPU was named that this machine or this build of torch does not have.
-
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device} is unknown: say auto, cpu, cuda or cuda:N")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        build = "" if torch.version.cuda else " (this torch is a build without CUDA)"
-        shown = f"this machine shows {torch.cuda.device_count()} CUDA devices{build}"
-        raise ModelError(f"--device {device} was asked for, {shown}: say --device cpu")
-    return wanted
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """``auto`` is bfloat16 where the hardware multiplies it natively, else float32 (5 times faster on a CPU without
-    it).
-    """
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    return "bfloat16" if _cpu_prefers_bfloat16() else "float32"
-
-
-def _cpu_prefers_bfloat16() -> bool:
-    """Whether a bfloat16 product is at least 1.2 times as fast as a float32 one here; false without the
-    instructions.
-    """
-    from time import perf_counter
-
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or not supported():
-        return False
-    best = {}
-    for dtype in DTYPES.values():
-        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = perf_counter()
-            torch.mm(a, b)
-            times.append(perf_counter() - start)
-        best[dtype] = min(times)
-    return best[torch.float32] > 1.2 * best[torch.bfloat16]
 
 
 def choose_attention(config: Any) -> str:

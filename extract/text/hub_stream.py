@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ...errors import TextError
+from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.hub import hub_failures
 from .documents import text_of
@@ -47,6 +47,7 @@ def open_stream(source: TextSource) -> StreamedDocuments:
         TextError: no such dataset, subset, split or column, gated, or the hub is out of reach.
 
     """
+    needs("datasets", extra="extract", what="a dataset of the hub")
     from datasets import disable_progress_bars
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError

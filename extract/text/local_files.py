@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from ...errors import TextError
+from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.files import hash_file
 from ..model.hub import first_line
@@ -178,6 +178,7 @@ class LocalTable:
 
 
 def _table(kind: str, files: Sequence[Path], folder: Path, source: TextSource) -> LocalTable:
+    needs("datasets", extra="extract", what=f"text in {kind} files")
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 

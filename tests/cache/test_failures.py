@@ -13,7 +13,7 @@ from stores import make_activations, make_block, make_manifest, make_store, writ
 from tcsae.cache.format.commit_log import LOG
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.format.manifest import checksum, read_manifest
-from tcsae.cache.storage import places
+from tcsae.cache.storage.open_place import place_of
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
 from tcsae.cache.writer import StoreSetWriter
@@ -270,5 +270,5 @@ def test_readers_see_only_whole_rows_while_a_writer_writes(tmp_path):
 
 def test_local_urls_are_folders(tmp_path):
     path = make_store(tmp_path, rows=20)
-    assert places.place_of(f"file://{path}").local
+    assert place_of(f"file://{path}").local
     assert ActivationStore.open(f"file://{path}").n_rows == 20

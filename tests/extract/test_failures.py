@@ -8,11 +8,9 @@ import shutil
 import time
 
 import pytest
-import torch
-from tcsae.errors import ModelError, TcsaeError, UsageError
+from tcsae.errors import ModelError, TcsaeError
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource, command_line, model_source, text_source
-from tcsae.extract.model import load as models_module
-from tcsae.extract.model.load import identify_model, load_language_model, outline_model, resolve_device, resolve_dtype
+from tcsae.extract.model.load import identify_model, load_language_model, outline_model
 from tcsae.pipeline import main
 
 
@@ -128,27 +126,6 @@ def test_fingerprint_is_of_weights_and_configuration_not_of_names_or_versions(tm
     first, second, third = (identify_model(outline_model(ModelSource(str(f)))) for f in (tiny_llama, same, other))
     assert first.fingerprint == second.fingerprint != third.fingerprint
     assert first.tokenizer_fingerprint == third.tokenizer_fingerprint
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_cuda_asked_for_where_there_is_none():
-    with pytest.raises(
-        ModelError, match=r"--device cuda was asked for, this machine shows 0 CUDA devices.*: say --device cpu"
-    ):
-        resolve_device("cuda")
-    for device in ("tpux", "mps", "meta"):
-        with pytest.raises(UsageError, match=f"--device {device} is unknown"):
-            resolve_device(device)
-    assert resolve_device("auto").type == "cpu"
-
-
-def test_dtype_is_float32_on_a_cpu_without_the_instructions(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(models_module, "_cpu_prefers_bfloat16", lambda: False)
-    assert resolve_dtype("auto", cpu) == "float32"
-    assert resolve_dtype("bfloat16", cpu) == "bfloat16"
-    monkeypatch.setattr(models_module, "_cpu_prefers_bfloat16", lambda: True)
-    assert resolve_dtype("auto", cpu) == "bfloat16"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ are left out.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from ...cache.statistics import StoreStatistics
 from ...cache.store import ActivationStore
-from ...errors import StoreError, UsageError
-from ..config import DataConfig, RunConfig, SAEConfig
+from ...errors import StoreError
+from ..config import DataConfig, SAEConfig
 from .geometric_median import geometric_median, sample_tokens
 
 
@@ -84,39 +83,3 @@ class Inputs:
         return cls(
             state["rows"], state["scale"], state["norm_limit"], state["mean"], state["spread"], state.get("median")
         )
-
-
-def resolve_device(run: RunConfig) -> torch.device:
-    """The device a configuration means; under torchrun each process of a machine has a CUDA device of its own.
-
-    Raises:
-        UsageError: CUDA where there is none, no such device, or more processes than devices.
-
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device)
-    except RuntimeError:
-        raise UsageError(f"device '{run.device}' is unknown: choose auto, cpu, cuda or cuda:0") from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"device '{run.device}' was asked for, this machine has no usable CUDA device: use --device cpu"
-        )
-    n, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
-    if device.index is None and own >= n:
-        raise UsageError(
-            f"process {own} of this machine has no CUDA device of its own: start at most {n} (--nproc-per-node={n})"
-        )
-    if device.index is not None and device.index >= n:
-        raise UsageError(f"device '{run.device}' was asked for, this machine has {n} CUDA devices, counted from 0")
-    return torch.device("cuda", own if device.index is None else device.index)
-
-
-def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the products: bfloat16 where the hardware multiplies it, unless the configuration says."""
-    if run.dtype != "auto":
-        return torch.float32 if run.dtype == "float32" else torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

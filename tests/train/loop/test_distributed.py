@@ -5,13 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-import torch
 from stores import make_store
-from tcsae.errors import UsageError
 from tcsae.train import run
-from tcsae.train.config import RunConfig
 from tcsae.train.loop.distributed import World, seen_by_share
-from tcsae.train.loop.inputs import resolve_device
 from tcsae.train.presets import build_config
 
 
@@ -51,20 +47,3 @@ def test_a_run_of_several_processes_says_what_will_differ(tmp_path, monkeypatch,
     run.train(build_config(None, None, changes | {"data.batch_size": 60, "run.steps": 2, "sae.width": 16}))
     sentence = "batchtopk's choice of the largest codes sees one process's share of a batch at a time: with 2 processes"
     assert (sentence in capsys.readouterr().err) == warned
-
-
-def test_every_process_of_a_machine_has_a_cuda_device_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device(RunConfig(device="auto")) == torch.device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (
-        resolve_device(RunConfig(device="auto")) == resolve_device(RunConfig(device="cuda")) == torch.device("cuda:1")
-    )
-    assert resolve_device(RunConfig(device="cuda:0")) == torch.device("cuda:0")
-    assert resolve_device(RunConfig(device="cpu")) == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"process 2 of this machine has no CUDA device of its own: start at most 2"):
-        resolve_device(RunConfig(device="auto"))
-    with pytest.raises(UsageError, match=r"'cuda:7' was asked for, this machine has 2 CUDA devices"):
-        resolve_device(RunConfig(device="cuda:7"))

@@ -1,0 +1,9 @@
+"""``python -m tcsae``: the command line where its script is not on the path."""
+
+from __future__ import annotations
+
+import sys
+
+from .pipeline import main
+
+sys.exit(main())

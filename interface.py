@@ -1,0 +1,131 @@
+"""The commands as Python functions: the same options by the same names, the same summaries as typed objects.
+
+Each takes either a configuration or options. They are silent unless ``progress=True`` (bars on a terminal, lines
+elsewhere), change nothing of the process that calls them, and import torch and the rest only when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from .console import speaking
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .evaluate.config import EvaluateConfig, EvaluateOptions
+    from .evaluate.flat import Report
+    from .evaluate.run import Outcome
+    from .extract.config import ExtractConfig, ExtractOptions
+    from .extract.summary import ExtractSummary
+    from .train.config import TrainConfig
+    from .train.options import TrainOptions
+    from .train.run import TrainSummary
+
+
+def extract(
+    config: ExtractConfig | None = None, *, progress: bool = False, **options: Unpack[ExtractOptions]
+) -> ExtractSummary:
+    """Store a language model's activations, as ``pipeline extract`` does; go on with what was begun.
+
+    ``tcsae.extract(model="demo", dataset="demo", layers=[5, 10], tokens="200k")``
+
+    Args:
+        config: everything at once; or
+        options: by name, as on the command line (:class:`~tcsae.extract.config.ExtractOptions`).
+        progress: whether notes and progress are shown.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; what was committed stays.
+
+    """
+    from .extract.config import extract_config
+    from .extract.run import extract as run
+
+    with speaking(progress):
+        return run(_either(config, options, lambda: extract_config(**options)))
+
+
+def train(
+    config: TrainConfig | str | Path | None = None,
+    *,
+    sweep: Mapping[str, Iterable[Any]] | Iterable[str] = (),
+    fresh: bool = False,
+    progress: bool = False,
+    **options: Unpack[TrainOptions],
+) -> TrainSummary:
+    """Train an SAE and its λ2 = 0 twin, or a sweep of them, as ``pipeline train`` does; go on with what was begun.
+
+    ``tcsae.train(store="cache/l12.zarr", k=32, sweep={"temporal_weight": [0.01, 0.1], "seed": [0, 1]})``
+
+    Args:
+        config: everything at once, or a TOML file that the options are laid over; or
+        options: by name, as on the command line (:class:`~tcsae.train.options.TrainOptions`).
+        sweep: option or dotted field → values, or ``["seed=0,1"]``; every combination is trained, on one stream.
+        fresh: replace runs that are there.
+        progress: whether notes and progress are shown.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; finished runs and checkpoints stay.
+
+    """
+    from .train.options import sweep_grid, train_config
+    from .train.run import train as run
+
+    with speaking(progress):
+        file = config if isinstance(config, str | Path) else None
+        chosen = _either(None if file else config, options, lambda: train_config(file, **options))
+        return run(chosen, sweep=sweep_grid(sweep), fresh=fresh)
+
+
+def evaluate(
+    config: EvaluateConfig | None = None, *, progress: bool = False, **options: Unpack[EvaluateOptions]
+) -> list[Outcome]:
+    """Judge SAEs in their language models, as ``pipeline evaluate`` does: one report per model and text.
+
+    ``tcsae.evaluate(run=["runs/l12-topk64-none-s0"], batches=50)``
+
+    Args:
+        config: everything at once; or
+        options: by name, as on the command line (:class:`~tcsae.evaluate.config.EvaluateOptions`).
+        progress: whether notes and progress are shown.
+
+    Returns:
+        Each report with its folder; SAEs that could not be evaluated are in ``outcome.report.failures``.
+
+    Raises:
+        TcsaeError: nothing could be evaluated; one sentence says why.
+
+    """
+    from .evaluate.config import evaluate_config
+    from .evaluate.run import evaluate as run
+
+    with speaking(progress):
+        return run(_either(config, options, lambda: evaluate_config(**options)))
+
+
+def load_report(path: str | Path) -> Report:
+    """What an evaluation found, as tables: ``load_report("reports/demo").records``.
+
+    Args:
+        path: a report's folder, or its ``results.json``.
+
+    Raises:
+        RunError: there is none, it is damaged, or a newer version wrote it.
+
+    """
+    from .evaluate.flat import Report
+    from .evaluate.results import read_results
+
+    return Report(read_results(path))
+
+
+def _either(config: Any, options: Mapping[str, Any], build: Any) -> Any:
+    if config is None:
+        return build()
+    if options:
+        raise UsageError(
+            f"a configuration was given and {', '.join(options)} beside it: put them into the configuration"
+        )
+    return config

@@ -1,0 +1,87 @@
+"""The options of ``pipeline train`` by name: from the command line and from Python to a configuration and a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from .. import options
+from .config import TrainConfig
+from .plan import OPTIONS, as_count, parse_sweep
+from .presets import build_config
+
+
+class TrainOptions(TypedDict, total=False):
+    """The options under their names in Python; one that is None is left at its default.
+
+    ``pipeline train --help`` and :class:`~tcsae.train.config.TrainConfig` say what each is.
+    """
+
+    store: str | Path | None
+    architecture: str | None
+    activation: str | None
+    width: int | str | None
+    k: int | str | None
+    decoder: Literal["unit", "free"] | None
+    l1: float | None
+    temporal: str | None
+    temporal_weight: float | None
+    temporal_partner: str | None
+    temporal_lag: int | None
+    temporal_scope: float | None
+    window: int | None
+    steps: int | str | None
+    tokens: int | str | None
+    batch_size: int | str | None
+    lr: float | None
+    warmup: int | None
+    seed: int | None
+    baseline: bool | None
+    pool: int | str | None
+    scale: Literal["rms", "none"] | None
+    norm_filter: float | None
+    data_seed: int | None
+    preset: Literal["modern", "paper"] | None
+    step: Literal["auto", "autograd", "fast"] | None
+    plugin: str | Path | Sequence[str | Path] | None
+    device: str | None
+    dtype: str | None
+    out: str | Path | None
+    name: str | None
+    log: str | Sequence[str] | None
+    log_every: int | None
+    checkpoint_every: int | None
+
+
+def train_config(config: str | Path | None = None, **asked: Unpack[TrainOptions]) -> TrainConfig:
+    """The configuration that options mean: preset < file < options.
+
+    Args:
+        config: a TOML file with any field (``pipeline train --show-config`` prints one).
+        asked: the options.
+
+    Raises:
+        UsageError: no such option, or a value that cannot be.
+
+    """
+    given = options.chosen(asked, TrainOptions, "train")
+    preset = given.pop("preset", None)
+    for name in ("log", "plugin"):
+        if name in given:
+            given[name] = options.several(given[name])
+    changes = {OPTIONS[name.replace("_", "-")]: value for name, value in given.items()}
+    return build_config(preset, config, {field: as_count(field, value) for field, value in changes.items()})
+
+
+def sweep_grid(sweep: Mapping[str, Iterable[Any]] | Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """A sweep as ``{"temporal_weight": [0, 0.1]}`` or ``["temporal-weight=0,0.1"]``: dotted fields → values.
+
+    Raises:
+        UsageError: as :func:`tcsae.train.plan.parse_sweep`.
+
+    """
+    if not isinstance(sweep, Mapping):
+        return parse_sweep(sweep)
+    names = {key: key if "." in key else key.replace("_", "-") for key in sweep}
+    return parse_sweep(f"{names[key]}={','.join(map(str, options.several(sweep[key])))}" for key in sweep)
