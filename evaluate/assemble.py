@@ -23,9 +23,10 @@ from .protocol import UnitSums
 from .results import Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
 from .table_row import MeasuredRow
 
-L0_TOLERANCE = 0.05  # a pair whose L0 differs by more is not compared on equal terms
+L0_TOLERANCE = 0.05
+"""A pair whose L0 differs by a larger share is not compared at equal sparsity."""
 _OF_THE_MODEL = ("ce_clean", "kl_noise_floor", "activation_", "same_token_activation", "prefix_shift_activation")
-"""What these metrics' names begin with is the same for both sides of a pair."""
+"""Metrics whose names begin so depend on model and text alone: they are the same for both sides of a pair."""
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
 
 

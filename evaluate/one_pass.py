@@ -1,7 +1,7 @@
 """One pass over the text for many rows of the table at once.
 
-Per batch: the model runs once as it is; every candidate looks at its layer's output and gives a reconstruction; the
-layers above run once per candidate; and the head runs over slabs of tokens, the clean logits computed once for all.
+Per batch: the model runs once as it is; every candidate gives a reconstruction of its layer's output; the layers above
+run once per candidate; and the head runs over some tokens at a time, their clean logits computed once for all.
 
 Shapes: B rows, T positions, D model width, N positions whose input counts.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..console import Progress
 from ..errors import RunError
-from .metrics.fidelity import Slab, predictions, token_losses
+from .metrics.fidelity import LogitBuffers, predictions, token_losses
 from .model.heldout_text import HeldOutText
 from .model.reference_rows import spliced_in
 from .model.splice import Head, SplicedModel
@@ -27,7 +27,7 @@ from .table_row import Candidate
 
 @dataclass
 class Measurement:
-    """The model, the text and the candidates of one pass. A candidate that fails leaves, the others go on."""
+    """The model, the text and the candidates of one pass. A candidate that fails is left out, the others go on."""
 
     model: SplicedModel
     head: Head
@@ -36,7 +36,7 @@ class Measurement:
     uniform_layers: frozenset[int] = frozenset()
     """Layers where zero at every position ends in logits that are all zero."""
     failures: list[Failure] = field(default_factory=list)
-    slab: Slab = field(default_factory=Slab)
+    buffers: LogitBuffers = field(default_factory=LogitBuffers)
 
     @torch.no_grad()
     def run(self, batch_rows: int, progress: Progress) -> None:
@@ -61,7 +61,7 @@ class Measurement:
             except RunError as failure:
                 self._drop(candidate, failure)
                 continue
-            if not self._borrows(candidate):
+            if not self._shares_splice(candidate):
                 finals.append((candidate, self._final(candidate, tokens_BT, batch, x_hat_BTD)))
         self._losses(batches, final_BTD, finals)
 
@@ -86,15 +86,15 @@ class Measurement:
             real_BT
         )[real_BT]
         states = [None if one is None else one[real_BT] for _, one in finals]
-        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.slab)
+        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.buffers)
         units_N = batch.units_BT[real_BT][counted_N]
         for (candidate, _), (ce_N, kl_N) in zip(finals, losses, strict=True):
             inlier_N = batches[candidate.row.layer].valid_BT[real_BT][counted_N]
-            for one in [candidate, *self._borrowers(candidate)]:
+            for one in [candidate, *self._sharers(candidate)]:
                 one.compat.add_losses(has_target_N, ce_clean_N, ce_N, kl_N)
                 one.fidelity.add_losses(units_N, inlier_N, ce_clean_N[counted_N], ce_N[counted_N], kl_N[counted_N])
 
-    def _borrows(self, candidate: Candidate) -> bool:
+    def _shares_splice(self, candidate: Candidate) -> bool:
         """Whether another candidate of this pass splices the same tensor."""
         return candidate.shares is not None and any(
             other.row.kind == "reference"
@@ -102,7 +102,7 @@ class Measurement:
             for other in self.candidates
         )
 
-    def _borrowers(self, candidate: Candidate) -> list[Candidate]:
+    def _sharers(self, candidate: Candidate) -> list[Candidate]:
         if candidate.row.kind != "reference":
             return []
         return [

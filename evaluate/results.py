@@ -159,7 +159,7 @@ class Passage(Frozen):
     position: int = Field(description="of the first shown token in its row")
     document: int
     chosen: Literal["strongest", "random"] = Field(
-        default="strongest", description="why this passage: the strongest alone flatter a feature"
+        default="strongest", description="why this passage: the strongest alone make a feature look cleaner than it is"
     )
 
 

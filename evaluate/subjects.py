@@ -1,5 +1,5 @@
-"""Which SAEs are to be evaluated, in which model and on which text: runs and other people's SAEs, grouped so that each
-model is loaded once. Whatever cannot be loaded becomes a failure with its sentence, and the others go on.
+"""Which SAEs are to be evaluated, in which model and on which text: runs and SAEs from elsewhere, grouped so that each
+model is loaded once. Whatever cannot be loaded becomes a failure with its sentence, and the others are evaluated.
 """
 
 from __future__ import annotations

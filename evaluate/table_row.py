@@ -107,7 +107,7 @@ _ABOUT = ("unit", "definition", "offset", "scale", "n")
 
 
 class Candidate:
-    """A row being measured: turns a batch into features and a reconstruction, and collects what they say.
+    """A row being measured: computes features and reconstruction of every batch and passes them to what sums them.
 
     Args:
         row: what is known of it beforehand.

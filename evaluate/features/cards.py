@@ -78,9 +78,7 @@ def describe(
     places: Mapping[int, list[Place]],
     max_rows: int,
 ) -> list[FeatureCard]:
-    """The cards of the chosen features (number → reason), by number; ``known`` is where numbers and curves
-    come from.
-    """
+    """Cards of the chosen features (number → reason), by number; ``known``: their numbers and curves."""
     passages = _passages(source, places, max_rows)
     raises, lowers = _effects(source, w_dec_FD, sorted(chosen))
     return [
@@ -100,9 +98,7 @@ def describe(
 
 
 def choose(known: Mapping[str, np.ndarray], n_cards: int, seed: int) -> dict[int, str]:
-    """Feature number → why it is shown: half at random among those that fire, the rest the extremes of
-    what is known.
-    """
+    """Feature number → why it is shown: half at random among those that fire, the rest for an extreme value."""
     alive = np.flatnonzero(known["density"] > 0)
     order = np.random.default_rng(seed).permutation(alive)
     chosen = {int(feature): "chosen at random" for feature in order[: n_cards // 2]}

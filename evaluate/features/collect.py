@@ -20,7 +20,7 @@ from ..results import Definition, FeatureCard
 from .cards import DEFINITIONS, CardSource, Place, choose, describe
 
 STRONGEST = 6  # rows kept per feature for the size of their activation
-RANDOM = 3  # rows kept per feature at random among those where it fires: the strongest alone flatter a feature
+RANDOM = 3  # rows kept per feature at random where it fires: the strongest alone make it look cleaner than it is
 
 
 class _Kept:
@@ -31,7 +31,7 @@ class _Kept:
         self.row_KF = torch.full((keep, n_features), -1, dtype=torch.int64, device=device)
         self.position_KF = torch.zeros((keep, n_features), dtype=torch.int16, device=device)
 
-    def offer(self, score_BF: Tensor, rows_B: Tensor, position_BF: Tensor) -> None:
+    def update(self, score_BF: Tensor, rows_B: Tensor, position_BF: Tensor) -> None:
         rows_BF = rows_B[:, None].expand_as(score_BF)
         score = torch.cat([self.score_KF, score_BF])
         self.score_KF, best = score.topk(len(self.score_KF), dim=0)
@@ -98,9 +98,9 @@ class FeatureBrowser:
         self._seen.count_F += (masked_BTF > 0).sum(dim=(0, 1))
         self._seen.n_tokens += int(batch.valid_BT.sum())
         never = torch.tensor(-torch.inf, device=z_BTF.device)
-        self._seen.strongest.offer(torch.where(fires_BF, peak_BF, never), batch.rows_B, position_BF)
-        lots_BF = torch.rand(peak_BF.shape, generator=self._generator).to(z_BTF.device)
-        self._seen.random.offer(torch.where(fires_BF, lots_BF, never), batch.rows_B, position_BF)
+        self._seen.strongest.update(torch.where(fires_BF, peak_BF, never), batch.rows_B, position_BF)
+        random_BF = torch.rand(peak_BF.shape, generator=self._generator).to(z_BTF.device)
+        self._seen.random.update(torch.where(fires_BF, random_BF, never), batch.rows_B, position_BF)
 
     def result(self) -> Findings:
         """Nothing for the table: the cards are asked for afterwards."""

@@ -1,7 +1,7 @@
 """What the page's feature browser is given: cards made small, safe to embed, and within a bound on the page's size.
 
-Strings are stored once and named by index, activations as hundredths of the feature's maximum. Characters that would
-steer the reader's text (controls, bidirectional overrides, line separators) are shown by name instead of being obeyed.
+Strings are stored once and named by index, activations as hundredths of the feature's maximum. Characters that change
+how text is displayed (controls, bidirectional overrides, line separators) are replaced by their code points.
 """
 
 from __future__ import annotations
@@ -39,17 +39,15 @@ class _Words:
 
 
 def visible(text: str) -> str:
-    """A token with what cannot be seen, or would act on its surroundings, written out; newline and tab are
-    the page's.
-    """
+    """A token whose invisible and controlling characters are written out, newline and tab excepted."""
     return "".join(_visible(c) for c in text)
 
 
 def _visible(char: str) -> str:
     if char in "\n\t":
         return char
-    steers = unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    return f"‹U+{ord(char):04X}›" if steers else char
+    hidden = unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    return f"‹U+{ord(char):04X}›" if hidden else char
 
 
 def payload(report: EvaluationReport, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

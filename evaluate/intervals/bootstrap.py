@@ -1,5 +1,4 @@
-"""Uncertainty: every average is a ratio of sums per unit of text, and the text's units are drawn again a thousand
-times.
+"""Bootstrap intervals: every average is a ratio of sums per unit of text, and units are drawn again a thousand times.
 
 The draw is over documents, because tokens of one document are not independent; where there are fewer than thirty
 documents it is over blocks of about a thousand tokens, which misses what a whole document shares, and the report says
@@ -20,7 +19,7 @@ from ..results import Metric
 
 RESAMPLES = 1000
 MIN_DOCUMENTS = 30
-MIN_GROUPS = 10  # an interval from fewer would be decoration
+MIN_GROUPS = 10  # with fewer an interval would mean nothing
 LEVEL = (2.5, 97.5)
 
 
@@ -75,7 +74,7 @@ def _value(sums: UnitSums) -> float | None:
 
 
 def _ends(values_R: np.ndarray) -> tuple[float | None, float | None]:
-    """The interval, or none where any resample is undefined: it would be that of another question."""
+    """The interval, or none where any resample is undefined: of the others alone it would be too narrow."""
     if not len(values_R) or not np.isfinite(values_R).all():
         return None, None
     low, high = np.percentile(values_R, LEVEL)

@@ -1,7 +1,7 @@
 """Intervals for what is no ratio of sums: a delete-a-group jackknife over groups of units of text.
 
 Every sum such a statistic needs is kept once per group; leaving each group out in turn says how much the statistic
-hangs on the text that happened to be there (Kott 2001, "The delete-a-group jackknife", J. Official Statistics 17). What
+depends on the text that was drawn (Kott 2001, "The delete-a-group jackknife", J. Official Statistics 17). What
 is left when a group is left out is kept with the value, so that two SAEs measured on the same text can be compared
 group by group.
 """

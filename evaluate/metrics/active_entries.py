@@ -2,9 +2,9 @@
 
 Shapes: B rows, T positions, N = B·T tokens (token n = row · T + position), F features, E active entries, L lags.
 
-Active entries are sorted by feature, then by token. In that order the entries of one feature lie in time's order, so
-its last L active entries are among the L entries before: a circular buffer of the last L feature vectors, of which only
-what is not zero is kept. Rows never continue in one another, so nothing of it has to live from batch to batch.
+Active entries are sorted by feature, then by token. So the entries of one feature are in the order of the text, and
+whatever of it was active in the L tokens before is among the L entries before. Rows do not continue one another, so
+nothing has to be kept from batch to batch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .active_entries import ActiveEntries
 from .registry import metric
 
 _BINS_PER_OCTAVE = 4
-_LOWEST_OCTAVE, _HIGHEST_OCTAVE = -32, 48  # L1 of a token lies between 2^-32 and 2^48, or is counted in the end bins
+_LOWEST_OCTAVE, _HIGHEST_OCTAVE = -32, 48  # L1 of a token outside 2^-32 … 2^48 is counted in the first or last bin
 
 FEW_ALIVE = 0.05
 """Share of alive features below which the notes warn."""

@@ -1,7 +1,7 @@
 """How much of the model survives a splice, and how well activations are reconstructed: token sums, divided once.
 
-Cross-entropy and KL(original ‖ spliced) come from fp32 logits, a slab of tokens at a time: the clean logits of a slab
-are computed once and compared with every splice, so the cost of a 256k vocabulary is bounded whatever the batch. A
+Cross-entropy and KL(original ‖ spliced) come from fp32 logits, some tokens at a time: their clean logits are computed
+once and compared with every splice, and the memory is bounded whatever the vocabulary and the batch. A
 position counts when neither it nor its target is special or padding and both belong to one document.
 
 Shapes: B rows, T positions, D model width, F features, V vocabulary, N counted positions, U units.
@@ -20,7 +20,7 @@ from ..model.splice import Head
 from ..protocol import Ledger, TokenBatch, UnitSums
 from ..results import Definition
 
-SLAB_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
+LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
 OUTLIERS = "_without_outliers"
 
 DEFINITIONS = {
@@ -112,16 +112,14 @@ def predictions(tokens_BT: Tensor, documents_BT: Tensor, real_BT: Tensor) -> tup
     return counts_BT, tokens_BT.roll(-1, dims=1)
 
 
-class Slab:
-    """The four [tokens, V] buffers of :func:`token_losses`, kept from batch to batch: fresh memory costs more than the
-    sums.
-    """
+class LogitBuffers:
+    """The four [tokens, V] buffers of :func:`token_losses`, kept from batch to batch to save allocations."""
 
-    def __init__(self, limit_bytes: int = SLAB_BYTES):
+    def __init__(self, limit_bytes: int = LOGIT_BYTES):
         self._limit = limit_bytes
         self._buffers: Tensor | None = None
 
-    def buffers(self, n: int, V: int, device: torch.device) -> Tensor:
+    def of(self, n: int, V: int, device: torch.device) -> Tensor:
         """[4, tokens, V] in fp32 with as many tokens as the limit and ``n`` allow, one at least."""
         tokens = max(1, min(n, self._limit // (16 * V)))
         if self._buffers is None or self._buffers.shape[1] < tokens or self._buffers.device != device:
@@ -131,21 +129,25 @@ class Slab:
 
 @torch.no_grad()
 def token_losses(
-    head: Head, clean_ND: Tensor, spliced: Sequence[Tensor | None], targets_N: Tensor, slab: Slab | None = None
+    head: Head,
+    clean_ND: Tensor,
+    spliced: Sequence[Tensor | None],
+    targets_N: Tensor,
+    buffers: LogitBuffers | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Cross-entropy of the clean states, and (cross-entropy, KL) of every spliced one, per token in nats.
 
     KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal. None
-    among the spliced stands for logits that are all zero, whose head product is spared.
+    among the spliced stands for logits that are all zero: no product with the head is computed.
     """
     n = len(clean_ND)
-    buffers = (slab or Slab()).buffers(n, head.vocab_size, clean_ND.device)
-    step = buffers.shape[1]
+    four = (buffers or LogitBuffers()).of(n, head.vocab_size, clean_ND.device)
+    step = four.shape[1]
     ce_N = torch.empty(n, device=clean_ND.device)
     losses = [(torch.empty_like(ce_N), torch.empty_like(ce_N)) for _ in spliced]
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        p, a, b, scratch = buffers[:, : part.stop - start].unbind(0)
+        p, a, b, scratch = four[:, : part.stop - start].unbind(0)
         a = head(clean_ND[part], out=a)
         lse_a = _softmax(a, p)
         ce_N[part] = lse_a - _at(a, targets_N[part])
@@ -170,8 +172,7 @@ def _at(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Fidelity:
-    """The sums of one record: the splice's losses, the reconstruction's errors, the codes' sizes; with and without
-    outliers.
+    """The sums of one record: losses of the splice, errors of the reconstruction, L0 and L1; with and without outliers.
 
     Args:
         center_D: a mean of the activations close to that of the text evaluated; sums of squares are taken about it,

@@ -1,9 +1,9 @@
-"""One gain per feature that undoes shrinkage, so that an SAE cannot look smooth by turning its restless features down.
+"""One gain per feature that undoes shrinkage: an SAE cannot lower its variation by shrinking what varies most.
 
 Shapes: M tokens of a sample, D model width, F features, K features active in the sample.
 
 The gains g minimise Σ_t ‖x_t − b_dec − Σ_i g_i z_ti d_i‖² over a sample of tokens: the whole dictionary is refitted
-together, so that no feature is credited with what others explain. Rescaling z_i by any c_i > 0 divides g_i by c_i and
+together, so that no gain makes up for what other features explain. Rescaling z_i by any c_i > 0 divides g_i by c_i and
 leaves g_i z_i, hence the temporal variation of g_i ‖d_i‖ z_i, unchanged. (Refitting magnitudes while directions stay is
 a known repair of feature suppression: Wright & Sharkey 2024.)
 """

@@ -191,9 +191,7 @@ def _entropies(active: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _expected_information(active_K: Tensor, tokens_P: Tensor) -> Tensor:
-    """Mean mutual information if ``active_K`` firings fell on the tokens at random: hypergeometric at
-    every position.
-    """
+    """Mean mutual information if ``active_K`` firings fell on tokens at random (hypergeometric)."""
     n = tokens_P.sum()
     sizes, repeats = torch.unique(tokens_P, return_counts=True)
     total_K = torch.zeros_like(active_K)

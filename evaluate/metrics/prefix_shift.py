@@ -3,8 +3,8 @@
 Shapes: R passages, T positions, M tokens of a passage, D model width, F features, K shifts.
 
 Every passage is run right after BOS, and again behind k tokens of another document. The features of its tokens are
-compared with those of the unshifted run; the raw activation's own similarity is the ceiling, since the model itself
-reacts to what stands before. A second prefix of the same length is the control: there the context changes as much but
+compared with those of the unshifted run. The similarity of the raw activations is the ceiling, since the model itself
+reacts to what stands before. A second prefix of the same length is the control: there the context changes as much, but
 the position stays.
 """
 
@@ -114,9 +114,7 @@ def plan_shifts(
 
 
 def _behind(plain_RT: np.ndarray, other_RT: np.ndarray, start: int, shift: int) -> np.ndarray:
-    """Rows that begin as before, go on with ``shift`` tokens of the other row, then with their own; as
-    long as before.
-    """
+    """Rows with ``shift`` tokens of the other row put in at ``start``, as long as before."""
     own = plain_RT[:, start : plain_RT.shape[1] - shift]
     return np.concatenate([plain_RT[:, :start], other_RT[:, start : start + shift], own], axis=1)
 
@@ -126,7 +124,7 @@ def prefix_shift(context: ShiftContext) -> Findings:
     """Run the shifted passages and compare."""
     plan = plan_shifts(context.rows[0], context.seed) if context.rows else None
     if plan is None:
-        return Findings(notes=["prefix shift not measured: the rows at hand hold fewer than two documents"])
+        return Findings(notes=["prefix shift not measured: the rows evaluated hold fewer than two documents"])
     skip = min(BURN_IN, plan.length // 4)
     plain = _passages(context, plan.plain_RT, plan.start + skip, plan.length - skip)
     mean_D = plain[0].mean((0, 1))

@@ -156,9 +156,7 @@ def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEA
 
 
 def _visit_block(block, start: int, best, name, is_leader, names_K, min_cosine: float) -> None:
-    """Visit a block's rows in order: each may also join a leader found within the block. Fills ``name`` and
-    ``is_leader``.
-    """
+    """Visit a block's rows in order, leaders of the block included; fills ``name`` and ``is_leader``."""
     within = (block @ block.T).cpu()
     found, labels = best.tolist(), name.tolist()
     leaders: list[int] = []

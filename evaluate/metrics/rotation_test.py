@@ -1,5 +1,4 @@
-"""Is a feature tied to the position, or does it only come in bursts? A null that keeps all of a row but where it
-starts.
+"""Does a feature depend on the position, or does it only fire in bursts? A null distribution from rotated rows.
 
 Shapes: F features, P rotated positions (1 … T − 1; position 0 stays out), R rotations, E stored entries, C features of
 a chunk.
@@ -13,8 +12,8 @@ Memory: rotating all text would cost R·F·P sums. Instead every feature keeps t
 halved whenever it holds more than ``2·events`` of them (yet never below ``min_rows`` rows): O(F·T) in all, and a byte
 per row of text. The test is exact on what is kept. Features are compared with a pooled null: each feature's replicates
 are standardised by its own mean and deviation and pooled with those of features about as active. So a few hundred
-rotations of thousands of features resolve the p-values that a false-discovery rate needs; beyond the pool's last values
-a gamma tail fitted to it goes on.
+rotations of thousands of features resolve the p-values that a false-discovery rate needs; beyond the pool's largest
+values a gamma tail fitted to it is used.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class RotationSample:
         self.level_F = np.zeros(n_features, dtype=np.int8)  # a feature keeps the rows whose own level is at least this
         self._kept: list[np.ndarray] = [np.zeros(0, dtype=kind) for kind in (np.int32, np.int32, np.int16, np.float32)]
         self._row_level = np.zeros(0, dtype=np.int8)
-        self._hole_row, self._hole_position = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        self._uncounted_row, self._uncounted_position = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
 
     def update(self, batch: TokenBatch, active: ActiveEntries) -> None:
         """Take one batch in."""
@@ -52,8 +51,8 @@ class RotationSample:
         level_B = _levels(uniform_hash(self._seed, batch.rows_B.cpu().numpy()))
         self._row_level = np.concatenate([self._row_level, level_B])
         row, position = (~batch.valid_BT[:, 1:]).nonzero(as_tuple=True)
-        self._hole_row = np.concatenate([self._hole_row, row.cpu().numpy() + first_row])
-        self._hole_position = np.concatenate([self._hole_position, position.cpu().numpy()])
+        self._uncounted_row = np.concatenate([self._uncounted_row, row.cpu().numpy() + first_row])
+        self._uncounted_position = np.concatenate([self._uncounted_position, position.cpu().numpy()])
         feature, row = active.feature_E.cpu().numpy(), active.rows().cpu().numpy()
         position = active.positions().cpu().numpy()
         keep = (position > 0) & (level_B[row] >= self.level_F[feature])
@@ -84,9 +83,7 @@ class RotationSample:
         )
 
     def statistics(self, features: np.ndarray, rotations: int, seed: int) -> np.ndarray:
-        """The statistic of ``features`` [C]: observed in column 0, then one column per rotation: float64 [C, 1 +
-        rotations].
-        """
+        """The statistic of ``features`` [C], observed and then per rotation: float64 [C, 1 + rotations]."""
         generator = np.random.default_rng(seed)
         offsets = generator.integers(self._positions, size=(rotations + 1, len(self._row_level)), dtype=np.int16)
         offsets[0] = 0
@@ -101,8 +98,8 @@ class RotationSample:
     def _counted(self, level: int, offsets: np.ndarray) -> np.ndarray:
         """Tokens at every position, [R + 1, P], of the rows of a level, rotated as their rows are."""
         rows = int((self._row_level >= level).sum())
-        keep = self._row_level[self._hole_row] >= level
-        row, position = self._hole_row[keep], self._hole_position[keep]
+        keep = self._row_level[self._uncounted_row] >= level
+        row, position = self._uncounted_row[keep], self._uncounted_position[keep]
         counted = np.full((len(offsets), self._positions), float(rows))
         for at, offset in enumerate(offsets):
             moved = (position + offset[row]) % self._positions
@@ -151,8 +148,7 @@ def _levels(uniform: np.ndarray) -> np.ndarray:
 def standardised(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Observed [C] and null [C, R] in units of the null's deviation from its mean.
 
-    Every replicate is measured against the others, as the observed one is: else it would shrink towards what it helped
-        to set.
+    Every replicate is measured against the others, as the observed one is: the mean must not contain it.
     """
     observed, null = statistics[:, 0], statistics[:, 1:]
     n = null.shape[1]

@@ -1,4 +1,4 @@
-"""SAEBench's conventions, where they differ from ours, so that its published tables can be compared with.
+"""SAEBench's conventions where they differ from ours, for comparison with its published tables.
 
 Facts of SAEBench 0.6.0, ``evals/core``: a position counts when its *input* token is not special (the target may be, and
 may belong to another document; KL also counts a row's last position); ``mse`` divides the squared error by the batch's
@@ -20,7 +20,7 @@ from ..protocol import TokenBatch
 
 
 class SAEBenchSums:
-    """One record's sums after SAEBench's manner."""
+    """The sums of one record by SAEBench's conventions."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)

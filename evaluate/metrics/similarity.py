@@ -1,5 +1,4 @@
-"""How alike the codes of two tokens are: neighbours in the text, tokens of different documents, the same word
-elsewhere.
+"""How alike the codes of two tokens are: adjacent ones, ones of different documents, the same token elsewhere.
 
 Shapes: N tokens of a batch, M tokens of a sample, F features, D model width, P pairs, G jackknife groups.
 """
@@ -18,9 +17,7 @@ from .token_sample import TokenSample
 
 @dataclass(frozen=True)
 class AdjacentPairs:
-    """The codes at t and t + 1, for the tokens t where a pair begins: what every measure of the pair needs, float64
-    [pairs].
-    """
+    """The codes at t and t + 1, for the tokens t where a pair begins: what every metric of pairs needs, float64 [P]."""
 
     dot_P: Tensor
     both_P: Tensor  # features active at both
@@ -58,9 +55,7 @@ class AdjacentPairs:
 
 
 def adjacent_cosine(x_BTD: Tensor, first_N: Tensor) -> Tensor:
-    """Cosine of the vectors at t and t + 1, for the tokens t where a pair begins: float64 [pairs], NaN with a zero
-    vector.
-    """
+    """Cosine of the vectors at t and t + 1 where a pair begins at t: float64 [P], NaN with a zero vector."""
     x_ND = x_BTD.reshape(len(first_N), -1)
     norm_N = x_ND.norm(dim=1).double()
     dot_N = (x_ND[1:] * x_ND[:-1]).sum(1).double()
@@ -69,9 +64,7 @@ def adjacent_cosine(x_BTD: Tensor, first_N: Tensor) -> Tensor:
 
 
 def sample_similarity(sample: TokenSample) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine and Jaccard index of the codes and cosine of the centred activations for all pairs of the sample: [M, M]
-    each.
-    """
+    """Cosine and Jaccard index of the codes, and cosine of the centred activations, of all pairs: [M, M] each."""
     z_MK, _ = sample.dense()
     active_MK = (z_MK != 0).float()
     both = active_MK @ active_MK.T
@@ -116,8 +109,8 @@ def same_token(
     """Mean similarity between two occurrences of one token in different rows, by how far apart their positions are.
 
     Far: at least half of the context; near: at most an eighth of it. Every kind of token that has pairs of both sorts
-        weighs
-    the same, so that "the" does not decide alone; n counts the kinds. ``far`` and ``near`` name the definitions.
+    has the same weight, so that the most frequent do not decide alone; n counts the kinds. ``far`` and ``near`` name
+    the definitions.
     """
     alike = (sample.token_M[:, None] == sample.token_M[None]) & (sample.row_M[:, None] != sample.row_M[None])
     first, second = (torch.triu(alike, diagonal=1) & torch.isfinite(similarity_MM)).nonzero(as_tuple=True)

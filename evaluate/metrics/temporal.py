@@ -1,4 +1,4 @@
-"""Time: how features persist, vary and jump from token to token, each against the chance level that it must beat.
+"""Time: how much features persist and change from token to token, each beside what chance alone would give.
 
 Shapes: B rows, T positions, N tokens, F features, L lags, D model width, G jackknife groups. A pair is valid when both
 tokens lie in one row and one document, neither special, padding nor an outlier. Memory O(F·L), and a bounded sample of
@@ -19,8 +19,9 @@ from .active_entries import ActiveEntries, Matches, matches, pair_masks
 from .gain_refit import refit_gains
 from .lag_correlation import LagSums, autocorrelation, variation
 from .registry import metric
-from .run_lengths import RunCounts, followed, geometric_survival, smoothness, survival
+from .run_lengths import RunCounts, followed, geometric_survival, survival
 from .similarity import AdjacentPairs, adjacent_cosine, chance, same_token, sample_similarity
+from .smoothness import smoothness
 from .token_sample import TokenSample
 
 LAGS = 9
@@ -234,11 +235,11 @@ class TemporalStatistics:
             defined = torch.isfinite(values)
             self._ledger.add(units_P[defined], **{name: values[defined], f"{name}_n": torch.ones_like(values[defined])})
 
-    def _record_rows(self, batch: TokenBatch, jump_B: Tensor, features_B: Tensor) -> None:
-        """The smoothness of every row, credited to the unit of its first counted token."""
+    def _record_rows(self, batch: TokenBatch, change_B: Tensor, features_B: Tensor) -> None:
+        """The smoothness of every row, counted for the unit of its first token that counts."""
         unit_B = batch.units_BT.gather(1, batch.valid_BT.int().argmax(1, keepdim=True)).squeeze(1)
         some = features_B > 0
-        self._ledger.add(unit_B[some], smoothness=jump_B[some], smoothness_n=torch.ones_like(jump_B[some]))
+        self._ledger.add(unit_B[some], smoothness=change_B[some], smoothness_n=torch.ones_like(change_B[some]))
 
     def result(self) -> Findings:
         """All temporal metrics, the curves over the lag and over the run length, and the numbers of every feature."""

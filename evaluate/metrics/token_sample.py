@@ -14,9 +14,7 @@ from .active_entries import ActiveEntries, uniform_hash
 
 
 class TokenSample:
-    """The ``size`` counted tokens with the smallest hash of (seed, row, position): the same whatever the
-    batches were.
-    """
+    """The ``size`` counted tokens with the smallest hash of (seed, row, position), in whatever batches."""
 
     def __init__(self, size: int, d_model: int, seed: int, device: torch.device):
         self._size, self._seed = size, seed
@@ -29,7 +27,7 @@ class TokenSample:
         self.document_M, self.token_M, self.position_M, self.row_M, self.group_M = (
             empty(torch.int64) for _ in range(5)
         )
-        self.owner_E, self.feature_E, self.value_E = empty(torch.int64), empty(torch.int64), empty(torch.float64)
+        self.slot_E, self.feature_E, self.value_E = empty(torch.int64), empty(torch.int64), empty(torch.float64)
 
     def __len__(self) -> int:
         return len(self._priority_M)
@@ -53,7 +51,7 @@ class TokenSample:
         self.position_M = torch.cat([self.position_M, new % active.context])
         self.row_M = torch.cat([self.row_M, batch.rows_B[new // active.context].long()])
         self.group_M = torch.cat([self.group_M, group_of(batch.units_BT)[new]])
-        self.owner_E = torch.cat([self.owner_E, slot_N[active.token_E[mine]]])
+        self.slot_E = torch.cat([self.slot_E, slot_N[active.token_E[mine]]])
         self.feature_E = torch.cat([self.feature_E, active.feature_E[mine]])
         self.value_E = torch.cat([self.value_E, active.value_E[mine]])
         if len(self) > self._size:
@@ -62,9 +60,9 @@ class TokenSample:
     def _keep(self, kept: Tensor) -> None:
         slot_M = torch.full((len(self),), -1, dtype=torch.int64, device=kept.device)
         slot_M[kept] = torch.arange(len(kept), device=kept.device)
-        owner_E = slot_M[self.owner_E]
-        stays = owner_E >= 0
-        self.owner_E, self.feature_E, self.value_E = owner_E[stays], self.feature_E[stays], self.value_E[stays]
+        slot_E = slot_M[self.slot_E]
+        stays = slot_E >= 0
+        self.slot_E, self.feature_E, self.value_E = slot_E[stays], self.feature_E[stays], self.value_E[stays]
         for name in ("_priority_M", "x_MD", "document_M", "token_M", "position_M", "row_M", "group_M"):
             setattr(self, name, getattr(self, name)[kept])
 
@@ -72,5 +70,5 @@ class TokenSample:
         """Codes of the sample at the features active in it: float32 [M, K], and which features these are, [K]."""
         features, column = torch.unique(self.feature_E, return_inverse=True)
         z_MK = torch.zeros(len(self), len(features), device=self.value_E.device)
-        z_MK[self.owner_E, column] = self.value_E.float()
+        z_MK[self.slot_E, column] = self.value_E.float()
         return z_MK, features

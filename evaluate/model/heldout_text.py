@@ -120,9 +120,7 @@ class HeldOutText:
 
 
 def spread_over_documents(documents_R: np.ndarray, rows: int) -> np.ndarray:
-    """Indices of at most ``rows`` rows in their order: one random row of every document, then a second
-    one, and so on.
-    """
+    """Indices of at most ``rows`` rows in order: a random one of every document, then a second one …"""
     key_R = np.random.default_rng(0).random(len(documents_R))
     order = np.lexsort((key_R, documents_R))
     _, first, counts = np.unique(documents_R[order], return_index=True, return_counts=True)

@@ -65,16 +65,12 @@ def plan_elimination(W_dec: Tensor, energy_F: Tensor, dropped_F: Tensor, *, min_
 
 @torch.no_grad()
 def eliminate(sae: TemporalSAE, plan: Elimination, mean_F: Tensor) -> TemporalSAE:
-    """The new SAE, the gains of merged features still 1. ``mean_F``: mean activation over tokens, for what
-    is dropped.
-    """
+    """The new SAE before gains are fitted. ``mean_F``: mean activations, for the features dropped."""
     kept_K, norm_F = plan.kept_K, sae.W_dec.double().norm(dim=1)
     norm_K = norm_F[kept_K].clamp(min=1e-30)
 
     def merge(values: Tensor, scale_F: Tensor, scale_K: Tensor) -> Tensor:
-        """Values [F] or [F, D] times ``scale_F``, averaged by energy, over ``scale_K``; of single features
-        as they are.
-        """
+        """Values [F] or [F, D] times ``scale_F``, averaged by energy, over ``scale_K``; single ones unchanged."""
         stays, column = plan.member_F >= 0, (slice(None), *[None] * (values.dim() - 1))
         mean = torch.zeros((len(kept_K), *values.shape[1:]), dtype=torch.float64, device=values.device)
         mean.index_add_(0, plan.member_F[stays], ((plan.share_F * scale_F)[column] * values)[stays])
@@ -100,9 +96,7 @@ def eliminate(sae: TemporalSAE, plan: Elimination, mean_F: Tensor) -> TemporalSA
 
 
 class GainFit:
-    """Least-squares gains of the new features against the joint contribution of their old members, over a stream of
-    tokens.
-    """
+    """Least-squares gains of the new features against the joint contribution of their members."""
 
     def __init__(self, old: TemporalSAE, new: TemporalSAE, plan: Elimination):
         self._new, self._member_F, self._merged_K = new, plan.member_F, plan.merged_K

@@ -11,18 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PAPER, NIGHT = "#fffefb", "#15171a"  # the page's two grounds; every ink below has contrast >= 4.5 on its own
+LIGHT, DARK = "#fffefb", "#15171a"  # the page's two backgrounds; every colour below has contrast >= 4.5 on its own
 
 
 @dataclass(frozen=True)
 class RoleStyle:
-    """How one role looks: name, ink on paper, ink at night, marker (svg.py and figures.py know it by name), dash
-    lengths.
-    """
+    """How one role looks: name, colour on a light and on a dark background, marker (by name), dash lengths."""
 
     name: str
-    paper: str
-    night: str
+    light: str
+    dark: str
     marker: str
     dash: tuple[float, ...]
 
@@ -45,9 +43,7 @@ STYLES = ROLES | TERMS
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its label with the unit, its scale, its ends (``None``: from the data), or named categories at 0, 1, 2
-    ….
-    """
+    """One axis: label with unit, scale, ends (None: from the data), or named categories at 0, 1, 2 …"""
 
     label: str
     log: bool = False
@@ -77,9 +73,7 @@ class Axis:
         return low, high if high > low else low + 1.0
 
     def fraction(self, value: float, ends: tuple[float, float]) -> float:
-        """Where a value lies between the ends, 0 … 1; what lies outside (and zero on a log axis) is held
-        at the edge.
-        """
+        """Where a value lies between the ends, 0 … 1; the nearer end for what is outside (or zero on a log axis)."""
         low, high = ends
         if self.log:
             if value <= 0:

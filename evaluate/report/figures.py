@@ -1,5 +1,4 @@
-"""The report's charts for papers, by matplotlib: the same panels as the page's, as PNG and SVG, and the one README
-picture.
+"""The report's charts for papers, by matplotlib: the page's panels as PNG and SVG, and the README's picture.
 
 Deterministic: no date, no version and no random identifier goes into a file.
 """
@@ -56,8 +55,8 @@ def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
 
 
 def write_picture(report: EvaluationReport, path: Path, layer: int | None = None) -> Path:
-    """The README's picture at one layer: of a sweep what λ2 costs and buys, else fidelity against sparsity and
-    steadiness.
+    """The README's picture at one layer: of a sweep fidelity and variation by λ2, else fidelity against both L0 and
+    variation.
 
     Args:
         report: of an evaluation, e.g. ``read_results("reports/demo")``.
@@ -129,13 +128,13 @@ def _line(ax: Any, line: Line) -> None:
     style = STYLES[line.role]
     dashes: dict[str, Any] = {"linestyle": (0, style.dash)} if style.dash else {}
     if line.step:
-        ax.stairs(line.y, line.x, color=style.paper, linewidth=1.4, **dashes)
-        ax.stairs(line.y, line.x, color=style.paper, fill=True, alpha=0.1)
+        ax.stairs(line.y, line.x, color=style.light, linewidth=1.4, **dashes)
+        ax.stairs(line.y, line.x, color=style.light, fill=True, alpha=0.1)
         return
     if line.low and line.high:
-        ax.fill_between(line.x, line.low, line.high, color=style.paper, alpha=0.13, linewidth=0)
+        ax.fill_between(line.x, line.low, line.high, color=style.light, alpha=0.13, linewidth=0)
     marker = _MARKERS[style.marker] if len(line.x) <= 16 else None
-    ax.plot(line.x, line.y, color=style.paper, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
+    ax.plot(line.x, line.y, color=style.light, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
 
 
 def _mark(ax: Any, mark: Mark, x: float) -> None:
@@ -145,18 +144,18 @@ def _mark(ax: Any, mark: Mark, x: float) -> None:
         ax.plot(
             [v + x - mark.x for v in mark.x_interval],
             [mark.y] * 2,
-            color=style.paper,
+            color=style.light,
             linewidth=1.1,
             marker="|",
             markersize=5,
         )
     if mark.y_interval:
-        ax.plot([x] * 2, mark.y_interval, color=style.paper, linewidth=1.1, marker="_", markersize=5)
+        ax.plot([x] * 2, mark.y_interval, color=style.light, linewidth=1.1, marker="_", markersize=5)
     look: dict[str, Any] = {
-        "markerfacecolor": "white" if style.marker in _HOLLOW else style.paper,
+        "markerfacecolor": "white" if style.marker in _HOLLOW else style.light,
         "markeredgewidth": 1.4,
     }
-    ax.plot(x, mark.y, _MARKERS[style.marker], color=style.paper, markersize=5.5, clip_on=False, zorder=3, **look)
+    ax.plot(x, mark.y, _MARKERS[style.marker], color=style.light, markersize=5.5, clip_on=False, zorder=3, **look)
 
 
 def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
@@ -170,7 +169,7 @@ def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
         left = spots[i][0] > 0.75
         edge = mark.x_interval[0 if left else 1] if mark.x_interval and panel.y.categories else x
         where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
-        ink = STYLES[mark.role].paper
+        ink = STYLES[mark.role].light
         words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
         words.set_path_effects(_halo())
 
@@ -205,9 +204,9 @@ def _legend(ax: Any, panel: Panel) -> None:
         style = STYLES[role]
         dashes: dict[str, Any] = {"linestyle": ((0, style.dash) if style.dash else "-") if panel.lines else "none"}
         marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
-        face = "white" if style.marker in _HOLLOW else style.paper
+        face = "white" if style.marker in _HOLLOW else style.light
         handles.append(
-            Line2D([], [], color=style.paper, marker=marker, markerfacecolor=face, label=style.name, **dashes)
+            Line2D([], [], color=style.light, marker=marker, markerfacecolor=face, label=style.name, **dashes)
         )
     if len(handles) > 1 and not panel.y.categories:  # named rows need no legend
         ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")

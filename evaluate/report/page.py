@@ -18,18 +18,18 @@ from markupsafe import Markup
 from ...atomic_files import write_file
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
-from .chart import NIGHT, PAPER, ROLES, STYLES, Panel
+from .chart import DARK, LIGHT, ROLES, STYLES, Panel
 from .figures import write_figures
 from .panels.registry import sections
 from .svg import render, swatch
-from .tables import Cell, Column, cell, comparisons, forensic, full_tables, main_tables, reasons_of
+from .tables import Cell, Column, cell, comparisons, full_tables, main_tables, published, reasons_of
 from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
-_GROUNDS = {  # ground, ink, muted, hairline, wash
-    "paper": (PAPER, "#1b1d21", "#5c5f66", "#dedbd3", "#f1efe9"),
-    "night": (NIGHT, "#e8e6e1", "#a4a8b0", "#34373d", "#22252a"),
+_GROUNDS = {  # background, text, muted text, thin lines, shaded areas
+    "light": (LIGHT, "#1b1d21", "#5c5f66", "#dedbd3", "#f1efe9"),
+    "dark": (DARK, "#e8e6e1", "#a4a8b0", "#34373d", "#22252a"),
 }
 
 
@@ -60,7 +60,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         lstrip_blocks=True,
     )
     environment.filters["groupby_run"] = _runs
-    forensic_table = forensic(report)
+    published_table = published(report)
     return environment.get_template("report.html.j2").render(
         report=report,
         css=_asset("report.css"),
@@ -77,8 +77,10 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         keys={key: _roles(group) for key, group in panels.items()},
         roles=list(ROLES),
         model_name=named(report.model.id, "model"),
-        forensic=forensic_table,
-        forensic_reasons=reasons_of(cell for row in forensic_table[1] for cell in row.here) if forensic_table else {},
+        published=published_table,
+        published_reasons=reasons_of(cell for row in published_table[1] for cell in row.here)
+        if published_table
+        else {},
         ln_vocabulary=math.log(report.model.vocab_size),
         compat=_compat(report),
         sae_facts=[record for record in report.records if record.sae],
@@ -86,7 +88,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         browser=browser,
         browser_json=embedded(browser),
         browser_note=_browser_note(browser),
-        contents=_contents(report, panels, browser, forensic_table is not None),
+        contents=_contents(report, panels, browser, published_table is not None),
     )
 
 
@@ -104,7 +106,7 @@ def _roles(panels: Sequence[Panel]) -> list[str]:
 
 
 def _contents(
-    report: EvaluationReport, panels: dict[str, list[Panel]], browser: dict[str, Any], has_forensic: bool
+    report: EvaluationReport, panels: dict[str, list[Panel]], browser: dict[str, Any], has_published: bool
 ) -> dict[str, str]:
     """The sections that this page has."""
     present = {
@@ -117,7 +119,7 @@ def _contents(
         "features": ("Feature density", panels["features"]),
         "browse": ("Features along the text", browser["saes"]),
         "training": ("Training", panels["training"]),
-        "forensic": ("Where published numbers come from", has_forensic),
+        "published": ("Where published numbers come from", has_published),
         "everything": ("Everything else", True),
     }
     return {key: title for key, (title, there) in present.items() if there}
@@ -164,7 +166,7 @@ def _asset(name: str) -> Markup:
 
 
 def _colours() -> Markup:
-    """The page's colours as custom properties, by day and by night, from the one table of roles."""
+    """The page's colours as custom properties, in the light and in the dark scheme, from the one table of roles."""
 
     def block(ground: str) -> str:
         names = ("ground", "ink", "muted", "hair", "wash")
@@ -174,5 +176,5 @@ def _colours() -> Markup:
         ]
         return "".join(f"--{name}:{value};" for name, value in pairs)
 
-    night = f"@media screen and (prefers-color-scheme:dark){{:root{{{block('night')}}}}}"
-    return Markup(f":root{{color-scheme:light dark;{block('paper')}}}{night}")  # noqa: S704 - constants
+    dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{block('dark')}}}}}"
+    return Markup(f":root{{color-scheme:light dark;{block('light')}}}{dark}")  # noqa: S704 - constants

@@ -1,8 +1,7 @@
-"""A panel as inline SVG: no script, no font, no colour of its own (classes ``ink-ROLE`` take theirs from the page's
-style).
+"""A panel as inline SVG: no script, no font, no colour of its own (classes ``ink-ROLE`` get theirs from the page).
 
-Drawn 320 units wide, the width of a small phone, so that text is never shrunk below what can be read; shapes and dashes
-carry what colour carries.
+Drawn 320 units wide, the width of a small phone, so that text is never too small to be read; shapes and dashes say
+the same as colours.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class _Frame:
 
 
 def render(panel: Panel) -> Markup:
-    """The panel as an ``<svg>`` element, with its title and a description for those who hear the page."""
+    """The panel as an ``<svg>`` element, with its title and a description for screen readers."""
     frame = _frame(panel)
     height = frame.bottom + 40
     places = _places(frame)
@@ -138,9 +137,7 @@ def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:
 
 
 def _places(frame: _Frame) -> list[tuple[float, float]]:
-    """Where each mark is drawn; marks with intervals that share an abscissa are set apart, or one would
-    hide the other.
-    """
+    """Where each mark is drawn; marks with intervals at one abscissa are set apart."""
     marks = frame.panel.marks
     free = {i: frame.x(mark.x) for i, mark in enumerate(marks) if mark.y_interval and not frame.panel.y.categories}
     moved = set_apart(free, SET_APART)
@@ -230,9 +227,7 @@ def _row_label(frame: _Frame, x: float, y: float, mark: Mark) -> str:
 def _labels(
     frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box]
 ) -> dict[int, tuple[float, float, str]]:
-    """Where each point's label goes: right, left, above or below, the first place that is free; crowded labels are left
-    out.
-    """
+    """Where each point's label goes: the first free place around it; none where labels crowd."""
     found = {}
     for i, (mark, (x, y)) in enumerate(zip(frame.panel.marks, places, strict=True)):
         wide = len(mark.label) * GLYPH
@@ -266,9 +261,7 @@ def _marker(role: str, x: float, y: float) -> str:
 
 
 def interval_glyph(value: float, low: float | None, high: float | None, reach: float, role: str) -> Markup:
-    """A difference and its interval around zero, ``reach`` the distance from zero to either edge: one cell
-    of a table.
-    """
+    """A difference and its interval around zero, as a table's cell; ``reach``: from zero to either edge."""
 
     def at(v: float) -> float:
         return 60 + 54 * max(-1.0, min(1.0, v / reach if reach else 0.0))

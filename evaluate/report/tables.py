@@ -256,8 +256,8 @@ def _judged(word: str, better: str | None) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Forensic:
-    """One quantity of the paper's table, and where such a number comes from here."""
+class PublishedQuantity:
+    """One quantity of the paper's table, and the same of rows here that nothing was trained for."""
 
     quantity: str
     paper: tuple[str, str]  # its baseline, its TC-SAE
@@ -272,23 +272,22 @@ _PAPER = (  # quantity, the paper's baseline and TC-SAE (Gemma-2-2b, layer 19, w
     ("L0 / d", "0", "0.494", "l0/d"),
     ("L1", "0", "8256", "l1"),
 )
-SUSPECTS = ("zero_all", "zero_sae", "untrained")
+UNTRAINED = ("zero_all", "zero_sae", "untrained")
 
 
-def forensic(report: EvaluationReport) -> tuple[int, list[Forensic]] | None:
-    """The paper's published table beside our reference rows at the deepest layer; None where none of them was
-    evaluated.
-    """
+def published(report: EvaluationReport) -> tuple[int, list[PublishedQuantity]] | None:
+    """The paper's table beside our reference rows at the deepest layer; None where none of them was evaluated."""
     layer = max(report.layers, default=0)
-    rows = [report.record(name, layer) for name in SUSPECTS]
+    rows = [report.record(name, layer) for name in UNTRAINED]
     if not any(rows):
         return None
     return layer, [
-        Forensic(label, (a, b), tuple(_suspect(r, key, report) for r in rows)) for label, a, b, key in _PAPER
+        PublishedQuantity(label, (a, b), tuple(_untrained_cell(r, key, report) for r in rows))
+        for label, a, b, key in _PAPER
     ]
 
 
-def _suspect(record: Record | None, key: str, report: EvaluationReport) -> Cell:
+def _untrained_cell(record: Record | None, key: str, report: EvaluationReport) -> Cell:
     metric = _applicable(record, key.removesuffix("/d")) if record else None
     if metric is None or metric.value is None:
         return cell(metric, 0)

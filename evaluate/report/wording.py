@@ -36,9 +36,7 @@ def role_of(record: Record) -> str:
 
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
-    """The same report as a reader wants it: SAEs before references, by layer, TC-SAE, twin, what was
-    pruned of either.
-    """
+    """The same report in reading order: SAEs before references, by layer; TC-SAE, twin, pruned ones."""
     found = {(record.layer, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
 
     def place(item: tuple[int, Record]) -> tuple[bool, int, int, int]:

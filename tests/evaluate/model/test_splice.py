@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from reference import eval_losses
-from tcsae.evaluate.metrics.fidelity import Slab, token_losses
+from tcsae.evaluate.metrics.fidelity import LogitBuffers, token_losses
 from tcsae.evaluate.model.splice import Head, SplicedModel
 from tcsae.extract.config import ModelSource
 from tcsae.extract.model.load import load_language_model
@@ -92,15 +92,15 @@ def test_identity_kl_is_exactly_zero_and_zero_all_is_uniform(loaded):
     assert not torch.allclose(ce_zero, torch.full_like(ce_zero, math.log(lm.vocab_size)), atol=0.05)
 
 
-@pytest.mark.parametrize("slab_tokens", [1, 3, 1000])
-def test_losses_equal_brute_force_in_float64_whatever_the_slab(slab_tokens, loaded):
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_losses_equal_brute_force_in_float64_however_many_tokens_at_once(at_once, loaded):
     lm, tokens = loaded("gemma2")
     model, head = SplicedModel(lm), Head(lm)
     residuals, final = model.clean(tokens, [2])
     spliced = [model.spliced(tokens, 2, residuals[2] * factor) for factor in (0.5, 1.01)]
     flat = [one.flatten(0, 1)[:40] for one in (final, *spliced)]
     targets = tokens.flatten()[1:41]
-    ce, losses = token_losses(head, flat[0], flat[1:], targets, Slab(16 * lm.vocab_size * slab_tokens))
+    ce, losses = token_losses(head, flat[0], flat[1:], targets, LogitBuffers(16 * lm.vocab_size * at_once))
     weight, cap = lm.model.get_output_embeddings().weight, lm.model.config.final_logit_softcapping
     expected = [eval_losses(flat[0], one, weight, cap, targets) for one in flat[1:]]
     for (ces, kls), (ce_true, ces_true, kls_true) in zip(losses, expected, strict=True):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from synthetic import metric, synthetic_report
 from tcsae.evaluate.report.chart import (
-    NIGHT,
-    PAPER,
+    DARK,
+    LIGHT,
     STYLES,
     Axis,
     Line,
@@ -47,9 +47,9 @@ def contrast(one: str, two: str) -> float:
 
 
 @pytest.mark.parametrize("role", STYLES)
-def test_inks_can_be_read_by_day_and_by_night(role):
-    assert contrast(STYLES[role].paper, PAPER) >= 4.5
-    assert contrast(STYLES[role].night, NIGHT) >= 4.5
+def test_colours_can_be_read_on_light_and_on_dark(role):
+    assert contrast(STYLES[role].light, LIGHT) >= 4.5
+    assert contrast(STYLES[role].dark, DARK) >= 4.5
 
 
 def test_roles_differ_without_colour():
@@ -163,9 +163,9 @@ def test_time_panels_leave_out_zero_where_all_would_crowd_at_the_other_end(repor
     assert low(0.5) == 0
 
 
-def test_forensic_dashes_are_explained_under_their_table(report):
+def test_dashes_of_the_published_tableare_explained_under_their_table(report):
     page = render_page(report)
-    part = page[page.index('<section id="forensic">') :]
+    part = page[page.index('<section id="published">') :]
     assert part.index("does not apply to this row") < part.index("</section>")
 
 

@@ -6,7 +6,7 @@ import pytest
 from synthetic import metric, paired, synthetic_report
 from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
-from tcsae.evaluate.report.tables import comparisons, forensic, main_tables
+from tcsae.evaluate.report.tables import comparisons, main_tables, published
 from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, outcomes, show, verdict
 from tcsae.evaluate.results import EvaluationReport, Metric
 
@@ -114,7 +114,7 @@ def test_sections_follow_the_data():
     text = render_page(bare)
     page = Page(text)
     assert {"twins", "browse", "training", "features", "notes"}.isdisjoint(page.ids)
-    assert {"table", "fidelity", "forensic", "everything"} <= set(page.ids)
+    assert {"table", "fidelity", "published", "everything"} <= set(page.ids)
     assert "nothing can be said of the temporal term" in page.text
     assert "<script" not in text
 
@@ -289,8 +289,8 @@ def test_side_metrics_do_not_crowd_the_comparison(report):
     assert "kl" in [d.column.key for d in found.differences]
 
 
-def test_forensic_table_sets_the_paper_beside_untrained_rows(report):
-    found = forensic(report)
+def test_published_table_sets_the_paper_beside_untrained_rows(report):
+    found = published(report)
     assert found is not None
     layer, rows = found
     by_name = {row.quantity: row for row in rows}
@@ -299,7 +299,7 @@ def test_forensic_table_sets_the_paper_beside_untrained_rows(report):
     assert by_name["L0 / d"].here[2].text == "0.501"
     assert by_name["cosine(x, x̂)"].here[1].text == "—"
     assert (
-        forensic(synthetic_report(layers=(5,), features=0, records=[r for r in report.records if r.kind == "sae"]))
+        published(synthetic_report(layers=(5,), features=0, records=[r for r in report.records if r.kind == "sae"]))
         is None
     )
 
