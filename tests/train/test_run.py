@@ -276,15 +276,6 @@ def test_a_store_that_grows_leaves_unfinished_runs_as_they_were(tmp_path, monkey
     assert run.train(config).skipped == resumed.runs
 
 
-def test_damaged_checkpoints_are_named(store, tmp_path, monkeypatch):
-    config = config_for(store, tmp_path)
-    pull_the_plug(config, monkeypatch, after=9)
-    file = next((tmp_path / "l3-topk4-none-s0" / "checkpoint").iterdir())
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(RunError, match="is damaged: delete it"):
-        run.train(config)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_naming_term_and_step(store, tmp_path):
     with pytest.raises(RunError, match=r"the reconstruction term of .* is not finite at step \d+ .*use a smaller --lr"):
         run.train(
@@ -361,7 +352,7 @@ def test_missing_things_are_one_sentence(store, tmp_path):
         run.train(config_for(tmp_path / "nothing", tmp_path))
     with pytest.raises(UsageError, match="no usable CUDA device"):
         run.train(config_for(store, tmp_path, run__device="cuda:7"))
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(RunError, match=r"cannot make the folder .* choose another place"):
         run.train(config_for(store, "/proc/nowhere"))
 
 
