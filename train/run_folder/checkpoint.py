@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, two kept, checked before they are believed.
 
-Beside each ``step-N.pt`` lies ``step-N.pt.xxh3`` with the hash of its bytes, without which it does not count: damage
-means going on from the one before. They are read without unpickling code.
+Beside each ``step-N.pt`` lies ``step-N.pt.xxh3`` with the hash of its bytes; damage means going on from the one before.
+One without it (of an earlier version, or of a process killed between the two files) is held to its archive's own sums.
+They are read without unpickling code.
 
 Members of one pass are checkpointed at the same steps; a process killed between two members' files leaves them a step
 apart, which is why each keeps the one before, and :func:`latest_common` finds the newest step that all of them have.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +23,7 @@ from ...atomic_files import remove_partials, write_file
 from ...checksums import HashingFile, file_hash
 from ...console import format_bytes, warn
 from ...errors import ResourceError, RunError
-from ...untrusted_files import read_bytes
+from ...untrusted_files import open_regular, read_bytes
 
 FOLDER = "checkpoint"
 _KEPT = 2
@@ -46,6 +48,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
 
     path = _file(run, step)
     try:
+        _hash_file(path).unlink(missing_ok=True)  # of the same step, before the run was stopped and went on
         write_file(path, write)
         write_file(_hash_file(path), found + "\n")
     except ResourceError as failure:
@@ -58,8 +61,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
 
 def checkpoints(run: Path) -> list[int]:
     """Steps that ``run`` has checkpoints of, ascending; whether they are sound only :func:`latest_common` looks."""
-    files = [file for file in (run / FOLDER).glob("step-*.pt") if _hash_file(file).exists()]
-    steps = [file.stem.removeprefix("step-") for file in files]
+    steps = [file.stem.removeprefix("step-") for file in (run / FOLDER).glob("step-*.pt")]
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
@@ -104,16 +106,18 @@ def drop_checkpoints(run: Path) -> None:
 
 def _is_sound(path: Path) -> bool:
     try:
-        said = read_bytes(_hash_file(path), most=256).decode(errors="replace").strip()
-        return file_hash(path) == said
-    except RunError:
+        if _hash_file(path).exists():
+            said = read_bytes(_hash_file(path), most=256).decode(errors="replace").strip()
+            return file_hash(path) == said
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # damaged archives raise errors of many kinds, and each means the same here
         return False
 
 
 def _remove(run: Path, step: int) -> None:
-    """The hash first: what lies there without one does not count."""
     path = _file(run, step)
-    for file in (_hash_file(path), path):
+    for file in (path, _hash_file(path)):
         file.unlink(missing_ok=True)
 
 

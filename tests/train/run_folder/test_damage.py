@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zipfile
 
 import pytest
 from saes import random_sae
@@ -93,6 +94,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
     assert "step-0000000006.pt is damaged and was removed" in said
     assert "going on from step 3" in said
     assert (done.runs[0] / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_checkpoint_without_a_hash_is_held_to_its_own_sums(store, finished, unfinished, tmp_path, capsys, seed):
+    for name in ("sound", "damaged"):
+        shutil.copytree(unfinished, tmp_path / name / "a")
+        for file in (tmp_path / name / "a/checkpoint").glob("*.xxh3"):
+            file.unlink()
+    file = tmp_path / "damaged/a/checkpoint/step-0000000006.pt"
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        at = archive.read(largest)[10:30]
+    content = bytearray(file.read_bytes())
+    content[content.index(at) + seed] ^= 16
+    file.write_bytes(content)
+    for name, step in (("sound", 6), ("damaged", 3)):
+        done = train(config_for(store, tmp_path / name))
+        assert f"going on from step {step}" in capsys.readouterr().err
+        assert (done.runs[0] / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
 def test_without_a_sound_checkpoint_a_run_begins_again_and_says_so(store, finished, unfinished, tmp_path, capsys):
