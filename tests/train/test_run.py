@@ -167,21 +167,22 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
         assert curve(path) == curve(other)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch, name):
     real = Feed.next_batch
     calls = []
 
     def next_batch(self):
         calls.append(1)
         if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, name))
         return real(self)
 
     monkeypatch.setattr(Feed, "next_batch", next_batch)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(getattr(signal, name))
     with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
         run.train(config_for(store, tmp_path))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(getattr(signal, name)) is before
     folders = sorted(tmp_path.iterdir())
     assert [checkpoints(folder) for folder in folders] == [[5], [5]]
     assert find_runs(tmp_path) == []
