@@ -20,6 +20,7 @@ from .console import set_quiet
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
 from .extract import command as extract_command
+from .stop_signals import stop_signals
 from .train import command as train_command
 
 # Typer ≥ 0.26 carries its own copy of click, earlier ones import it: this is the base of either's usage errors.
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
     args = shared + [arg for arg in args if arg not in shared]
     try:
-        return app(args=args, prog_name="pipeline", standalone_mode=False) or 0
+        with stop_signals():
+            return app(args=args, prog_name="pipeline", standalone_mode=False) or 0
     except typer.Exit as leaving:
         return leaving.exit_code
     except _Misuse as misuse:

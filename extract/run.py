@@ -4,8 +4,6 @@ the text ends.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from ..cache.format.manifest import Execution
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, format_duration, note, progress
 from ..errors import TcsaeError
+from ..stop_signals import stop_signals
 from .config import ExtractConfig, command_line
 from .model.forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
 from .model.load import LanguageModel, identify_model, load_language_model
@@ -123,17 +122,13 @@ class Filling:
 
 @contextmanager
 def _interruptible(config: ExtractConfig) -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does (only the main thread can arrange for that); either says how to go on."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    """Ctrl-C, SIGTERM and SIGHUP end the run and say how to go on."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        yield
+        with stop_signals():
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(config, began)) from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def how_to_go_on(config: ExtractConfig, began: str) -> str:

@@ -168,7 +168,11 @@ def _train_pass(
     world: World,
 ) -> dict[str, Metrics]:
     folders = [each.folder for each in claims]
-    step = latest_common(folders) if claims[0].has_checkpoint else None
+    step = latest_common(folders, remove_damaged=world.writes) if claims[0].has_checkpoint else None
+    if step is None and world.writes:
+        for each in claims:
+            if each.record is not None:
+                note(f"{each.folder} was begun and has no sound checkpoint: it begins again")
     if step is not None:
         inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
     plans = [_as_begun(each) for each in claims]

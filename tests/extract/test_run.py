@@ -116,7 +116,7 @@ def test_killed_and_resumed_is_the_same_store(config, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_keep_what_is_committed_and_say_how_to_go_on(config, tmp_path, name):
     process = start(config)
     process.send_signal(getattr(signal, name))

@@ -93,7 +93,7 @@ def test_sweeps_and_short_counts(store, tmp_path, capsys):
         (["--device", "cuda"], 2, "no usable CUDA device"),
         (["--log", "wandb"], 2, "--log wandb needs the package wandb, which is not installed"),
         (["--store", "nowhere"], 1, "there is no store at nowhere"),
-        (["--out", "/proc/nowhere"], 1, "cannot be written"),
+        (["--out", "/proc/nowhere"], 1, "cannot make the folder"),
     ],
 )
 def test_every_failure_is_one_sentence(store, tmp_path, capsys, more, status, sentence):

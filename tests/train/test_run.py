@@ -167,21 +167,22 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
         assert curve(path) == curve(other)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch, name):
     real = Feed.next_batch
     calls = []
 
     def next_batch(self):
         calls.append(1)
         if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, name))
         return real(self)
 
     monkeypatch.setattr(Feed, "next_batch", next_batch)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(getattr(signal, name))
     with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
         run.train(config_for(store, tmp_path))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(getattr(signal, name)) is before
     folders = sorted(tmp_path.iterdir())
     assert [checkpoints(folder) for folder in folders] == [[5], [5]]
     assert find_runs(tmp_path) == []
@@ -276,15 +277,6 @@ def test_a_store_that_grows_leaves_unfinished_runs_as_they_were(tmp_path, monkey
     assert run.train(config).skipped == resumed.runs
 
 
-def test_damaged_checkpoints_are_named(store, tmp_path, monkeypatch):
-    config = config_for(store, tmp_path)
-    pull_the_plug(config, monkeypatch, after=9)
-    file = next((tmp_path / "l3-topk4-none-s0" / "checkpoint").iterdir())
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(RunError, match="is damaged: delete it"):
-        run.train(config)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_naming_term_and_step(store, tmp_path):
     with pytest.raises(RunError, match=r"the reconstruction term of .* is not finite at step \d+ .*use a smaller --lr"):
         run.train(
@@ -361,7 +353,7 @@ def test_missing_things_are_one_sentence(store, tmp_path):
         run.train(config_for(tmp_path / "nothing", tmp_path))
     with pytest.raises(UsageError, match="no usable CUDA device"):
         run.train(config_for(store, tmp_path, run__device="cuda:7"))
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(RunError, match=r"cannot make the folder .* choose another place"):
         run.train(config_for(store, "/proc/nowhere"))
 
 

@@ -17,6 +17,9 @@ from ... import __version__
 from ...atomic_files import write_file, write_json
 from ...errors import RunError
 from ...untrusted_files import read_json, shown
+from ..run_folder.record import RECORD, load_run
+from ..run_folder.record import SAE_CONFIG as CONFIG
+from ..run_folder.record import SAE_WEIGHTS as WEIGHTS
 from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
 from ..sae.protocol import SparseAutoencoder
@@ -25,7 +28,6 @@ from .from_weights import count, gated_sae, place_of, plain_sae, registered_sae,
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_safetensors
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 _OWN = "tcsae:"  # an architecture, or an activation, that SAELens does not have
 _THRESHOLDS = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
@@ -46,7 +48,12 @@ class SAELens(SAEFormat):
         return (path / CONFIG).exists()
 
     def read(self, path: Path) -> SparseAutoencoder:
-        """Standard, topk (with or without decoder-norm rescaling), batchtopk, matryoshka, jumprelu or gated."""
+        """Standard, topk (with or without decoder-norm rescaling), batchtopk, matryoshka, jumprelu or gated.
+
+        Where the folder is a run of ours, its record must know the two files by their hashes.
+        """
+        if (path / RECORD).exists():
+            load_run(path).check_files(path)
         config = read_json(path / CONFIG)
         weights = read_safetensors(path / WEIGHTS)
         _check_what_is_folded(path, config)

@@ -7,7 +7,6 @@ there is can be thrown away at any moment.
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from ...cache.store import ActivationStore
 from ...cache.windows import WindowBatch
 from ...console import Progress, format_count, format_duration, warn
 from ...progress_bar import Table
+from ...stop_signals import stop_signals
 from ..loss.partners import Batch, draw_partners, generator_of
 from ..loss.registry import PARTNERS
 from ..plan import MemberPlan, tokens_per_step
@@ -280,20 +280,15 @@ class _Rate:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of interrupting in the middle of a step; a second Ctrl-C
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, instead of interrupting in the middle of a step; a second one
     interrupts at once.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
 
-    def note_it(_signal: int, _frame: Any) -> None:
+    def note_it(*_: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
         event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, note_it)
-    try:
+    with stop_signals(note_it):
         yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

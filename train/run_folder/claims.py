@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...atomic_files import PARTIAL, make_folder, plain_errors, sync_folder
 from ...cache.store import ActivationStore
-from ...errors import RunError
+from ...errors import RunError, UsageError
 from ...plugins import changed_plugin, load_plugins
+from ...untrusted_files import shown
 from ..config import TrainConfig
-from ..formats.saelens import CONFIG, WEIGHTS
 from ..plan import MemberPlan
 from ..presets import changed
 from .checkpoint import checkpoints, drop_checkpoints
 from .metrics_log import METRICS, read_metrics
-from .record import RECORD, RunRecord, load_run
+from .record import RECORD, SAE_CONFIG, SAE_WEIGHTS, RunRecord, load_run
 
 # What may differ when a run goes on: where and how it is written, not what it computes.
 _FREE = {
@@ -35,6 +36,10 @@ _FREE = {
     "run.plugins",
     "data.store",
 }
+
+
+_LEFT = {"tensorboard", "wandb"}  # kept when a run begins anew
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the longest name inside is made of it
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ def claim(
             since.
 
     Raises:
-        RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said.
+        RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said;
+            the folder holds something else; it is finished and its files are damaged.
+        UsageError: its name is no name of a folder.
 
     """
     return [_claim(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
@@ -87,7 +94,7 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
             if each.done:
                 continue
             try:
-                each.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(each.folder)
                 handle = os.open(each.folder, os.O_RDONLY)
                 open_folders.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,12 +109,17 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
         for each in claims:
             if each.record is None:
                 _clear(each.folder)
+            elif each.done:  # a process that was killed while it dropped them has left some
+                drop_checkpoints(each.folder)
         yield
 
 
 def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> Claim:
-    folder = Path(plan.config.run.out) / plan.name
-    if fresh or not (folder / RECORD).exists():
+    folder = _folder(plan)
+    if not (folder / RECORD).exists():
+        _refuse_foreign(folder)
+        return Claim(plan, folder)
+    if fresh:
         return Claim(plan, folder)
     record = load_run(folder)
     if not record.finished and not checkpoints(folder) and not read_metrics(folder):
@@ -117,7 +129,31 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
     if default_length:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     _same(plan.config, record, store, folder)
+    if record.finished:
+        record.check_files(folder)
     return Claim(plan, folder, record, done=record.finished)
+
+
+def _folder(plan: MemberPlan) -> Path:
+    """The run's folder, which lies directly in ``run.out``."""
+    name = plan.name
+    if name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
+        raise UsageError(f"--name {shown(name)} is no name of a folder: '/' and '..' belong into --out")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UsageError(f"--name {shown(name)} is too long for a folder: give at most {_LONGEST_NAME} characters")
+    return Path(plan.config.run.out) / name
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder without a record may hold what a run that was cut short has left, and nothing else."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{folder} is a file: give another --name or --out")
+    for found in sorted(folder.iterdir()):
+        if found.name not in _LEFT and not found.name.endswith(PARTIAL):
+            what = f"{folder} is no training run and holds other files ({shown(found.name)})"
+            raise RunError(f"{what}: give another --name or --out, or remove it")
 
 
 def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder: Path) -> None:
@@ -151,6 +187,10 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (RECORD, METRICS, CONFIG, WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
-    drop_checkpoints(folder)
+    """Remove a run; its record last, and only when the rest is gone for good: what has no record is no run."""
+    with plain_errors(f"empty {folder}"):
+        drop_checkpoints(folder)
+        for name in (METRICS, SAE_CONFIG, SAE_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+        (folder / RECORD).unlink(missing_ok=True)

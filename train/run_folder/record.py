@@ -1,6 +1,7 @@
 """What a run folder says of itself: ``train.json`` beside the weights.
 
-A run is finished when its record says so, and only then do other stages see it.
+A run is finished when its record says so, and only then do other stages see it. The record of a finished run vouches
+for the SAE's files with their hashes, and for itself with one over everything else in it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...atomic_files import write_json
+from ...checksums import content_hash, file_hash
 from ...errors import RunError
-from ...untrusted_files import read_json
+from ...untrusted_files import read_json, shown
 
 RECORD = "train.json"
+SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the SAE's files, which SAELens opens
 
 
 class RunRecord(BaseModel):
@@ -59,15 +62,38 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     created: str
     """When the run began, ISO 8601, UTC."""
+    hashes: dict[str, str] = {}
+    """Of the SAE's files, once it is finished (XXH3, 128 bits); in the file also of the record itself."""
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/train.json`` whole and durably.
+        """Write ``folder/train.json`` whole and durably, if finished with the hashes of the SAE's files there.
 
         Raises:
             RunError, ResourceError: the folder cannot be written.
 
         """
-        write_json(folder / RECORD, self.model_dump(mode="json"))
+        plain = self.model_dump(mode="json") | {"hashes": self._hashes(folder)}
+        plain["hashes"][RECORD] = content_hash(plain)
+        write_json(folder / RECORD, plain)
+
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        files = [folder / name for name in (SAE_CONFIG, SAE_WEIGHTS)] if self.finished else []
+        return {file.name: file_hash(file) for file in files if file.exists()}
+
+    def check_files(self, folder: Path) -> None:
+        """Compare the SAE's files with what the record says of them; one of a version without hashes says nothing.
+
+        Raises:
+            RunError: a file is missing or not the one that was written.
+
+        """
+        for name, expected in self.hashes.items():
+            if not (folder / name).exists():
+                raise RunError(f"{folder / name} is missing: {_REMEDY}")
+            found = file_hash(folder / name)
+            if found != expected:
+                hashes = f"its hash is {found[:12]}…, {RECORD} says {shown(expected[:12])}…"
+                raise RunError(f"{folder / name} is damaged or was changed ({hashes}): {_REMEDY}")
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -83,6 +109,7 @@ def load_run(path: str | Path) -> RunRecord:
         missing=f"{path} is no training run ({RECORD} is missing): name a folder that 'pipeline train' wrote",
         remedy="train the run again with --fresh",
     )
+    _check_itself(file, raw)
     version = raw.get("format_version")
     if isinstance(version, int) and version > 1:
         raise RunError(f"{file} is of format {version}, this program reads format 1: update tcsae")
@@ -91,6 +118,21 @@ def load_run(path: str | Path) -> RunRecord:
     except ValidationError as failure:
         where = ".".join(str(part) for part in failure.errors()[0]["loc"]) or "its top level"
         raise RunError(f"{file} is not a valid run record at '{where}': train the run again") from failure
+
+
+_REMEDY = "restore it, or train the run again with --fresh"
+
+
+def _check_itself(file: Path, raw: dict[str, Any]) -> None:
+    """Compare a record with the hash it has of itself, and take that out."""
+    hashes = raw.get("hashes")
+    if not isinstance(hashes, dict):
+        return
+    said = hashes.pop(RECORD, None)
+    unknown = next((name for name in hashes if name not in (SAE_CONFIG, SAE_WEIGHTS)), None)
+    if unknown is not None or said != content_hash(raw):
+        what = f"{file} is damaged or was changed (it does not have the hash it says)"
+        raise RunError(f"{what}: {_REMEDY}; if you changed it on purpose, take 'hashes' out of it")
 
 
 def find_runs(folder: str | Path) -> list[Path]:
