@@ -28,17 +28,23 @@ _POWERS = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silence progress and notes for the rest of the process."""
+    """Silence progress and notes for as long as :func:`speaking` lasts, or for the rest of the process."""
     global _quiet
     _quiet = quiet
 
 
 @contextmanager
-def speaking(progress: bool) -> Iterator[None]:
-    """Inside, notes and progress are shown, or are not, whatever was said before; also where there is no terminal."""
+def speaking(progress: bool, *, off_terminals: bool = True) -> Iterator[None]:
+    """Inside, notes and progress are shown, or are not, whatever was said before.
+
+    Args:
+        progress: whether they are.
+        off_terminals: whether progress is shown as lines where there is no terminal.
+
+    """
     global _quiet, _plain_progress
     before = _quiet, _plain_progress
-    _quiet, _plain_progress = not progress, progress
+    _quiet, _plain_progress = not progress, off_terminals
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__, demo
 from . import commands as cache_command
-from .console import set_quiet
+from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
 from .extract import command as extract_command
@@ -132,7 +132,8 @@ def _options(
         False, "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
     ),
 ) -> None:
-    set_quiet(quiet)
+    if quiet:
+        set_quiet(True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
     args = shared + [arg for arg in args if arg not in shared]
+    with speaking(True, off_terminals=False):
+        return _status(args, debug="--debug" in shared)
+
+
+def _status(args: list[str], *, debug: bool) -> int:
     try:
         with stop_signals():
             return app(args=args, prog_name="pipeline", standalone_mode=False) or 0
@@ -153,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nstopped. {_last_words(stopped)}", file=sys.stderr)
         return 130
     except TcsaeError as failure:
-        if "--debug" in shared:
+        if debug:
             raise
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code

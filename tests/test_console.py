@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tcsae.console import format_bytes, format_count, format_duration, parse_count, summary
+from tcsae import console
+from tcsae.console import format_bytes, format_count, format_duration, note, parse_count, progress, speaking, summary
 from tcsae.errors import UsageError
 
 
@@ -44,3 +45,30 @@ def test_the_summary_is_one_line_of_json_or_aligned_text(capsys):
     assert json.loads(capsys.readouterr().out) == {"rows": 3, "bytes_per_row": 12}
     summary("done", {"rows": 3, "bytes_per_row": 12}, as_json=False)
     assert capsys.readouterr().out == "done\n  rows           3\n  bytes per row  12\n"
+
+
+def test_nothing_is_said_unless_asked(capsys):
+    note("a")
+    with progress("b", 1) as bar:
+        bar.advance(1)
+    with speaking(True):
+        note("c")
+        with speaking(False):
+            note("d")
+        note("e")
+    note("f")
+    assert capsys.readouterr().err == "c\ne\n"
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with speaking(True), progress("working", 400, unit="rows", done=100) as bar:
+        for seconds in (4, 6, 1, 1):
+            now[0] += seconds
+            bar.advance(75, "well")
+    first, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("working 62%, 15 rows/s, well", "working 100%, 25 rows/s, well")
+    with speaking(True, off_terminals=False), progress("working", 1) as bar:
+        bar.advance(1)
+    assert capsys.readouterr().err == ""

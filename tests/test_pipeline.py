@@ -1,10 +1,12 @@
 """The command line's shell: lists of values, exit statuses, help that answers at once."""
 
+import os
 import subprocess
 import sys
 
 import pytest
-from tcsae import pipeline
+import typer
+from tcsae import __version__, pipeline
 from tcsae.errors import StoreError, UsageError
 
 
@@ -90,3 +92,42 @@ def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--layers" in done.stdout
+
+
+COMMANDS = typer.main.get_command(pipeline.app).commands
+TRAIN = ["What to train", "Sparsity", "Temporal term", "Optimiser", "Data", "Output"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_heading(name):
+    command = COMMANDS[name]
+    options = [param for param in command.get_params(typer.Context(command)) if param.param_type_name == "option"]
+    headings = list(dict.fromkeys(param.rich_help_panel for param in options))
+    assert None not in headings
+    assert "Output" in headings
+    assert name != "train" or headings == TRAIN
+
+
+def asked(*arguments, **environment):
+    command = [sys.executable, "-m", "tcsae", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_the_package_runs_as_a_module_and_says_its_version():
+    done = asked("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_a_shell_completes_options_without_importing_torch():
+    words = {"_PIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": "pipeline train --temporal-", "COMP_CWORD": "2"}
+    done = asked(**words, PYTHONPROFILEIMPORTTIME="1")
+    assert done.stdout.split() == [f"--temporal-{name}" for name in ("weight", "partner", "lag", "scope")]
+    assert "tcsae.train.command" in done.stderr
+    assert "torch" not in done.stderr
+
+
+def test_completion_takes_one_line_of_help(capsys):
+    assert pipeline.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--install-completion" in shown
+    assert "--show-completion" not in shown

@@ -18,6 +18,7 @@ import torch
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.storage import local
 from tcsae.cache.store import ActivationStore
+from tcsae.console import speaking
 from tcsae.errors import ModelError, ResourceError, StoreError, TextError
 from tcsae.extract import run as run_module
 from tcsae.extract.config import ModelSource, command_line
@@ -270,7 +271,7 @@ def test_stopped_before_fresh_replaced_anything_the_old_rows_are_not_called_ours
 
 
 def test_plan_that_does_not_fit_on_the_disk_prints_the_bytes_and_makes_nothing(config, tmp_path, capsys):
-    with pytest.raises(ResourceError, match=r"TB more are needed .* are free"):
+    with pytest.raises(ResourceError, match=r"TB more are needed .* are free"), speaking(True):
         extract(replace(config, tokens=10**13))
     assert "together under" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
@@ -291,7 +292,8 @@ def test_what_fresh_removes_is_free_for_the_plan(config, tmp_path, monkeypatch, 
             extract(anew)
     for path in tmp_path.glob("*.kept"):
         path.unlink()
-    extract(anew)
+    with speaking(True):
+        extract(anew)
     assert " that --fresh removes" in capsys.readouterr().err
     assert ActivationStore.open(config.paths[1]).manifest.text.seed == 5
 
