@@ -10,6 +10,7 @@ import zipfile
 import pytest
 from saes import random_sae
 from stores import make_store
+from tcsae.console import speaking
 from tcsae.errors import RunError, UsageError
 from tcsae.train.formats.export import export
 from tcsae.train.loop.batches import Feed
@@ -20,6 +21,12 @@ from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 WEIGHTS = "sae_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _speaking():
+    with speaking(True):
+        yield
 
 
 @pytest.fixture(scope="module")
