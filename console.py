@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -163,12 +163,21 @@ def progress(description: str, total: float | None, *, unit: str = "tokens", don
         yield bar
 
 
-def summary(title: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """The one closing summary of a command: JSON on one line for machines, aligned lines for people."""
+def summary(title: str, facts: Mapping[str, Any], *, as_json: bool, names: Collection[str] = ()) -> None:
+    """The one closing summary of a command: JSON on one line for machines, aligned lines for people.
+
+    Args:
+        title: the first line for people.
+        facts: what to say; underscores in a key are shown as spaces.
+        as_json: whether machines read it.
+        names: keys that are names, shown as they are.
+
+    """
     if as_json:
         print(json.dumps(facts, default=str, allow_nan=False))
         return
     width = max((len(name) for name in facts), default=0)
     print(title)
     for name, value in facts.items():
-        print(f"  {name.replace('_', ' '):<{width}}  {value}")
+        shown = name if name in names else name.replace("_", " ")
+        print(f"  {shown:<{width}}  {value}")

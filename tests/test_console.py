@@ -72,3 +72,8 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     with speaking(True, off_terminals=False), progress("working", 1) as bar:
         bar.advance(1)
     assert capsys.readouterr().err == ""
+
+
+def test_names_are_shown_as_they_are(capsys):
+    summary("trained", {"my_run": 1, "in_all": 2}, as_json=False, names=["my_run"])
+    assert capsys.readouterr().out == "trained\n  my_run  1\n  in all  2\n"

@@ -124,7 +124,8 @@ def train(
     if not speaks():
         return
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"
-    summary(title, done.facts(as_json=json_output), as_json=json_output)
+    names = [path.name for path in done.runs]
+    summary(title, done.facts(as_json=json_output), as_json=json_output, names=names)
 
 
 def export(
