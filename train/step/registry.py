@@ -6,7 +6,7 @@ active entries. Each is registered where it is written; a test holds each to aut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -74,20 +74,23 @@ def choose_step(config: TrainConfig, form: str, device: str) -> tuple[Step, str]
         return "autograd", "asked for"
     if lacking is None:
         return "fast", ""
+    what, known = lacking
     if config.run.step == "fast":
-        raise UsageError(f"there is no hand-written step for {lacking}: use --step autograd or auto")
-    return "autograd", f"no hand-written step for {lacking}"
+        there = f"there is one for {', '.join(known)}"
+        raise UsageError(f"there is no hand-written step for {what} ({there}): use --step autograd or auto")
+    return "autograd", f"no hand-written step for {what}"
 
 
-def _lacking(config: TrainConfig, form: str, device: str) -> str | None:
+def _lacking(config: TrainConfig, form: str, device: str) -> tuple[str, Iterable[str]] | None:
+    """What there is no step by hand for, and what there is one for; None where nothing is lacking."""
     sae = config.sae
     if sae.architecture not in STEPS:
-        return f"architecture '{sae.architecture}' (there is one for {', '.join(STEPS)})"
+        return f"architecture '{sae.architecture}'", STEPS
     known = STEPS.get(sae.architecture)
     if sae.activation not in known.activations:
-        return f"activation '{sae.activation}' (there is one for {', '.join(known.activations)})"
+        return f"activation '{sae.activation}'", known.activations
     if form != "none" and form not in GRADIENTS:
-        return f"temporal term '{form}' (there is one for {', '.join(GRADIENTS)})"
+        return f"temporal term '{form}'", GRADIENTS
     if device not in known.devices:
-        return f"device {device} (there is one for {', '.join(known.devices)})"
+        return f"device {device}", known.devices
     return None
