@@ -24,7 +24,6 @@ import pytest
 import torch
 from hypothesis import settings
 from tcsae import plugins
-from tcsae.registry import Registry
 from tiny import KINDS, tiny_corpus, tiny_model
 
 # The same examples in every run: what is found by chance belongs into a test of its own.
@@ -62,9 +61,8 @@ def _deterministic() -> None:
 def _no_plugins_of_other_tests() -> Iterator[None]:
     """What a test's plug-ins register ends with the test."""
     yield
-    for key in list(plugins._loaded):
-        Registry.forget_plugin(key)
-        del plugins._loaded[key]
+    for file in list(plugins._loaded):
+        plugins.forget_plugin(file)
 
 
 def _model_fixture(kind: str) -> Any:

@@ -10,6 +10,7 @@ from tcsae.evaluate.intervals.bootstrap import Resampler
 from tcsae.evaluate.metrics import fidelity
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.metrics.all import AllMetrics, definitions, families
+from tcsae.evaluate.metrics.by_scope import ByScope
 from tcsae.evaluate.metrics.registry import METRICS, metric
 from tcsae.evaluate.protocol import Findings
 from tcsae.evaluate.results import NO_INTERVAL, Definition
@@ -138,6 +139,24 @@ def test_a_function_of_tokens_sees_everything_that_counts(registered):
     assert value(found.sums["seen"]) == 2
     assert found.sums["seen"].n == 48 * 23
     assert METRICS.get("seen").by_part == ("seen",)
+
+
+def test_a_function_is_measured_of_each_part_of_the_dictionary_too(registered):
+    @metric("size", over="tokens", text="mean size of the features together", unit="1", label="size", group="mine")
+    def size(tokens):
+        return tokens.z.sum(1)
+
+    z, tokens, x = lively_text()
+    sae = fake_sae(F)
+    sae.decode = lambda z_BTF: z_BTF @ sae.W_dec
+    found = ByScope(sae, {"size": METRICS.get("size")}, context=24, seed=0, inside=2)
+    batch = batch_of(z, tokens_BT=tokens, x_BTD=x)
+    found.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), x)
+    sums = found.result().sums
+    for name, part in (("high", z[:, 1:, :2]), ("low", z[:, 1:, 2:])):
+        assert value(sums[f"size_{name}"]) == pytest.approx(float(part.sum(2).mean()))
+        assert found.definitions[f"size_{name}"].label == f"size, {name}"
+        assert found.definitions[f"size_{name}"].group == "", "parts stand in the table of all metrics"
 
 
 def test_a_function_that_gives_something_else_is_told_what_is_wanted(registered):

@@ -8,7 +8,7 @@ from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
 from tcsae.evaluate.report.tables import comparisons, main_tables, published
 from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, outcomes, show, verdict
-from tcsae.evaluate.results import EvaluationReport, Metric
+from tcsae.evaluate.results import Definition, EvaluationReport, Metric
 
 VOID = {"meta", "link", "img", "br", "input", "hr", "circle", "path", "rect", "line"}
 
@@ -124,6 +124,20 @@ def test_a_report_without_records_still_is_a_page():
     page = Page(render_page(empty))
     assert not page.open
     assert "0 sparse autoencoders" in page.text
+
+
+def test_columns_stand_in_groups_whatever_their_report_says_of_them(report):
+    """A report of before, whose definitions name no group; and a plug-in's metric in a group of its own."""
+    assert not any(one.group for one in report.definitions.values())
+    groups = [column.group for column in main_tables(report)[0].columns]
+    assert list(dict.fromkeys(groups)) == ["sparsity", "fidelity", "features", "time", "position"]
+    assert groups == sorted(groups, key=groups.index), "each group once"
+    new = Definition(text="a metric of a plug-in", unit="1", label="mine", group="mine")
+    records = [r.model_copy(update={"metrics": {"new": metric("kl", 1.0), **r.metrics}}) for r in report.records]
+    more = report.model_copy(update={"records": records, "definitions": {"new": new, **report.definitions}})
+    columns = main_tables(more)[0].columns
+    assert (columns[-1].label, columns[-1].group) == ("mine", "mine")
+    assert [column.group for column in columns[:-1]] == groups
 
 
 def test_undefined_is_a_dash_with_its_reason(report):
