@@ -270,7 +270,7 @@ def test_stopped_before_fresh_replaced_anything_the_old_rows_are_not_called_ours
     assert after.endswith(command_line(anew))
 
 
-def test_a_growing_store_uses_its_own_number_of_threads_and_the_caller_gets_his_back(config, monkeypatch):
+def test_a_growing_store_uses_its_own_number_of_threads_and_gives_back_the_callers(config, monkeypatch):
     extract(replace(config, tokens=64))  # the tests have one thread
     used = []
     real = ForwardPass.launch
