@@ -1,7 +1,7 @@
 """The commands as Python functions: the same options by the same names, the same summaries as typed objects.
 
 Each takes either a configuration or options. They are silent unless ``progress=True`` (bars on a terminal, lines
-elsewhere), change nothing of the process that calls them, and import torch and the rest only when they are called.
+elsewhere), leave allocator and threads of the process as they were, and import torch and the rest when they are called.
 """
 
 from __future__ import annotations

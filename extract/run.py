@@ -35,12 +35,16 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         KeyboardInterrupt: on SIGINT and SIGTERM, with the command that goes on.
 
     """
-    with _interruptible(config):
-        if config.workers or config.scheduler:
-            from .distributed import extract_on_cluster
+    threads = torch.get_num_threads()  # a store that is there has its own number, and has it only while it grows
+    try:
+        with _interruptible(config):
+            if config.workers or config.scheduler:
+                from .distributed import extract_on_cluster
 
-            return extract_on_cluster(config)
-        return _extract_here(make_plan(config))
+                return extract_on_cluster(config)
+            return _extract_here(make_plan(config))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _extract_here(plan: Plan) -> ExtractSummary:

@@ -13,6 +13,7 @@ from tcsae import pipeline
 from tcsae.train.config import TrainConfig
 from tcsae.train.presets import changed
 from tcsae.train.run import train
+from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/GUIDE.md"]
@@ -41,11 +42,15 @@ def test_the_parser_understands_every_example(words):
     command.make_context(words[0], list(words[1:]))
 
 
-def test_python_examples_run(tmp_path, monkeypatch):
+def test_python_examples_run(tmp_path, monkeypatch, corpus):
     (tmp_path / "cache").mkdir()
     built = make_store(tmp_path / "built", layer=12)
     Path(built).rename(tmp_path / "cache/l12.zarr")
     monkeypatch.chdir(tmp_path)
+    small_model = tiny_model("llama", tmp_path / "model", n_layers=12)
+    monkeypatch.setattr("tcsae.extract.assets.demo_model", lambda: small_model)
+    monkeypatch.setattr("tcsae.extract.assets.demo_text", lambda: corpus)
+    monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda *_: [])
     small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}
     for name in ("l12-topk64-pairwise0.03-w5-s0", "l12-topk64-none-s0"):
         train(changed(TrainConfig(), small | {"run.name": name, "run.baseline": False}))

@@ -270,6 +270,19 @@ def test_stopped_before_fresh_replaced_anything_the_old_rows_are_not_called_ours
     assert after.endswith(command_line(anew))
 
 
+def test_a_growing_store_uses_its_own_number_of_threads_and_gives_back_the_callers(config, monkeypatch):
+    extract(replace(config, tokens=64))  # the tests have one thread
+    used = []
+    real = ForwardPass.launch
+    monkeypatch.setattr(ForwardPass, "launch", lambda *given: (used.append(torch.get_num_threads()), real(*given))[1])
+    torch.set_num_threads(2)
+    try:
+        extract(replace(config, tokens=512))
+        assert (set(used), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_plan_that_does_not_fit_on_the_disk_prints_the_bytes_and_makes_nothing(config, tmp_path, capsys):
     with pytest.raises(ResourceError, match=r"TB more are needed .* are free"), speaking(True):
         extract(replace(config, tokens=10**13))
