@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..atomic_files import write_json
+from ..checksums import content_hash
 from ..errors import RunError
 from ..untrusted_files import read_json
 
@@ -254,6 +255,7 @@ class EvaluationReport(Frozen):
     features: dict[str, list[FeatureCard]] = Field(default_factory=dict, description="the browser, by record name")
     failures: list[Failure] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    checksum: str | None = Field(default=None, description="in the file: XXH3 (128 bits) of everything else in it")
 
     def record(self, name: str, layer: int) -> Record | None:
         """The row of that name and layer, or None."""
@@ -261,8 +263,10 @@ class EvaluationReport(Frozen):
 
 
 def write_results(report: EvaluationReport, folder: str | Path) -> Path:
-    """Write ``results.json`` whole or not at all; returns its path."""
-    return write_json(Path(folder) / RESULTS_FILE, json.loads(report.model_dump_json()), indent=1, ascii_only=False)
+    """Write ``results.json`` whole or not at all, with its checksum; returns its path."""
+    content = json.loads(report.model_dump_json(exclude={"checksum"}))
+    content["checksum"] = content_hash(content)
+    return write_json(Path(folder) / RESULTS_FILE, content, indent=1, ascii_only=False)
 
 
 def read_results(path: str | Path) -> EvaluationReport:
@@ -281,6 +285,10 @@ def read_results(path: str | Path) -> EvaluationReport:
     version = found.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; upgrade it")
+    checksum = found.pop("checksum", None)
+    if checksum is not None and checksum != content_hash(found):
+        what = f"{file} is damaged or was changed (it does not have the checksum it says)"
+        raise RunError(f"{what}; evaluate again to replace it, or take 'checksum' out of it if you changed it")
     try:
         return EvaluationReport.model_validate(found)
     except ValidationError as reasons:

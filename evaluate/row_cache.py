@@ -90,7 +90,7 @@ class RowCache:
         }
         for subject in subjects:
             split = "" if subject.scope == 1 else f"-split{subject.scope:g}"
-            key = f"l{subject.layer}-{slug(subject.name)}-{subject.fingerprint[:8]}{split}.npz"
+            key = f"l{subject.layer}-{slug(subject.name)[:100]}-{subject.fingerprint[:8]}{split}.npz"
             self.wanted[key] = (subject.layer, subject)
         self._rows: dict[str, MeasuredRow] = {}
         if not fresh:

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from pydantic import ValidationError
+
 from ..cache.format.manifest import StoreManifest
 from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
@@ -20,6 +23,7 @@ from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
 from ..train.sae.protocol import SparseAutoencoder
 from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
+from ..untrusted_files import reason, shown
 from .config import EvaluateConfig
 from .results import Failure, Role, SAEFacts
 
@@ -83,8 +87,64 @@ def gather_subjects(
     return list(groups.values()), failures
 
 
-def _scope(record: RunRecord) -> float:
-    return float(record.config.get("temporal", {}).get("scope", 1.0))
+def _scope(path: str, record: RunRecord) -> float:
+    scope = _settings(path, record, "temporal").get("scope", 1.0)
+    if type(scope) not in (int, float) or not 0 < scope <= 1:
+        raise RunError(f"{path}: its record has a temporal scope of {shown(repr(scope))}: train the run again")
+    return float(scope)
+
+
+def _settings(path: str, record: RunRecord, group: str) -> dict[str, Any]:
+    """One group of the training's configuration.
+
+    Raises:
+        RunError: the record has something else in its place.
+
+    """
+    found = record.config.get(group, {})
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: its record has {shown(repr(found))} for its '{group}' settings: train the run again")
+    return found
+
+
+def _manifest(path: str, record: RunRecord) -> StoreManifest:
+    try:
+        return StoreManifest.model_validate(record.store_manifest)
+    except ValidationError as failure:
+        where = ".".join(str(part) for part in failure.errors()[0]["loc"]) or "its top level"
+        raise RunError(
+            f"{path}: what its record says of the store is not valid at '{shown(where)}': train the run again"
+        ) from failure
+
+
+def _check_fits(path: str, record: RunRecord, manifest: StoreManifest, sae: SparseAutoencoder) -> None:
+    said, found = (record.layer, sae.d_model), (manifest.layer, manifest.d_model)
+    if said != found:
+        raise RunError(
+            f"{path} is of layer {said[0]} and width {said[1]}, the store in its record of layer {found[0]} and width "
+            f"{found[1]}: its files belong to different runs, train it again"
+        )
+
+
+@torch.no_grad()
+def _check_computes(path: str, sae: SparseAutoencoder) -> None:
+    """Run it on a few vectors, before a language model is loaded for it: whatever it raises is one sentence.
+
+    Raises:
+        RunError: it does not compute, or not codes [.., F] and a reconstruction [.., D].
+
+    """
+    x_NWD = torch.ones(1, 4, sae.d_model)
+    try:
+        z_NWF = sae.encode(x_NWD)
+        shapes = list(z_NWF.shape), list(sae.decode(z_NWF).shape)
+    except Exception as failure:  # of a plug-in, say
+        raise RunError(f"{path} does not compute ({type(failure).__name__}: {reason(failure)})") from failure
+    if shapes != ([1, 4, sae.n_features], [1, 4, sae.d_model]):
+        raise RunError(
+            f"{path} makes codes of shape {shapes[0]} and a reconstruction of shape {shapes[1]} from activations of "
+            f"shape {list(x_NWD.shape)} with {sae.n_features} features: it cannot be measured"
+        )
 
 
 def _split_twins(group: Group) -> None:
@@ -112,12 +172,15 @@ def _add_run(
             "pipeline train --resume"
         )
     notes = _notes_on_plugins(path, record, plugins)
-    manifest = StoreManifest.model_validate(record.store_manifest)
-    group = _group(groups, config, manifest)
+    manifest = _manifest(path, record)
+    scope = _scope(path, record)
     weights = Path(path) / WEIGHTS
     if not weights.exists():
         raise RunError(f"{path} says it is finished but has no {WEIGHTS}: train it again")
     sae = SparseAutoencoder.load(path)
+    _check_fits(path, record, manifest, sae)
+    _check_computes(path, sae)
+    group = _group(groups, config, manifest)
     original = sae.metadata.get("pruned_from")
     group.subjects.append(
         Subject(
@@ -128,7 +191,7 @@ def _add_run(
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
             role="pruned" if original else record.role,
             pair=original or record.twin,
-            scope=1.0 if original else _scope(record),
+            scope=1.0 if original else scope,
             notes=notes,
         )
     )
@@ -142,7 +205,7 @@ def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) ->
 
     """
     notes = []
-    of_sae = record.config.get("sae", {})
+    of_sae = _settings(path, record, "sae")
     makers = ARCHITECTURES.owner(of_sae.get("architecture", "")), ACTIVATIONS.owner(of_sae.get("activation", ""))
     for name, digest in record.plugins.items():
         if name not in given:
@@ -162,6 +225,7 @@ def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) ->
 
 def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, layer: int | None) -> None:
     found = load_external(path, layer)
+    _check_computes(path, found.sae)
     group = next(iter(groups.values()), None)  # beside runs it is measured in their model, on their text
     if group is None or len(groups) > 1:
         if config.model is None and found.model_name is None:

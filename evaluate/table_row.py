@@ -14,9 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from ..atomic_files import write_file
+from ..checksums import content_hash
+from ..console import warn
+from ..untrusted_files import open_regular, reason
 from .intervals.jackknife import Jackknifed
 from .metrics.active_entries import ActiveEntries
 from .metrics.fidelity import Fidelity
@@ -73,19 +77,28 @@ class MeasuredRow:
             "sums": {name: {key: getattr(one, key) for key in _ABOUT} for name, one in self.sums.items()},
         } | {key: {name: one.model_dump() for name, one in getattr(self, key).items()} for key in _MODELS}
         arrays = {f"{name}:{side}": getattr(one, f"{side}_U") for name, one in self.sums.items() for side in _SIDES}
-        described = np.array(json.dumps(plain))
-        write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, plain=described, **arrays))
+        arrays |= {"plain": np.array(json.dumps(plain))}
+        check = np.array(_hash(arrays))
+        write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, check=check, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> MeasuredRow | None:
-        """The row kept at ``path``; None where there is none, or one that this version cannot read."""
+        """The row kept at ``path``; None where there is none, or one that this version cannot read.
+
+        A damaged one is named, and measured again.
+        """
+        if not path.exists():
+            return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                plain = json.loads(str(arrays["plain"]))
-                sums = {
-                    name: UnitSums(**(about | {f"{side}_U": arrays[f"{name}:{side}"] for side in _SIDES}))
-                    for name, about in plain["sums"].items()
-                }
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as kept:
+                arrays = {name: kept[name] for name in kept.files}
+            if str(arrays.pop("check")) != _hash(arrays):
+                raise ValueError("it does not have the hash it says")
+            plain = json.loads(str(arrays["plain"]))
+            sums = {
+                name: UnitSums(**(about | {f"{side}_U": arrays[f"{name}:{side}"] for side in _SIDES}))
+                for name, about in plain["sums"].items()
+            }
             models: dict[str, Any] = {
                 key: {name: kind(**one) for name, one in plain[key].items()} for key, kind in _MODELS.items()
             }
@@ -93,8 +106,14 @@ class MeasuredRow:
             cards = [FeatureCard.model_validate(card) for card in plain["cards"]]
             row: dict[str, Any] = plain["row"] | models
             return cls(**row, facts=facts, cards=cards, sums=sums)
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except Exception as failure:  # damaged archives raise errors of many kinds, and each means the same here
+            warn(f"{path} cannot be used ({reason(failure)}): the row is measured again")
             return None
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    parts = {name: [str(array.dtype), xxhash.xxh3_128_hexdigest(array.tobytes())] for name, array in arrays.items()}
+    return content_hash(parts)
 
 
 def _metric(**kept: Any) -> Metric:

@@ -267,9 +267,7 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     with pytest.raises(RunError, match="has width 24; the SAE expects 12"):
         run_module.evaluate(EvaluateConfig(saes=(str(tmp_path / "wide"),), layers=(1,), **common))
     run = make_run(tmp_path / "runs", "wide", make_manifest(place / "model", place / "text", 1), sae=wide)
-    with pytest.raises(
-        RunError, match="has width 24; the SAE expects 12: name the model it was trained on with --model"
-    ):
+    with pytest.raises(RunError, match="is of layer 1 and width 12, the store in its record of layer 1 and width 24"):
         run_module.evaluate(EvaluateConfig(runs=(str(run),), out=str(tmp_path), **SMALL))
     fitting = random_sae(24, 16, Activation("relu"))
     fitting.save(tmp_path / "fitting")
