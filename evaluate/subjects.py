@@ -37,7 +37,8 @@ class Subject:
     pair: str | None = None
     """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
     scope: float = 1.0
-    """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too.
+    """Share of the dictionary that the temporal term sees (a twin: its TC-SAE's), or the first of nested groups; below
+    1 both parts are measured too.
     """
     notes: tuple[str, ...] = ()
     """What a reader must know of it beforehand."""
@@ -84,7 +85,9 @@ def gather_subjects(
 
 
 def _scope(record: RunRecord) -> float:
-    return float(record.config.get("temporal", {}).get("scope", 1.0))
+    """What the temporal term sees, or the first of nested groups."""
+    scope = float(record.config.get("temporal", {}).get("scope", 1.0))
+    return scope if scope < 1 else float(record.config["sae"].get("groups", [1.0])[0])
 
 
 def _split_twins(group: Group) -> None:
@@ -183,6 +186,7 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
             ),
             load=lambda: load_external(path, layer).sae,  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
+            scope=found.sae.prefix_sizes[0] / found.sae.n_features,
         )
     )
 
