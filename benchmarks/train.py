@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,8 +116,8 @@ def reach(member: Member, target: float, batches: Iterator[Tensor]) -> float:
     return l1
 
 
-def ours(name: str, trained: Member, l1: float) -> Step:
-    """One of OURS, going on from the trained member."""
+def ours(name: str, trained: Member, l1: float, groups: Sequence[float] = ()) -> Step:
+    """One of OURS, going on from the trained member; with nested ``groups`` if given."""
     member = copy.deepcopy(trained)
     constant = member.config.optimiser.model_copy(update={"lr": LR, "decay_share": 0.0})
     member.config = member.config.model_copy(update={"optimiser": constant, "run": RunConfig(steps=10**9)})
@@ -126,7 +126,8 @@ def ours(name: str, trained: Member, l1: float) -> Step:
     )  # a copied one would hold the old weights
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
-    member.objective = replace(member.objective, sparsity_weight=l1, temporal=term)
+    nested = tuple((round(fraction * n_features), 1 / len(groups)) for fraction in groups)
+    member.objective = replace(member.objective, sparsity_weight=l1, temporal=term, groups=nested)
     stack, by_hand = Stack([member]), stack_module.sparse_step
 
     def step(x_NWD: Tensor) -> Callable[[], float]:
@@ -255,6 +256,8 @@ def main() -> None:
         l1 = reach(trained, target, endless)
         l1 = l1 if args.activation == "relu" else 0.0
         contenders = {name: partial(ours, name, trained, l1) for name in OURS}
+        if args.groups:
+            contenders["sparse + groups"] = partial(ours, "sparse + groups", trained, l1, args.groups)
         others = {name: PEERS[name] for name in installed()} if args.peers else {}
         others |= {"dense, torch.compile": compiled} if args.compiled else {}
         n_tokens = args.tokens // args.window * args.window
@@ -278,6 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--activation", choices=("relu", "topk", "batchtopk"), default="relu")
     parser.add_argument("--l0", type=float, nargs="+", default=[50, 400], help="relu: the L0s to train to")
     parser.add_argument("--k", type=int, default=64, help="topk and batchtopk")
+    parser.add_argument("--groups", type=float, nargs="+", default=[], help="with nested groups too, such as 0.2 1")
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
     parser.add_argument("--warm-steps", type=int, default=500, help="training that reaches the L0")
     parser.add_argument("--batches", type=int, default=24, help="batches held in memory")

@@ -41,7 +41,8 @@ class Subject:
     pair: str | None = None
     """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
     scope: float = 1.0
-    """Share of the dictionary that the temporal term sees, of a twin its TC-SAE's; below 1 both parts are measured too.
+    """Share of the dictionary that the temporal term sees (a twin: its TC-SAE's), or the first of nested groups; below
+    1 both parts are measured too.
     """
     notes: tuple[str, ...] = ()
     """What a reader must know of it beforehand."""
@@ -88,10 +89,12 @@ def gather_subjects(
 
 
 def _scope(path: str, record: RunRecord) -> float:
+    """What the temporal term sees, or the first of nested groups."""
     scope = _settings(path, record, "temporal").get("scope", 1.0)
     if type(scope) not in (int, float) or not 0 < scope <= 1:
         raise RunError(f"{path}: its record has a temporal scope of {shown(repr(scope))}: train the run again")
-    return float(scope)
+    groups = _settings(path, record, "sae").get("groups") or [1.0]
+    return float(scope if scope < 1 else groups[0])
 
 
 def _settings(path: str, record: RunRecord, group: str) -> dict[str, Any]:
@@ -247,6 +250,7 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
             ),
             load=lambda: load_external(path, layer).sae,  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
+            scope=found.sae.prefix_sizes[0] / found.sae.n_features,
         )
     )
 

@@ -110,7 +110,12 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
     jumps = sae.activation.kind == "jumprelu"
     z = pre * (pre > sae.threshold.detach().double()) if jumps else _step_codes(pre, sae.activation)
     residual = x - (z @ weights["W_dec"] + weights["b_dec"])
-    terms = {"reconstruction": (residual**2).sum() / (n * w)}
+    terms = {"reconstruction": (residual**2).sum() / (n * w), "error": (residual**2).sum().detach() / (n * w)}
+    if objective.groups:
+        terms["reconstruction"] = 0.0
+        for size, weight in objective.groups:
+            prefix = sum(z[..., i : i + 1] * weights["W_dec"][i] for i in range(size)) + weights["b_dec"]
+            terms["reconstruction"] = terms["reconstruction"] + weight * ((x - prefix) ** 2).sum() / (n * w)
     norms = (weights["W_dec"] ** 2).sum(1).sqrt() if objective.decoder_norms else 1.0
     terms["sparsity"] = (z > 0).sum().double() / (n * w) if jumps else (z * norms).sum() / (n * w)
     term = objective.temporal
@@ -124,7 +129,7 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
         terms["auxiliary"] = ((residual.detach() - aux @ weights["W_dec"][columns]) ** 2).sum() / (n * w)
     shares = {"reconstruction": 1.0, "sparsity": objective.sparsity_weight}
     shares |= {"temporal": term.weight, "auxiliary": objective.aux_weight}
-    total = sum(shares[name] * value for name, value in terms.items())
+    total = sum(shares[name] * terms[name] for name in shares if name in terms)
     found = torch.autograd.grad(total, [*weights.values(), z], allow_unused=True)
     gradients = dict(zip(weights, found[:-1], strict=True))
     if jumps:

@@ -31,6 +31,9 @@ def train(
     architecture: str | None = _sparsity(None, "--architecture", help=f"One of {', '.join(ARCHITECTURES)}."),
     activation: str | None = _sparsity(None, "--activation", help=f"One of {', '.join(ACTIVATIONS)}."),
     k: int | None = _sparsity(None, "--k", help="Active features per token (topk, batchtopk)."),
+    groups: str | None = _sparsity(
+        None, "--groups", help="Nested groups (Matryoshka), fractions of the dictionary rising to 1: 0.2,1."
+    ),
     l1: float | None = _sparsity(None, "--l1", help="λ1, weight of Σ z (relu) or of L0 (jumprelu)."),
     temporal: str | None = _temporal(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
     temporal_weight: float | None = _temporal(None, "--temporal-weight", help="λ2."),

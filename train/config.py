@@ -6,6 +6,8 @@ resolved by :mod:`.plan`, what the user wrote is laid over the presets by :mod:`
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -63,6 +65,10 @@ class SAEConfig(_Group):
     """Active features per token (topk) or on average over the batch (batchtopk); unused by relu and jumprelu."""
     width: int = Field(default=0, ge=0)
     """Features; 0: expansion × d_model."""
+    groups: tuple[float, ...] = (1.0,)
+    """Nested groups (Matryoshka): fractions of the dictionary, rising to 1. Every prefix reconstructs by itself."""
+    group_weights: tuple[float, ...] = ()
+    """Weight of every prefix's error; the loss takes the mean of weight × error over the prefixes. Empty: 1 each."""
     expansion: float = Field(default=8.0, gt=0)
     """Features per input dimension where width is 0."""
     round_width: bool = True
@@ -92,6 +98,28 @@ class SAEConfig(_Group):
     @classmethod
     def _known_activation(cls, name: str) -> str:
         return _registered(ACTIVATIONS, name)
+
+    @field_validator("groups", "group_weights", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return re.split("[,:]", value) if isinstance(value, str) else value
+
+    @field_validator("groups")
+    @classmethod
+    def _rise_to_one(cls, groups: tuple[float, ...]) -> tuple[float, ...]:
+        if not groups or groups[0] <= 0 or groups[-1] != 1 or any(b <= a for a, b in itertools.pairwise(groups)):
+            raise ValueError("groups are fractions of the dictionary that rise to 1, such as 0.2,1")
+        return groups
+
+    @model_validator(mode="after")
+    def _a_weight_for_every_group(self) -> SAEConfig:
+        given = self.group_weights
+        if given and (len(given) != len(self.groups) or min(given) < 0 or max(given) == 0):
+            raise ValueError(
+                f"there are {len(self.groups)} groups and {len(given)} sae.group_weights: give one weight ≥ 0 for each "
+                "group, not all of them 0"
+            )
+        return self
 
 
 class LossConfig(_Group):

@@ -17,7 +17,7 @@ import torch
 from ..console import parse_count
 from ..errors import UsageError
 from .config import SAEConfig, TrainConfig
-from .loss.objective import objective_of
+from .loss.objective import group_sizes, objective_of
 from .presets import changed
 from .sae.registry import ARCHITECTURES
 
@@ -34,6 +34,7 @@ OPTIONS = {
     "width": "sae.width",
     "activation": "sae.activation",
     "k": "sae.k",
+    "groups": "sae.groups",
     "decoder": "sae.decoder",
     "l1": "loss.l1",
     "temporal": "temporal.form",
@@ -157,6 +158,11 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
         raise UsageError(
             f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width"
         )
+    sizes = group_sizes(config.sae, width)
+    if len(set(sizes)) < len(sizes):
+        groups = ", ".join(f"{fraction:g}" for fraction in config.sae.groups)
+        what = f"groups {groups} of {width} features are prefixes of {', '.join(map(str, sizes))}"
+        raise UsageError(f"{what}: give groups that differ by a feature or more")
     if config.data.batch_size < config.data.window:
         sizes = f"a batch of {config.data.batch_size} tokens holds no window of {config.data.window}"
         raise UsageError(f"{sizes}: give a larger --batch-size")
@@ -201,7 +207,8 @@ def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *,
     kind = sae.activation if sae.architecture == "sae" else sae.architecture
     fixed = ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae)
     parts = [f"l{layer}", f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
-    shown = set(_NAMED)
+    shown = {*_NAMED, "sae.groups"}
+    parts += [f"groups{_value(config, 'sae.groups')}"] if len(sae.groups) > 1 else []
     if temporal.form == "none":
         parts.append("none")
         shown |= {field for field in grid if field.startswith("temporal.")}
@@ -233,4 +240,6 @@ def _variant(config: TrainConfig) -> list[str]:
 def _value(config: TrainConfig, field: str) -> str:
     group, _, key = field.partition(".")
     value = getattr(getattr(config, group), key)
+    if isinstance(value, tuple):
+        return "-".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -31,12 +31,14 @@ from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, needs_siblings
+from .loss.objective import group_sizes
 from .plan import MemberPlan, plan_members, tokens_per_step
 from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .run_folder.claims import Claim, claim, held
 from .run_folder.metrics_log import check_loggers
 from .run_folder.record import RunRecord
+from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
 
@@ -272,9 +274,12 @@ def finish(member: Member, record: RunRecord, folder: Path, work: Pass) -> None:
 
 
 def metadata_of(record: RunRecord) -> dict[str, object]:
-    """What a run's SAE says of its place, under the names SAELens uses."""
+    """What a run's SAE says of its place and its nested groups, under the names SAELens uses."""
     manifest = record.store_manifest
     model, text = manifest["model"], manifest["text"]
+    config = TrainConfig.model_validate(record.config)
+    sizes = group_sizes(config.sae, config.sae.width)
+    nested: dict[str, object] = {PREFIX_SIZES: list(sizes)} if len(sizes) > 1 else {}
     return {
         "model_name": model["id"],
         "hook_name": manifest["hook_name"],
@@ -286,5 +291,6 @@ def metadata_of(record: RunRecord) -> dict[str, object]:
         "tcsae_run": record.name,
         "tcsae_activation": record.config["sae"]["activation"],
         "tcsae_temporal": record.config["temporal"],
-        "tcsae_tokens": record.planned_steps * tokens_per_step(TrainConfig.model_validate(record.config)),
+        "tcsae_tokens": record.planned_steps * tokens_per_step(config),
+        **nested,
     }

@@ -25,8 +25,10 @@ from .fidelity import definitions as fidelity_definitions
 from .registry import MetricFamily
 
 PARTS = {
-    "high": "of the features that the temporal term sees (the first `temporal.scope` of the dictionary)",
-    "low": "of the features that the temporal term does not see (beyond the first `temporal.scope` of the dictionary)",
+    "high": "of the features that the temporal term sees (the first `temporal.scope` of the dictionary), or of the "
+    "first of nested groups (`sae.groups`)",
+    "low": "of the features that the temporal term does not see (beyond the first `temporal.scope` of the dictionary), "
+    "or of all nested groups but the first",
 }
 _FIDELITY = ("explained_variance", "cosine", "l0", "l1")
 

@@ -74,6 +74,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
         ('[temporal]\npartner = "lag"\nlag = 5', r"no pairs at distance 5: make data.window at least 6"),
         ('[temporal]\nform = "window_mean"\npartner = "shuffled"', r"'shuffled' does not apply"),
         ('[temporal]\nform = "cosine"\npartner = "l2"', r"form 'cosine' has none"),
+        ("[sae]\ngroups = [0.2]", r"rise to 1, such as 0.2,1 \(got \[0.2\]\)"),
+        ("[sae]\ngroups = [0.5, 0.2, 1]", r"sae.groups: groups are fractions of the dictionary that rise to 1"),
+        ('[sae]\ngroups = "0.2,one"', r"sae.groups.1: Input should be a valid number"),
+        ("[sae]\ngroups = [0.2, 1]\ngroup_weights = [1]", r"there are 2 groups and 1 sae.group_weights"),
         ('preset = "old"', r"preset 'old' is unknown"),
         ("sae = 3", r"'sae' is no table"),
         ("sae = ", r"is no TOML"),
@@ -98,6 +102,10 @@ def test_names_say_what_a_run_is():
     assert names(**{"run.baseline": False, "temporal.form": "l1", "temporal.weight": 1, "temporal.scope": 0.2}) == [
         "l12-topk64-l11-scope0.2-w5-s0"
     ]
+    assert names(**{"run.baseline": False, "sae.groups": "0.2,1"}) == ["l12-topk64-groups0.2-1-pairwise0.03-w5-s0"]
+    assert names(grid=parse_sweep(["groups=1,0.2:1"]), **{"temporal.form": "none"}) == [
+        "l12-topk64-none-s0", "l12-topk64-groups0.2-1-none-s0",
+    ]  # fmt: skip
     assert names(**{"run.name": "mine"}) == ["mine", "mine-twin"]
     assert names(**{"run.name": "mine", "temporal.form": "none"}) == ["mine"]
 
@@ -145,6 +153,8 @@ def test_sizes_that_cannot_be_are_refused_naming_both():
         resolve(build_config(None, None, {"sae.width": 32}), d_model=8, n_tokens=100)
     with pytest.raises(UsageError, match="a batch of 4 tokens holds no window of 5"):
         resolve(build_config(None, None, {"data.batch_size": 4}), d_model=64, n_tokens=100)
+    with pytest.raises(UsageError, match=r"groups 0.01, 0.02, 1 of 64 features are prefixes of 1, 1, 64: give groups"):
+        resolve(build_config(None, None, {"sae.width": 64, "sae.groups": "0.01,0.02,1"}), d_model=64, n_tokens=100)
 
 
 def test_counts_may_be_written_short():
@@ -184,6 +194,10 @@ def test_the_objective_follows_the_activation():
     free = objective_of(build_config(None, None, {"sae.activation": "relu", "sae.decoder": "free"}), 64, 512)
     assert free.decoder_norms
     assert not objective_of(build_config("paper"), 64, 512).decoder_norms
+    nested = build_config(None, None, {"sae.groups": "0.2,1", "sae.group_weights": "0.2,0.8"})
+    assert objective_of(nested, 64, 512).groups == ((102, 0.1), (512, 0.4))  # mean of weight × error
+    assert topk.groups == ()
+    assert objective_of(build_config(None, None, {"sae.group_weights": (0.5,)}), 64, 512).groups == ((512, 0.5),)
     warmed = free.warmed(0.5, 0.0)
     assert warmed.sparsity_weight == free.sparsity_weight / 2
     assert not warmed.temporal.active

@@ -22,6 +22,7 @@ from tcsae.train.presets import build_config
 from tcsae.train.run_folder.checkpoint import checkpoints
 from tcsae.train.run_folder.metrics_log import read_metrics
 from tcsae.train.run_folder.record import find_runs, load_run
+from tcsae.train.sae.protocol import SparseAutoencoder
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 WEIGHTS = "sae_weights.safetensors"
@@ -92,6 +93,30 @@ def test_the_saved_sae_takes_raw_activations(store, tmp_path):
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((32,), 1 / statistics.rms_scale), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_the_first_of_nested_groups_learns_to_reconstruct_by_itself(store, tmp_path, kind):
+    about = {"sae__architecture": "gated"} if kind == "gated" else {"sae__activation": kind}
+    about |= {
+        "run__steps": 150,
+        "optimiser__lr": 3e-3,
+        "run__baseline": False,
+        "temporal__scope": 0.25,
+        "loss__l1": 0.02,
+    }
+    found = []
+    for groups in ("0.25,1", "1"):
+        (path,) = run.train(config_for(store, tmp_path / groups, sae__groups=groups, **about)).runs
+        sae = SparseAutoencoder.load(path)
+        x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
+        first = sae.encode(x) * (torch.arange(32) < 8)
+        found.append(float((x - sae.decode(first)).pow(2).sum(-1).mean()))
+        assert sae.prefix_sizes == ((8, 32) if groups == "0.25,1" else (32,))
+        last = load_run(path).metrics
+        assert last["explained_variance"] > 0.2
+        assert last["reconstruction"] > 0
+    assert found[0] < 0.85 * found[1]
+
+
 def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
     counted = ActivationStore.open(store).statistics().n_tokens
     done = run.train(config_for(store, tmp_path / "a", run__steps=0, run__baseline=False))
@@ -107,9 +132,10 @@ def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
         {"sae__activation": "batchtopk"},
         {"sae__activation": "jumprelu", "temporal__form": "cosine"},
         {"sae__activation": "relu", "loss__l1": 0.1, "optimiser__name": "adam", "temporal__partner": "shuffled"},
+        {"sae__activation": "batchtopk", "sae__groups": "0.2,1", "loss__dead_after": 300},
         {"preset": "paper"},
     ],
-    ids=["topk-aux", "batchtopk", "jumprelu", "relu-adam", "paper"],
+    ids=["topk-aux", "batchtopk", "jumprelu", "relu-adam", "nested", "paper"],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, monkeypatch, changes):
     whole = run.train(config_for(store, tmp_path / "whole", **changes))

@@ -5,6 +5,7 @@ Shapes: D model width, F features.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ...errors import RunError, TcsaeError
 from ...untrusted_files import shown
 from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
-from ..sae.protocol import SparseAutoencoder
+from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
 
@@ -129,7 +130,7 @@ def count(source: Path, fields: Mapping[str, Any], name: str, *, most: int = MOS
 
 
 def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata with the names that other stages read checked: model_name, hook_name, layer.
+    """Metadata with the names that other stages read checked: model_name, hook_name, layer, sizes of nested prefixes.
 
     Raises:
         RunError: one of them is neither missing nor what it should be.
@@ -142,6 +143,12 @@ def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     layer = metadata.get("layer")
     if layer is not None and (type(layer) is not int or not 0 <= layer < 1 << 16):
         raise RunError(f"{shown(source)}: 'layer' is {shown(repr(layer))}, the number of a layer was expected")
+    sizes = metadata.get(PREFIX_SIZES)
+    if sizes is not None:
+        known = isinstance(sizes, list) and all(type(size) is int and 0 < size < MOST_FEATURES for size in sizes)
+        if not known or any(b <= a for a, b in itertools.pairwise(sizes)):
+            found = f"'{PREFIX_SIZES}' is {shown(repr(sizes))}"
+            raise RunError(f"{shown(source)}: {found}, sizes of prefixes that grow were expected")
     return dict(metadata)
 
 

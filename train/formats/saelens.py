@@ -22,7 +22,7 @@ from ..run_folder.record import SAE_CONFIG as CONFIG
 from ..run_folder.record import SAE_WEIGHTS as WEIGHTS
 from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
-from ..sae.protocol import SparseAutoencoder
+from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
 from .from_weights import count, gated_sae, place_of, plain_sae, registered_sae, shape_of, unit_decoder
 from .registry import SAEFormat, sae_format
@@ -61,7 +61,8 @@ class SAELens(SAEFormat):
         if kept is not None and not isinstance(kept, dict):
             raise RunError(f"{shown(path / CONFIG)}: 'metadata' is {shown(repr(kept))}, an object was expected")
         metadata = dict(kept or {})
-        metadata |= {key: config[key] for key in ("hook_name", "model_name") if config.get(key) and key not in metadata}
+        outside = ("hook_name", "model_name", PREFIX_SIZES)
+        metadata |= {key: config[key] for key in outside if config.get(key) and key not in metadata}
         common: dict[str, Any] = {
             "subtract_b_dec": bool(config.get("apply_b_dec_to_input", True)),
             "metadata": place_of(path / CONFIG, metadata),

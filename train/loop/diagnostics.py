@@ -43,7 +43,7 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
         **loss_terms(update),
         "l0": float(result.fired_F.sum()) / tokens,
         "dead_share": float(member.dead.float().mean()),
-        "explained_variance": 1 - float(result.reconstruction) / spread if spread > 0 else None,
+        "explained_variance": 1 - float(result.error) / spread if spread > 0 else None,
         "near_duplicates": near_duplicates(member.sae.W_dec),
         "temporal_variation": temporal_variation(z),
         **lag_correlations(z),

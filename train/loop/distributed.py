@@ -49,7 +49,7 @@ class World:
         if self.size == 1:
             return result
         gradients = [p.grad for p in sae.parameters() if p.grad is not None]
-        names = ("total", "reconstruction", "sparsity", "temporal", "auxiliary")
+        names = ("total", "reconstruction", "sparsity", "temporal", "auxiliary", "error")
         terms = torch.stack([getattr(result, name) for name in names])
         self._sum([*gradients, terms], weight)
         fired_F = result.fired_F.clone()

@@ -37,7 +37,7 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
     found: list[list[MemberPlan]] = []
     for plan in members:
         config, objective = plan.config, objective_of(plan.config, plan.d_model, plan.config.sae.width)
-        dead = (objective.decoder_norms, objective.aux_k, objective.aux_weight)
+        terms = (objective.decoder_norms, objective.groups, objective.aux_k, objective.aux_weight)
         shape = (
             plan.d_model,
             config.sae.width,
@@ -49,7 +49,7 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
         if step_of(plan, device)[0] == "autograd":
             found.append([plan])
             continue
-        alike.setdefault((*shape, *dead, config.optimiser, config.run.steps), []).append(plan)
+        alike.setdefault((*shape, *terms, config.optimiser, config.run.steps), []).append(plan)
     for plans in alike.values():
         each = tokens_per_step(plans[0].config) * plans[0].config.sae.width
         n_stacks = math.ceil(len(plans) / max(1, STACK_BELOW.get(device, 0) // each))
@@ -74,7 +74,8 @@ def step_bytes(plan: MemberPlan) -> int:
 
     Stacks take turns, so a pass needs the largest one's only.
     """
-    return tokens_per_step(plan.config) * 4 * (_CODE_BUFFERS * plan.config.sae.width + 4 * plan.d_model)
+    residuals = 2 + 2 * len(plan.config.sae.groups)
+    return tokens_per_step(plan.config) * 4 * (_CODE_BUFFERS * plan.config.sae.width + residuals * plan.d_model)
 
 
 def split_passes(members: Sequence[MemberPlan], available: int, device: str = "cpu") -> list[list[MemberPlan]]:

@@ -186,7 +186,7 @@ class Pass:
     def _log(
         self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal], share: float
     ) -> None:
-        check_divergence(member, float(update.result.reconstruction), self.inputs.spread)
+        check_divergence(member, float(update.result.error), self.inputs.spread)
         metrics = diagnose(member, update, x_NWD, self.mean_D, share=share)
         self.last_metrics[member.plan.name] = metrics
         if not self.world.writes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import SAEConfig, TrainConfig
 from ..sae.registry import ARCHITECTURES
 from .registry import PARTNERS
 
@@ -36,7 +36,8 @@ class TemporalTerm:
 class Objective:
     """Weights of every term.
 
-    ``decoder_norms``: Σ z_i ‖W_dec,i‖ instead of Σ z_i. ``aux_k``: dead features per token in AuxK.
+    ``decoder_norms``: Σ z_i ‖W_dec,i‖ instead of Σ z_i. ``aux_k``: dead features per token in AuxK. ``groups``: size
+    and weight of every prefix of the dictionary that reconstructs by itself; empty: the whole, with weight 1.
     """
 
     sparsity_weight: float = 0.0
@@ -44,6 +45,7 @@ class Objective:
     temporal: TemporalTerm = field(default_factory=TemporalTerm)
     aux_k: int = 0
     aux_weight: float = 0.0
+    groups: tuple[tuple[int, float], ...] = ()
 
     def warmed(self, sparsity: float, temporal: float) -> Objective:
         """The same with λ1 and λ2 multiplied by their warm-up's factors."""
@@ -57,6 +59,9 @@ class Objective:
 class StepResult:
     """Terms of one batch, detached 0-d float32 and unweighted (``total`` is the weighted sum), and who fired.
 
+    ``error`` is the mean over tokens of Σ_d (x − x̂)² of the whole dictionary: the same as ``reconstruction``, unless
+    the prefixes of a nested dictionary have their part in that.
+
     ``fired_F`` [F] int64 counts the tokens of the batch on which each feature was active.
     """
 
@@ -65,6 +70,7 @@ class StepResult:
     sparsity: Tensor
     temporal: Tensor
     auxiliary: Tensor
+    error: Tensor
     fired_F: Tensor
 
 
@@ -80,7 +86,21 @@ def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objectiv
         temporal=_term_of(config, n_features),
         aux_k=(loss.aux_k or max(1, d_model // 2)) if fixed else 0,
         aux_weight=kind.auxiliary_weight(sae, loss.aux_weight),
+        groups=_groups_of(sae, n_features),
     )
+
+
+def group_sizes(sae: SAEConfig, n_features: int) -> tuple[int, ...]:
+    """Features in every prefix of a dictionary with nested groups; the last is the whole."""
+    return tuple(max(1, round(fraction * n_features)) for fraction in sae.groups)
+
+
+def _groups_of(sae: SAEConfig, n_features: int) -> tuple[tuple[int, float], ...]:
+    """Size and weight of every prefix; the published loss is the mean of weight × error over the prefixes."""
+    sizes = group_sizes(sae, n_features)
+    weights = sae.group_weights or (1.0,) * len(sizes)
+    groups = tuple((size, weight / len(sizes)) for size, weight in zip(sizes, weights, strict=True))
+    return () if groups == ((n_features, 1.0),) else groups
 
 
 def _term_of(config: TrainConfig, n_features: int) -> TemporalTerm:

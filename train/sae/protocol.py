@@ -20,6 +20,8 @@ from ..formats.registry import FORMATS
 from ..loss import terms
 from ..loss.terms import at_least_float32
 
+PREFIX_SIZES = "matryoshka_widths"  # in the metadata; SAELens' word
+
 if TYPE_CHECKING:
     from ..config import SAEConfig
     from ..loss.objective import Objective
@@ -71,6 +73,11 @@ class SparseAutoencoder(nn.Module):
         """What tables call it: its activation, or its architecture where that is more."""
         return self.architecture
 
+    @property
+    def prefix_sizes(self) -> tuple[int, ...]:
+        """Features in each prefix that reconstructs by itself; only the whole dictionary without nested groups."""
+        return tuple(self.metadata.get(PREFIX_SIZES) or (self.n_features,))
+
     # --- making one
 
     @classmethod
@@ -113,9 +120,18 @@ class SparseAutoencoder(nn.Module):
 
     # --- its loss; each term is a mean over tokens
 
-    def reconstruction_loss(self, x: Tensor, out: SAEOutput) -> Tensor:
-        """Mean over tokens of Σ_d (x − x̂)²."""
-        return terms.reconstruction(x, at_least_float32(out.reconstruction))
+    def reconstruction_loss(self, x: Tensor, out: SAEOutput, objective: Objective) -> Tensor:
+        """Mean over tokens of Σ_d (x − x̂)²; with nested groups the weighted sum of that of every prefix."""
+        groups = objective.groups or ((self.n_features, 1.0),)
+        return sum((weight * self.prefix_error(x, out, size) for size, weight in groups), x.new_zeros(()))
+
+    def prefix_error(self, x: Tensor, out: SAEOutput, n_features: int) -> Tensor:
+        """Mean over tokens of Σ_d (x − x̂)² where only the first ``n_features`` of the dictionary reconstruct."""
+        if n_features >= self.n_features:
+            return terms.reconstruction(x, at_least_float32(out.reconstruction))
+        # Whatever decode does with codes: those beyond the prefix are zero to it.
+        kept = torch.arange(self.n_features, device=x.device) < n_features
+        return terms.reconstruction(x, at_least_float32(self.decode(at_least_float32(out.features) * kept)))
 
     def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
         """What λ1 weighs: Σ z, times the norms of the decoder's rows where the objective says so."""

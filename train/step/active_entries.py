@@ -10,14 +10,19 @@ almost all zeros:
 :class:`SparseCodes` does them on the entries, :class:`DenseCodes` on whole matrices; the two answer alike, so a step is
 written once.
 
+A dictionary of nested groups has several residuals per token, one per prefix: ``decode_groups``, ``sampled_groups`` and
+``accumulate_groups`` are the same three products with a row of [R, G, D] for every group, and do no more work.
+
 Codes of several members that see the same tokens are one block-diagonal matrix: rows n of member m are at m·N + n, its
 features at m·F + f, and every product of all of them is one call.
 
-Shapes: M members, N tokens, R = M·N rows, D model width, F features of a member, C = M·F columns, E active entries.
+Shapes: M members, N tokens, R = M·N rows, D model width, F features of a member, C = M·F columns, E active entries, G
+groups of features, given by the sizes of their prefixes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -40,6 +45,18 @@ class _OfMembers:
 
     n_members: int
     value: Tensor
+
+    def decode(self, W_CD: Tensor) -> Tensor:
+        """z·W [R, D]."""
+        raise NotImplementedError
+
+    def sampled(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
+        """(a·Wᵀ) at the active entries."""
+        raise NotImplementedError
+
+    def accumulate(self, values: Tensor, a_RD: Tensor) -> Tensor:
+        """valuesᵀ·a [C, D] for ``values`` like ``value``."""
+        raise NotImplementedError
 
     def of_columns(self, per_feature_C: Tensor) -> Tensor:
         """A number per feature, to be multiplied with ``value``."""
@@ -95,6 +112,7 @@ class SparseCodes(_OfMembers):
     def __init__(self, pre_RF: Tensor, mask_RF: Tensor, flat_E: Tensor, *, all_positive: bool, n_members: int = 1):
         self.shape, self._pre, self._mask, self._flat = pre_RF.shape, pre_RF, mask_RF, flat_E
         self._all_positive, self.n_members = all_positive, n_members
+        self._groups: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         n_rows, n_features = self.shape
         self._n_columns = n_members * n_features
         self.value = pre_RF.view(-1).index_select(0, flat_E)
@@ -151,6 +169,44 @@ class SparseCodes(_OfMembers):
         other = self._pre.view(-1).index_select(0, flat)
         return other.clamp_(min=0) if self._all_positive else other.mul_(self._mask.view(-1).index_select(0, flat))
 
+    def decode_groups(self, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What each group of features adds to z·W [R, G, D]."""
+        if len(sizes) == 1:
+            return self.decode(W_CD).unsqueeze(1)
+        starts, _ = self._by_group(sizes)
+        return weighted_rows(W_CD, self._column, starts, self.value).view(self.shape[0], len(sizes), -1)
+
+    def sampled_groups(self, a_RGD: Tensor, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """(a·Wᵀ) at the active entries, a being that of the entry's group."""
+        if len(sizes) == 1:
+            return self.sampled(a_RGD.squeeze(1), W_CD)
+        return inner_products(a_RGD.flatten(0, 1), W_CD, self._column, self._by_group(sizes)[0])
+
+    def accumulate_groups(self, values: Tensor, a_RGD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """valuesᵀ·a [C, D], a being that of the entry's group."""
+        if len(sizes) == 1:
+            return self.accumulate(values, a_RGD.squeeze(1))
+        order, _, column_starts = self._by_column
+        rows = self._by_group(sizes)[1].index_select(0, order)
+        return weighted_rows(a_RGD.flatten(0, 1), rows, column_starts, values.index_select(0, order))
+
+    def _by_group(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same entries with one row r·G + g for every row and group: where each starts, and each entry's row.
+
+        The entries of a row are in the order of their features, so those of a group lie side by side.
+        """
+        sizes = tuple(sizes)
+        if sizes not in self._groups:
+            n_rows, n_features = self.shape
+            first = torch.tensor((0, *sizes[:-1]), device=self._flat.device)
+            edges = (torch.arange(n_rows, device=first.device).unsqueeze(1) * n_features + first).flatten()
+            edges = torch.cat([edges, edges.new_tensor([n_rows * n_features])])
+            starts = torch.searchsorted(self._flat, edges, out_int32=True)
+            rows = torch.arange(len(edges) - 1, device=first.device, dtype=torch.int32)
+            of_entry = torch.repeat_interleave(rows, starts.diff(), output_size=self._flat.numel())
+            self._groups[sizes] = starts, of_entry
+        return self._groups[sizes]
+
     def restricted(self, values: Tensor) -> Tensor:
         """``values`` with whatever lies outside the active entries set to zero: here nothing lies outside."""
         return values
@@ -179,6 +235,8 @@ class SparseCodes(_OfMembers):
 class DenseCodes(_OfMembers):
     """The same answers from whole matrices, ``value`` being z [R, F] itself."""
 
+    _out: torch.dtype | None = None  # of sums; None: that of the codes
+
     def __init__(self, pre_RF: Tensor, mask_RF: Tensor, compute_dtype: torch.dtype | None = None, n_members: int = 1):
         self.shape, self._mask, self._compute = pre_RF.shape, mask_RF, compute_dtype or pre_RF.dtype
         self.n_members = n_members
@@ -190,7 +248,7 @@ class DenseCodes(_OfMembers):
 
     def decode(self, W_CD: Tensor) -> Tensor:
         """z·W [R, D]."""
-        return matmul(self._apart(self.value), self._apart(W_CD), self._compute).view(len(self.value), -1)
+        return matmul(self._apart(self.value), self._apart(W_CD), self._compute, self._out).view(len(self.value), -1)
 
     def sampled(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
         """(a·Wᵀ) at the active entries, zero elsewhere."""
@@ -202,7 +260,40 @@ class DenseCodes(_OfMembers):
 
     def accumulate(self, values: Tensor, a_RD: Tensor) -> Tensor:
         """valuesᵀ·a [C, D]."""
-        return matmul(self._apart(values).mT, self._apart(a_RD), self._compute).view(-1, a_RD.shape[1])
+        return matmul(self._apart(values).mT, self._apart(a_RD), self._compute, self._out).view(-1, a_RD.shape[1])
+
+    def decode_groups(self, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What each group of features adds to z·W [R, G, D]."""
+        if len(sizes) == 1:
+            return self.decode(W_CD).unsqueeze(1)
+        z, W = self._apart(self.value), self._apart(W_CD)
+        of = columns_of(sizes)
+        parts = [matmul(z[..., part], W[..., part, :], self._compute, self._out).flatten(0, -2) for part in of]
+        return torch.stack(parts, 1)
+
+    def sampled_groups(self, a_RGD: Tensor, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """(a·Wᵀ) at the active entries, zero elsewhere, a being that of the entry's group."""
+        return self.restricted(self.product_groups(a_RGD, W_CD, sizes))
+
+    def product_groups(self, a_RGD: Tensor, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """a·Wᵀ [R, F], a being that of the feature's group."""
+        if len(sizes) == 1:
+            return self.product(a_RGD.squeeze(1), W_CD)
+        W, found = self._apart(W_CD), a_RGD.new_empty(self.shape)
+        for group, part in enumerate(columns_of(sizes)):
+            a = self._apart(a_RGD[:, group].contiguous())
+            self._apart(found)[..., part] = product(a, W[..., part, :], compute_dtype=self._compute)
+        return found
+
+    def accumulate_groups(self, values: Tensor, a_RGD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """valuesᵀ·a [C, D], a being that of the feature's group."""
+        if len(sizes) == 1:
+            return self.accumulate(values, a_RGD.squeeze(1))
+        parts = [
+            matmul(self._apart(values)[..., part].mT, self._apart(a_RGD[:, group]), self._compute, self._out)
+            for group, part in enumerate(columns_of(sizes))
+        ]
+        return torch.cat(parts, -2).view(-1, a_RGD.shape[-1])
 
     def column_sums(self, values: Tensor) -> Tensor:
         """Σ_r of ``values`` [C]."""
@@ -234,6 +325,11 @@ class DenseCodes(_OfMembers):
     def _apart(self, matrix: Tensor) -> Tensor:
         """Rows or columns of all members, member by member: [M, ·, ·] where there are several."""
         return matrix if self.n_members == 1 else matrix.view(self.n_members, -1, matrix.shape[-1])
+
+
+def columns_of(sizes: Sequence[int]) -> list[slice]:
+    """The features of every group, from the sizes of the prefixes."""
+    return [slice(first, last) for first, last in itertools.pairwise((0, *sizes))]
 
 
 Codes = SparseCodes | DenseCodes

@@ -16,7 +16,7 @@ from ..loss import terms as loss_terms
 from ..loss.objective import Objective, StepResult
 from ..sae.protocol import SparseAutoencoder
 
-_TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
+_TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary", "error")
 
 
 def autograd_step(
@@ -42,8 +42,9 @@ def autograd_step(
     with _autocast(x_NWD.device, compute_dtype):
         out = sae(x_NWD)
     found = {
-        "reconstruction": sae.reconstruction_loss(x_NWD, out),
+        "reconstruction": sae.reconstruction_loss(x_NWD, out, objective),
         "sparsity": sae.sparsity_loss(out, objective),
+        "error": sae.prefix_error(x_NWD, out, sae.n_features),
     }
     total = found["reconstruction"]
     if objective.sparsity_weight > 0:

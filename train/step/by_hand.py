@@ -9,13 +9,18 @@ No autograd graph. With g = ∂L/∂x̂, one dense product and four on active en
     ∂L/∂W_dec = zᵀ g        ∂L/∂W_enc = (x − b_dec)ᵀ ∂L/∂z
     ∂L/∂b_enc = Σ_n ∂L/∂z   ∂L/∂b_dec = Σ_n g − W_enc ∂L/∂b_enc
 
+A dictionary of nested groups has one residual per prefix: with g_p that of prefix p, a feature of group h sees
+Σ_{p ≥ h} g_p in the place of g, and b_dec all of them. Prefixes are decoded group by group, each adding to the one
+before, so that the products are no more than those of one residual.
+
 The gradient of W_enc is made as [F, D]: keep W_enc feature-major (shape [D, F], strides (1, D)) and nothing is
 transposed.
 
 Members of a sweep that see the same batch are stepped in the same calls (:func:`stacked_step`): their weights lie one
 after the other, and their codes are one block-diagonal matrix (:mod:`.active_entries`).
 
-Shapes: M members, N windows, W positions, T = N·W tokens, R = M·T rows, D model width, F features, C = M·F columns.
+Shapes: M members, N windows, W positions, T = N·W tokens, R = M·T rows, D model width, F features, C = M·F columns, G
+groups.
 """
 
 from __future__ import annotations
@@ -37,6 +42,8 @@ from .jumprelu import Jumps, jump_codes, to_thresholds
 from .matmul import product
 from .registry import STEPS, HandWritten
 from .temporal_gradient import add_temporal
+
+_TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary", "error")
 
 STEPS.add("sae", HandWritten(activations=("relu", "topk", "batchtopk", "jumprelu")))
 
@@ -118,7 +125,7 @@ def stacked_step(
         weights: of the SAEs.
         saes: all of one activation, which they and their running thresholds are asked for.
         x_NWD: what all of them see.
-        objectives: of one ``decoder_norms``, ``aux_k`` and ``aux_weight``, otherwise each its own.
+        objectives: of one ``decoder_norms``, ``groups``, ``aux_k`` and ``aux_weight``, otherwise each its own.
         partners: each its own.
         dead_MF: bool [M, F].
         compute_dtype: see there.
@@ -131,27 +138,29 @@ def stacked_step(
     pre = _products(centred, weights, compute_dtype)
     options = {"dense_above": dense_above, "compute_dtype": compute_dtype}
     codes = _codes(saes, pre.view(-1, pre.shape[-1]), objectives, weights.threshold, windows[1], options)
-    residual = codes.decode(W_dec_CD).view(centred.shape).add_(weights.b_dec.unsqueeze(1)).sub_(x)
+    sizes, shares = zip(*objectives[0].groups or ((pre.shape[-1], 1.0),), strict=True)
+    residual, to_reconstruction, errors_MG = _residuals(codes, weights, x, sizes, shares)
     # A feature whose weights are NaN is never positive; its pre-activation must still poison the loss, or it would go
     # unseen.
-    terms = {"reconstruction": residual.square().sum((1, 2)) / n_tokens + 0 * pre[:, :1].sum((1, 2))}
-    to_reconstruction = (residual * (2 / n_tokens)).flatten(0, 1)
+    errors_MG += 0 * pre[:, :1].sum((1, 2)).unsqueeze(1)
+    terms = {"reconstruction": (errors_MG * errors_MG.new_tensor(shares)).sum(1), "error": errors_MG[:, -1]}
     norms_C = W_dec_CD.norm(dim=-1) if objectives[0].decoder_norms and weights.threshold is None else None
     to_threshold = None
     if isinstance(codes, FusedCodes):
-        to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C)
+        to_codes, to_b_enc, more = _fused_slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C, sizes)
     else:
-        to_codes, more = _slope(codes, to_reconstruction, W_dec_CD, objectives, norms_C, windows, partners)
+        to_codes = codes.sampled_groups(to_reconstruction, W_dec_CD, sizes)
+        more = _add_own_terms(to_codes, codes, objectives, norms_C, windows, partners)
         if isinstance(codes, Jumps) and weights.threshold is not None:
-            shares = [each.sparsity_weight / n_tokens for each in objectives]
-            to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, shares)
+            pulls = [each.sparsity_weight / n_tokens for each in objectives]
+            to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, pulls)
         to_codes = codes.restricted(to_codes)
         to_b_enc = codes.column_sums(to_codes)
     gradients = Stacked(
         W_enc=codes.accumulate(to_codes, centred.flatten(0, 1)).view(weights.W_enc.shape),
         b_enc=to_b_enc.view(weights.b_enc.shape),
-        W_dec=codes.accumulate(codes.value, to_reconstruction).view(weights.W_dec.shape),
-        b_dec=to_reconstruction.view(centred.shape).sum(1),
+        W_dec=codes.accumulate_groups(codes.value, to_reconstruction, sizes).view(weights.W_dec.shape),
+        b_dec=to_reconstruction[:, 0].view(centred.shape).sum(1),
         threshold=to_threshold,
     )
     del to_codes
@@ -181,6 +190,24 @@ def _products(centred_MTD: Tensor, weights: Stacked, compute_dtype: torch.dtype 
     return product(centred_MTD[0], weights.W_enc[0], weights.b_enc[0], compute_dtype).unsqueeze(0)
 
 
+def _residuals(
+    codes: Codes, weights: Stacked, x_TD: Tensor, sizes: Sequence[int], shares: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual of the whole dictionary [M, T, D], ∂L/∂x̂ that the features of each group see [R, G, D], and the mean
+    squared error of every prefix [M, G].
+    """
+    n_members, n_tokens = len(weights.b_dec), len(x_TD)
+    residual = codes.decode_groups(weights.W_dec.flatten(0, 1), sizes).view(n_members, n_tokens, len(sizes), -1)
+    for group in range(1, len(sizes)):
+        residual[:, :, group] += residual[:, :, group - 1]
+    residual.add_(weights.b_dec[:, None, None]).sub_(x_TD.unsqueeze(1))
+    errors_MG = residual.square().sum((1, 3)) / n_tokens
+    to_reconstruction = residual * (residual.new_tensor(shares) * (2 / n_tokens)).unsqueeze(1)
+    for group in reversed(range(len(sizes) - 1)):
+        to_reconstruction[:, :, group] += to_reconstruction[:, :, group + 1]
+    return residual[:, :, -1], to_reconstruction.flatten(0, 1), errors_MG
+
+
 def _codes(
     saes: Sequence[TemporalSAE],
     pre_RF: Tensor,
@@ -197,18 +224,16 @@ def _codes(
     return codes_of(pre_RF, activation, **options, n_members=len(saes))
 
 
-def _slope(
+def _add_own_terms(
+    to_codes: Tensor,
     codes: Codes,
-    to_reconstruction_RD: Tensor,
-    W_dec_CD: Tensor,
     objectives: Sequence[Objective],
     norms_C: Tensor | None,
     windows: tuple[int, int],
     partners: Sequence[Tensor | None],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """∂L/∂z at the entries of the codes, and the terms of the loss that codes have to themselves [M]."""
+) -> dict[str, Tensor]:
+    """The terms of the loss that codes have to themselves [M]; their part of ∂L/∂z is added to ``to_codes``."""
     n_tokens = windows[0] * windows[1]
-    to_codes = codes.sampled(to_reconstruction_RD, W_dec_CD)
     shares = [each.sparsity_weight / n_tokens for each in objectives]
     if isinstance(codes, Jumps):  # their L0 pulls at the thresholds alone
         terms = {"sparsity": codes.totals(codes.active) / n_tokens}
@@ -216,18 +241,19 @@ def _slope(
         terms = {"sparsity": codes.penalise(to_codes, shares, norms_C) / n_tokens}
     if any(each.temporal.active for each in objectives):
         terms["temporal"] = add_temporal(to_codes, codes, [each.temporal for each in objectives], windows, partners)
-    return to_codes, terms
+    return terms
 
 
 def _fused_slope(
     codes: FusedCodes,
-    to_reconstruction_RD: Tensor,
+    to_reconstruction_RGD: Tensor,
     W_dec_CD: Tensor,
     objectives: Sequence[Objective],
     norms_C: Tensor | None,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same in one pass, at active entries alone, and its sum over tokens [C]."""
-    to_codes, to_b_enc = codes.slopes(to_reconstruction_RD, W_dec_CD, objectives, norms_C)
+    """∂L/∂z and these terms in one pass, at active entries alone; and ∂L/∂z summed over tokens [C]."""
+    to_codes, to_b_enc = codes.slopes(to_reconstruction_RGD, W_dec_CD, objectives, norms_C, sizes)
     n_tokens, shape = codes.shape[0] // codes.n_members, (codes.n_members, -1)
     terms = {"sparsity": (codes.sums if norms_C is None else codes.sums * norms_C).view(shape).sum(1) / n_tokens}
     if any(each.temporal.active for each in objectives):
@@ -298,7 +324,7 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
 def _results(terms: dict[str, Tensor], objectives: Sequence[Objective], fired_MF: Tensor) -> list[StepResult]:
     """What every member's step reports, from its terms [M]."""
     zero_M = terms["reconstruction"].new_zeros(len(objectives))
-    found = {name: terms.get(name, zero_M).float() for name in ("reconstruction", "sparsity", "temporal", "auxiliary")}
+    found = {name: terms.get(name, zero_M).float() for name in _TERMS}
     weights = {
         "sparsity": [each.sparsity_weight for each in objectives],
         "temporal": [each.temporal.weight for each in objectives],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..loss.objective import Objective, TemporalTerm
-from .active_entries import DenseCodes, SparseCodes, is_dense
+from .active_entries import DenseCodes, SparseCodes, columns_of, is_dense
 from .matmul import kernels_for, matmul
 from .top_k import true_positions
 
@@ -28,30 +28,26 @@ class FusedCodes(DenseCodes):
 
     """
 
+    _out = torch.float32
+
     def __init__(self, z_RF: Tensor, sums_C: Tensor, counts_C: Tensor, changes_C: Tensor, w: int, n_members: int):
         self.shape, self.value, self._compute, self._w = z_RF.shape, z_RF, z_RF.dtype, w
         self.sums, self._counts, self.changes, self.n_members = sums_C, counts_C, changes_C, n_members
-
-    def decode(self, W_CD: Tensor) -> Tensor:
-        """z·W [R, D] in float32."""
-        return matmul(self._apart(self.value), self._apart(W_CD), self._compute, torch.float32).view(
-            len(self.value), -1
-        )
-
-    def accumulate(self, values: Tensor, a_RD: Tensor) -> Tensor:
-        """valuesᵀ·a [C, D] in float32."""
-        product = matmul(self._apart(values).mT, self._apart(a_RD), self._compute, torch.float32)
-        return product.view(-1, a_RD.shape[1])
 
     def column_counts(self) -> Tensor:
         """On how many tokens each feature is active, int64 [C]."""
         return self._counts
 
     def slopes(
-        self, to_reconstruction_RD: Tensor, W_dec_CD: Tensor, objectives: Sequence[Objective], norms_C: Tensor | None
+        self,
+        to_reconstruction_RGD: Tensor,
+        W_dec_CD: Tensor,
+        objectives: Sequence[Objective],
+        norms_C: Tensor | None,
+        sizes: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """∂L/∂z [R, F] and its sum over tokens [C]."""
-        kernels = kernels_for(to_reconstruction_RD)
+        kernels = kernels_for(to_reconstruction_RGD)
         assert kernels is not None  # noqa: S101 - for the type checker: these codes were made by the kernels
         n_tokens = self.shape[0] // self.n_members
         sparsity_C = self._per_column([each.sparsity_weight / n_tokens for each in objectives])
@@ -62,10 +58,12 @@ class FusedCodes(DenseCodes):
             [term.weight / self.n_pairs if term.active and self.n_pairs else 0.0 for term in terms]
         )
         pull_C *= self._seen(terms)
-        to_codes = matmul(self._apart(to_reconstruction_RD), self._apart(W_dec_CD).mT, self._compute, self.value.dtype)
-        return kernels.backward_codes(
-            self.value, to_codes.view(self.shape), self._w, sparsity_C, pull_C, self.n_members
-        )
+        parts = [
+            matmul(self._apart(a_RD), self._apart(W_dec_CD)[..., part, :].mT, self._compute, self.value.dtype)
+            for a_RD, part in zip(to_reconstruction_RGD.unbind(1), columns_of(sizes), strict=True)
+        ]
+        to_codes = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(self.shape)
+        return kernels.backward_codes(self.value, to_codes, self._w, sparsity_C, pull_C, self.n_members)
 
     def temporal(self, terms: Sequence[TemporalTerm]) -> Tensor:
         """The paper's term of every member [M], zero where it is not active."""

@@ -62,6 +62,10 @@ class DenseJumps(DenseCodes):
         """(a·Wᵀ), whole: what is not active is needed too until :meth:`restricted`."""
         return self.product(a_RD, W_CD)
 
+    def sampled_groups(self, a_RGD: Tensor, W_CD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The same, a being that of the feature's group."""
+        return self.product_groups(a_RGD, W_CD, sizes)
+
     def gathered(self, dense_NF: Tensor, member: int = 0) -> Tensor:  # noqa: ARG002 - all are whole
         """A dense matrix, whole."""
         return dense_NF

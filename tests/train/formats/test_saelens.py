@@ -43,6 +43,19 @@ def test_the_folder_has_the_keys_sae_lens_reads(tmp_path):
     assert shapes == {"W_enc": [6, 10], "b_enc": [10], "W_dec": [10, 6], "b_dec": [6]}
 
 
+def test_sizes_of_nested_groups_are_kept_and_read_where_sae_lens_has_them(tmp_path):
+    sae = random_sae(Activation("batchtopk", k=3)).eval()
+    sae.metadata["matryoshka_widths"] = [2, 10]
+    sae.save(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["metadata"]["matryoshka_widths"]) == ("jumprelu", [2, 10])
+    assert TemporalSAE.load(tmp_path).prefix_sizes == (2, 10)
+    metadata = {key: value for key, value in config["metadata"].items() if key != "matryoshka_widths"}
+    edit(tmp_path, architecture="matryoshka_batchtopk", metadata=metadata, matryoshka_widths=[5, 10])
+    assert TemporalSAE.load(tmp_path).prefix_sizes == (5, 10)
+    assert random_sae().prefix_sizes == (10,)
+
+
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
 def test_rescaling_moves_the_input_scale_into_the_weights(activation):
     sae = random_sae(activation).double().eval()
@@ -73,6 +86,7 @@ def test_rescaling_moves_the_input_scale_into_the_weights(activation):
         (lambda folder: edit(folder, finetuning_scaling_factor=True), "scales its features"),
         (lambda folder: edit(folder, metadata=[]), "'metadata' is \\[\\]"),
         (lambda folder: edit(folder, metadata={"layer": "3"}), "'layer' is '3'"),
+        (lambda folder: edit(folder, matryoshka_widths=[3, 2, 10]), r"'matryoshka_widths' is \[3, 2, 10\], sizes of"),
         (lambda folder: edit(folder, d_sae=11), "different SAEs"),
         (lambda folder: edit(folder, normalize_activations="layer_norm"), "layer_norm"),
         (lambda folder: poison(folder), "NaN or infinity"),

@@ -115,6 +115,13 @@ def test_forms_partners_scopes_and_lags_may_differ() -> None:
 
 
 @pytest.mark.usefixtures("kind_of_codes")
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_nested_groups(activation: str) -> None:
+    changes = {"sae.activation": activation, "sae.groups": "0.2,0.5,1", "sae.group_weights": "0.2,1,0.5"}
+    check_alike(plans_of(changes, {"temporal.weight": ("0", "0.1"), "temporal.scope": ("0.2", "1")}))
+
+
+@pytest.mark.usefixtures("kind_of_codes")
 @pytest.mark.parametrize("decoder", ["unit", "free"])
 @pytest.mark.parametrize("optimiser", ["adam", "adamw"])
 def test_sparsity_weights_and_warm_ups_may_differ(decoder: str, optimiser: str) -> None:
@@ -247,7 +254,7 @@ def test_only_what_is_alike_is_stacked_and_only_so_many() -> None:
     assert by_width == [[24] * 5, [48] * 5]
     for field, values in {
         "sae.activation": ("relu", "topk"), "sae.k": ("2", "3"), "sae.decoder": ("unit", "free"),
-        "loss.aux_weight": ("0", "1"),
+        "loss.aux_weight": ("0", "1"), "sae.groups": ("1", "0.2:1"),
         "optimiser.lr": ("1e-3", "1e-4"),
     }.items():  # fmt: skip
         assert [len(stack) for stack in stacks(plans_of({}, {field: values}), "cpu")] == [1, 1]

@@ -86,10 +86,14 @@ TERMS = (
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+GROUPS = ((), ((24, 0.7),), ((5, 0.1), (24, 0.4)), ((1, 0.0), (2, 0.5), (11, 1.0), (24, 0.2)))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     activation=st.sampled_from(ACTIVATIONS),
     term=st.sampled_from(TERMS),
+    groups=st.sampled_from(GROUPS),
     n=st.integers(1, 6),
     w=st.integers(1, 5),
     bias=st.sampled_from([-50.0, -1.5, 0.0, 50.0]),
@@ -102,6 +106,7 @@ TERMS = (
 def test_step_equals_autograd(
     activation: Activation,
     term: dict,
+    groups: tuple,
     n: int,
     w: int,
     bias: float,
@@ -113,23 +118,24 @@ def test_step_equals_autograd(
 ) -> None:
     sae = random_sae(activation, bias=bias, unit=unit, seed=seed, subtract_b_dec=centred)
     temporal = TemporalTerm(weight=0.3, n_features=scope, **term)
-    objective = Objective(sparsity_weight=0.2, decoder_norms=decoder_norms, temporal=temporal)
+    objective = Objective(sparsity_weight=0.2, decoder_norms=decoder_norms, temporal=temporal, groups=groups)
     check(sae, windows(n, w, seed=seed), objective)
 
 
 @pytest.mark.parametrize("form", list(GRADIENTS))
 @pytest.mark.parametrize("kind", STEPS.get("sae").activations)
 @pytest.mark.parametrize("dense_above", [0.0, 1.0])
-def test_every_registered_gradient_equals_autograd(kind: str, form: str, dense_above: float) -> None:
+@pytest.mark.parametrize("groups", [(), ((5, 0.1), (24, 0.4))])
+def test_every_registered_gradient_equals_autograd(kind: str, form: str, dense_above: float, groups: tuple) -> None:
     """What is registered as derived by hand, against the step that is always right; in float64."""
     activation = next(each for each in ACTIVATIONS if each.kind == kind)
     mine, theirs = random_sae(activation, seed=4), random_sae(activation, seed=4)
     x, temporal = windows(6, 5, seed=4), TemporalTerm(form=form, weight=0.5, n_features=20)
-    objective = Objective(0.2, True, temporal, aux_k=3, aux_weight=0.3)
+    objective = Objective(0.2, True, temporal, aux_k=3, aux_weight=0.3, groups=groups)
     dead = torch.arange(24) % 5 == 0
     found = sparse_step(mine, x, objective, dead_F=dead, dense_above=dense_above)
     expected = autograd_step(theirs, x, objective, dead_F=dead)
-    for name in ("total", "reconstruction", "sparsity", "temporal", "auxiliary"):
+    for name in ("total", "reconstruction", "sparsity", "temporal", "auxiliary", "error"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-9)
     assert torch.equal(found.fired_F, expected.fired_F)
     for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
@@ -157,7 +163,9 @@ def test_partners_may_be_anyone(activation: Activation, form: Any, share: float,
 def test_auxiliary_loss_revives_dead_features(activation: Activation, n_dead: int) -> None:
     dead = torch.zeros(24, dtype=torch.bool)
     dead[torch.randperm(24, generator=torch.Generator().manual_seed(n_dead))[:n_dead]] = True
-    check(random_sae(activation), windows(4, 5), Objective(aux_k=4, aux_weight=0.5), dead_F=dead)
+    for groups in GROUPS[:3]:
+        objective = Objective(aux_k=4, aux_weight=0.5, groups=groups)
+        check(random_sae(activation), windows(4, 5), objective, dead_F=dead)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -169,6 +169,8 @@ def sae_and_windows(activation: Activation, w: int) -> tuple[TemporalSAE, torch.
     [
         ("relu", "none", False, 5),
         ("relu", "pairwise", False, 5),
+        ("relu nested", "pairwise", True, 5),
+        ("topk nested", "none", False, 5),
         ("relu", "pairwise", True, 1),
         ("relu", "window_mean", True, 3),
         ("topk", "pairwise", False, 5),
@@ -176,13 +178,14 @@ def sae_and_windows(activation: Activation, w: int) -> tuple[TemporalSAE, torch.
     ],
 )
 def test_whole_step_on_kernels_equals_autograd(kind: str, form: str, norms: bool, above: float, w: int) -> None:
+    groups = ((7, 0.3), (40, 0.5)) if kind.endswith(" nested") else ()
     activation = {"topk": Activation("topk", k=4), "jumprelu": Activation("jumprelu", bandwidth=0.5)}.get(
-        kind, Activation()
+        kind.removesuffix(" nested"), Activation()
     )
     sae, x = sae_and_windows(activation, w)
     if kind == "jumprelu":
         torch.nn.init.uniform_(sae.threshold)  # type: ignore[arg-type]
-    objective = Objective(0.2, norms, TemporalTerm(form=form, weight=0.3, n_features=25))  # type: ignore[arg-type]
+    objective = Objective(0.2, norms, TemporalTerm(form=form, weight=0.3, n_features=25), groups=groups)
     terms, gradients, fired = step_terms_and_gradients(sae, x, objective)
     result = sparse_step(sae, x, objective, dense_above=above)
     for name, value in terms.items():
