@@ -4,7 +4,7 @@
     python benchmarks/cache.py --gb 0.3 --repeats 2
 
 Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash verified) and windows
-through ``WindowStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same
+through ``TokenStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same
 threads; a row by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python
 reading, zarr-python appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page
 cache when they are read. ``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect
@@ -34,7 +34,8 @@ import torch
 from tcsae.cache.format.layout import RowBlock, plan_layout
 from tcsae.cache.format.shard_reader import read_pool
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.stream import TokenStream
+from tcsae.cache.views import Windows
 from tcsae.cache.writer import StoreSetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -185,24 +186,24 @@ class Reads:
         buffers.
         """
         pool = self.store.n_tokens // 8
-        with WindowStream(self.store, window=5, tokens_per_batch=2048, pool_tokens=pool, seed=0) as stream:
+        with TokenStream(self.store, [Windows(5)], tokens_per_batch=2048, pool_tokens=pool, seed=0) as stream:
             while stream.epoch == 0:
-                stream.next_batch()
+                stream.next_batches()
             batches, began = 0, time.perf_counter()
             while stream.epoch == 1:
-                stream.next_batch()
+                stream.next_batches()
                 batches += 1
-            tokens = batches * stream.windows_per_batch * 5
+            tokens = batches * (2048 // 5 * 5)
             return tokens * self.data.layout.d_model * 2 / (time.perf_counter() - began) / 1e9
 
     def mixing(self) -> float:
         """Chance that neighbouring windows of a batch share a row, relative to that of a perfect shuffle
         of the store.
         """
-        with WindowStream(self.store, window=5, tokens_per_batch=2048, seed=0) as stream:
+        with TokenStream(self.store, [Windows(5)], tokens_per_batch=2048, seed=0) as stream:
             same = pairs = 0
             while stream.epoch == 0:
-                rows_N = stream.next_batch().rows_N
+                rows_N = stream.next_batches()[0].rows_N
                 same, pairs = same + int((rows_N[1:] == rows_N[:-1]).sum()), pairs + len(rows_N) - 1
         per_row = (CONTEXT - 1) // 5
         return same / pairs / ((per_row - 1) / (per_row * self.store.n_rows - 1))

@@ -5,7 +5,7 @@
 
 A process of its own writes two different shards; all others are hard links to one of them, with a commit line each, so
 that every read is compared with a true hash. Then the store is read once in order (``ActivationStore.iter_rows``) and
-once as an epoch of windows of 5 (``WindowStream``). Reported is the peak of the process's own memory (RssAnon of
+once as an epoch of windows of 5 (``TokenStream``). Reported is the peak of the process's own memory (RssAnon of
 /proc/self/status, looked at every 10 ms) in each tenth of the way; the page cache, which belongs to the machine, is not
 in it. All shards being the same two files, the page cache is hot: the speeds are those of memory, not of a disk. Prints
 a JSON record; MB and GB are decimal. Linux only.
@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from tcsae.cache.format.layout import plan_layout
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.stream import TokenStream
+from tcsae.cache.views import Windows
 from tcsae.cache.writer import StoreSetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -106,9 +107,9 @@ def in_order(store: ActivationStore) -> dict[str, object]:
 def shuffled(store: ActivationStore) -> dict[str, object]:
     """One epoch of windows."""
     peaks, done, began = Peaks(), 0, time.perf_counter()
-    with WindowStream(store, window=5, tokens_per_batch=2048, seed=0) as stream, peaks.watched():
+    with TokenStream(store, [Windows(5)], tokens_per_batch=2048, seed=0) as stream, peaks.watched():
         while stream.epoch == 0:
-            done += stream.next_batch().x_NWD.numel() * 2
+            done += stream.next_batches()[0].x_NWD.numel() * 2
             peaks.way = done / (store.n_tokens * store.d_model * 2)
     return peaks.facts(done / 1e9, time.perf_counter() - began)
 

@@ -121,13 +121,13 @@ def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
     command = [args.peer_python, str(Path(__file__).with_name("peers_quality.py"))]
     command.append(json.dumps({**order, "scale": inputs.scale, "out": str(partial)}))
     log = folder.with_name(f"{folder.name}.log")
-    with log.open("w") as stderr, open_stream(store, config.data, inputs) as stream:
+    with log.open("w") as stderr, open_stream(store, [config.data], inputs) as stream:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr)
         assert process.stdin is not None
         try:
             process.stdin.write(inputs.mean_D.numpy().tobytes())
             for _ in range(args.steps):
-                process.stdin.write(stream.next_batch().x_NWD.view(torch.int16).numpy().tobytes())
+                process.stdin.write(stream.next_batches()[0].x_NWD.view(torch.int16).numpy().tobytes())
             process.stdin.close()
         except BrokenPipeError:
             pass  # the peer's last words are in the log

@@ -77,8 +77,9 @@ class Contest:
         self.inputs = Inputs.of(self.config.data, statistics_)
         known = {"layer": opened.layer, "d_model": opened.d_model, "n_tokens": statistics_.n_tokens}
         self.plans: list[MemberPlan] = plan_members(self.config, GRID, **known)
-        stream = open_stream(opened, self.config.data, self.inputs)
-        self.batches = [self.inputs.prepare(stream.next_batch().x_NWD, self.device) for _ in range(min(self.steps, 32))]
+        stream = open_stream(opened, [self.config.data], self.inputs)
+        drawn = (stream.next_batches()[0].x_NWD for _ in range(min(self.steps, 32)))
+        self.batches = [self.inputs.prepare(x_NWD, self.device) for x_NWD in drawn]
         stream.close()
 
     def sweep(self) -> None:

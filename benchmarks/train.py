@@ -77,13 +77,17 @@ def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
 def stored_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
     """Real activations, as the trainer sees them."""
     from tcsae.cache.store import ActivationStore
-    from tcsae.cache.windows import WindowStream
+    from tcsae.cache.stream import TokenStream
+    from tcsae.cache.views import Windows
 
     store = ActivationStore.open(args.store)
     facts = store.statistics()
     args.d_model = store.d_model
-    stream = WindowStream(store, window=args.window, tokens_per_batch=args.tokens, seed=0, norm_limit=facts.norm_limit)
-    batches = [stream.next_batch().x_NWD.to(args.device, torch.float32) * facts.rms_scale for _ in range(n_batches)]
+    view, limit = Windows(args.window), facts.norm_limit
+    stream = TokenStream(store, [view], tokens_per_batch=args.tokens, seed=0, norm_limit=limit)
+    batches = [
+        stream.next_batches()[0].x_NWD.to(args.device, torch.float32) * facts.rms_scale for _ in range(n_batches)
+    ]
     stream.close()
     return batches
 

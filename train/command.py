@@ -91,6 +91,7 @@ def train(
         seed=seed,
         architecture=architecture,
         activation=activation,
+        groups=groups,
         k=k,
         l1=l1,
         temporal=temporal,

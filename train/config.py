@@ -37,7 +37,7 @@ class DataConfig(_Group):
     store: str = ""
     """Activation store of one layer, such as cache/l12.zarr."""
     window: int = Field(default=5, ge=1)
-    """Consecutive tokens per window (T of the paper)."""
+    """Consecutive tokens per window (T of the paper); 2 where pairs are seen."""
     batch_size: int = Field(default=2048, ge=1)
     """Tokens per step; what is left over after whole windows is dropped (2048 tokens are 409 windows of 5)."""
     pool: int = Field(default=0, ge=0)
@@ -47,6 +47,12 @@ class DataConfig(_Group):
     siblings: bool = False
     """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it.
     """
+    view: Literal["windows", "pairs", "rows"] = "windows"
+    """windows: of consecutive tokens. pairs: an earlier token of the document and a token; chosen by itself for the
+    partner earlier. rows: whole, in order; chosen by itself for architectures that see rows.
+    """
+    pair_draw: Literal["token", "batch"] = "token"
+    """pairs: whether the earlier token is drawn for every token, or its position once for a whole batch."""
     scale: Literal["rms", "none"] = "rms"
     """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw.
     """

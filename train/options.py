@@ -22,6 +22,7 @@ class TrainOptions(TypedDict, total=False):
     architecture: str | None
     activation: str | None
     width: int | str | None
+    groups: str | Sequence[float] | None
     k: int | str | None
     decoder: Literal["unit", "free"] | None
     l1: float | None

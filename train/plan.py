@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from ..cache.views import Pairs, Rows, View, Windows
 from ..console import parse_count
 from ..errors import UsageError
-from .config import SAEConfig, TrainConfig
+from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
+from .loss.registry import PARTNERS
 from .presets import changed
 from .sae.registry import ARCHITECTURES
 
@@ -166,8 +168,26 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     if config.data.batch_size < config.data.window:
         sizes = f"a batch of {config.data.batch_size} tokens holds no window of {config.data.window}"
         raise UsageError(f"{sizes}: give a larger --batch-size")
-    steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // tokens_per_step(config))
-    return changed(config, {"sae.width": width, "run.steps": steps})
+    # Of the batch's size, not of what its windows leave of it: members with different views take the same steps.
+    steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // config.data.batch_size)
+    view = _view_needed(config)
+    window = 2 if view == "pairs" else config.data.window
+    return changed(config, {"sae.width": width, "run.steps": steps, "data.view": view, "data.window": window})
+
+
+def _view_needed(config: TrainConfig) -> str:
+    """What must be seen of the store: what the architecture's codes or the term's partners are computed from."""
+    if ARCHITECTURES.get(config.sae.architecture).sees == "row":
+        return "rows"
+    needs_pairs = config.temporal.form != "none" and PARTNERS.get(config.temporal.partner).pairs
+    return "pairs" if needs_pairs else config.data.view
+
+
+def view_of(data: DataConfig) -> View:
+    """What a data configuration shows of the store."""
+    if data.view == "windows":
+        return Windows(data.window, 2 if data.siblings else 1)
+    return Pairs(data.pair_draw) if data.view == "pairs" else Rows()
 
 
 def default_width(config: SAEConfig, d_model: int) -> int:
@@ -177,9 +197,8 @@ def default_width(config: SAEConfig, d_model: int) -> int:
 
 
 def tokens_per_step(config: TrainConfig) -> int:
-    """Tokens of a batch after what fills no window (or pair of siblings) is dropped."""
-    unit = config.data.window * (2 if config.data.siblings else 1)
-    return config.data.batch_size // unit * unit
+    """Tokens of a batch after what fills no window (or pair) is dropped; of rows, so many on average."""
+    return view_of(config.data).tokens_per_batch(config.data.batch_size)
 
 
 def _without_term(config: TrainConfig) -> TrainConfig:
@@ -207,13 +226,14 @@ def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *,
     kind = sae.activation if sae.architecture == "sae" else sae.architecture
     fixed = ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae)
     parts = [f"l{layer}", f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
-    shown = {*_NAMED, "sae.groups"}
+    shown, pairs = {*_NAMED, "sae.groups"}, config.data.view == "pairs"
     parts += [f"groups{_value(config, 'sae.groups')}"] if len(sae.groups) > 1 else []
     if temporal.form == "none":
-        parts.append("none")
+        parts += ["none", *(["pairs"] if pairs else [])]
         shown |= {field for field in grid if field.startswith("temporal.")}
     else:
-        parts += [f"{temporal.form}{temporal.weight:g}", *_variant(config), f"w{config.data.window}"]
+        windows = [] if pairs else [f"w{config.data.window}"]
+        parts += [f"{temporal.form}{temporal.weight:g}", *_variant(config), *windows]
         shown |= {
             "temporal.form",
             "temporal.weight",

@@ -32,7 +32,7 @@ from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, needs_siblings
 from .loss.objective import group_sizes
-from .plan import MemberPlan, plan_members, tokens_per_step
+from .plan import MemberPlan, plan_members, tokens_per_step, view_of
 from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .run_folder.claims import Claim, claim, held
@@ -151,13 +151,13 @@ def _with_siblings(members: list[MemberPlan]) -> list[MemberPlan]:
 
 
 def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
-    """Members that share a stream and a point of departure."""
+    """Members that share a stream and a point of departure; what they see of the stream may differ."""
     groups: dict[tuple[object, ...], list[Claim]] = {}
     for each in claims:
         rows = each.record.store_rows if each.record and each.has_checkpoint else 0
-        groups.setdefault((each.plan.config.data, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(
-            each
-        )
+        data = each.plan.config.data
+        stream = (data.store, data.batch_size, data.pool, data.seed, data.scale, data.norm_filter)
+        groups.setdefault((*stream, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(each)
     return list(groups.values())
 
 
@@ -213,16 +213,14 @@ def _announce(
     plans: Sequence[MemberPlan], inputs: Inputs, store: ActivationStore, step: int | None, device: torch.device
 ) -> None:
     config = plans[0].config
-    per_step = tokens_per_step(config)
-    dropped = config.data.batch_size - per_step
-    remainder = f", {dropped} tokens of {config.data.batch_size} left out" if dropped else ""
-    tokens, windows = (
-        format_count(config.run.steps * per_step),
-        f"{per_step // config.data.window} windows of {config.data.window}",
-    )
     more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
     note(f"layer {store.layer}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
-    note(f"{config.run.steps} steps of {per_step} tokens ({windows}{remainder}), {tokens} in all")
+    for data in {view_of(plan.config.data): plan.config.data for plan in plans}.values():
+        view, most = view_of(data), data.batch_size
+        per_step = view.tokens_per_batch(most)
+        remainder = f", {most - per_step} tokens of {most} left out" if most > per_step else ""
+        tokens = format_count(config.run.steps * per_step)
+        note(f"{config.run.steps} steps of {per_step} tokens ({view.describe(most)}{remainder}), {tokens} in all")
     note(
         f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}"
     )

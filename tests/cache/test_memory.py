@@ -5,7 +5,8 @@ import torch
 from stores import make_block, make_manifest, tile_store, write_rows
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.stream import TokenStream
+from tcsae.cache.views import Windows
 from tcsae.cache.writer import StoreSetWriter
 
 LAYOUT = StoreLayout(d_model=256, context=32, chunk_rows=16, shard_rows=128)  # 2 MB a shard
@@ -28,11 +29,11 @@ def test_reading_a_gigabyte_takes_a_few_megabytes(tmp_path):
     store = ActivationStore.open(path)
     assert store.n_tokens * store.d_model * 2 > 1e9
     pool = 8_000_000 // (2 * store.d_model)
-    with WindowStream(store, window=5, tokens_per_batch=1024, pool_tokens=pool, seed=0) as stream:
+    with TokenStream(store, [Windows(5)], tokens_per_batch=1024, pool_tokens=pool, seed=0) as stream:
         for _ in range(100):
-            stream.next_batch()
+            stream.next_batches()
         before = psutil.Process().memory_info().rss
         while stream.epoch == 0:
-            stream.next_batch()
+            stream.next_batches()
     grown = psutil.Process().memory_info().rss - before
     assert grown < 40e6  # indices and the last few shards' text, nothing in proportion to the gigabyte

@@ -32,7 +32,7 @@ def test_rows_without_a_window_want_a_smaller_one(store, tmp_path, capsys):
 def test_a_store_too_small_for_a_batch_wants_a_smaller_batch(store, tmp_path, capsys):
     status, error = trained(store, tmp_path, capsys, "--steps", "4", "--batch-size", "2k")
     assert status == 2
-    assert "no batch of 400 windows of 5 tokens can be filled" in error
+    assert "no batch of 2000 tokens can be filled" in error
     assert trained(store, tmp_path, capsys, "--steps", "4", "--batch-size", "200")[0] == 0
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_store
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.stream import TokenStream
+from tcsae.cache.views import Windows
 from tcsae.train.config import SAEConfig
 from tcsae.train.loop.diagnostics import near_duplicates, temporal_variation
 from tcsae.train.loop.distributed import World
@@ -182,17 +183,17 @@ def test_shuffled_partners_are_as_often_before_as_after():
 
 def test_siblings_come_from_one_row_and_document(tmp_path):
     store = ActivationStore.open(make_store(tmp_path, rows=64, context=16, d_model=8, documents=12))
-    with WindowStream(store, window=3, tokens_per_batch=60, seed=0, together=2) as stream:
-        assert stream.windows_per_batch == 20
+    with TokenStream(store, [Windows(3, together=2)], tokens_per_batch=60, seed=0) as stream:
         seen = set()
         for _ in range(6):
-            batch = stream.next_batch()
-            rows, starts = batch.rows_N.view(-1, 2), batch.starts_N.view(-1, 2)
+            (batch,) = stream.next_batches()
+            assert len(batch.x_NWD) == 20
+            rows, starts = batch.rows_N.view(-1, 2), batch.positions_NW[:, 0].view(-1, 2)
             assert torch.equal(rows[:, 0], rows[:, 1])
             assert torch.equal(batch.documents_N.view(-1, 2)[:, 0], batch.documents_N.view(-1, 2)[:, 1])
             assert ((starts[:, 0] - starts[:, 1]).abs() >= 3).all()
             assert len(set(rows[:, 0].tolist())) > 3
-            pairs = set(zip(batch.rows_N.tolist(), batch.starts_N.tolist(), strict=True))
+            pairs = set(zip(batch.rows_N.tolist(), batch.positions_NW[:, 0].tolist(), strict=True))
             assert not pairs & seen
             seen |= pairs
 
@@ -213,11 +214,11 @@ def test_near_duplicates_are_found():
 
 
 @examples
-@given(n=st.integers(4, 41), size=st.integers(1, 4), pairs=st.booleans())
-def test_shares_cover_a_batch_without_parting_siblings(n, size, pairs):
+@given(n=st.integers(4, 41), size=st.integers(1, 4), together=st.integers(1, 3))
+def test_shares_cover_a_batch_without_parting_siblings(n, size, together):
     covered = []
     for rank in range(size):
-        share = World(rank, size).share(n, pairs=pairs)
+        share = World(rank, size).share(n, together=together)
         covered += list(range(n))[share]
-        assert not pairs or share.start % 2 == 0
+        assert share.start % together == 0
     assert covered == list(range(n))

@@ -47,6 +47,17 @@ def test_the_modern_preset_is_the_design_cards():
     assert default_width(config.sae, 576) == 4096
 
 
+def test_who_compares_with_an_earlier_token_sees_pairs_and_so_does_its_twin():
+    plans = plan_members(
+        build_config(), {"temporal.partner": ["next", "earlier"]}, layer=1, d_model=8, n_tokens=10_000
+    )  # fmt: skip
+    views = {plan.name.removeprefix("l1-topk64-"): plan.config.data.view for plan in plans}
+    windows, pairs = dict.fromkeys(("pairwise0.03-w5-s0", "none-s0"), "windows"), "pairs"
+    assert views == windows | dict.fromkeys(("pairwise0.03-earlier-s0", "none-pairs-s0"), pairs)
+    assert [tokens_per_step(plan.config) for plan in plans] == [2045, 2045, 2048, 2048]
+    assert len({plan.config.run.steps for plan in plans}) == 1
+
+
 def test_2048_tokens_in_windows_of_5_are_409_windows():
     assert tokens_per_step(build_config()) == 409 * 5
     assert tokens_per_step(build_config(None, None, {"data.siblings": True})) == 408 * 5
@@ -164,8 +175,8 @@ def test_counts_may_be_written_short():
 
 
 def test_default_steps_are_the_store_once():
-    assert resolve(build_config(), d_model=64, n_tokens=204_500).run.steps == 100
-    assert resolve(build_config(None, None, {"run.tokens": 4_090}), d_model=64, n_tokens=204_500).run.steps == 2
+    assert resolve(build_config(), d_model=64, n_tokens=204_800).run.steps == 100
+    assert resolve(build_config(None, None, {"run.tokens": 4_096}), d_model=64, n_tokens=204_500).run.steps == 2
     assert resolve(build_config(None, None, {"run.steps": 7}), d_model=64, n_tokens=204_500).run.steps == 7
     assert resolve(build_config(), d_model=64, n_tokens=3).run.steps == 1
 

@@ -109,12 +109,32 @@ def test_the_first_of_nested_groups_learns_to_reconstruct_by_itself(store, tmp_p
         sae = SparseAutoencoder.load(path)
         x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
         first = sae.encode(x) * (torch.arange(32) < 8)
-        found.append(float((x - sae.decode(first)).pow(2).sum(-1).mean()))
+        found.append((x - sae.decode(first)).pow(2).sum(-1).mean().item())
         assert sae.prefix_sizes == ((8, 32) if groups == "0.25,1" else (32,))
         last = load_run(path).metrics
         assert last["explained_variance"] > 0.2
         assert last["reconstruction"] > 0
     assert found[0] < 0.85 * found[1]
+
+
+def test_members_with_other_views_share_the_read_and_are_what_they_are_alone(store, tmp_path, monkeypatch):
+    ActivationStore.open(store).statistics()  # which reads it, too, the first time
+    read, real = [], ActivationStore.read_chunks
+
+    def counted(self, chunks, *rest):
+        read.append(len(chunks))
+        return real(self, chunks, *rest)
+
+    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    grid = {"temporal.partner": ["next", "earlier"], "data.window": ["3", "5"]}
+    shared = run.train(config_for(store, tmp_path / "shared", run__baseline=False), sweep=grid)
+    assert len(shared.runs) == 3  # windows of 3, of 5, and pairs, which know no window
+    chunks_shared = sum(read)
+    for change in ({"data__window": 3}, {"data__window": 5}, {"temporal__partner": "earlier"}):
+        read.clear()
+        (alone,) = run.train(config_for(store, tmp_path / "alone", run__baseline=False, **change)).runs
+        assert weights(tmp_path / "shared" / alone.name) == weights(alone)
+        assert sum(read) == chunks_shared
 
 
 def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
@@ -152,16 +172,16 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, m
 
 def pull_the_plug(config, monkeypatch, *, after):
     """Train until so many batches were read, then fail as a power cut would: nothing is cleaned up or written."""
-    real, calls = Feed.next_batch, []
+    real, calls = Feed.next_batches, []
 
-    def next_batch(self):
+    def next_batches(self):
         calls.append(1)
         if len(calls) > after:
             raise RuntimeError("pulled the plug")
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Feed, "next_batch", next_batch)
+        patch.setattr(Feed, "next_batches", next_batches)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run.train(config)
 
@@ -195,16 +215,16 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch, name):
-    real = Feed.next_batch
+    real = Feed.next_batches
     calls = []
 
-    def next_batch(self):
+    def next_batches(self):
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), getattr(signal, name))
         return real(self)
 
-    monkeypatch.setattr(Feed, "next_batch", next_batch)
+    monkeypatch.setattr(Feed, "next_batches", next_batches)
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
         run.train(config_for(store, tmp_path))
@@ -347,15 +367,16 @@ def test_shares_are_of_the_loss_as_it_was_minimised_warm_ups_included(store, tmp
 
 
 def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, monkeypatch):
-    real = Feed.next_batch
+    real = Feed.next_batches
 
     def poisoned(self):
-        batch = real(self)
+        batches = real(self)
+        (batch,) = batches.values()
         batch.x_NWD[3, 1, 2] = float("nan")
         poisoned.row = int(batch.rows_N[3])
-        return batch
+        return batches
 
-    monkeypatch.setattr(Feed, "next_batch", poisoned)
+    monkeypatch.setattr(Feed, "next_batches", poisoned)
     with pytest.raises(RunError, match=r"rows .* of the store hold NaN") as caught:
         run.train(config_for(store, tmp_path))
     assert f"rows {poisoned.row} of" in str(caught.value)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...cache.windows import WindowBatch
+from ...cache.views import TokenBatch
 from ...errors import RunError
 from .member import Member, Update
 
@@ -19,7 +19,7 @@ _NAMED_ROWS = 5
 _REMEDY = "use a smaller --lr and begin anew with --fresh"  # a run goes on only as it was begun
 
 
-def check_finite(member: Member, update: Update, batch: WindowBatch) -> None:
+def check_finite(member: Member, update: Update, batch: TokenBatch) -> None:
     """Stop a run whose loss or gradient is not finite: on a CPU before it reaches the weights.
 
     Raises:
@@ -82,7 +82,7 @@ def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | N
     return None
 
 
-def _rows(batch: WindowBatch, mask_N: Tensor | None) -> str:
+def _rows(batch: TokenBatch, mask_N: Tensor | None) -> str:
     rows = sorted(set((batch.rows_N if mask_N is None else batch.rows_N[mask_N]).tolist()))
     shown = ", ".join(map(str, rows[:_NAMED_ROWS]))
     return f"{shown} …" if len(rows) > _NAMED_ROWS else shown

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 
 from ...cache.store import ActivationStore
-from ...cache.windows import WindowBatch, WindowStream
+from ...cache.stream import TokenStream
+from ...cache.views import TokenBatch, View
 from ..config import DataConfig
+from ..plan import view_of
 from .inputs import Inputs
 
 _AHEAD = {"cuda": 2}
@@ -28,8 +31,8 @@ _AHEAD = {"cuda": 2}
 
 @dataclass(frozen=True)
 class _Ready:
-    batch: WindowBatch
-    state: dict[str, Any]  # of the stream, behind this batch
+    batches: dict[View, TokenBatch]
+    position: dict[str, int]  # of the stream, behind these batches
     copied: torch.cuda.Event | None
 
 
@@ -43,13 +46,13 @@ class Feed:
 
     """
 
-    def __init__(self, stream: WindowStream, device: torch.device, *, ahead: int | None = None):
-        self._stream, self._device, self.window = stream, device, stream.window
+    def __init__(self, stream: TokenStream, device: torch.device, *, ahead: int | None = None):
+        self._stream, self._device = stream, device
         self._most_ahead = _AHEAD.get(device.type, 0) if ahead is None else ahead
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "feed")
         self._ahead: deque[Future[_Ready]] = deque()
-        self._state, self._waited = stream.state_dict(), 0.0
+        self._position, self._waited = stream.position(), 0.0
 
     @property
     def seconds_waiting(self) -> float:
@@ -59,22 +62,23 @@ class Feed:
     @property
     def epoch(self) -> int:
         """Passes over the rows completed before the next batch."""
-        return self._state["epoch"]
+        return self._position["epoch"]
 
-    def next_batch(self) -> WindowBatch:
-        """The next batch, its activations (bfloat16) on the device.
+    def next_batches(self) -> dict[View, TokenBatch]:
+        """The next batch of every view, its activations (bfloat16) on the device, whatever else it holds on the CPU.
 
         Raises:
-            UsageError, StoreError: see :class:`~tcsae.cache.windows.WindowStream`.
+            UsageError, StoreError: see :class:`~tcsae.cache.stream.TokenStream`.
 
         """
         ready = self._take() if self._most_ahead else self._make()
         if ready.copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(ready.copied)
-            ready.batch.x_NWD.record_stream(current)  # its memory is not reused before this stream is done with it
-        self._state = ready.state
-        return ready.batch
+            for batch in ready.batches.values():
+                batch.x_NWD.record_stream(current)  # its memory is not reused before this stream is done with it
+        self._position = ready.position
+        return ready.batches
 
     def _take(self) -> _Ready:
         while len(self._ahead) <= self._most_ahead:
@@ -86,19 +90,19 @@ class Feed:
 
     def _make(self) -> _Ready:
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
-            batch = self._stream.next_batch()
-            on_device = replace(batch, x_NWD=batch.x_NWD.to(self._device, non_blocking=True))
+            batches = self._stream.next_batches()
+            on_device = [replace(each, x_NWD=each.x_NWD.to(self._device, non_blocking=True)) for each in batches]
             copied = None
             if self._copies is not None:
                 copied = torch.cuda.Event()
                 copied.record(self._copies)
-        return _Ready(on_device, self._stream.state_dict(), copied)
+        return _Ready(dict(zip(self._stream.views, on_device, strict=True)), self._stream.position(), copied)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands behind the last batch taken; plain JSON."""
-        return self._state
+    def state_dict(self, view: View) -> dict[str, Any]:
+        """Where the stream stands behind the last batch taken, for a member that sees ``view``; plain JSON."""
+        return {**self._position, "of": self._stream.identity(view)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], view: View) -> None:
         """Go to such a position.
 
         Raises:
@@ -106,8 +110,8 @@ class Feed:
 
         """
         self._stop_gathering()
-        self._stream.load_state_dict(state)
-        self._state = self._stream.state_dict()
+        self._stream.load_state_dict(state, view)
+        self._position = self._stream.position()
 
     def _stop_gathering(self) -> None:
         for future in self._ahead:
@@ -122,21 +126,23 @@ class Feed:
         self._stream.close()
 
 
-def open_stream(store: ActivationStore, data: DataConfig, inputs: Inputs, *, pin_memory: bool = False) -> WindowStream:
-    """The windows of a data configuration."""
-    return WindowStream(
+def open_stream(
+    store: ActivationStore, data: Sequence[DataConfig], inputs: Inputs, *, pin_memory: bool = False
+) -> TokenStream:
+    """The batches of data configurations that differ in what they see of one stream."""
+    first = data[0]
+    return TokenStream(
         store,
-        window=data.window,
-        tokens_per_batch=data.batch_size,
-        pool_tokens=data.pool or None,
-        seed=data.seed,
+        list(dict.fromkeys(map(view_of, data))),
+        tokens_per_batch=first.batch_size,
+        pool_tokens=first.pool or None,
+        seed=first.seed,
         norm_limit=inputs.norm_limit,
         rows=inputs.rows,
-        together=2 if data.siblings else 1,
         pin_memory=pin_memory,
     )
 
 
-def open_feed(store: ActivationStore, data: DataConfig, inputs: Inputs, device: torch.device) -> Feed:
+def open_feed(store: ActivationStore, data: Sequence[DataConfig], inputs: Inputs, device: torch.device) -> Feed:
     """The same, on their way to a device."""
     return Feed(open_stream(store, data, inputs, pin_memory=device.type == "cuda"), device)

@@ -35,10 +35,9 @@ class World:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    def share(self, n_windows: int, *, pairs: bool) -> slice:
-        """The process's windows of a batch of ``n_windows``; siblings stay together where ``pairs``."""
-        unit = 2 if pairs else 1
-        cuts = [n_windows // unit * at // self.size * unit for at in range(self.size)] + [n_windows]
+    def share(self, n_items: int, *, together: int = 1) -> slice:
+        """The process's windows, pairs or rows of a batch of ``n_items``; every ``together`` of them stay together."""
+        cuts = [n_items // together * at // self.size * together for at in range(self.size)] + [n_items]
         return slice(cuts[self.rank], cuts[self.rank + 1])
 
     @torch.no_grad()

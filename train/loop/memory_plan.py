@@ -13,7 +13,7 @@ import torch
 from ...console import format_bytes
 from ...errors import ResourceError
 from ..loss.objective import objective_of
-from ..plan import MemberPlan, tokens_per_step
+from ..plan import MemberPlan, tokens_per_step, view_of
 from ..step.registry import Step, choose_step
 
 _USABLE = 0.8  # of what is free: the window pool, the allocator and the rest of the machine need some
@@ -49,7 +49,8 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
         if step_of(plan, device)[0] == "autograd":
             found.append([plan])
             continue
-        alike.setdefault((*shape, *terms, config.optimiser, config.run.steps), []).append(plan)
+        seen = view_of(config.data)
+        alike.setdefault((*shape, *terms, seen, config.optimiser, config.run.steps), []).append(plan)
     for plans in alike.values():
         each = tokens_per_step(plans[0].config) * plans[0].config.sae.width
         n_stacks = math.ceil(len(plans) / max(1, STACK_BELOW.get(device, 0) // each))

@@ -1,7 +1,7 @@
-"""One pass: a stream of windows, the members it feeds, their journals and checkpoints.
+"""One pass: a stream of batches, the members it feeds, their journals and checkpoints.
 
-Every batch is read once and given to each member in turn. All state that matters is in the checkpoints; whatever else
-there is can be thrown away at any moment.
+The store is read once, and every member is given the view of it that it needs. All state that matters is in the
+checkpoints; whatever else there is can be thrown away at any moment.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...cache.store import ActivationStore
-from ...cache.windows import WindowBatch
+from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
 from ...progress_bar import Table
 from ...stop_signals import stop_signals
 from ..loss.partners import Batch, draw_partners, generator_of
 from ..loss.registry import PARTNERS
-from ..plan import MemberPlan, tokens_per_step
+from ..plan import MemberPlan, tokens_per_step, view_of
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
 from ..run_folder.metrics_log import Journal
 from .alarms import check_divergence, check_finite, check_weights, collapse
@@ -74,11 +75,20 @@ _CALIBRATION_BATCHES = 16
 _CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What this process has of a view's batch."""
+
+    batch: TokenBatch
+    x_NWD: torch.Tensor  # scaled, on the device
+    share: float  # of the whole batch's tokens
+
+
 class Pass:
     """Members that train on one stream.
 
     Args:
-        plans: what they are; all of one data configuration and number of steps.
+        plans: what they are; all of one stream (views may differ) and number of steps.
         store: where the windows come from.
         inputs: scale and limits.
         device: where members train.
@@ -106,7 +116,7 @@ class Pass:
             step, _ = step_of(part[0], device.type)
             self.stacks.append(Stack(members) if step == "fast" else Single(members[0]))
         self.mean_D = inputs.mean_D.to(device)
-        self.feed = open_feed(store, self.config.data, inputs, device)
+        self.feed = open_feed(store, [plan.config.data for plan in plans], inputs, device)
         self.step, self.steps = 0, self.config.run.steps
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
@@ -117,7 +127,7 @@ class Pass:
         for member in self.members:
             state = load_checkpoint(self.folder(member), step)
             member.load_state_dict(state["member"])
-            self.feed.load_state_dict(json.loads(state["stream"]))
+            self.feed.load_state_dict(json.loads(state["stream"]), view_of(member.config.data))
         self.step = step
 
     def folder(self, member: Member) -> Path:
@@ -152,51 +162,54 @@ class Pass:
                 journal.close()
 
     def _train_batch(self, journals: dict[str, Journal], bar: Progress) -> None:
-        batch = self.feed.next_batch()
-        share = self.world.share(len(batch.x_NWD), pairs=self.config.data.siblings)
-        part = WindowBatch(batch.x_NWD[share], batch.documents_N[share], batch.rows_N[share], batch.starts_N[share])
-        x_NWD = self.inputs.prepare(part.x_NWD, self.device)
+        seen = {view: self._own_share(view, batch) for view, batch in self.feed.next_batches().items()}
         logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
         checked = self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged
-        partners, weight = self._partners(part), len(part.x_NWD) / len(batch.x_NWD)
+        partners = self._partners(seen)
         for stack in self.stacks:
-            updates = stack.train_step(x_NWD, [partners[member.plan.name] for member in stack.members], share=weight)
+            mine = seen[view_of(stack.members[0].config.data)]
+            of_members = [partners[member.plan.name] for member in stack.members]
+            updates = stack.train_step(mine.x_NWD, of_members, share=mine.share)
             for member, update in zip(stack.members, updates, strict=True):
                 if checked:
-                    check_finite(member, update, part)
+                    check_finite(member, update, mine.batch)
                 if logged:
-                    self._log(member, update, x_NWD, journals, weight)
+                    self._log(member, update, mine, journals)
         self.step += 1
         bar.advance(tokens_per_step(self.config))
         if logged:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
 
-    def _partners(self, batch: WindowBatch) -> dict[str, torch.Tensor | None]:
-        """Of every member, by its name; members with partners of one kind have the same ones."""
-        terms = {m.plan.name: m.objective.temporal for m in self.members}
-        kinds = {term.partner for term in terms.values() if term.active}
-        drawn: dict[str | None, torch.Tensor | None] = {None: None}
-        for kind in kinds:
-            generator = generator_of(self.config.data.seed, self.step)
-            seen = Batch(batch.documents_N, batch.rows_N, batch.starts_N, self.feed.window, generator)
-            found = draw_partners(kind, seen)
-            drawn[kind] = None if found is None else found.to(self.device)
-        return {name: drawn[term.partner if term.active else None] for name, term in terms.items()}
+    def _own_share(self, view: View, batch: TokenBatch) -> _Seen:
+        part = batch.part(self.world.share(len(batch.x_NWD), together=view.together))
+        return _Seen(part, self.inputs.prepare(part.x_NWD, self.device), part.n_tokens / batch.n_tokens)
 
-    def _log(
-        self, member: Member, update: Update, x_NWD: torch.Tensor, journals: dict[str, Journal], share: float
-    ) -> None:
+    def _partners(self, seen: Mapping[View, _Seen]) -> dict[str, torch.Tensor | None]:
+        """Of every member, by its name; members with one view and partners of one kind have the same ones."""
+        drawn: dict[tuple[View, str], torch.Tensor | None] = {}
+        of_members: dict[str, torch.Tensor | None] = {}
+        for member in self.members:
+            term, view = member.objective.temporal, view_of(member.config.data)
+            if term.active and (view, term.partner) not in drawn:
+                batch, generator = seen[view].batch, generator_of(self.config.data.seed, self.step)
+                starts_N, window = batch.positions_NW[:, 0], batch.positions_NW.shape[1]
+                known = Batch(batch.documents_N, batch.rows_N, starts_N, window, generator)
+                found = draw_partners(term.partner, known)
+                drawn[view, term.partner] = None if found is None else found.to(self.device)
+            of_members[member.plan.name] = drawn[view, term.partner] if term.active else None
+        return of_members
+
+    def _log(self, member: Member, update: Update, seen: _Seen, journals: dict[str, Journal]) -> None:
         check_divergence(member, float(update.result.error), self.inputs.spread)
-        metrics = diagnose(member, update, x_NWD, self.mean_D, share=share)
+        metrics = diagnose(member, update, seen.x_NWD, self.mean_D, share=seen.share)
         self.last_metrics[member.plan.name] = metrics
         if not self.world.writes:
             return
         step = self.step + 1
         rate = self._rate.since(step, tokens_per_step(self.config), self.feed.seconds_waiting)
         journal = journals[member.plan.name]
-        journal.write(
-            step, {"tokens": step * tokens_per_step(self.config), "epoch": self.feed.epoch, **metrics, **rate}
-        )
+        tokens = step * tokens_per_step(member.config)
+        journal.write(step, {"tokens": tokens, "epoch": self.feed.epoch, **metrics, **rate})
         message = collapse(metrics, self.steps, step)
         if message and member.plan.name not in self._alarmed:
             self._alarmed.add(member.plan.name)
@@ -213,9 +226,9 @@ class Pass:
         members = [member for member in self.members if member.sae.running_threshold is not None]
         smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
         for _ in range(_CALIBRATION_BATCHES if members else 0):
-            x_NWD = self.inputs.prepare(self.feed.next_batch().x_NWD, self.device)
+            batches = self.feed.next_batches()
             for member in members:
-                z = member.sae.encode(x_NWD)
+                z = member.sae.encode(self.inputs.prepare(batches[view_of(member.config.data)].x_NWD, self.device))
                 kept = z[z > 0]
                 smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
         for member in members:
@@ -240,7 +253,7 @@ class Pass:
     def _state(self, member: Member) -> dict[str, Any]:
         return {
             "member": member.state_dict(),
-            "stream": json.dumps(self.feed.state_dict()),
+            "stream": json.dumps(self.feed.state_dict(view_of(member.config.data))),
             "inputs": self.inputs.state_dict(),
         }
 

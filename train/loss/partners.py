@@ -50,6 +50,11 @@ def _lag(batch: Batch) -> None:
     """The token ``temporal.lag`` further on in the window."""
 
 
+@partner("earlier", drawn=False, pairs=True)
+def _earlier(batch: Batch) -> None:
+    """An earlier token of the row and document: the other one of the pair."""
+
+
 @partner("l2", drawn=False, form="squared_norms")
 def _l2(batch: Batch) -> None:
     """The next token, but the term is pairwise without its cross term: only shrinking earns anything."""

@@ -40,6 +40,7 @@ class Partner:
     siblings: bool = False
     drawn: bool = True
     form: str | None = None
+    pairs: bool = False
 
 
 TERMS: Registry[TemporalForm] = Registry(
@@ -50,7 +51,9 @@ TERMS: Registry[TemporalForm] = Registry(
 )
 PARTNERS: Registry[Partner] = Registry(
     "partner",
-    dict.fromkeys(("next", "lag", "same_document", "other_document", "shuffled", "l2"), "train.loss.partners"),
+    dict.fromkeys(
+        ("next", "lag", "earlier", "same_document", "other_document", "shuffled", "l2"), "train.loss.partners"
+    ),
 )
 
 
@@ -80,7 +83,7 @@ def temporal_term(
 
 
 def partner(
-    name: str, *, siblings: bool = False, drawn: bool = True, form: str | None = None
+    name: str, *, siblings: bool = False, drawn: bool = True, form: str | None = None, pairs: bool = False
 ) -> Callable[[Draw], Draw]:
     """Register a function that draws partners: ``(batch) → index_NP``, or None for the next token.
 
@@ -93,11 +96,12 @@ def partner(
         siblings: windows 2i and 2i + 1 of a batch must come from one document and row.
         drawn: partners are drawn from the batch, so that several processes that share it draw others than one.
         form: the term that takes the place of ``pairwise``; other terms are then refused.
+        pairs: batches hold pairs of an earlier token and a token instead of windows (W = 2, the earlier one first).
 
     """
 
     def add(draw: Draw) -> Draw:
-        PARTNERS.add(name, Partner(draw, siblings, drawn, form))
+        PARTNERS.add(name, Partner(draw, siblings, drawn, form, pairs))
         return draw
 
     return add

@@ -14,8 +14,9 @@ from tcsae.cache.format.shard_writer import write_shard
 from tcsae.cache.storage import lock as lock_module
 from tcsae.cache.storage.open_place import place_of
 from tcsae.cache.store import ActivationStore
+from tcsae.cache.stream import TokenStream
 from tcsae.cache.verify import verify
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.views import Windows
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StoreError
 
@@ -48,10 +49,10 @@ def test_the_same_store_with_the_same_bytes(bucket, tmp_path):
     np.testing.assert_array_equal(store.documents(3, 41), BLOCK.documents_BT[3:41])
     assert store.statistics().to_json() == ActivationStore.open(local).statistics().to_json()
     assert verify(paths[5]).ok
-    options = {"window": 5, "tokens_per_batch": 40, "pool_tokens": 200, "seed": 7}
-    with WindowStream(store, **options) as far, WindowStream(ActivationStore.open(local), **options) as near:
+    options = {"views": [Windows(5)], "tokens_per_batch": 40, "pool_tokens": 200, "seed": 7}
+    with TokenStream(store, **options) as far, TokenStream(ActivationStore.open(local), **options) as near:
         for _ in range(20):
-            assert torch.equal(far.next_batch().x_NWD, near.next_batch().x_NWD)
+            assert torch.equal(far.next_batches()[0].x_NWD, near.next_batches()[0].x_NWD)
 
 
 def test_resume_grow_and_workers(bucket):

@@ -11,11 +11,13 @@ import pytest
 import torch
 from stores import make_store
 from tcsae.cache.store import ActivationStore
-from tcsae.cache.windows import WindowStream
+from tcsae.cache.stream import TokenStream
+from tcsae.cache.views import Pairs, Windows
 from tcsae.errors import UsageError
 from tcsae.train.loop.batches import Feed
 
 CPU = torch.device("cpu")
+VIEWS = (Windows(5), Pairs())
 
 
 @pytest.fixture
@@ -28,17 +30,19 @@ def ahead(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def stream_of(store: ActivationStore, **options: Any) -> WindowStream:
-    return WindowStream(store, **{"window": 5, "tokens_per_batch": 40, "pool_tokens": 200, "seed": 7} | options)
+def stream_of(store: ActivationStore, **options: Any) -> TokenStream:
+    return TokenStream(store, VIEWS, **{"tokens_per_batch": 40, "pool_tokens": 200, "seed": 7} | options)
 
 
 def test_batches_states_and_epochs_are_the_streams(store, ahead):
     feed, stream = Feed(stream_of(store), CPU, ahead=ahead), stream_of(store)
     for _ in range(60):
-        assert (feed.state_dict(), feed.epoch) == (stream.state_dict(), stream.epoch)
-        mine, own = feed.next_batch(), stream.next_batch()
-        for name in ("x_NWD", "documents_N", "rows_N", "starts_N"):
-            assert torch.equal(getattr(mine, name), getattr(own, name))
+        assert feed.epoch == stream.epoch
+        assert [feed.state_dict(view) for view in VIEWS] == [stream.state_dict(view) for view in VIEWS]
+        mine = feed.next_batches()
+        for view, own in zip(VIEWS, stream.next_batches(), strict=True):
+            for name in ("x_NWD", "documents_N", "rows_N", "positions_NW"):
+                assert torch.equal(getattr(mine[view], name), getattr(own, name))
     assert feed.epoch >= 2
     feed.close()
     stream.close()
@@ -47,19 +51,21 @@ def test_batches_states_and_epochs_are_the_streams(store, ahead):
 def test_going_back_forgets_what_was_gathered_ahead(store, ahead):
     feed, seen, states = Feed(stream_of(store), CPU, ahead=ahead), [], []
     for _ in range(30):
-        states.append(json.loads(json.dumps(feed.state_dict())))
-        seen.append(feed.next_batch().x_NWD)
+        states.append(json.loads(json.dumps(feed.state_dict(VIEWS[1]))))
+        seen.append(feed.next_batches()[VIEWS[0]].x_NWD)
     for at in (0, 29, 11):
-        feed.load_state_dict(states[at])
-        assert feed.state_dict() == states[at]
-        assert all(torch.equal(feed.next_batch().x_NWD, x) for x in seen[at:])
+        feed.load_state_dict(states[at], VIEWS[1])
+        assert feed.state_dict(VIEWS[1]) == states[at]
+        assert all(torch.equal(feed.next_batches()[VIEWS[0]].x_NWD, x) for x in seen[at:])
     feed.close()
 
 
 def test_what_the_stream_refuses_is_raised_where_the_batch_is_asked_for(store, ahead):
     feed = Feed(stream_of(store, tokens_per_batch=2000), CPU, ahead=ahead)
-    with pytest.raises(UsageError, match="no batch of 400 windows"):
-        feed.next_batch()
+    with pytest.raises(UsageError, match="no batch of 2000 tokens"):
+        feed.next_batches()
+    other = Feed(stream_of(store, tokens_per_batch=2000, seed=8), CPU)
     with pytest.raises(UsageError, match="the stream's seed was 7 and is now 8"):
-        Feed(stream_of(store, tokens_per_batch=2000, seed=8), CPU).load_state_dict(feed.state_dict())
+        other.load_state_dict(feed.state_dict(VIEWS[0]), VIEWS[0])
     feed.close()
+    other.close()

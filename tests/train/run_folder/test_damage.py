@@ -55,16 +55,16 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def unfinished(store, tmp_path_factory):
     """Killed in step 8, with checkpoints of steps 3 and 6."""
-    out, seen, real = tmp_path_factory.mktemp("runs"), [], Feed.next_batch
+    out, seen, real = tmp_path_factory.mktemp("runs"), [], Feed.next_batches
 
-    def next_batch(self):
+    def next_batches(self):
         seen.append(1)
         if len(seen) == 8:
             raise Killed
         return real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Feed, "next_batch", next_batch)
+        patch.setattr(Feed, "next_batches", next_batches)
         with pytest.raises(Killed):
             train(config_for(store, out))
     return out / "a"

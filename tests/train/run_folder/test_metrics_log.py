@@ -54,16 +54,16 @@ def killed_and_resumed(tmp_path, monkeypatch, *more):
         "7",
     ]
     arguments = ["--quiet", "train", "--store", str(store), "--out", str(tmp_path / "runs"), *small, *more]
-    real, calls = Feed.next_batch, []
+    real, calls = Feed.next_batches, []
 
-    def next_batch(self):
+    def next_batches(self):
         calls.append(1)
         if len(calls) == 18:
             raise RuntimeError("pulled the plug")
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Feed, "next_batch", next_batch)
+        patch.setattr(Feed, "next_batches", next_batches)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             main(arguments)
     assert main(arguments) == 0

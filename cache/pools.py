@@ -1,0 +1,134 @@
+"""Pools: rows of a store that are in memory together, read in a seeded order that visits every chunk once an epoch.
+
+Consecutive chunks of that order form a pool. Rows that fit into one pool are read once, whatever the number of epochs.
+
+Shapes: R rows of a pool, T positions of a row, D model width, N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import StoreError
+from .statistics import cached_statistics, counted, kept_norms, token_norms
+from .store import ActivationStore
+
+_POOL_BYTES = 512_000_000  # of one pool; two are held while the next is read
+_POOL_BATCHES = 32  # a pool holds at least this many batches where the store allows, so that little is dropped
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows in memory.
+
+    Attributes:
+        x_ND: bfloat16, all tokens in memory.
+        rows_R: the pool's rows of the store, in the order in which they are cut.
+        places_R: where each of them begins in ``x_ND``, in rows.
+        usable_RT: bool, neither special nor padding nor over the norm limit.
+        documents_RT: running document numbers.
+
+    """
+
+    x_ND: torch.Tensor
+    rows_R: np.ndarray
+    places_R: np.ndarray
+    usable_RT: np.ndarray
+    documents_RT: np.ndarray
+
+    @property
+    def context(self) -> int:
+        """T, positions per row."""
+        return self.usable_RT.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Usable tokens."""
+        return int(self.usable_RT.sum())
+
+
+class PoolReader:
+    """Reads pool after pool; not thread-safe. Two pools at a time stay intact: a third takes the first one's memory.
+
+    Args:
+        store: finished rows.
+        pool_tokens: tokens of a pool; None: as many as fit into 512 MB, at least 32 batches and one chunk.
+        tokens_per_batch: see ``pool_tokens``.
+        seed: of the order of the chunks.
+        norm_limit: tokens of a larger norm are not usable.
+        rows: only the first so many rows; None: all.
+
+    Raises:
+        StoreError: more rows asked for than there are.
+
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        *,
+        pool_tokens: int | None,
+        tokens_per_batch: int,
+        seed: int,
+        norm_limit: float | None,
+        rows: int | None,
+    ):
+        self._store, self._seed, self._limit = store, seed, norm_limit
+        self.rows = store.n_rows if rows is None else rows
+        if not 0 < self.rows <= store.n_rows:
+            raise StoreError(f"{self.rows} rows are to be streamed, {store.path} holds {store.n_rows}")
+        self._norms_kept = norm_limit is not None and cached_statistics(store) is not None
+        if pool_tokens is None:
+            pool_tokens = max(_POOL_BYTES // (2 * store.d_model), _POOL_BATCHES * tokens_per_batch)
+        per_pool = max(1, pool_tokens // (store.chunk_rows * store.context))
+        self.pools = -(-store.layout.chunks_for(self.rows) // per_pool)  # of an epoch
+        self._buffers = [torch.empty(0, dtype=torch.bfloat16) for _ in range(2)]
+        self._whole: torch.Tensor | None = None  # all rows, where they are one pool
+
+    def read(self, epoch: int, pool: int) -> Pool:
+        """One pool of an epoch.
+
+        Raises:
+            StoreError: damage.
+
+        """
+        store = self._store
+        order = np.random.default_rng([self._seed, epoch]).permutation(store.layout.chunks_for(self.rows))
+        chunks = [int(c) for c in np.array_split(order, self.pools)[pool]]
+        ranges = [store.chunk_range(chunk) for chunk in chunks]
+        rows_R = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+        x_RTD, places_R = self._tokens(chunks, rows_R, (epoch * self.pools + pool) % 2)
+        documents_RT = np.concatenate([store.documents(r.start, r.stop) for r in ranges])
+        usable_RT = self._usable(x_RTD, places_R, ranges) & (rows_R < self.rows)[:, None]
+        return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT)
+
+    def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Rows in memory, and the place of each of ``rows_R`` (those of ``chunks``) among them."""
+        if self._whole is not None:
+            return self._whole, rows_R
+        if len(self._buffers[buffer]) < len(rows_R):
+            shape = (len(rows_R), self._store.context, self._store.d_model)
+            self._buffers[buffer] = torch.empty(shape, dtype=torch.bfloat16)
+        if self.pools > 1:
+            return self._store.read_chunks(chunks, self._buffers[buffer]), np.arange(len(rows_R))
+        self._whole = self._store.read_chunks(sorted(chunks), self._buffers[buffer])
+        return self._whole, rows_R
+
+    def _usable(self, x_RTD: torch.Tensor, places_R: np.ndarray, ranges: list[range]) -> np.ndarray:
+        store = self._store
+        flags = np.concatenate([store.flags(r.start, r.stop) for r in ranges])
+        if self._limit is None:
+            return counted(np.zeros(flags.shape, np.float32), flags, 0.0)
+        kept = [self._kept(r) for r in ranges] if self._norms_kept else [None]
+        known = [norms for norms in kept if norms is not None]
+        norms = np.concatenate(known) if len(known) == len(kept) else token_norms(x_RTD)[places_R]
+        return counted(norms, flags, self._limit)
+
+    def _kept(self, rows: range) -> np.ndarray | None:
+        shard = rows.start // self._store.layout.shard_rows
+        whole = self._store.layout.rows_of(shard, self._store.n_rows)
+        norms = kept_norms(self._store, shard, len(whole))
+        return None if norms is None else norms[rows.start - whole.start : rows.stop - whole.start]

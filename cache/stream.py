@@ -1,0 +1,185 @@
+"""The endless stream of shuffled batches over a store: a pure function of its rows, the settings and a seed, resumable
+from a few numbers.
+
+A stream reads the store once for all who train on it: every pool (:mod:`.pools`) is shown in as many views
+(:mod:`.views`) as there are, while a thread reads the next one. A pool gives as many batches as its usable tokens fill;
+what is left over is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .pools import Pool, PoolReader
+from .store import ActivationStore
+from .views import Cut, TokenBatch, View
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A pool and how every view cuts it."""
+
+    pool: Pool
+    n_batches: int
+    cuts: tuple[Cut, ...]
+
+
+class TokenStream:
+    """Batches of every view, epoch after epoch. Single consumer; :meth:`close` it, or use it as a context manager.
+
+    Args:
+        store: finished rows.
+        views: what is asked for, each once.
+        tokens_per_batch: the most tokens of a batch of windows or pairs; of rows about so many.
+        pool_tokens: tokens shuffled together; by default as many as fit into 512 MB, at least 32 batches and one chunk.
+        seed: of the whole order.
+        norm_limit: tokens of a larger norm are left out, and windows end at them.
+        rows: use only the first so many rows (all by default), so that a store may grow without changing the stream.
+        prefetch: read the next pool in a thread.
+        pin_memory: batches come in page-locked memory, from which a GPU copies while it computes.
+
+    Raises:
+        UsageError: the rows hold no whole batch of such windows.
+        StoreError: more rows asked for than there are, or damage.
+
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        views: Sequence[View],
+        *,
+        tokens_per_batch: int,
+        pool_tokens: int | None = None,
+        seed: int,
+        norm_limit: float | None = None,
+        rows: int | None = None,
+        prefetch: bool = True,
+        pin_memory: bool = False,
+    ):
+        for view in views:
+            view.check(store.context, tokens_per_batch)
+        self.views, self._path = tuple(views), store.path
+        self._budget, self._seed, self._limit = tokens_per_batch, seed, norm_limit
+        sizes = {"pool_tokens": pool_tokens, "tokens_per_batch": tokens_per_batch, "rows": rows}
+        self._reader = PoolReader(store, seed=seed, norm_limit=norm_limit, **sizes)
+        self._pin = pin_memory
+        self._thread = ThreadPoolExecutor(1, "pool-prefetch") if prefetch else None
+        self._next: tuple[tuple[int, int], Future[_Ready]] | None = None
+        self.seconds_waiting = 0.0
+        self._begin(epoch=0, pool=0, batch=0)
+
+    # --- position
+    # ------------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the rows completed before the next batch's."""
+        return self._epoch
+
+    def position(self) -> dict[str, int]:
+        """Where the stream stands, before the next batches; the same for all views."""
+        return {"epoch": self._epoch, "pool": self._pool, "batch": self._batch}
+
+    def identity(self, view: View) -> dict[str, Any]:
+        """What the batches of a view depend on; not on the other views."""
+        return {
+            "rows": self._reader.rows,
+            "view": view.name,
+            "tokens_per_batch": self._budget,
+            "pools": self._reader.pools,
+            "seed": self._seed,
+            "norm_limit": self._limit,
+        }
+
+    def state_dict(self, view: View) -> dict[str, Any]:
+        """The position, and of what; plain JSON."""
+        return {**self.position(), "of": self.identity(view)}
+
+    def load_state_dict(self, state: dict[str, Any], view: View) -> None:
+        """Go to a position that :meth:`state_dict` gave; the batches that follow are bit-identical.
+
+        Raises:
+            UsageError: the state is of another stream; the differing setting is named.
+
+        """
+        if "view" not in state["of"]:
+            raise UsageError(
+                "the run was begun by a version of this program that put windows in another order: finish it with that "
+                "version, or begin anew with --fresh"
+            )
+        for name, mine in self.identity(view).items():
+            if state["of"].get(name) != mine:
+                raise UsageError(
+                    f"the stream's {name} was {state['of'].get(name)} and is now {mine}: resume with the same settings"
+                )
+        self._begin(**{name: state[name] for name in ("epoch", "pool", "batch")})
+
+    def _begin(self, *, epoch: int, pool: int, batch: int) -> None:
+        self._epoch, self._pool, self._batch = epoch, pool, batch
+        self._current: _Ready | None = None
+        if self._next is not None:  # it may be writing into a buffer that is about to be reused
+            wait([self._next[1]])
+        self._next = None
+
+    # --- batches
+    # -------------------------------------------------------------------------------------------------------
+
+    def next_batches(self) -> list[TokenBatch]:
+        """The next batch of every view, in the order of the views."""
+        for _ in range(self._reader.pools + 1):
+            if self._current is None:
+                self._current = self._take(self._epoch, self._pool)
+            ready = self._current
+            if self._batch < ready.n_batches:
+                pairs = zip(self.views, ready.cuts, strict=True)
+                batches = [view.gather(ready.pool, cut, self._batch, pin_memory=self._pin) for view, cut in pairs]
+                self._batch += 1
+                return batches
+            self._current, self._batch = None, 0
+            self._epoch, self._pool = self._after(self._epoch, self._pool)
+        raise UsageError(
+            f"no batch of {self._budget} tokens can be filled from a pool of {self._path}: "
+            "use a smaller batch, a larger pool, or extract more tokens"
+        )
+
+    def _after(self, epoch: int, pool: int) -> tuple[int, int]:
+        return (epoch, pool + 1) if pool + 1 < self._reader.pools else (epoch + 1, 0)
+
+    def _take(self, epoch: int, pool: int) -> _Ready:
+        """The pool, read ahead or now; starts reading the one after it."""
+        began = time.perf_counter()
+        ahead = self._next is not None and self._next[0] == (epoch, pool)
+        taken = self._next[1].result() if ahead and self._next else self._read(epoch, pool)
+        self.seconds_waiting += time.perf_counter() - began
+        if self._thread is not None:
+            after = self._after(epoch, pool)
+            self._next = after, self._thread.submit(self._read, *after)
+        return taken
+
+    def _read(self, epoch: int, number: int) -> _Ready:
+        pool = self._reader.read(epoch, number)
+        n_batches = pool.n_tokens // self._budget
+        cuts = []
+        for view in self.views if n_batches else ():
+            rng = np.random.default_rng([self._seed, epoch, number])  # each its own: company changes nothing
+            cuts.append(view.cut(pool, n_batches, self._budget, rng))
+        return _Ready(pool, n_batches, tuple(cuts))
+
+    def close(self) -> None:
+        """End the reading thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
