@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .extract.config import ExtractConfig as ExtractConfig
     from .extract.config import ModelSource as ModelSource
     from .extract.config import TextSource as TextSource
+    from .extract.model.hooks import hook_point as hook_point
+    from .extract.model.tap import Tap as Tap
     from .extract.summary import ExtractSummary as ExtractSummary
     from .interface import evaluate as evaluate
     from .interface import extract as extract
@@ -78,8 +80,10 @@ _HOMES = {
     "ActivationFunction": "train.sae.activation",
     "SAEFormat": "train.formats.registry",
     "SparseAutoencoder": "train.sae.protocol",
+    "Tap": "extract.model.tap",
     "activation": "train.sae.registry",
     "architecture": "train.sae.registry",
+    "hook_point": "extract.model.hooks",
     "metric": "evaluate.metrics.registry",
     "panel": "evaluate.report.panels.registry",
     "partner": "train.loss.registry",

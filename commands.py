@@ -164,6 +164,7 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
     from .cache.format.manifest import Execution, identity_difference, read_manifest
     from .extract.config import ModelSource
     from .extract.model.forward import ForwardPass
+    from .extract.model.hooks import deepest_block
     from .extract.model.load import load_language_model
 
     manifest = read_manifest(store)
@@ -176,15 +177,16 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
         warn(f"{store} was computed on {there}, which this machine lacks: rows differ in their last bits")
         device = "cpu"
     source = ModelSource(model, revision, gguf_file, device, recorded.dtype)
-    lm = load_language_model(source, deepest_layer=manifest.layer)
+    at = manifest.location
+    lm = load_language_model(source, deepest_layer=deepest_block([at]))
     difference = identity_difference(recorded, lm.identity, leave_out=("id", "revision", "gguf_file"))
     if difference:
         raise StoreError(f"{store} was made with another model than {model} ({difference}): name the recorded one")
 
     def recompute(block: RowBlock, execution: Execution) -> np.ndarray:
         torch.set_num_threads(execution.threads)
-        passes = ForwardPass(lm, (manifest.layer,), execution.batch_size)
-        return passes.launch(block).land()[manifest.layer]
+        passes = ForwardPass(lm, (at,), execution.batch_size)
+        return passes.launch(block).land()[at]
 
     return recompute
 

@@ -83,8 +83,8 @@ def run_demo(config: DemoConfig) -> Outcome:
     note(f"1/3  extracting layers {' '.join(map(str, config.layers))}: {format_count(config.tokens)} tokens a layer")
     extract(extraction)
     runs: list[Path] = []
-    for layer, store in extraction.paths.items():
-        note(f"2/3  training layer {layer}: a TC-SAE and its λ2 = 0 twin on the same batches")
+    for at, store in extraction.paths.items():
+        note(f"2/3  training layer {at}: a TC-SAE and its λ2 = 0 twin on the same batches")
         runs += _train(config, store)
     note("3/3  evaluating on held-out documents")
     asked = EvaluateConfig(

@@ -61,7 +61,8 @@ def small(options: argparse.Namespace) -> Case:
     flags = np.where(tokens < 2, SPECIAL, 0).astype(np.uint8)
     lm = SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device("cpu"), dtype=torch.float32,
-        identity=SimpleNamespace(architecture=type(model).__name__), d_model=64,
+        identity=SimpleNamespace(architecture=type(model).__name__, id="small"), d_model=64, n_layers=6, taps={},
+        block_calls={},
     )  # fmt: skip
     return Case(
         lm,
@@ -87,7 +88,7 @@ def real(options: argparse.Namespace) -> Case:
     if options.run:
         asked = EvaluateConfig(runs=(options.run,), model=options.model, device="cpu", dtype="float32")
         (group,), _ = gather_subjects(asked)
-        layer, sae_folder = group.subjects[0].layer, Path(options.run).resolve()
+        layer, sae_folder = group.subjects[0].at.layer, Path(options.run).resolve()
     else:
         source = ModelSource(id=options.model, device="cpu", dtype="float32")
         group = Group(source, TextSource(dataset="demo"), held_out=False, model_fingerprint=None)
@@ -120,12 +121,13 @@ def ours(options: argparse.Namespace) -> None:
     from tcsae.evaluate.model.splice import Head, SplicedModel
     from tcsae.evaluate.one_pass import Measurement
     from tcsae.evaluate.table_row import Candidate, MeasuredRow
+    from tcsae.sites import Location
     from tcsae.train.formats.locate import read_sae
 
     folder = Path(options.folder)
     case = real(options) if options.run or options.model else small(options)
-    spliced = SplicedModel(case.lm)
-    found = survey(spliced, case.text, [case.layer], BATCH_ROWS)[case.layer]
+    spliced, at = SplicedModel(case.lm), Location(case.layer)
+    found = survey(spliced, case.text, [at], BATCH_ROWS)[at]
     sae_folder = case.sae_folder or random_sae(case.lm.d_model, found.mean_D, folder / "sae")
     measured = [
         Candidate(MeasuredRow("sae", "sae", case.layer), read_sae(sae_folder)[1], found, {}, ""),

@@ -30,6 +30,7 @@ from tcsae.evaluate.model.heldout_text import HeldOutText, survey
 from tcsae.evaluate.model.splice import Head, SplicedModel
 from tcsae.evaluate.one_pass import Measurement
 from tcsae.evaluate.table_row import Candidate, MeasuredRow
+from tcsae.sites import Location
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch import Tensor
@@ -54,7 +55,7 @@ def random_model(shape: str, device: str) -> Any:
     return SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device(device), dtype=torch.float32,
         identity=SimpleNamespace(architecture="LlamaForCausalLM", id=shape), d_model=s["d_model"],
-        vocab_size=s["vocabulary"],
+        vocab_size=s["vocabulary"], n_layers=s["layers"], taps={}, block_calls={},
     )  # fmt: skip
 
 
@@ -114,13 +115,15 @@ def _hooked(lm: Any, tokens_BT: Tensor, layer: int, replace: Any) -> Tensor:
 
 
 def ours(
-    lm: Any, text: HeldOutText, layer: int, saes: list[TemporalSAE], found: Any, rows: int, uniform: frozenset[int]
+    lm: Any, text: HeldOutText, layer: int, saes: list[TemporalSAE], found: Any, rows: int, uniform: frozenset[Location]
 ) -> list[tuple[float, float]]:
     """The same quantities, by the evaluation's own pass; zero ablation at every position is its free row."""
     candidates = [
-        Candidate(MeasuredRow(f"sae {at}", "sae", layer), sae, found[layer], {}, str(at)) for at, sae in enumerate(saes)
+        Candidate(MeasuredRow(f"sae {n}", "sae", layer), sae, found[Location(layer)], {}, str(n))
+        for n, sae in enumerate(saes)
     ]
-    candidates.append(Candidate(MeasuredRow("zero_all", "reference", layer), None, found[layer], {}, "zero_all"))
+    zero_all = MeasuredRow("zero_all", "reference", layer)
+    candidates.append(Candidate(zero_all, None, found[Location(layer)], {}, "zero_all"))
     measurement = Measurement(SplicedModel(lm), HEADS.setdefault(id(lm), Head(lm)), text, candidates, uniform)
     with progress("measure", None) as bar:
         measurement.run(rows, bar)
@@ -147,10 +150,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     layer = len(lm.blocks) // 2 if options.layer is None else options.layer
     text = text_of(lm, options.rows, options.context)
     tokens = text.tokens(slice(0, options.rows), lm.device)
-    found = survey(SplicedModel(lm), text, [layer], options.rows)
-    residuals, _ = SplicedModel(lm).clean(tokens, [layer])
-    zeroed = SplicedModel(lm).spliced(tokens[:1], layer, torch.zeros_like(residuals[layer][:1]))
-    uniform = frozenset() if zeroed.any() else frozenset({layer})
+    at, model = Location(layer), SplicedModel(lm)
+    found = survey(model, text, [at], options.rows)
+    x_BTD = model.clean(tokens, [at]).at[at]
+    one = model.clean(tokens[:1], [at])
+    zeroed = model.spliced(at, torch.zeros_like(one.at[at]), tokens[:1], one)
+    uniform = frozenset() if zeroed.any() else frozenset({at})
     record: dict[str, Any] = {
         "model": options.model,
         "layer": layer,
@@ -158,7 +163,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens.numel(),
     }
     for n in options.saes:
-        saes = make_saes(n, lm, options.width, residuals[layer][:, 1:].flatten(0, 1))
+        saes = make_saes(n, lm, options.width, x_BTD[:, 1:].flatten(0, 1))
         rounds = []
         for _ in range(options.rounds):
             times = []
@@ -195,11 +200,11 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     lm = random_model("256k", options.device)
     text = text_of(lm, 16, 128)
     saes = make_saes(n, lm, options.width, torch.zeros(1, width))
-    found = survey(SplicedModel(lm), text, [0], 16)
+    found = survey(SplicedModel(lm), text, [Location(0)], 16)
     _reset_peak(options.device)
     held = _memory("VmRSS", options.device)
     start = time.perf_counter()
-    ours(lm, text, 0, saes, found, 16, frozenset({0}))
+    ours(lm, text, 0, saes, found, 16, frozenset({Location(0)}))
     return {
         "vocabulary": lm.vocab_size, "width": width, "layers": 2, "tokens": text.tokens_RT.size, "saes": n,
         "seconds": round(time.perf_counter() - start, 1), "bytes held before (model, SAEs, text)": held,

@@ -28,6 +28,7 @@ from tcsae.cache.writer import StoreSetWriter
 from tcsae.console import parse_count
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.model.forward import choose_batch_size
+from tcsae.extract.model.hooks import deepest_block
 from tcsae.extract.model.load import LanguageModel, identify_model, load_language_model
 from tcsae.extract.plan import Plan, describe_execution, make_plan, resolve_execution
 from tcsae.extract.run import Filling
@@ -102,7 +103,9 @@ def _wait(lm: LanguageModel) -> None:
 
 def measure(config: ExtractConfig, repeats: int) -> dict:
     plan = make_plan(config)
-    lm = load_language_model(plan.outline, deepest_layer=max(config.layers), identity=identify_model(plan.outline))
+    lm = load_language_model(
+        plan.outline, deepest_layer=deepest_block(config.locations), identity=identify_model(plan.outline)
+    )
     batch_size = config.batch_size or choose_batch_size(lm, plan.layout, config.rows)
     bare(plan, lm, batch_size)  # warms up kernels, allocator and page cache
     if lm.device.type == "cuda":

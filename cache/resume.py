@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 from ..console import format_bytes
 from ..errors import ResourceError, StoreError
+from ..sites import Location
 from .format.commit_log import LOG, Commit, agreed, latest, parse_log, rows_in
 from .format.layout import StoreLayout
 from .format.manifest import StoreManifest, first_difference, group_document, manifest_at
@@ -20,7 +21,7 @@ from .storage.places import Place
 _SPARE_BYTES = 64_000_000  # left on the disk for everything else, or a tenth of the plan if that is less
 
 
-def lock_all(places: Mapping[int, Place], *, fresh: bool) -> list[Lock]:
+def lock_all(places: Mapping[Location, Place], *, fresh: bool) -> list[Lock]:
     """The writer's locks of every store, all with one token, or none of them.
 
     Raises:
@@ -103,7 +104,7 @@ def is_partial(folder: str, name: str) -> bool:
     return name.endswith(PARTIAL) and (folder != "" or name.startswith("zarr.json."))
 
 
-def recover(places: Mapping[int, Place], layouts: Mapping[int, StoreLayout]) -> dict[int, list[Commit]]:
+def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLayout]) -> dict[Location, list[Commit]]:
     """Each layer's log, cut to what all layers committed; leftovers of a killed writer are removed.
 
     Raises:
@@ -197,8 +198,8 @@ def wiped_bytes(place: Place) -> int:
 
 
 def check_space(
-    places: Mapping[int, Place],
-    layouts: Mapping[int, StoreLayout],
+    places: Mapping[Location, Place],
+    layouts: Mapping[Location, StoreLayout],
     planned: int,
     committed: int,
     *,

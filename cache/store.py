@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import StoreError
+from ..sites import Location
 from .format.commit_log import LOG, Commit, fingerprint, latest, parse_log, rows_in
 from .format.layout import StoreLayout
 from .format.manifest import StoreManifest, manifest_at
@@ -69,7 +70,7 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         shape = f"{self.n_rows} × {self.context} × {self.d_model}"
-        return f"ActivationStore({self.path!r}, layer {self.layer}, {shape})"
+        return f"ActivationStore({self.path!r}, layer {self.location}, {shape})"
 
     @property
     def path(self) -> str:
@@ -88,8 +89,13 @@ class ActivationStore:
 
     @property
     def layer(self) -> int:
-        """The transformer block whose output this is, counted from 0."""
+        """The transformer block at or in which this was taken, counted from 0."""
         return self.manifest.layer
+
+    @property
+    def location(self) -> Location:
+        """The layer and the hook point whose activations these are."""
+        return self.manifest.location
 
     @property
     def layout(self) -> StoreLayout:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import StoreError, UsageError
 from .pools import Pool, PoolReader
 from .store import ActivationStore
 from .views import Cut, TokenBatch, View
@@ -107,11 +107,12 @@ class TokenStream:
         """Go to a position that :meth:`state_dict` gave; the batches that follow are bit-identical.
 
         Raises:
+            StoreError: a version of this program wrote the state that orders windows otherwise.
             UsageError: the state is of another stream; the differing setting is named.
 
         """
         if "view" not in state["of"]:
-            raise UsageError(
+            raise StoreError(
                 "the run was begun by a version of this program that put windows in another order: finish it with that "
                 "version, or begin anew with --fresh"
             )

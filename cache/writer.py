@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import StoreError
+from ..sites import Location
 from .background import BackgroundWorker
 from .format.commit_log import LOG, Commit, ShardRecord, execution_of, latest, rows_in
 from .format.layout import RowBlock, StoreLayout
@@ -38,7 +39,11 @@ class StoreSetWriter:
     """
 
     def __init__(
-        self, places: dict[int, Place], manifests: dict[int, StoreManifest], locks: list[Lock], planned_rows: int
+        self,
+        places: dict[Location, Place],
+        manifests: dict[Location, StoreManifest],
+        locks: list[Lock],
+        planned_rows: int,
     ):
         self._places, self._manifests, self._locks = places, manifests, locks
         self._one = min(manifests)
@@ -58,7 +63,7 @@ class StoreSetWriter:
 
     @classmethod
     def open(
-        cls, paths: Mapping[int, str | Path], manifests: Mapping[int, StoreManifest], *, fresh: bool = False
+        cls, paths: Mapping[Location, str | Path], manifests: Mapping[Location, StoreManifest], *, fresh: bool = False
     ) -> StoreSetWriter:
         """Create the stores, or go on with them after the last common commit.
 
@@ -67,8 +72,8 @@ class StoreSetWriter:
         that shard begins; extract it again whole, its stored rows are compared and kept.
 
         Args:
-            paths: layer → folder or fsspec URL.
-            manifests: layer → what the store is to hold. Identity is compared with what is there; a larger
+            paths: location → folder or fsspec URL.
+            manifests: location → what the store is to hold. Identity is compared with what is there; a larger
                 ``planned_rows`` replaces the old plan.
             fresh: drop what is there and begin anew.
 
@@ -95,7 +100,7 @@ class StoreSetWriter:
         return self._logs[self._one]
 
     @property
-    def _layouts(self) -> dict[int, StoreLayout]:
+    def _layouts(self) -> dict[Location, StoreLayout]:
         return {layer: manifest.layout for layer, manifest in self._manifests.items()}
 
     @property
@@ -109,7 +114,7 @@ class StoreSetWriter:
         return self._locks[0].owner
 
     @property
-    def manifests(self) -> Mapping[int, StoreManifest]:
+    def manifests(self) -> Mapping[Location, StoreManifest]:
         """The manifests as stored."""
         return self._manifests
 
@@ -165,10 +170,10 @@ class StoreSetWriter:
             wanted = self._manifests[layer].model_copy(update={"planned_rows": self._planned, "finished": False})
             self._set_manifest(layer, place, wanted)
 
-    def append(self, block: RowBlock, activations: Mapping[int, np.ndarray]) -> None:
+    def append(self, block: RowBlock, activations: Mapping[Location, np.ndarray]) -> None:
         """Queue rows of the current shard; waits only while too much is queued already.
 
-        The arrays must not be changed afterwards. ``activations``: layer → uint16 bits ``[B, T, D]``.
+        The arrays must not be changed afterwards. ``activations``: location → uint16 bits ``[B, T, D]``.
 
         Raises:
             ValueError: the rows straddle the shard's end, a layer is missing, or a shape is wrong.
@@ -248,7 +253,7 @@ class StoreSetWriter:
     # --- the background thread's side
     # ----------------------------------------------------------------------------------
 
-    def _write(self, block: RowBlock, activations: Mapping[int, np.ndarray]) -> None:
+    def _write(self, block: RowBlock, activations: Mapping[Location, np.ndarray]) -> None:
         if self._shard is None:
             begin = self.rows_committed
             check_space(self._places, self._layouts, min(self._planned, begin + self.layout.shard_rows), begin)
@@ -285,7 +290,7 @@ class StoreSetWriter:
                 document = array_document(name, self._manifests[layer].layout, self.rows_stored)
                 place.replace(f"{name}/zarr.json", to_json(document))
 
-    def _set_manifest(self, layer: int, place: Place, manifest: StoreManifest) -> None:
+    def _set_manifest(self, layer: Location, place: Place, manifest: StoreManifest) -> None:
         if manifest != self._manifests[layer]:
             place.replace("zarr.json", to_json(group_document(manifest)))
             self._manifests[layer] = manifest

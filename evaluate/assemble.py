@@ -12,6 +12,7 @@ import numpy as np
 
 from ..cache.format.manifest import TextIdentity
 from ..errors import TcsaeError
+from ..sites import Location
 from ..train.run_folder.metrics_log import read_metrics
 from .intervals.bootstrap import Resampler
 from .intervals.jackknife import Jackknifed
@@ -59,12 +60,12 @@ def compose(
 
 
 def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSums]:
-    """A row's sums with its scores against the ``mean`` and ``zero`` references of its layer, and the noise floor."""
+    """A row's sums with its scores against the ``mean`` and ``zero`` references of its place, and the noise floor."""
     sums = dict(row.sums)
     for suffix in ("", OUTLIERS):
         own = {name: row.sums[name + suffix] for name in ("ce", "ce_clean", "kl")}
         for reference in ("mean", "zero"):
-            other = _reference(others, row.layer, reference)
+            other = _reference(others, row.location, reference)
             if other is None:
                 continue
             ce, kl = other.sums["ce" + suffix], other.sums["kl" + suffix]
@@ -75,26 +76,27 @@ def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSum
                 key = f"{name}_score_{reference}{suffix}"
                 counted = round(float(own["ce"].denominator_U.sum()))
                 sums[key] = UnitSums(above, below, "1", key, n=counted)
-        floor = _reference(others, row.layer, "identity_bf16")
+        floor = _reference(others, row.location, "identity_bf16")
         if floor is not None:
             key = "kl_noise_floor" + suffix
             sums[key] = replace(floor.sums["kl" + suffix], definition=key)
     return sums
 
 
-def _reference(rows: Sequence[MeasuredRow], layer: int, name: str) -> MeasuredRow | None:
-    return next((row for row in rows if row.kind == "reference" and row.layer == layer and row.name == name), None)
+def _reference(rows: Sequence[MeasuredRow], at: Location, name: str) -> MeasuredRow | None:
+    return next((row for row in rows if row.kind == "reference" and row.location == at and row.name == name), None)
 
 
 def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resampler) -> Record:
     """The finished record, with intervals."""
     metrics: dict[str, Metric] = {name: resampler.metric(sums) for name, sums in scored(row, rows).items()}
-    zero_all = _reference(rows, row.layer, "zero_all")
+    zero_all = _reference(rows, row.location, "zero_all")
     compat = SAEBenchSums.from_state(row.compat)
     return Record(
         name=row.name,
         kind=row.kind,
         layer=row.layer,
+        site=row.site,
         role=row.role,
         pair=row.pair,
         sae=row.facts,
@@ -111,7 +113,8 @@ def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
     found = []
     for first in rows:
         second = next(
-            (row for row in rows if row.name == first.pair and row.layer == first.layer and row.kind == "sae"), None
+            (row for row in rows if row.name == first.pair and row.location == first.location and row.kind == "sae"),
+            None,
         )
         if first.role not in ("tc", "pruned") or second is None:
             continue
@@ -124,7 +127,7 @@ def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
         differences = {name: one for name, one in differences.items() if not name.startswith(_OF_THE_MODEL)}
         kind = "pruned" if first.role == "pruned" else "twin"
         warning = _unequal(a, b, kind)
-        names = {"first": first.name, "second": second.name, "layer": first.layer}
+        names = {"first": first.name, "second": second.name, "layer": first.layer, "site": first.site}
         found.append(Paired(kind=kind, **names, metrics=differences, warning=warning))
     return found
 

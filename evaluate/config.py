@@ -24,6 +24,8 @@ class EvaluateConfig:
     """SAEs from elsewhere: a SAELens folder, a Gemma Scope ``.npz``, a dictionary_learning ``ae.pt``, or a hub id."""
     layers: tuple[int, ...] = ()
     """The layer of each of ``saes``, or one for all; empty where their own files say it."""
+    sites: tuple[str, ...] = ()
+    """The hook point of each of ``saes``, or one for all; empty where their own files say it."""
     runs_folder: str = "runs"
     """Where runs are looked for."""
     model: str | None = None
@@ -43,7 +45,7 @@ class EvaluateConfig:
     batch_rows: int = 16
     """Rows (model contexts) per batch."""
     references: tuple[str, ...] = REFERENCES
-    """Reference rows measured at every layer."""
+    """Reference rows measured at every layer and site."""
     out: str = "reports"
     """Where reports are written."""
     name: str | None = None
@@ -66,11 +68,12 @@ class EvaluateConfig:
             raise UsageError(f"--batches {self.batches} measures nothing: use 1 or more")
         if self.batch_rows < 1:
             raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
-        if self.layers and len(self.layers) not in (1, len(self.saes)):
-            raise UsageError(
-                f"--layer was given {len(self.layers)} times for {len(self.saes)} SAEs: give one for each --sae, or "
-                "one for all"
-            )
+        for option, given in (("layer", self.layers), ("site", self.sites)):
+            if given and len(given) not in (1, len(self.saes)):
+                raise UsageError(
+                    f"--{option} was given {len(given)} times for {len(self.saes)} SAEs: give one for each --sae, or "
+                    "one for all"
+                )
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:
             raise UsageError(f"there is no reference '{unknown[0]}': choose among {', '.join(REFERENCES)}")
@@ -90,6 +93,8 @@ class EvaluateOptions(TypedDict, total=False):
     """SAEs from elsewhere: folders, files or hub ids."""
     layer: int | Sequence[int] | None
     """The layer of each ``sae``, or one for all."""
+    site: str | Sequence[str] | None
+    """The hook point of each ``sae``, or one for all."""
     runs: str | Path | None
     model: str | Path | None
     revision: str | None
@@ -115,6 +120,7 @@ _FIELDS = {
     "run": "runs",
     "sae": "saes",
     "layer": "layers",
+    "site": "sites",
     "runs": "runs_folder",
     "batch_size": "batch_rows",
     "plugin": "plugins",
@@ -129,7 +135,7 @@ def evaluate_config(**asked: Unpack[EvaluateOptions]) -> EvaluateConfig:
 
     """
     given = options.chosen(asked, EvaluateOptions, "evaluate")
-    for name in ("run", "sae", "layer", "plugin"):
+    for name in ("run", "sae", "layer", "site", "plugin"):
         if name in given:
             given[name] = options.several(given[name])
     return EvaluateConfig(

@@ -1,7 +1,8 @@
 """One pass over the text for many rows of the table at once.
 
-Per batch: the model runs once as it is; every candidate gives a reconstruction of its layer's output; the layers above
-run once per candidate; and the head runs over some tokens at a time, their clean logits computed once for all.
+Per batch: the model runs once as it is; every candidate gives a reconstruction of the tensor at its location; the
+layers above run once per candidate; and the head runs over some tokens at a time, their clean logits computed once for
+all.
 
 Shapes: B rows, T positions, D model width, N positions whose input counts.
 """
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ..console import Progress
 from ..errors import RunError
+from ..sites import Location
 from .metrics.fidelity import LogitBuffers, predictions, token_losses
 from .model.heldout_text import HeldOutText
 from .model.reference_rows import spliced_in
-from .model.splice import Head, SplicedModel
+from .model.splice import CleanPass, Head, SplicedModel
 from .protocol import TokenBatch
 from .results import Failure
 from .table_row import Candidate
@@ -33,8 +35,8 @@ class Measurement:
     head: Head
     text: HeldOutText
     candidates: list[Candidate]
-    uniform_layers: frozenset[int] = frozenset()
-    """Layers where zero at every position ends in logits that are all zero."""
+    uniform_at: frozenset[Location] = frozenset()
+    """Where zero at every position ends in logits that are all zero."""
     failures: list[Failure] = field(default_factory=list)
     buffers: LogitBuffers = field(default_factory=LogitBuffers)
 
@@ -49,34 +51,35 @@ class Measurement:
 
     def _batch(self, rows: slice) -> None:
         tokens_BT = self.text.tokens(rows, self.model.lm.device)
-        layers = sorted({candidate.row.layer for candidate in self.candidates})
-        residuals, final_BTD = self.model.clean(tokens_BT, layers)
-        batches = {layer: self.text.batch(rows, x_BTD, self._limit(layer)) for layer, x_BTD in residuals.items()}
-        del residuals
+        clean = self.model.clean(tokens_BT, sorted({candidate.row.location for candidate in self.candidates}))
+        batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in clean.at.items()}
+        clean.at.clear()
         finals: list[tuple[Candidate, Tensor | None]] = []
         for candidate in list(self.candidates):
-            batch = batches[candidate.row.layer]
+            batch = batches[candidate.row.location]
             try:
                 x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
             except RunError as failure:
                 self._drop(candidate, failure)
                 continue
             if not self._shares_splice(candidate):
-                finals.append((candidate, self._final(candidate, tokens_BT, batch, x_hat_BTD)))
-        self._losses(batches, final_BTD, finals)
+                finals.append((candidate, self._final(candidate, tokens_BT, batch, x_hat_BTD, clean)))
+        self._losses(batches, clean.final_BTD, finals)
 
-    def _limit(self, layer: int) -> float:
-        return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.layer == layer)
+    def _limit(self, at: Location) -> float:
+        return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.location == at)
 
-    def _final(self, candidate: Candidate, tokens_BT: Tensor, batch: TokenBatch, x_hat_BTD: Tensor) -> Tensor | None:
+    def _final(
+        self, candidate: Candidate, tokens_BT: Tensor, batch: TokenBatch, x_hat_BTD: Tensor, clean: CleanPass
+    ) -> Tensor | None:
         row = candidate.row
-        if row.kind == "reference" and row.name == "zero_all" and row.layer in self.uniform_layers:
+        if row.kind == "reference" and row.name == "zero_all" and row.location in self.uniform_at:
             return None
         name = row.name if row.kind == "reference" else ""
-        return self.model.spliced(tokens_BT, row.layer, spliced_in(name, batch, x_hat_BTD))
+        return self.model.spliced(row.location, spliced_in(name, batch, x_hat_BTD), tokens_BT, clean)
 
     def _losses(
-        self, batches: dict[int, TokenBatch], final_BTD: Tensor, finals: Sequence[tuple[Candidate, Tensor | None]]
+        self, batches: dict[Location, TokenBatch], final_BTD: Tensor, finals: Sequence[tuple[Candidate, Tensor | None]]
     ) -> None:
         batch = next(iter(batches.values()))
         real_BT = batch.real_BT
@@ -89,7 +92,7 @@ class Measurement:
         ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.buffers)
         units_N = batch.units_BT[real_BT][counted_N]
         for (candidate, _), (ce_N, kl_N) in zip(finals, losses, strict=True):
-            inlier_N = batches[candidate.row.layer].valid_BT[real_BT][counted_N]
+            inlier_N = batches[candidate.row.location].valid_BT[real_BT][counted_N]
             for one in [candidate, *self._sharers(candidate)]:
                 one.compat.add_losses(has_target_N, ce_clean_N, ce_N, kl_N)
                 one.fidelity.add_losses(units_N, inlier_N, ce_clean_N[counted_N], ce_N[counted_N], kl_N[counted_N])
@@ -98,7 +101,7 @@ class Measurement:
         """Whether another candidate of this pass splices the same tensor."""
         return candidate.shares is not None and any(
             other.row.kind == "reference"
-            and (other.row.layer, other.row.name) == (candidate.row.layer, candidate.shares)
+            and (other.row.location, other.row.name) == (candidate.row.location, candidate.shares)
             for other in self.candidates
         )
 
@@ -108,7 +111,7 @@ class Measurement:
         return [
             other
             for other in self.candidates
-            if other.row.layer == candidate.row.layer and other.shares == candidate.row.name
+            if other.row.location == candidate.row.location and other.shares == candidate.row.name
         ]
 
     def _drop(self, candidate: Candidate, failure: RunError) -> None:
@@ -119,7 +122,7 @@ class Measurement:
 
 def _finite(candidate: Candidate, x_hat_BTD: Tensor, rows: slice) -> Tensor:
     if not torch.isfinite(x_hat_BTD).all():
-        name, layer = candidate.row.name, candidate.row.layer
+        name, layer = candidate.row.name, candidate.row.location
         raise RunError(
             f"{name} gives NaN or infinity at layer {layer} in rows {rows.start} to {rows.stop - 1}: its weights do "
             "not fit"

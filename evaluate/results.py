@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..atomic_files import write_json
 from ..checksums import content_hash
 from ..errors import RunError
+from ..sites import RESIDUAL, Location
 from ..untrusted_files import read_json
 
 SCHEMA_VERSION = 1
@@ -112,9 +113,10 @@ class SAEFacts(Frozen):
 class Record(Frozen):
     """One row of the table: an SAE or a reference, at one layer."""
 
-    name: str = Field(description="unique in the report together with the layer")
+    name: str = Field(description="unique in the report together with the layer and the site")
     kind: Literal["sae", "reference"]
     layer: int
+    site: str = Field(default=RESIDUAL, description="hook point there: resid_post, mlp_out …")
     role: Role | None = Field(
         default=None,
         description="with the temporal term, its twin without, or a run that `pipeline prune` made of another",
@@ -132,6 +134,11 @@ class Record(Frozen):
     )
     notes: list[str] = Field(default_factory=list)
 
+    @property
+    def location(self) -> Location:
+        """Layer and site."""
+        return Location(self.layer, self.site)
+
 
 class Paired(Frozen):
     """Differences first − second between two SAEs, token by token on the same text, with paired intervals."""
@@ -140,8 +147,14 @@ class Paired(Frozen):
     first: str
     second: str
     layer: int
+    site: str = Field(default=RESIDUAL, description="hook point there: resid_post, mlp_out …")
     metrics: dict[str, Metric]
     warning: str | None = Field(default=None, description="why the comparison is not on equal terms, e.g. another L0")
+
+    @property
+    def location(self) -> Location:
+        """Layer and site."""
+        return Location(self.layer, self.site)
 
 
 class TrainingCurves(Frozen):
@@ -257,9 +270,28 @@ class EvaluationReport(Frozen):
     notes: list[str] = Field(default_factory=list)
     checksum: str | None = Field(default=None, description="in the file: XXH3 (128 bits) of everything else in it")
 
-    def record(self, name: str, layer: int) -> Record | None:
-        """The row of that name and layer, or None."""
-        return next((record for record in self.records if record.name == name and record.layer == layer), None)
+    def record(self, name: str, layer: int, site: str = RESIDUAL) -> Record | None:
+        """The row of that name, layer and site, or None."""
+        at = Location(layer, site)
+        return next((record for record in self.records if record.name == name and record.location == at), None)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites of its rows: the residual stream first, the others by name."""
+        return sorted({record.site for record in self.records}, key=lambda site: (site != RESIDUAL, site))
+
+    @property
+    def locations(self) -> list[Location]:
+        """Where its rows are, by layer; of one layer the residual stream first."""
+        found = {record.location for record in self.records}
+        return sorted(found, key=lambda at: (at.layer, at.site != RESIDUAL, at.site))
+
+    def of_site(self, site: str) -> EvaluationReport:
+        """The part of the report that is about one site: rows at two sites of a layer are not comparable."""
+        records = [record for record in self.records if record.site == site]
+        layers = sorted({record.layer for record in records})
+        pairs = [pair for pair in self.paired if pair.site == site]
+        return self.model_copy(update={"records": records, "layers": layers, "paired": pairs})
 
 
 def write_results(report: EvaluationReport, folder: str | Path) -> Path:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..registry import Registry
+from ..sites import Location
 from .metrics.registry import METRICS
 from .subjects import Subject
 from .table_row import MeasuredRow
 
 MEASURING = (
     *("evaluate/features", "evaluate/intervals", "evaluate/metrics", "evaluate/model"),
-    *("evaluate/one_pass.py", "evaluate/protocol.py", "evaluate/table_row.py", "train/sae"),
+    *("evaluate/one_pass.py", "evaluate/protocol.py", "evaluate/table_row.py", "extract/model", "train/sae"),
 )
 """The source that rows are made by: files, and folders with all their files."""
 _NOT_MEASURING = {"report panel", "temporal term", "partner"}
@@ -67,7 +68,7 @@ class RowCache:
     Args:
         folder: of the report.
         facts: everything that the measurements depend on, :func:`measuring_code` included.
-        layers: at which references are measured.
+        locations: at which references are measured.
         references: their names.
         subjects: the SAEs.
         fresh: take no row that was there before.
@@ -78,20 +79,20 @@ class RowCache:
         self,
         folder: Path,
         facts: Sequence[object],
-        layers: Sequence[int],
+        locations: Sequence[Location],
         references: Sequence[str],
         subjects: Sequence[Subject],
         *,
         fresh: bool,
     ):
         self._folder = folder / "rows" / sha256(repr(tuple(facts)).encode()).hexdigest()[:12]
-        self.wanted: dict[str, tuple[int, str | Subject]] = {
-            f"l{layer}-{name}.npz": (layer, name) for layer in layers for name in references
+        self.wanted: dict[str, tuple[Location, str | Subject]] = {
+            f"{at.short}-{name}.npz": (at, name) for at in locations for name in references
         }
         for subject in subjects:
             split = "" if subject.scope == 1 else f"-split{subject.scope:g}"
-            key = f"l{subject.layer}-{slug(subject.name)[:100]}-{subject.fingerprint[:8]}{split}.npz"
-            self.wanted[key] = (subject.layer, subject)
+            key = f"{subject.at.short}-{slug(subject.name)[:100]}-{subject.fingerprint[:8]}{split}.npz"
+            self.wanted[key] = (subject.at, subject)
         self._rows: dict[str, MeasuredRow] = {}
         if not fresh:
             found = {key: MeasuredRow.load(self._folder / key) for key in self.wanted}

@@ -24,16 +24,18 @@ import torch
 from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
+from ..extract.model.hooks import module_path
 from ..extract.model.load import LanguageModel, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
 from ..plugins import load_plugins
+from ..sites import Location
 from .assemble import compose
 from .config import EvaluateConfig
 from .features.collect import FeatureBrowser
 from .metrics.all import AllMetrics, families, probes
 from .metrics.by_scope import ByScope
-from .model.heldout_text import HeldOutText, LayerSurvey, survey
+from .model.heldout_text import HeldOutText, Survey, survey
 from .model.probes import ProbeContext, ProbedModel
 from .model.reference_rows import untrained_sae, zero_sae
 from .model.splice import Head, SplicedModel
@@ -41,7 +43,7 @@ from .one_pass import Measurement
 from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row_cache import RowCache, measuring_code, slug
-from .subjects import Group, gather_subjects
+from .subjects import Group, Subject, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
 
 PASS_BYTES = 4e9
@@ -138,7 +140,7 @@ class _Evaluation:
         self.lm = load_language_model(group.model)
         self._compare_model()
         self._drop_unfit()
-        self.layers = sorted({subject.layer for subject in group.subjects})
+        self.locations = sorted({subject.at for subject in group.subjects})
         documents = open_documents(group.text)
         identity = resolve_text(group.text, self.lm, documents)
         blocks = row_blocks(
@@ -151,7 +153,7 @@ class _Evaluation:
         model = self.lm.identity
         settings = (config.batch_rows, config.seed, config.quick)
         facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
-        self.rows = RowCache(self.folder, facts, self.layers, config.references, group.subjects, fresh=config.fresh)
+        self.rows = RowCache(self.folder, facts, self.locations, config.references, group.subjects, fresh=config.fresh)
         if self.rows.missing:
             with within_memory(config.batch_rows):
                 self._measure()
@@ -165,7 +167,7 @@ class _Evaluation:
             model=_model_facts(self.lm),
             identity=identity,
             seed=config.seed,
-            layers=self.layers,
+            layers=sorted({at.layer for at in self.locations}),
             failures=self.failures,
             notes=self.notes,
             seconds=round(time.perf_counter() - started, 1),
@@ -188,24 +190,31 @@ class _Evaluation:
 
     def _drop_unfit(self) -> None:
         """Leave out SAEs of another width or depth; fail when none is left."""
-        lm = self.lm
         for subject in list(self.group.subjects):
-            message = None
-            if not 0 <= subject.layer < lm.n_layers:
-                message = (
-                    f"the SAE belongs to layer {subject.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
-                )
-            elif subject.facts.d_model != lm.d_model:
-                message = (
-                    f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: name the model "
-                    "it was trained on with --model"
-                )
-            if message is not None:
+            if (message := self._unfit(subject)) is not None:
                 warn(f"{subject.facts.path}: {message}")
                 self.group.subjects.remove(subject)
                 self.failures.append(Failure(path=subject.facts.path, message=message))
         if not self.group.subjects:
             raise RunError(self.failures[-1].message)
+
+    def _unfit(self, subject: Subject) -> str | None:
+        lm, at = self.lm, subject.at
+        if not 0 <= at.layer < lm.n_layers:
+            return f"the SAE belongs to layer {at.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
+        if subject.facts.d_model != lm.d_model:
+            return (
+                f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: name the model "
+                "it was trained on with --model"
+            )
+        try:
+            there = module_path(lm, at)
+        except TcsaeError as failure:
+            return str(failure)
+        said = subject.module or there
+        if f".{there}".endswith(f".{said}") or f".{said}".endswith(f".{there}"):  # with or without "model." before it
+            return None
+        return f"the SAE reads the output of {said}, but {at.site} of {lm.identity.architecture} is that of {there}"
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -215,18 +224,19 @@ class _Evaluation:
         if kept:
             note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
         tokens = self.text.tokens(slice(0, VERIFY_ROWS), self.lm.device)
-        for message in self.model.verify(tokens, self.layers):
+        for message in self.model.verify(tokens, self.locations):
             self._say(message)
-        residuals, final_BTD = self.model.clean(tokens[:1], self.layers)
-        self.head.verify(tokens[:1], final_BTD)
+        clean = self.model.clean(tokens[:1], self.locations)
+        self.head.verify(tokens[:1], clean.final_BTD)
         if self.head.note:
             self._say(self.head.note)
         uniform = frozenset(
-            layer
-            for layer, x_BTD in residuals.items()
-            if self.head.uniform_at_zero and not self.model.spliced(tokens[:1], layer, torch.zeros_like(x_BTD)).any()
+            at
+            for at, x_BTD in clean.at.items()
+            if self.head.uniform_at_zero
+            and not self.model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
         )
-        surveys = survey(self.model, self.text, self.layers, config.batch_rows)
+        surveys = survey(self.model, self.text, self.locations, config.batch_rows)
         limit = PASS_BYTES
         if self.lm.device.type == "cuda":
             limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
@@ -240,7 +250,9 @@ class _Evaluation:
                     self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
                     passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
 
-    def _fits(self, part: list[str], surveys: dict[int, LayerSurvey], uniform: frozenset[int], bar: Progress) -> bool:
+    def _fits(
+        self, part: list[str], surveys: dict[Location, Survey], uniform: frozenset[Location], bar: Progress
+    ) -> bool:
         """Measure these rows in one pass; false where they do not fit into memory together."""
         try:
             candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
@@ -256,11 +268,11 @@ class _Evaluation:
             return False
         return True
 
-    def _candidate(self, key: str, surveys: dict[int, LayerSurvey]) -> Candidate | None:
-        layer, what = self.rows.wanted[key]
+    def _candidate(self, key: str, surveys: dict[Location, Survey]) -> Candidate | None:
+        at, what = self.rows.wanted[key]
         sae: Any = None
         if isinstance(what, str):
-            row = MeasuredRow(what, "reference", layer)
+            row = MeasuredRow(what, "reference", at.layer, site=at.site)
             if what == "untrained":
                 sae = untrained_sae(self.lm.d_model, self.config.seed)
             elif what == "zero_sae":
@@ -276,7 +288,7 @@ class _Evaluation:
         if sae is not None:
             sae = sae.to(self.lm.device, torch.float32)
         scope = 1.0 if isinstance(what, str) else what.scope
-        return Candidate(row, sae, surveys[layer], self._accumulators(row, sae, scope), key)
+        return Candidate(row, sae, surveys[at], self._accumulators(row, sae, scope), key)
 
     def _accumulators(self, row: MeasuredRow, sae: Any, scope: float) -> dict[str, Any]:
         if sae is None or row.name == "zero_sae":
@@ -294,14 +306,14 @@ class _Evaluation:
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
         probed = ProbedModel.of(self.model, self.head, self.text)
-        layer = None
-        for candidate in sorted(candidates, key=lambda one: one.row.layer):
-            if candidate.row.layer != layer:
+        at = None
+        for candidate in sorted(candidates, key=lambda one: one.row.location):
+            if candidate.row.location != at:
                 probed.forget()
-            layer = candidate.row.layer
+            at = candidate.row.location
             per_feature = candidate.finish()
             if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
-                context = ProbeContext(probed, candidate.sae, candidate.row.layer, self.config.seed, per_feature)
+                context = ProbeContext(probed, candidate.sae, at, self.config.seed, per_feature)
                 candidate.row.take(probes(context, self.families))
                 for family in self.families.values():
                     candidate.row.definitions |= family.definitions

@@ -18,6 +18,7 @@ from ..cache.format.manifest import StoreManifest
 from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
+from ..sites import Location, named_module
 from ..train.formats.locate import load_external
 from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
@@ -33,7 +34,8 @@ class Subject:
     """An SAE that is to be evaluated. Its weights are loaded when its turn comes."""
 
     name: str
-    layer: int
+    at: Location
+    """The layer and hook point whose tensor it reconstructs."""
     facts: SAEFacts
     load: Callable[[], SparseAutoencoder]
     fingerprint: str
@@ -44,6 +46,8 @@ class Subject:
     """Share of the dictionary that the temporal term sees (a twin: its TC-SAE's), or the first of nested groups; below
     1 both parts are measured too.
     """
+    module: str | None = None
+    """The module whose output it says it reads, where its files name one."""
     notes: tuple[str, ...] = ()
     """What a reader must know of it beforehand."""
 
@@ -81,8 +85,9 @@ def gather_subjects(
     for path in paths:
         _attempt(path, failures, lambda path=path: _add_run(groups, config, path, plugins))
     for at, path in enumerate(config.saes):
-        layer = config.layers[at if len(config.layers) > 1 else 0] if config.layers else None
-        _attempt(path, failures, lambda path=path, layer=layer: _add_external(groups, config, path, layer))
+        layer, site = (each[at if len(each) > 1 else 0] if each else None for each in (config.layers, config.sites))
+        said = {"layer": layer, "site": site}
+        _attempt(path, failures, lambda path=path, said=said: _add_external(groups, config, path, said))
     for group in groups.values():
         _split_twins(group)
     return list(groups.values()), failures
@@ -152,10 +157,10 @@ def _check_computes(path: str, sae: SparseAutoencoder) -> None:
 
 def _split_twins(group: Group) -> None:
     """A twin knows of no scope: it takes that of the TC-SAE it is paired with."""
-    scopes = {(one.layer, one.name): one.scope for one in group.subjects if one.role == "tc"}
+    scopes = {(one.at, one.name): one.scope for one in group.subjects if one.role == "tc"}
     for at, one in enumerate(group.subjects):
         if one.role == "twin" and one.pair is not None:
-            group.subjects[at] = replace(one, scope=scopes.get((one.layer, one.pair), 1.0))
+            group.subjects[at] = replace(one, scope=scopes.get((one.at, one.pair), 1.0))
 
 
 def _attempt(path: str, failures: list[Failure], add: Callable[[], None]) -> None:
@@ -187,8 +192,8 @@ def _add_run(
     original = sae.metadata.get("pruned_from")
     group.subjects.append(
         Subject(
-            name=_free_name(record.name, record.layer, group),
-            layer=record.layer,
+            name=_free_name(record.name, record.location, group),
+            at=record.location,
             facts=_facts_of_run(path, record, sae, {"pruned_from": original} if original else {}),
             load=lambda: SparseAutoencoder.load(path),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
@@ -226,8 +231,10 @@ def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) ->
     return tuple(notes)
 
 
-def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, layer: int | None) -> None:
-    found = load_external(path, layer)
+def _add_external(
+    groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, path: str, said: Mapping[str, Any]
+) -> None:
+    found = load_external(path, **said)
     _check_computes(path, found.sae)
     group = next(iter(groups.values()), None)  # beside runs it is measured in their model, on their text
     if group is None or len(groups) > 1:
@@ -239,8 +246,9 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     group.subjects.append(
         Subject(
-            name=_free_name(found.name, found.layer, group),
-            layer=found.layer,
+            name=_free_name(found.name, found.at, group),
+            at=found.at,
+            module=named_module(found.sae.metadata),
             facts=SAEFacts(
                 path=path,
                 source=found.source,
@@ -248,7 +256,7 @@ def _add_external(groups: dict[tuple[Any, ...], Group], config: EvaluateConfig, 
                 d_model=found.sae.d_model,
                 n_features=found.sae.n_features,
             ),
-            load=lambda: load_external(path, layer).sae,  # again: what is not measured yet must not fill the memory
+            load=lambda: load_external(path, **said).sae,  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
             scope=found.sae.prefix_sizes[0] / found.sae.n_features,
         )
@@ -323,8 +331,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
     return found
 
 
-def _free_name(name: str, layer: int, group: Group) -> str:
-    taken = {subject.name for subject in group.subjects if subject.layer == layer}
+def _free_name(name: str, at: Location, group: Group) -> str:
+    taken = {subject.name for subject in group.subjects if subject.at == at}
     if name not in taken:
         return name
     return next(f"{name} ({n})" for n in range(2, len(taken) + 3) if f"{name} ({n})" not in taken)

@@ -20,12 +20,13 @@ from torch import Tensor
 from ..atomic_files import write_file
 from ..checksums import content_hash
 from ..console import warn
+from ..sites import RESIDUAL, Location
 from ..untrusted_files import open_regular, reason
 from .intervals.jackknife import Jackknifed
 from .metrics.active_entries import ActiveEntries
 from .metrics.fidelity import Fidelity
 from .metrics.saebench import SAEBenchSums
-from .model.heldout_text import LayerSurvey
+from .model.heldout_text import Survey
 from .model.reference_rows import replacement
 from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
@@ -37,7 +38,7 @@ SHARED_SPLICES = {"zero_sae": "zero"}
 
 @dataclass
 class MeasuredRow:
-    """Everything measured of one SAE or reference at one layer."""
+    """Everything measured of one SAE or reference at one layer and site."""
 
     name: str
     kind: Literal["sae", "reference"]
@@ -52,8 +53,14 @@ class MeasuredRow:
     definitions: dict[str, Definition] = field(default_factory=dict)
     compat: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    site: str = RESIDUAL
     subject_notes: list[str] = field(default_factory=list)
     """What is noted of the SAE itself rather than found on the text; not kept on disk."""
+
+    @property
+    def location(self) -> Location:
+        """Layer and site."""
+        return Location(self.layer, self.site)
 
     def described_by(self, subject: Subject) -> MeasuredRow:
         """The same row with all that is known of its SAE apart from measurements."""
@@ -71,7 +78,7 @@ class MeasuredRow:
     def save(self, path: Path) -> None:
         """Write the row whole or not at all."""
         plain: dict[str, Any] = {
-            "row": {key: getattr(self, key) for key in ("name", "kind", "layer", "role", "pair", "compat", "notes")},
+            "row": {key: getattr(self, key) for key in _PLAIN},
             "facts": self.facts.model_dump() if self.facts else None,
             "cards": [card.model_dump() for card in self.cards],
             "sums": {name: {key: getattr(one, key) for key in _ABOUT} for name, one in self.sums.items()},
@@ -120,6 +127,7 @@ def _metric(**kept: Any) -> Metric:
     return Jackknifed(**kept) if "left_out" in kept else Metric(**kept)
 
 
+_PLAIN = ("name", "kind", "layer", "site", "role", "pair", "compat", "notes")
 _MODELS: dict[str, Any] = {"metrics": _metric, "curves": Curve, "definitions": Definition}
 _SIDES = ("numerator", "denominator")
 _ABOUT = ("unit", "definition", "offset", "scale", "n")
@@ -131,7 +139,7 @@ class Candidate:
     Args:
         row: what is known of it beforehand.
         sae: on the device of the batches; None for a reference without features.
-        survey: of its layer.
+        survey: of its location.
         accumulators: what is measured of its features; empty for a reference.
 
     """
@@ -140,7 +148,7 @@ class Candidate:
         self,
         row: MeasuredRow,
         sae: SparseCoder | None,
-        survey: LayerSurvey,
+        survey: Survey,
         accumulators: Mapping[str, Accumulator],
         key: str,
     ):
@@ -181,4 +189,4 @@ class Candidate:
 
 def row_of(subject: Subject) -> MeasuredRow:
     """The row of an SAE before anything is measured."""
-    return MeasuredRow(subject.name, "sae", subject.layer).described_by(subject)
+    return MeasuredRow(subject.name, "sae", subject.at.layer, site=subject.at.site).described_by(subject)

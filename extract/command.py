@@ -16,7 +16,12 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 
 def extract(
-    layers: list[int] = _main(..., "--layers", help="Layers whose output is stored, from 0: 5 12 19 or 5,12,19."),
+    layers: list[int] = _main(..., "--layers", help="Layers whose activations are stored: 5 12 19 or 5,12,19."),
+    site: list[str] = _main(
+        list(ExtractConfig.sites),
+        "--site",
+        help="What is stored of each layer: resid_post, resid_pre, resid_mid, mlp_out, attn_out, or a plug-in's.",
+    ),
     model: str = _main(ModelSource.id, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
     dataset: str = _main(
         TextSource.dataset, "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
@@ -44,7 +49,10 @@ def extract(
         ModelSource.dtype, "--dtype", help="Arithmetic: auto, bfloat16 or float32. Stores are bfloat16."
     ),
     batch_size: str = _model("auto", "--batch-size", help="Rows per forward pass, or auto."),
-    out: str = _output(ExtractConfig.out, "--out", help="Folder or URL (s3://…) that gets lL.zarr for every layer L."),
+    plugin: list[str] = _model([], "--plugin", help="Python file that registers a hook point; repeatable."),
+    out: str = _output(
+        ExtractConfig.out, "--out", help="Folder or URL (s3://…) that gets lL.zarr for layer L (lL.SITE.zarr)."
+    ),
     dry_run: bool = _output(False, "--dry-run", help="Print rows, bytes, disk and time, and write nothing."),
     resume: bool = _output(True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."),
     compression: str = _output(
@@ -55,7 +63,7 @@ def extract(
     workers: int | None = _cluster(None, "--workers", help="Run on a local Dask cluster of so many processes."),
     scheduler: str | None = _cluster(None, "--scheduler", help="Run on the Dask cluster at this address, tcp://…"),
 ) -> None:
-    """Store a language model's residual stream: one forward pass over the text fills a store per layer.
+    """Store a language model's activations: one forward pass over the text fills a store per layer and site.
 
     A run that was stopped goes on with the same command; a finished store grows with a larger --tokens.
 
@@ -63,6 +71,8 @@ def extract(
         pipeline extract --layers 5 12 19
 
         pipeline extract --model HuggingFaceTB/SmolLM2-135M --dataset my/texts --layers 8 --tokens 1M
+
+        pipeline extract --layers 5 12 19 --site resid_post mlp_out
 
         pipeline extract --model demo --dataset demo --layers 4 8 --tokens 200k --dry-run
 
@@ -72,6 +82,8 @@ def extract(
 
     config = extract_config(
         layers=layers,
+        site=site,
+        plugin=plugin,
         model=model,
         dataset=dataset,
         tokens=tokens,

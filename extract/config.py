@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack
 from .. import options
 from ..console import parse_count
 from ..errors import UsageError
+from ..plugins import load_plugins
+from ..sites import HOOK_POINTS, RESIDUAL, Location
 
 if TYPE_CHECKING:
     from ..cache.format.manifest import ModelIdentity, TextIdentity
@@ -83,7 +85,7 @@ class ExtractConfig:
     """One extraction: a model, a text, and the stores to fill."""
 
     layers: tuple[int, ...]
-    """Blocks whose output residual stream is stored, counted from 0."""
+    """Blocks whose activations are stored, counted from 0."""
     model: ModelSource = field(default_factory=ModelSource)
     text: TextSource = field(default_factory=TextSource)
     tokens: int = 10_000_000
@@ -91,7 +93,9 @@ class ExtractConfig:
     batch_size: int | None = None
     """Rows per forward pass; None chooses by device and records the choice."""
     out: str = "cache"
-    """Folder or object-store URL that gets ``lL.zarr`` for each layer L."""
+    """Folder or object-store URL that gets ``lL.zarr`` for each layer L, ``lL.SITE.zarr`` for other sites than
+    ``resid_post``.
+    """
     compression: Literal["none", "lz4", "zstd"] = "none"
     """How the stores are compressed on disk."""
     shard_bytes: int = 256_000_000
@@ -102,8 +106,19 @@ class ExtractConfig:
     """Processes of a local Dask cluster; None runs in this process."""
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers run the forward passes."""
+    sites: tuple[str, ...] = (RESIDUAL,)
+    """Hook points: each is stored at every layer, all from one pass."""
+    plugins: tuple[str, ...] = ()
+    """Python files that register hook points."""
 
     def __post_init__(self):
+        load_plugins(self.plugins)
+        if not self.sites:
+            raise UsageError(f"no site was named: say for instance --site {RESIDUAL}")
+        for site in self.sites:
+            HOOK_POINTS.check(site)
+        if len(set(self.sites)) < len(self.sites):
+            raise UsageError(f"--site {' '.join(self.sites)} names one twice")
         if not self.layers:
             raise UsageError("no layers were named: say for instance --layers 5 12 19")
         if len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
@@ -123,16 +138,23 @@ class ExtractConfig:
         return -(-self.tokens // self.text.context)
 
     @property
-    def paths(self) -> dict[int, str]:
-        """Where each layer's store lies, by layer in ascending order."""
-        return {layer: f"{self.out.rstrip('/')}/l{layer}.zarr" for layer in sorted(self.layers)}
+    def locations(self) -> tuple[Location, ...]:
+        """Every layer and site, by layer in ascending order, then as the sites were named."""
+        return tuple(Location(layer, site) for layer in sorted(self.layers) for site in self.sites)
+
+    @property
+    def paths(self) -> dict[Location, str]:
+        """Where each store lies, in the order of :attr:`locations`."""
+        return {at: f"{self.out.rstrip('/')}/{at.short}.zarr" for at in self.locations}
 
 
 class ExtractOptions(TypedDict, total=False):
     """The options of ``pipeline extract`` under their names in Python; one that is None is left at its default."""
 
     layers: Required[int | Sequence[int]]
-    """Layers whose output is stored, from 0."""
+    """Layers whose activations are stored, from 0."""
+    site: str | Sequence[str] | None
+    """Hook points that are stored of each layer."""
     model: str | Path | None
     """Hub id, folder, .gguf file, or ``demo``."""
     dataset: str | Path | None
@@ -158,6 +180,8 @@ class ExtractOptions(TypedDict, total=False):
     fresh: bool | None
     workers: int | None
     scheduler: str | None
+    plugin: str | Path | Sequence[str | Path] | None
+    """Python files that register hook points."""
 
 
 # Option → field; what is named here neither for the model nor for the text is a field of ExtractConfig itself.
@@ -176,6 +200,9 @@ def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:
     given = options.chosen(asked, ExtractOptions, "extract")
     rest = {name: value for name, value in given.items() if name not in {**MODEL_OPTIONS, **TEXT_OPTIONS}}
     rest["layers"] = options.several(rest.get("layers", ()))
+    for name in ("site", "plugin"):
+        if name in rest:
+            rest[f"{name}s"] = options.several(rest.pop(name))
     for name in ("tokens", "shard_bytes"):
         if name in rest:
             rest[name] = parse_count(rest[name])
@@ -201,12 +228,20 @@ def text_source(identity: TextIdentity) -> TextSource:
 def command_line(config: ExtractConfig) -> str:
     """The shell command that goes on with this extraction: every setting that is not a default, without ``--fresh``."""
     words = ["pipeline", "extract", "--layers", *map(str, config.layers)]
+    words += [word for flag, name in _LISTS.items() for word in _several(flag, getattr(config, name), name)]
     for part, default in ((config.model, ModelSource()), (config.text, TextSource()), (config, ExtractConfig((0,)))):
         for name in (f.name for f in fields(part)):
             value = getattr(part, name)
-            if name not in ("layers", "model", "text", "fresh") and value != getattr(default, name):
+            if name not in ("layers", "model", "text", "fresh", *_LISTS.values()) and value != getattr(default, name):
                 words += [_flag(part, name), _word(value)]
     return shlex.join(words)
+
+
+_LISTS = {"--site": "sites", "--plugin": "plugins"}
+
+
+def _several(flag: str, values: tuple[str, ...], name: str) -> list[str]:
+    return [] if values == getattr(ExtractConfig, name) else [flag, *values]
 
 
 def _flag(part: Any, name: str) -> str:

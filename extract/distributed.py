@@ -34,8 +34,11 @@ from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
 from ..device import resolve_device, resolve_dtype
 from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError, needs
+from ..plugins import load_plugins
+from ..sites import HOOK_POINTS, Location
 from .config import ExtractConfig, ModelSource
 from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
+from .model.hooks import deepest_block
 from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, describe_execution, make_plan
 from .summary import ExtractSummary, already_complete, record_execution, summarise
@@ -56,11 +59,13 @@ class Job:
 
     source: ModelSource
     identity: ModelIdentity
-    paths: tuple[tuple[int, str], ...]
+    paths: tuple[tuple[Location, str], ...]
     layout: StoreLayout
     execution: Execution
     run: str
     """Token of the run these shards are for; a worker that outlives it puts nothing in place."""
+    plugins: tuple[str, ...] = ()
+    """Where the hook points come from that a worker must register first."""
 
 
 def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
@@ -136,7 +141,7 @@ class _Coordinator:
         """Extract until the plan is full or the text ends."""
         plan, config = self.plan, self.plan.config
         execution = self._execution()
-        paths = {layer: path if "://" in path else os.path.abspath(path) for layer, path in config.paths.items()}
+        paths = {at: path if "://" in path else os.path.abspath(path) for at, path in config.paths.items()}
         writer = StoreSetWriter.open(paths, plan.manifests(self.identity, execution), fresh=config.fresh)
         start, began = writer.rows_stored, time.perf_counter()
         context = config.text.context
@@ -151,7 +156,13 @@ class _Coordinator:
     def _execution(self) -> Execution:
         """As one worker would choose it; all run alike."""
         plan = self.plan
-        probe = (plan.outline.source, self.identity, max(plan.config.layers), plan.layout, plan.config.rows)
+        probe = (
+            plan.outline.source,
+            self.identity,
+            deepest_block(plan.config.locations),
+            plan.layout,
+            plan.config.rows,
+        )
         batch_size, threads, device_name = self.client.submit(_probe, *probe, pure=False).result()
         batch_size = min(plan.config.batch_size or batch_size, plan.layout.shard_rows)
         if plan.stored:
@@ -162,11 +173,14 @@ class _Coordinator:
         note(f"      {len(self.client.nthreads())} workers, {threads} threads each, {batch_size} rows at a time")
         return Execution(batch_size=batch_size, threads=threads, device=device, device_name=device_name)
 
-    def _shards(self, writer: StoreSetWriter, execution: Execution, paths: dict[int, str], bar: Progress) -> None:
+    def _shards(self, writer: StoreSetWriter, execution: Execution, paths: dict[Location, str], bar: Progress) -> None:
         from distributed import wait
 
         plan, config = self.plan, self.plan.config
-        job = Job(plan.outline.source, self.identity, tuple(paths.items()), writer.layout, execution, writer.run)
+        plugins = tuple(sorted({owner for site in config.sites if (owner := HOOK_POINTS.owner(site))}))
+        job = Job(
+            plan.outline.source, self.identity, tuple(paths.items()), writer.layout, execution, writer.run, plugins
+        )
         rows = read_rows(config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
         pending: deque[tuple[Any, dict[str, Any]]] = deque()
         shard, at, kept = writer.next_shard, writer.rows_committed, writer.kept_rows
@@ -238,19 +252,20 @@ def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> Sha
 
 
 def _write_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord:
-    layers = [layer for layer, _ in job.paths]
+    load_plugins(job.plugins)
+    locations = [at for at, _ in job.paths]
     with _one_at_a_time:
         torch.set_num_threads(job.execution.threads)
-        lm = _model(job.source, job.identity, max(layers))  # type: ignore[arg-type]
-        passes = _passes(lm, layers, job, block, shard * job.layout.shard_rows)
-        layouts = dict.fromkeys(layers, job.layout)
+        lm = _model(job.source, job.identity, deepest_block(locations))  # type: ignore[arg-type]
+        passes = _passes(lm, locations, job, block, shard * job.layout.shard_rows)
+        layouts = dict.fromkeys(locations, job.layout)
         return write_shard(dict(job.paths), layouts, shard, passes, kept_rows=kept_rows, owner=job.run)
 
 
 def _passes(
-    lm: LanguageModel, layers: list[int], job: Job, block: RowBlock, first_row: int
-) -> Iterator[tuple[RowBlock, dict[int, np.ndarray]]]:
-    forward = ForwardPass(lm, layers, job.execution.batch_size)
+    lm: LanguageModel, locations: list[Location], job: Job, block: RowBlock, first_row: int
+) -> Iterator[tuple[RowBlock, dict[Location, np.ndarray]]]:
+    forward = ForwardPass(lm, locations, job.execution.batch_size)
     ahead = None
     for start in [*range(0, len(block), forward.batch_size), None]:
         part = None if start is None else block.slice(start, start + forward.batch_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,21 +18,26 @@ import torch
 from ..cache.format.commit_log import agreed, execution_of
 from ..cache.format.layout import RowBlock, StoreLayout, plan_layout
 from ..cache.format.manifest import (
+    PLUGIN,
     Execution,
     ModelIdentity,
     StoreManifest,
     TextIdentity,
     first_difference,
     identity_difference,
+    installed_versions,
 )
 from ..cache.resume import check_space, other_rows, uneven, wiped_bytes
 from ..cache.storage.open_place import place_of
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note
 from ..errors import ModelError, StoreError
+from ..plugins import changed_plugin, load_plugins
+from ..sites import HOOK_POINTS, Location
 from .config import ExtractConfig, command_line
 from .model.files import weights_in
 from .model.forward import ForwardPass, choose_batch_size, until_it_fits
+from .model.hooks import deepest_block
 from .model.load import LanguageModel, ModelOutline, check_layers, identify_model, load_language_model, outline_model
 from .text.documents import Documents
 from .text.open import open_documents, resolve_text
@@ -79,10 +84,9 @@ class Plan:
 
         """
         for stored in self.stored.manifests if self.stored else ():
-            difference = first_difference(stored, self.manifests(model, stored.execution)[stored.layer])
-            if difference:
-                path = self.config.paths[stored.layer]
-                raise StoreError(other_rows(path, difference))
+            asked = self.manifests(model, stored.execution)[stored.location]
+            if difference := first_difference(stored, asked):
+                raise StoreError(other_rows(self.config.paths[stored.location], difference))
 
     @property
     def store_bytes(self) -> int:
@@ -95,21 +99,33 @@ class Plan:
         free = place_of(next(iter(self.config.paths.values()))).free_bytes()
         return free[1] if free else None
 
-    def manifests(self, model: ModelIdentity, execution: Execution) -> dict[int, StoreManifest]:
-        """Layer → manifest of its store."""
+    def manifests(self, model: ModelIdentity, execution: Execution) -> dict[Location, StoreManifest]:
+        """Location → manifest of its store."""
+        versions = installed_versions()
         return {
-            layer: StoreManifest(
-                layer=layer,
-                hook_name=f"blocks.{layer}.hook_resid_post",
+            at: StoreManifest(
+                layer=at.layer,
+                hook_name=at.hook_name,
                 d_model=self.layout.d_model,
                 model=model,
                 text=self.text,
                 execution=execution,
                 layout=self.layout,
                 planned_rows=self.config.rows,
+                versions=versions | _plugin_version(at),
             )
-            for layer in self.config.paths
+            for at in self.config.locations
         }
+
+
+def _plugin_version(at: Location) -> dict[str, str]:
+    """What a manifest says of the plug-in that its hook point comes from: name and SHA-256 of the file."""
+    return {f"{PLUGIN}{name}": sha for name, sha in _plugin_of(at).items()}
+
+
+def _plugin_of(at: Location) -> dict[str, str]:
+    owner = HOOK_POINTS.owner(at.site)
+    return {} if owner is None else load_plugins([owner])
 
 
 def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
@@ -128,6 +144,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     config = _recall(config, stored)
     outline = outline_model(config.model, elsewhere=elsewhere)
     check_layers(outline, config.layers)
+    _check_plugins(config, stored)
     _check_context(outline, config.text.context)
     documents = open_documents(config.text)
     config = replace(config, model=outline.source, text=replace(config.text, revision=documents.revision))
@@ -137,7 +154,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     announce(plan)
     _check_together(asked, plan, stores)
     check_space(
-        {layer: place_of(path) for layer, path in config.paths.items()},
+        {at: place_of(path) for at, path in config.paths.items()},
         dict.fromkeys(config.paths, layout),
         config.rows,
         min(rows, config.rows),
@@ -155,12 +172,29 @@ def look(config: ExtractConfig) -> Stored | None:
     return _stored(_open_stores(config), config)
 
 
-def _open_stores(config: ExtractConfig) -> dict[int, ActivationStore]:
-    present = {layer: path for layer, path in config.paths.items() if place_of(path).exists("zarr.json")}
-    return {layer: ActivationStore.open(path, allow_unfinished=True) for layer, path in present.items()}
+def _open_stores(config: ExtractConfig) -> dict[Location, ActivationStore]:
+    present = {at: path for at, path in config.paths.items() if place_of(path).exists("zarr.json")}
+    stores = {at: ActivationStore.open(path, allow_unfinished=True) for at, path in present.items()}
+    for at, store in stores.items():
+        if store.location != at:
+            raise StoreError(other_rows(store.path, f"it holds layer {store.location}, you asked for layer {at}"))
+    return stores
 
 
-def _stored(present: Mapping[int, ActivationStore], config: ExtractConfig) -> Stored | None:
+def _check_plugins(config: ExtractConfig, stored: Stored | None) -> None:
+    """The plug-ins that stored hook points came from are given again, unchanged.
+
+    Raises:
+        StoreError: one has changed, or is another.
+
+    """
+    for manifest in stored.manifests if stored else ():
+        if difference := changed_plugin(manifest.plugins, _plugin_of(manifest.location)):
+            path = config.paths[manifest.location]
+            raise StoreError(f"{path} cannot go on: {difference}; or begin it anew with --fresh")
+
+
+def _stored(present: Mapping[Location, ActivationStore], config: ExtractConfig) -> Stored | None:
     if not present:
         return None
     stores = list(present.values())
@@ -177,22 +211,22 @@ def _stored(present: Mapping[int, ActivationStore], config: ExtractConfig) -> St
     )
 
 
-def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[int, ActivationStore]) -> None:
+def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[Location, ActivationStore]) -> None:
     """Refuse, before anything heavy, what ``cache/resume.py`` would refuse: layers that hold different rows.
 
     Raises:
         StoreError: with the command that brings the missing or shorter layers level.
 
     """
-    rows = {layer: stores[layer].n_rows if layer in stores else 0 for layer in asked.paths}
-    logs = {layer: stores[layer].commits if layer in stores else [] for layer in asked.paths}
-    finished = [layer for layer, store in stores.items() if store.finished]
+    rows = {at: stores[at].n_rows if at in stores else 0 for at in asked.paths}
+    logs = {at: stores[at].commits if at in stores else [] for at in asked.paths}
+    finished = [at for at, store in stores.items() if store.finished]
     shard_rows = {store.layout.shard_rows for store in stores.values()}
     apart = len(stores) < len(rows) or agreed(logs, finished) is None
     if plan.complete or not any(rows.values()) or not (apart or len(shard_rows) > 1):
         return
-    paths = {asked.paths[layer]: n for layer, n in rows.items()}
-    behind = tuple(layer for layer, n in rows.items() if n < max(rows.values()))
+    paths = {asked.paths[at]: n for at, n in rows.items()}
+    behind = [at for at, n in rows.items() if n < max(rows.values())]
     if len(shard_rows) > 1 or not behind:
         raise StoreError(uneven(paths, shard_rows))
     for store in stores.values():
@@ -200,8 +234,16 @@ def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[int, Activ
             raise StoreError(other_rows(store.path, f"text.{difference}"))
     planned = max(store.manifest.planned_rows for store in stores.values())
     tokens = asked.tokens if asked.rows == planned else planned * asked.text.context
-    command = command_line(replace(asked, layers=behind, tokens=tokens))
-    raise StoreError(f"{uneven(paths, shard_rows)}; the same rows, by itself: {command}")
+    commands = [command_line(each) for each in _covering(replace(asked, tokens=tokens), behind)]
+    raise StoreError(f"{uneven(paths, shard_rows)}; the same rows, by itself: {'; then '.join(commands)}")
+
+
+def _covering(config: ExtractConfig, locations: Sequence[Location]) -> list[ExtractConfig]:
+    """Extractions that fill exactly these locations: one for all layers that lack the same sites."""
+    lacking: dict[tuple[str, ...], list[int]] = {}
+    for layer in dict.fromkeys(at.layer for at in locations):
+        lacking.setdefault(tuple(at.site for at in locations if at.layer == layer), []).append(layer)
+    return [replace(config, layers=tuple(layers), sites=sites) for sites, layers in lacking.items()]
 
 
 def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:
@@ -242,13 +284,16 @@ def announce(plan: Plan) -> None:
     """Print the plan: rows, bytes per layer, what is there already, what is free."""
     config, rows = plan.config, plan.config.rows
     tokens = f"{rows:,} rows of {config.text.context} tokens ({format_count(rows * config.text.context)})"
-    layers = f"layers {' '.join(map(str, config.paths))} of {plan.outline.n_layers}"
+    layers = f"layers {' '.join(map(str, sorted(config.layers)))} of {plan.outline.n_layers}"
+    if config.sites != ExtractConfig.sites:
+        layers += f", sites {' '.join(config.sites)}"
     note(f"plan: {tokens} of {plan.text.dataset} through {plan.outline.files.name}, {layers}")
     space = f"; {format_bytes(plan.bytes_free)} free" if plan.bytes_free is not None else ""
     if config.fresh and (freed := sum(wiped_bytes(place_of(path)) for path in config.paths.values())):
         space += f", and {format_bytes(freed)} that --fresh removes"
     total = plan.store_bytes * len(config.paths)
-    note(f"      {format_bytes(plan.store_bytes)} per layer, {format_bytes(total)} together under {config.out}{space}")
+    each = "layer" if len(config.sites) == 1 else "store"
+    note(f"      {format_bytes(plan.store_bytes)} per {each}, {format_bytes(total)} together under {config.out}{space}")
     if plan.stored and plan.stored.rows:
         note(f"      {plan.stored.rows:,} rows are there already")
 
@@ -338,7 +383,9 @@ def estimate(config: ExtractConfig) -> Estimate:
 
 
 def _time_forward(plan: Plan) -> tuple[float, int]:
-    lm = load_language_model(plan.outline, deepest_layer=max(plan.config.layers), identity=identify_model(plan.outline))
+    lm = load_language_model(
+        plan.outline, deepest_layer=deepest_block(plan.config.locations), identity=identify_model(plan.outline)
+    )
     batch_size = plan.config.batch_size or choose_batch_size(lm, plan.layout, plan.config.rows)
     execution = resolve_execution(plan, batch_size)
     torch.set_num_threads(execution.threads)
@@ -349,7 +396,7 @@ def _time_batch(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, 
     shape = (batch_size, plan.config.text.context)
     tokens_BT = np.random.default_rng(0).integers(0, lm.vocab_size, shape).astype(np.int32)
     block = RowBlock(tokens_BT, np.zeros(shape, np.int32), np.zeros(shape, np.uint8))
-    forward = ForwardPass(lm, plan.config.layers, batch_size)
+    forward = ForwardPass(lm, plan.config.locations, batch_size)
     forward.launch(block).land()
     began = time.perf_counter()
     forward.launch(block).land()

@@ -18,6 +18,7 @@ from ..errors import TcsaeError
 from ..stop_signals import stop_signals
 from .config import ExtractConfig, command_line
 from .model.forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
+from .model.hooks import deepest_block
 from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, look, make_plan, resolve_execution
 from .summary import ExtractSummary, already_complete, record_execution, summarise
@@ -28,7 +29,7 @@ _ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estima
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
-    """Fill one store per layer, or go on filling them; see :class:`ExtractConfig`.
+    """Fill one store per layer and site, or go on filling them; see :class:`ExtractConfig`.
 
     Raises:
         ModelError, TextError, StoreError, ResourceError: one sentence each; what was committed before stays.
@@ -53,7 +54,7 @@ def _extract_here(plan: Plan) -> ExtractSummary:
     plan.check_same(identity)
     if plan.complete:
         return already_complete(plan)
-    lm = load_language_model(plan.outline, deepest_layer=max(config.layers), identity=identity)
+    lm = load_language_model(plan.outline, deepest_layer=deepest_block(config.locations), identity=identity)
     batch_size = min(config.batch_size or choose_batch_size(lm, plan.layout, config.rows), plan.layout.shard_rows)
     execution = resolve_execution(plan, batch_size)
     torch.set_num_threads(execution.threads)
@@ -87,7 +88,7 @@ class Filling:
 
     def _batches(self, batch_size: int, bar: Progress) -> None:
         plan, writer = self.plan, self.writer
-        forward = ForwardPass(self.lm, plan.config.layers, batch_size)
+        forward = ForwardPass(self.lm, plan.config.locations, batch_size)
         bar.advance(-self._uncommitted)
         self._uncommitted = 0
         rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))

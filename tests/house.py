@@ -15,7 +15,7 @@ FOLDERS = ("cache", "extract", "train", "evaluate")
 LEVEL = dict.fromkeys(("errors", "progress_bar", "allocator", "free_memory", "stop_signals"), 0)
 LEVEL |= dict.fromkeys(("console", "registry", "atomic_files", "untrusted_files"), 1)
 LEVEL |= dict.fromkeys(("device", "options", "callable_package"), 1)
-LEVEL |= {"plugins": 2, "checksums": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5}
+LEVEL |= {"plugins": 2, "checksums": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5}
 LEVEL |= {"interface": 6, "demo": 7, "commands": 7, "pipeline": 8, "__main__": 9}
 
 

@@ -12,12 +12,17 @@ import torch
 from saes import random_sae
 from stores import make_store
 from tcsae import SparseAutoencoder
+from tcsae.cache.store import ActivationStore
 from tcsae.errors import RunError
+from tcsae.evaluate.results import read_results
+from tcsae.extract.config import ModelSource
+from tcsae.extract.model.load import load_language_model
 from tcsae.pipeline import main
 from tcsae.plugins import forget_plugin, load_plugins
 from tcsae.train.formats.locate import load_external
 from tcsae.train.formats.registry import FORMATS, writable_format
 from tcsae.train.run_folder.record import load_run
+from tiny import tiny_corpus, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "EXTENDING.md"
 
@@ -172,3 +177,35 @@ def test_a_plugin_may_be_the_first_to_use_a_built_in(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(plugin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hook_point(example, tmp_path):
+    plugin = example("A hook point")
+    model, text = tiny_model("llama", tmp_path / "model"), tiny_corpus(tmp_path / "text", words=40)
+    what = ["--model", str(model), "--dataset", str(text), "--context", "16", "--held-out", "0.5", "--tokens", "1k"]
+    what += ["--out", str(tmp_path / "cache"), "--device", "cpu", "--dtype", "float32", "--plugin", str(plugin)]
+    assert main(["extract", "--layers", "1", "--site", "resid_mid", "mlp_in", *what]) == 0
+    middle, given = (ActivationStore.open(tmp_path / "cache" / f"l1.{site}.zarr") for site in ("resid_mid", "mlp_in"))
+    assert given.manifest.hook_name == "blocks.1.ln2.hook_normalized"
+    assert given.manifest.plugins == load_plugins([plugin])
+    lm = load_language_model(ModelSource(str(model), device="cpu", dtype="float32"))
+    read = lm.blocks[1].post_attention_layernorm(middle.rows(0, 20).float())
+    assert torch.allclose(given.rows(0, 20).float(), read, atol=0.05, rtol=0.02)  # both were rounded to bfloat16
+    (run,) = train_on(given, tmp_path)
+    assert (
+        main(["evaluate", "--run", str(run), "--plugin", str(plugin), "--out", str(tmp_path / "reports"), *QUICK]) == 0
+    )
+    report = read_results(tmp_path / "reports" / "model")
+    assert {(record.layer, record.site) for record in report.records} == {(1, "mlp_in")}
+    assert report.record("identity_bf16", 1, "mlp_in").metrics["kl"].value < 1e-3
+    plugin.write_text(plugin.read_text() + "# another version\n")
+    assert main(["extract", "--layers", "1", "--site", "mlp_in", *what, "--tokens", "2k"]) == 1
+
+
+QUICK = ["--quick", "--batches", "2", "--batch-size", "4", "--device", "cpu", "--dtype", "float32"]
+
+
+def train_on(store, tmp_path):
+    small = ["--steps", "5", "--batch-size", "60", "--width", "16", "--k", "3", "--no-baseline", "--temporal", "none"]
+    assert main(["train", "--store", store.path, *small, "--out", str(tmp_path / "runs")]) == 0
+    return (tmp_path / "runs").iterdir()

@@ -94,7 +94,7 @@ def test_options_become_a_configuration():
     assert config == ExtractConfig((5, 12), ModelSource("m"), TextSource("d", "r", seed=3), 200_000)
     assert extract_config(layers=5, batch_size=4, shard_bytes="1M").batch_size == 4
     judged = evaluate_config(run="runs/a", layer=3, sae=[Path("x")], runs="all", batch_size=8)
-    assert judged == EvaluateConfig(("runs/a",), ("x",), (3,), "all", batch_rows=8)
+    assert judged == EvaluateConfig(("runs/a",), ("x",), (3,), runs_folder="all", batch_rows=8)
     trained = train_config(store=Path("a.zarr"), width="16k", temporal_weight=0, log="tensorboard", lr=None)
     assert (trained.data.store, trained.sae.width, trained.temporal.weight) == ("a.zarr", 16_000, 0)
     assert (trained.run.log, trained.optimiser.lr) == (("tensorboard",), TrainConfig().optimiser.lr)
@@ -114,7 +114,7 @@ def test_a_sweep_is_written_as_on_the_line_or_as_lists():
 
 @pytest.mark.parametrize(("call", "sentence"), [
     (lambda: tcsae.train(temporal_wieght=1), "train has no option 'temporal_wieght': did you mean temporal_weight?"),
-    (lambda: tcsae.extract(layers=[1], qqq=1), "extract has no option 'qqq': choose among layers, model, "),
+    (lambda: tcsae.extract(layers=[1], qqq=1), "extract has no option 'qqq': choose among layers, site, model, "),
     (lambda: tcsae.evaluate(EvaluateConfig(), runs="x"), "a configuration was given and runs beside it"),
     (lambda: tcsae.extract(layers=[1], model=""), "--model is empty"),
     (lambda: tcsae.extract(), "no layers were named"),

@@ -17,6 +17,7 @@ import torch
 from ..cache.views import Pairs, Rows, View, Windows
 from ..console import parse_count
 from ..errors import UsageError
+from ..sites import RESIDUAL, Location
 from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
 from .loss.registry import PARTNERS
@@ -116,7 +117,13 @@ def as_count(field: str, value: Any) -> Any:
 
 
 def plan_members(
-    config: TrainConfig, grid: Mapping[str, Sequence[str]], *, layer: int, d_model: int, n_tokens: int
+    config: TrainConfig,
+    grid: Mapping[str, Sequence[str]],
+    *,
+    layer: int,
+    site: str = RESIDUAL,
+    d_model: int,
+    n_tokens: int,
 ) -> list[MemberPlan]:
     """All members of a run: every point of the grid and, where asked for, its twin with λ2 = 0; each only once.
 
@@ -124,6 +131,7 @@ def plan_members(
         config: the base configuration.
         grid: dotted field → values.
         layer: layer of the store, for the names.
+        site: hook point of the store, likewise.
         d_model: width of the store.
         n_tokens: tokens of the store that count, for the default number of steps.
 
@@ -131,16 +139,17 @@ def plan_members(
         UsageError: a combination that makes no sense, or two members of one name.
 
     """
+    at = Location(layer, site)
     members: dict[str, MemberPlan] = {}
     for values in itertools.product(*grid.values()):
         point = changed(config, {field: as_count(field, value) for field, value in zip(grid, values, strict=True)})
         point = resolve(point, d_model=d_model, n_tokens=n_tokens)
         temporal, alone = _without_term(point), point.temporal.form == "none" or point.temporal.weight == 0
         if alone:
-            _add(members, MemberPlan(_name(temporal, layer, grid), temporal, "tc", None, d_model))
+            _add(members, MemberPlan(_name(temporal, at, grid), temporal, "tc", None, d_model))
             continue
-        name = _name(point, layer, grid)
-        twin = _name(temporal, layer, grid, twin=True) if point.run.baseline else None
+        name = _name(point, at, grid)
+        twin = _name(temporal, at, grid, twin=True) if point.run.baseline else None
         _add(members, MemberPlan(name, point, "tc", twin, d_model))
         if twin:
             _add(members, MemberPlan(twin, temporal, "twin", name, d_model))
@@ -218,14 +227,14 @@ def _add(members: dict[str, MemberPlan], plan: MemberPlan) -> None:
         members[plan.name] = plan  # it stood alone in the grid, now it has another half
 
 
-def _name(config: TrainConfig, layer: int, grid: Mapping[str, Sequence[str]], *, twin: bool = False) -> str:
+def _name(config: TrainConfig, at: Location, grid: Mapping[str, Sequence[str]], *, twin: bool = False) -> str:
     """``l12-topk64-pairwise0.1-w5-s0`` and whatever else was swept; ``run.name`` replaces it, or goes before it in a
     sweep.
     """
     temporal, sae = config.temporal, config.sae
     kind = sae.activation if sae.architecture == "sae" else sae.architecture
     fixed = ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae)
-    parts = [f"l{layer}", f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
+    parts = [at.short, f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
     shown, pairs = {*_NAMED, "sae.groups"}, config.data.view == "pairs"
     parts += [f"groups{_value(config, 'sae.groups')}"] if len(sae.groups) > 1 else []
     if temporal.form == "none":

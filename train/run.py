@@ -88,7 +88,8 @@ def train(
     dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
     store = ActivationStore.open(config.data.store)
     statistics = store.statistics()
-    members = plan_members(config, sweep or {}, layer=store.layer, d_model=store.d_model, n_tokens=statistics.n_tokens)
+    about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
+    members = plan_members(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
     members = _with_siblings(members)
     with joined(device) as world, ExitStack() as mine:
         claims = claim(members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens))
@@ -214,7 +215,7 @@ def _announce(
 ) -> None:
     config = plans[0].config
     more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
-    note(f"layer {store.layer}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
+    note(f"layer {store.location}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
     for data in {view_of(plan.config.data): plan.config.data for plan in plans}.values():
         view, most = view_of(data), data.batch_size
         per_step = view.tokens_per_batch(most)

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from ...sites import Location
 from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 
@@ -29,9 +30,11 @@ class ShardRecord:
     shard: int
     first_row: int
     rows: int
-    files: Mapping[int, Mapping[str, FileRecord]]  # layer → array → file
+    files: Mapping[Location, Mapping[str, FileRecord]]  # location → array → file
 
-    def for_layer(self, layer: int, cursor: dict[str, Any] | None, execution: dict[str, Any] | None = None) -> Commit:
+    def for_layer(
+        self, layer: Location, cursor: dict[str, Any] | None, execution: dict[str, Any] | None = None
+    ) -> Commit:
         """The line of one layer's log."""
         return Commit(self.shard, self.first_row, self.rows, self.files[layer], cursor, execution)
 
@@ -125,7 +128,9 @@ def rows_in(commits: Sequence[Commit]) -> int:
     return commits[-1].stop_row if commits else 0
 
 
-def agreed(logs: Mapping[int, Sequence[Commit]], settled: Collection[int] = ()) -> dict[int, list[Commit]] | None:
+def agreed(
+    logs: Mapping[Location, Sequence[Commit]], settled: Collection[Location] = ()
+) -> dict[Location, list[Commit]] | None:
     """The logs of layers that are written together, each without the one line that a crash kept from the others.
 
     None when they are further apart, or when it is a ``settled`` (finished) layer that would lose a line. Compared are

@@ -17,11 +17,13 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import StoreError
+from ...sites import Location, location_of
 from ..storage.open_place import place_of
 from ..storage.places import Place
 from .layout import StoreLayout
 
 FORMAT_VERSION = 1
+PLUGIN = "plug-in "  # before a file's name in `versions`: the SHA-256 of the file that a hook point came from
 _PACKAGES = ("tcsae", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -105,6 +107,16 @@ class StoreManifest(_Record):
             return {**data, "hook_name": f"blocks.{data['layer']}.hook_resid_post"}
         return data
 
+    @property
+    def location(self) -> Location:
+        """The layer and the hook point whose activations these are."""
+        return location_of(self.hook_name)
+
+    @property
+    def plugins(self) -> dict[str, str]:
+        """The plug-in that registered the hook point, if one did: file name → SHA-256."""
+        return {name.removeprefix(PLUGIN): sha for name, sha in self.versions.items() if name.startswith(PLUGIN)}
+
     @model_validator(mode="after")
     def _one_width_one_context(self) -> StoreManifest:
         if (self.d_model, self.text.context) != (self.layout.d_model, self.layout.context):
@@ -118,11 +130,11 @@ class StoreManifest(_Record):
 def first_difference(stored: StoreManifest, asked: StoreManifest) -> str | None:
     """The first field in which the content of two stores would differ, as a phrase; None when they hold the same rows.
 
-    Compared: layer, width, model, text and compression. Not compared: the plan, the execution, versions, chunk and
-        shard
-    sizes (an existing store keeps its own).
+    Compared: layer, hook point, width, model, text and compression. Not compared: the plan, the execution, versions,
+    chunk and shard sizes (an existing store keeps its own).
     """
-    for name, old, new in (("layer", stored.layer, asked.layer), ("d_model", stored.d_model, asked.d_model)):
+    for name in ("layer", "hook_name", "d_model"):
+        old, new = getattr(stored, name), getattr(asked, name)
         if old != new:
             return f"{name}: store has {old!r}, you asked for {new!r}"
     for part in ("model", "text"):

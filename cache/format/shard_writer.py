@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 
 from ...errors import StoreError
+from ...sites import Location
 from ..storage.lock import confirm_owner
 from ..storage.open_place import place_of
 from ..storage.places import Place
@@ -22,7 +23,7 @@ from .commit_log import ShardRecord
 from .layout import RowBlock, StoreLayout
 from .shard import ActivationShard, FileRecord, write_text
 
-Activations = Mapping[int, np.ndarray]  # layer → uint16 [B, T, D]
+Activations = Mapping[Location, np.ndarray]  # location → uint16 [B, T, D]
 # Two forward passes that differ only in how rows were batched may differ in the last bits of bfloat16 (2⁻⁸ relative),
 # and a few such roundings add up over layers. More than this, relative to the row's largest value, is another model or
 # another text.
@@ -30,8 +31,8 @@ _TOLERANCE = 2.0**-4
 
 
 def write_shard(
-    paths: Mapping[int, str | Path],
-    layouts: Mapping[int, StoreLayout],
+    paths: Mapping[Location, str | Path],
+    layouts: Mapping[Location, StoreLayout],
     shard: int,
     blocks: Iterable[tuple[RowBlock, Activations]],
     *,
@@ -41,8 +42,8 @@ def write_shard(
     """Write one whole shard of every layer durably at its final names, as a worker; the coordinator commits the record.
 
     Args:
-        paths: layer → store (folder or URL), created by the coordinator's ``StoreSetWriter.open``.
-        layouts: layer → layout of that store.
+        paths: location → store (folder or URL), created by the coordinator's ``StoreSetWriter.open``.
+        layouts: location → layout of that store.
         shard: its number.
         blocks: the shard's rows in order.
         kept_rows: rows of this shard already committed (a short last shard being extended): the new ones are compared
@@ -70,8 +71,8 @@ class ShardSetWriter:
 
     def __init__(
         self,
-        places: Mapping[int, Place],
-        layouts: Mapping[int, StoreLayout],
+        places: Mapping[Location, Place],
+        layouts: Mapping[Location, StoreLayout],
         shard: int,
         *,
         kept_rows: int = 0,
@@ -85,7 +86,7 @@ class ShardSetWriter:
         self._confirm = {n: partial(confirm_owner, p, owner) if owner else None for n, p in self._places.items()}
         self._text: list[RowBlock] = []
         self._pool = ThreadPoolExecutor(min(4, len(self._places)), "shard")
-        self._writers: dict[int, ActivationShard] = {}
+        self._writers: dict[Location, ActivationShard] = {}
         self._done = False
         try:
             for layer, place in self._places.items():
@@ -126,7 +127,7 @@ class ShardSetWriter:
         self._text.append(block)
         self.rows += len(block)
 
-    def _append_layer(self, layer: int, block: RowBlock, bits: np.ndarray) -> None:
+    def _append_layer(self, layer: Location, block: RowBlock, bits: np.ndarray) -> None:
         if layer in self._kept:
             bits = self._kept[layer].reconcile(self.rows, block, bits)
         self._writers[layer].append(bits)
@@ -138,7 +139,7 @@ class ShardSetWriter:
         self._done = True
         return ShardRecord(self._shard, self._shard * self._one.shard_rows, self.rows, files)
 
-    def _commit_layer(self, layer: int, block: RowBlock) -> dict[str, FileRecord]:
+    def _commit_layer(self, layer: Location, block: RowBlock) -> dict[str, FileRecord]:
         confirm = self._confirm[layer]
         text = write_text(self._places[layer], self._shard, self._layouts[layer], block, confirm)
         return {"activations": self._writers[layer].commit(confirm), **text}

@@ -88,7 +88,7 @@ def _payload(report: EvaluationReport, n_features: int, n_passages: int) -> dict
         saes.append(
             {
                 "name": record.name,
-                "label": f"layer {record.layer}, {short_name(record, report)}",
+                "label": f"layer {record.location}, {short_name(record, report)}",
                 "role": role_of(record),
                 "n_features": record.sae.n_features if record.sae else None,
                 "total": len(cards),

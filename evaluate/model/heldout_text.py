@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...cache.format.layout import PADDING, SPECIAL, RowBlock
 from ...errors import TextError
+from ...sites import Location
 from ..protocol import TokenBatch
 from .splice import SplicedModel
 
@@ -108,7 +109,7 @@ class HeldOutText:
         return torch.from_numpy(self.tokens_RT[rows]).to(device)
 
     def batch(self, rows: slice, x_BTD: Tensor, norm_limit: float) -> TokenBatch:
-        """These rows as one layer sees them, ``x_BTD`` being its output."""
+        """These rows with the tensor ``x_BTD`` of one location."""
         x_BTD = x_BTD.float()
         tokens, documents, units, real = (
             torch.from_numpy(part[rows]).to(x_BTD.device)
@@ -147,8 +148,8 @@ def number_units(documents_RT: np.ndarray, real_RT: np.ndarray) -> tuple[np.ndar
 
 
 @dataclass(frozen=True)
-class LayerSurvey:
-    """What a first look at a layer finds: the mean that ablation uses, and where outliers begin."""
+class Survey:
+    """What a first look at a location finds: the mean that ablation uses, and where outliers begin."""
 
     mean_D: Tensor  # float32, over tokens that are neither special, padding nor outlying
     norm_limit: float
@@ -158,25 +159,27 @@ class LayerSurvey:
 
 
 @torch.no_grad()
-def survey(model: SplicedModel, text: HeldOutText, layers: list[int], batch_rows: int) -> dict[int, LayerSurvey]:
+def survey(
+    model: SplicedModel, text: HeldOutText, locations: list[Location], batch_rows: int
+) -> dict[Location, Survey]:
     """Look at the first few batches: the median norm on the first one, the mean on all of them."""
     device = model.lm.device
-    limits: dict[int, float] = {}
-    sums: dict[int, Tensor] = {}
-    counts = {layer: [0, 0] for layer in layers}
+    limits: dict[Location, float] = {}
+    sums: dict[Location, Tensor] = {}
+    counts = {at: [0, 0] for at in locations}
     for rows in text.batches(batch_rows, SURVEY_BATCHES):
-        residuals = model.residuals(text.tokens(rows, device), layers)
+        seen = model.activations(text.tokens(rows, device), locations)
         real_BT = torch.from_numpy(text.real_RT[rows]).to(device)
-        for layer, x_BTD in residuals.items():
+        for at, x_BTD in seen.items():
             x_ND = x_BTD.float()[real_BT]
             norms_N = x_ND.norm(dim=-1)
-            if layer not in limits:
-                limits[layer] = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
-            inlier_N = norms_N <= limits[layer]
-            sums[layer] = sums.get(layer, 0) + x_ND[inlier_N].double().sum(0)
-            counts[layer][0] += int(inlier_N.sum())
-            counts[layer][1] += len(inlier_N)
+            if at not in limits:
+                limits[at] = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
+            inlier_N = norms_N <= limits[at]
+            sums[at] = sums.get(at, 0) + x_ND[inlier_N].double().sum(0)
+            counts[at][0] += int(inlier_N.sum())
+            counts[at][1] += len(inlier_N)
     return {
-        layer: LayerSurvey((sums[layer] / max(1, kept)).float(), limits[layer], total - kept, total)
-        for layer, (kept, total) in counts.items()
+        at: Survey((sums[at] / max(1, kept)).float(), limits[at], total - kept, total)
+        for at, (kept, total) in counts.items()
     }

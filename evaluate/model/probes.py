@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...cache.format.layout import RowBlock
+from ...sites import Location
 from ..protocol import SparseCoder
 from .heldout_text import HeldOutText
 from .splice import Head, SplicedModel
@@ -28,32 +29,32 @@ class ProbedModel:
     model: SplicedModel
     head: Head
     text: HeldOutText
-    _kept: dict[tuple[int, int], Tensor]
-    _altered: dict[tuple[int, bytes], Tensor]
+    _kept: dict[tuple[Location, int], Tensor]
+    _altered: dict[tuple[Location, bytes], Tensor]
 
     @classmethod
     def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> ProbedModel:
         """With nothing kept yet."""
         return cls(model, head, text, {}, {})
 
-    def run(self, tokens_BT: Tensor, layer: int) -> Tensor:
-        """The residual stream [B, T, D] after ``layer`` for any tokens, in float32."""
-        return self.model.residuals(tokens_BT.to(self.model.lm.device), [layer])[layer].float()
+    def run(self, tokens_BT: Tensor, at: Location) -> Tensor:
+        """The tensor [B, T, D] at ``at`` for any tokens, in float32."""
+        return self.model.activations(tokens_BT.to(self.model.lm.device), [at])[at].float()
 
-    def run_once(self, tokens_BT: Tensor, layer: int) -> Tensor:
-        """The same, kept for the layer's other SAEs: probes ask each of them about the same altered rows."""
-        key = (layer, sha256(tokens_BT.cpu().numpy().tobytes()).digest())
+    def run_once(self, tokens_BT: Tensor, at: Location) -> Tensor:
+        """The same, kept for the location's other SAEs: probes ask each of them about the same altered rows."""
+        key = (at, sha256(tokens_BT.cpu().numpy().tobytes()).digest())
         if key not in self._altered:
-            self._altered[key] = self.run(tokens_BT, layer).to(self.model.lm.dtype)
+            self._altered[key] = self.run(tokens_BT, at).to(self.model.lm.dtype)
         return self._altered[key].float()
 
-    def rows(self, rows: Sequence[int], layer: int) -> Tensor:
+    def rows(self, rows: Sequence[int], at: Location) -> Tensor:
         """The same for rows of the text; each is run once."""
-        missing = [row for row in rows if (layer, row) not in self._kept]
+        missing = [row for row in rows if (at, row) not in self._kept]
         if missing:
-            x_BTD = self.run(torch.from_numpy(self.text.tokens_RT[missing]), layer)
-            self._kept |= {(layer, row): x_TD for row, x_TD in zip(missing, x_BTD.to(self.model.lm.dtype), strict=True)}
-        return torch.stack([self._kept[layer, row] for row in rows]).float()
+            x_BTD = self.run(torch.from_numpy(self.text.tokens_RT[missing]), at)
+            self._kept |= {(at, row): x_TD for row, x_TD in zip(missing, x_BTD.to(self.model.lm.dtype), strict=True)}
+        return torch.stack([self._kept[at, row] for row in rows]).float()
 
     def forget(self) -> None:
         """Drop the kept activations."""
@@ -67,7 +68,7 @@ class ProbeContext:
 
     probed: ProbedModel
     sae: SparseCoder
-    layer: int
+    at: Location
     seed: int
     per_feature: Mapping[str, np.ndarray]
 
@@ -90,8 +91,8 @@ class ProbeContext:
         return [RowBlock(text.tokens_RT[part].astype(np.int32), text.documents_RT[part].astype(np.int32), flags)]
 
     def run_rows(self, tokens_BT: Tensor) -> Tensor:
-        """The residual stream [B, T, D] after the SAE's layer."""
-        return self.probed.run_once(tokens_BT, self.layer)
+        """The tensor [B, T, D] that the SAE reconstructs, for any tokens."""
+        return self.probed.run_once(tokens_BT, self.at)
 
     def tokens_of(self, rows: Sequence[int]) -> np.ndarray:
         """Token ids [n, T]."""
@@ -104,7 +105,7 @@ class ProbeContext:
     @torch.no_grad()
     def encode_rows(self, rows: Sequence[int]) -> Tensor:
         """Features [n, T, F]."""
-        return self.sae.encode(self.probed.rows(rows, self.layer))
+        return self.sae.encode(self.probed.rows(rows, self.at))
 
     def token_text(self, token: int) -> str:
         """A token as readers see it, its leading space kept."""

@@ -1,10 +1,11 @@
-"""Replacing one layer's output without running the layers below it again.
+"""Replacing one tensor of a model without running the layers below it again.
 
-The clean pass runs once per batch and keeps the residual stream after every layer asked for. A spliced pass then
-replaces the blocks up to that layer by stand-ins (the lower hand on what they get, the last gives the spliced tensor)
-and calls the model as ever, so that transformers itself builds masks, rotary embeddings, layer types and the final
-norm. Whatever the embedding makes of the tokens is thrown away by the stand-ins, so that architectures which scale it
-or add positions to it need no special care.
+The clean pass runs once per batch and keeps the tensor at every location asked for, and the residual stream before the
+block it lies in. A spliced pass then replaces the lower blocks by stand-ins (all but the last hand on what they get,
+the last gives the residual stream that was kept, or the spliced one) and calls the model as ever, so that transformers
+itself builds masks, rotary embeddings, layer types and the final norm; inside the block of a location a hook replaces
+the tensor. Whatever the embedding makes of the tokens is thrown away by the stand-ins, so that architectures which
+scale it or add positions to it need no special care.
 
 Shapes: B rows, T positions, D model width, V vocabulary, N tokens.
 """
@@ -13,10 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from ...extract.model.hooks import tap_of
+from ...extract.model.tap import Tap, with_first
+from ...sites import Location
 
 if TYPE_CHECKING:
     from ...extract.model.load import LanguageModel
@@ -29,101 +35,126 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, to
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
+@dataclass(frozen=True)
+class CleanPass:
+    """What one ordinary pass leaves behind."""
+
+    at: dict[Location, Tensor]
+    """The tensor [B, T, D] at every location asked for."""
+    before: dict[int, Tensor]
+    """The residual stream [B, T, D] before every block inside which one of them lies, but the first."""
+    final_BTD: Tensor
+    """After the model's last norm: what its head multiplies."""
+
+
 class SplicedModel:
-    """A language model whose residual stream can be replaced after a layer.
+    """A language model in which the tensor at a location can be replaced.
 
     Final states [B, T, D] are those after the model's last norm: what its head multiplies.
     """
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
-        self._by_hook: set[int] = set()
-        self._tuples = (
-            False  # transformers 4 blocks answer with tuples, 5 with tensors; learnt from the first clean pass
-        )
+        self._by_hook: set[Location] = set()
+        # An output of a block, for stand-ins to answer in kind: transformers 5 gives tensors, 4 tuples, GPT-1 lists.
+        self._output: Any = torch.zeros(0)
 
     @torch.no_grad()
-    def clean(self, tokens_BT: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-        """One ordinary pass: the residual stream after each of ``layers`` [B, T, D], and the final states [B, T, D]."""
-        kept: dict[int, Tensor] = {}
-        handles = [self.lm.blocks[layer].register_forward_hook(self._keeper(kept, layer)) for layer in layers]
-        try:
+    def clean(self, tokens_BT: Tensor, locations: Sequence[Location]) -> CleanPass:
+        """One ordinary pass."""
+        kept: dict[Location, Tensor] = {}
+        before: dict[int, Tensor] = {}
+        inside = {at.layer for at in locations if at.layer and self._after(at) is None}
+        with ExitStack() as hooks:
+            hooks.enter_context(self._noting_outputs())
+            for at in locations:
+                hooks.enter_context(tap_of(self.lm, at).keep(kept, at))
+            for layer in inside:
+                hooks.enter_context(Tap(self.lm.blocks[layer], "input").keep(before, layer))
             final_BTD = self._run(tokens_BT)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return kept, final_BTD
+        return CleanPass({at: _shaped(x, final_BTD) for at, x in kept.items()}, before, final_BTD)
 
     @torch.no_grad()
-    def residuals(self, tokens_BT: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """The residual stream after each of ``layers`` [B, T, D]; no block above the highest runs (where stand-ins
-        work).
-        """
-        highest = max(layers)
-        if highest in self._by_hook:
-            return self.clean(tokens_BT, layers)[0]
+    def activations(self, tokens_BT: Tensor, locations: Sequence[Location]) -> dict[Location, Tensor]:
+        """The tensor [B, T, D] at every location; no block above the highest runs (where stand-ins work)."""
+        highest = max(at.layer for at in locations)
+        if any(at in self._by_hook for at in locations):
+            return self.clean(tokens_BT, locations).at
         with self._handing_on(range(highest + 1, len(self.lm.blocks))):
-            return self.clean(tokens_BT, layers)[0]
+            return self.clean(tokens_BT, locations).at
 
     @torch.no_grad()
-    def spliced(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:
-        """Final states [B, T, D] when ``x_BTD`` (cast to the model's dtype) stands where block ``layer``'s
-        output was.
+    def spliced(self, at: Location, x_BTD: Tensor, tokens_BT: Tensor, clean: CleanPass) -> Tensor:
+        """Final states [B, T, D] when ``x_BTD`` (cast to the model's dtype) stands where the tensor was.
+
+        ``clean``: of these tokens, with this location asked for.
         """
         x_BTD = x_BTD.to(self.lm.dtype)
-        if layer in self._by_hook:
-            return self.spliced_by_hook(tokens_BT, layer, x_BTD)
-        with self._standing_in(layer, x_BTD):
+        if at in self._by_hook:
+            return self.spliced_by_hook(at, x_BTD, tokens_BT)
+        after = self._after(at)
+        with ExitStack() as stack:
+            if after is not None:
+                stack.enter_context(self._handing_on(range(after)))
+                stack.enter_context(self._replaced(after, x_BTD))
+            else:
+                if at.layer:
+                    stack.enter_context(self._handing_on(range(at.layer - 1)))
+                    stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
+                stack.enter_context(tap_of(self.lm, at).replace(x_BTD))
             return self._run(tokens_BT)
 
     @torch.no_grad()
-    def spliced_by_hook(self, tokens_BT: Tensor, layer: int, x_BTD: Tensor) -> Tensor:
-        """The same by running the whole model with a hook that replaces the block's output: slow, and right by
-        construction.
-        """
-        x_BTD = x_BTD.to(self.lm.dtype)
-        handle = self.lm.blocks[layer].register_forward_hook(lambda _m, _i, output: _like(output, x_BTD))
-        try:
+    def spliced_by_hook(self, at: Location, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """The same by running the whole model with a hook that replaces the tensor: slow, and right by construction."""
+        with tap_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)):
             return self._run(tokens_BT)
-        finally:
-            handle.remove()
 
-    def verify(self, tokens_BT: Tensor, layers: Sequence[int]) -> list[str]:
-        """Try the shared prefix on a few rows; a layer where it disagrees with the hook uses the hook from here on.
+    def verify(self, tokens_BT: Tensor, locations: Sequence[Location]) -> list[str]:
+        """Try the shared prefix on a few rows; a location where it disagrees with the hook uses the hook from here on.
 
-        Two trials per layer: the identity splice against the clean pass, and a visibly changed one against the hook
-            (stand-ins
-        that the model ignored would pass the first). Returns a sentence for every layer that fell back.
+        Two trials per location: the identity splice against the clean pass, and a visibly changed one against the hook
+        (stand-ins that the model ignored would pass the first). Returns a sentence for every location that fell back.
         """
-        residuals, final_BTD = self.clean(tokens_BT, layers)
+        clean = self.clean(tokens_BT, locations)
         notes = []
-        for layer in layers:
-            x_BTD = residuals[layer]
+        for at in locations:
+            x_BTD = clean.at[at]
             changed = x_BTD.flip(1) * 0.5
             try:
-                same = self.spliced(tokens_BT, layer, x_BTD)
-                moved = self.spliced(tokens_BT, layer, changed)
+                same = self.spliced(at, x_BTD, tokens_BT, clean)
+                moved = self.spliced(at, changed, tokens_BT, clean)
             except Exception as failure:
                 reason = f"{type(failure).__name__}: {failure}"
             else:
-                by_hook = self.spliced_by_hook(tokens_BT, layer, changed)
-                if self._agree(same, final_BTD) and self._agree(moved, by_hook):
+                by_hook = self.spliced_by_hook(at, changed, tokens_BT)
+                if self._agree(same, clean.final_BTD) and self._agree(moved, by_hook):
                     continue
                 reason = "its result differs from a full run with a hook"
-            self._by_hook.add(layer)
+            self._by_hook.add(at)
             who = self.lm.identity.architecture
             notes.append(
-                f"layer {layer}: the shared prefix does not work for {who} ({reason}); the whole "
-                "model is run with hooks"
+                f"layer {at}: the shared prefix does not work for {who} ({reason}); the whole model is run with hooks"
             )
         return notes
 
-    def _keeper(self, kept: dict[int, Tensor], layer: int) -> Any:
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            self._tuples = isinstance(output, tuple)
-            kept[layer] = output[0] if self._tuples else output
+    def _after(self, at: Location) -> int | None:
+        """The block whose output the tensor is; None where it lies inside one."""
+        tap = tap_of(self.lm, at)
+        near = (at.layer - 1, at.layer) if at.layer else (0,)
+        return next((n for n in near if tap.side == "output" and tap.module is self.lm.blocks[n]), None)
 
-        return keep
+    @contextmanager
+    def _noting_outputs(self) -> Iterator[None]:
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            shell = output[:1] if isinstance(output, tuple | list) else output
+            self._output = with_first(shell, torch.zeros(0))
+
+        handle = self.lm.blocks[0].register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _agree(self, a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().max() <= TOLERANCE[a.dtype] * b.abs().max())
@@ -131,11 +162,6 @@ class SplicedModel:
     def _run(self, tokens_BT: Tensor) -> Tensor:
         # Without an attention mask on purpose: padding only ever follows the text, and attention is causal.
         return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
-
-    @contextmanager
-    def _standing_in(self, layer: int, x_BTD: Tensor) -> Iterator[None]:
-        with self._handing_on(range(layer)), self._replaced(layer, x_BTD):
-            yield
 
     @contextmanager
     def _handing_on(self, skipped: range) -> Iterator[None]:
@@ -147,11 +173,16 @@ class SplicedModel:
     @contextmanager
     def _replaced(self, at: int, x_BTD: Tensor | None) -> Iterator[None]:
         blocks, real = self.lm.blocks, self.lm.blocks[at]
-        blocks[at] = _StandIn(real, x_BTD, self._tuples)
+        blocks[at] = _StandIn(real, x_BTD, self._output)
         try:
             yield
         finally:
             blocks[at] = real
+
+
+def _shaped(x: Tensor, final_BTD: Tensor) -> Tensor:
+    """OPT hands all tokens of a batch on in a row, [B·T, D]."""
+    return x.reshape(final_BTD.shape) if x.numel() == final_BTD.numel() else x
 
 
 class Head:
@@ -254,20 +285,16 @@ class _Answer(nn.Module):
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place: hands on the hidden state it gets, or gives the spliced one."""
+    """Takes a block's place: hands on the hidden state it gets, or gives another one, in an output of the same kind."""
 
-    def __init__(self, block: nn.Module, x_BTD: Tensor | None, as_tuple: bool):
+    def __init__(self, block: nn.Module, x_BTD: Tensor | None, output: Any):
         super().__init__()
         # Past nn.Module's registration: the block's parameters stay the real model's business.
-        self.__dict__.update(_block=block, _x=x_BTD, _as_tuple=as_tuple)
+        self.__dict__.update(_block=block, _x=x_BTD, _output=output)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)  # models read attention types and the like off their layers
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         given = hidden_states if self._x is None else self._x
-        return (given,) if self._as_tuple else given
-
-
-def _like(output: Any, x_BTD: Tensor) -> Any:
-    return (x_BTD, *output[1:]) if isinstance(output, tuple) else x_BTD
+        return with_first(self._output, given)

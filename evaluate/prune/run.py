@@ -133,10 +133,10 @@ def prune_run(config: PruneConfig) -> PruneSummary:
 
 def _open(config: PruneConfig, record: RunRecord, sae: TemporalSAE) -> ActivationStore:
     store = ActivationStore.open(config.store or record.store, allow_unfinished=True)
-    if (store.layer, store.d_model) != (record.layer, sae.d_model):
-        theirs = f"{store.path} holds layer {store.layer}, width {store.d_model}"
+    if (store.location, store.d_model) != (record.location, sae.d_model):
+        theirs = f"{store.path} holds layer {store.location}, width {store.d_model}"
         raise RunError(
-            f"{theirs}; the run is of layer {record.layer}, width {sae.d_model}: name its own store with --store"
+            f"{theirs}; the run is of layer {record.location}, width {sae.d_model}: name its own store with --store"
         )
     return store
 

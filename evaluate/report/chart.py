@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...sites import RESIDUAL
+
 LIGHT, DARK = "#fffefb", "#15171a"  # the page's two backgrounds; every colour below has contrast >= 4.5 on its own
 
 
@@ -144,6 +146,7 @@ class Panel:
         tuple[int, int], ...
     ] = ()  # pairs of marks joined by a thin line: TC-SAE and twin, pruned and original
     layer: int | None = None
+    site: str = RESIDUAL
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes."""

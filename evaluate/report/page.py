@@ -93,8 +93,8 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
 
 
 def _drawn(panels: Sequence[Panel]) -> list[list[dict[str, Any]]]:
-    """Panels with their drawings, in rows by layer; one row where every layer has but one panel."""
-    rows = [list(group) for _, group in groupby(panels, key=lambda panel: panel.layer)]
+    """Panels with their drawings, in rows by layer and site; one row where each has but one panel."""
+    rows = [list(group) for _, group in groupby(panels, key=lambda panel: (panel.layer, panel.site))]
     if all(len(row) == 1 for row in rows):
         rows = [list(panels)] if panels else []
     return [[{"panel": panel, "svg": render(panel)} for panel in row] for row in rows]
@@ -144,7 +144,7 @@ def _browser_note(browser: dict[str, Any]) -> str:
 def _compat(report: EvaluationReport) -> dict[str, Any] | None:
     """The SAEBench block as a table."""
     keys = list(dict.fromkeys(key for record in report.records for key in record.saebench_compat))
-    rows = [(f"{r.name}, layer {r.layer}", r.saebench_compat) for r in report.records if r.saebench_compat]
+    rows = [(f"{r.name}, layer {r.location}", r.saebench_compat) for r in report.records if r.saebench_compat]
     return (
         {"columns": keys, "rows": [(name, [_plain(found, key) for key in keys]) for name, found in rows]}
         if rows

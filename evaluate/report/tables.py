@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from markupsafe import Markup
 
+from ...sites import RESIDUAL, Location
 from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
 from .svg import interval_glyph
@@ -60,9 +61,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Records × metrics at one layer, SAEs first, reference rows apart."""
+    """Records × metrics at one layer and site, SAEs first, reference rows apart."""
 
-    layer: int
+    at: Location
     columns: tuple[Column, ...]
     saes: tuple[Row, ...]
     references: tuple[Row, ...]
@@ -79,10 +80,10 @@ def reasons_of(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def main_tables(report: EvaluationReport) -> list[Table]:
-    """The headline metrics, one table per layer."""
+    """The headline metrics, one table per layer and site."""
     groups = headline(report)
     keys = [key for key in groups if any(key in record.metrics for record in report.records)]
-    return [table(report, layer, keys, groups) for layer in report.layers]
+    return [table(report, at, keys, groups) for at in report.locations]
 
 
 def headline(report: EvaluationReport) -> dict[str, str]:
@@ -101,22 +102,22 @@ def headline(report: EvaluationReport) -> dict[str, str]:
 
 
 def full_tables(report: EvaluationReport) -> list[Table]:
-    """Every metric of every record, in order of first appearance, one table per layer."""
+    """Every metric of every record, in order of first appearance, one table per layer and site."""
     keys = list(dict.fromkeys(key for record in report.records for key in record.metrics))
-    return [table(report, layer, keys) for layer in report.layers]
+    return [table(report, at, keys) for at in report.locations]
 
 
 def table(
-    report: EvaluationReport, layer: int, keys: Sequence[str], groups: Mapping[str, str] = MappingProxyType({})
+    report: EvaluationReport, at: Location, keys: Sequence[str], groups: Mapping[str, str] = MappingProxyType({})
 ) -> Table:
-    """The records of a layer by the given metrics; ``groups`` say which columns stand together."""
-    records = [record for record in report.records if record.layer == layer]
+    """The records of a layer and site by the given metrics; ``groups`` say which columns stand together."""
+    records = [record for record in report.records if record.location == at]
     columns = [column(report, key, groups.get(key, "")) for key in keys]
     digits = {key: _digits(records, key) for key in keys}
     rows = {
         kind: tuple(_row(r, keys, digits, report) for r in records if r.kind == kind) for kind in ("sae", "reference")
     }
-    return Table(layer, tuple(columns), rows["sae"], rows["reference"])
+    return Table(at, tuple(columns), rows["sae"], rows["reference"])
 
 
 def column(report: EvaluationReport, key: str, group: str = "") -> Column:
@@ -188,7 +189,7 @@ class Difference:
 class Comparison:
     """All differences of one pair."""
 
-    layer: int
+    at: Location
     first: Side
     second: Side
     differences: tuple[Difference, ...]
@@ -213,12 +214,12 @@ def comparisons(report: EvaluationReport, kind: str) -> list[Comparison]:
 def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
     first_shown = [key for key in headline(report) if key in pair.metrics]
     order = [*first_shown, *[key for key in pair.metrics if key not in first_shown]]
-    records = report.record(pair.first, pair.layer), report.record(pair.second, pair.layer)
+    records = report.record(pair.first, *pair.location), report.record(pair.second, *pair.location)
     found = [d for key in order if (d := _difference(key, pair, records, report))]
     main, others = (tuple(d for d in found if (d.column.key in first_shown) is wanted) for wanted in (True, False))
     names, roles = (pair.first, pair.second), [role_of(record) if record else "external" for record in records]
     first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], strict=True))
-    return Comparison(pair.layer, first, second, main, others, pair.warning or _sparsity_warning(records))
+    return Comparison(pair.location, first, second, main, others, pair.warning or _sparsity_warning(records))
 
 
 def _sparsity_warning(records: tuple[Record | None, Record | None]) -> str:
@@ -275,13 +276,15 @@ _PAPER = (  # quantity, the paper's baseline and TC-SAE (Gemma-2-2b, layer 19, w
 UNTRAINED = ("zero_all", "zero_sae", "untrained")
 
 
-def published(report: EvaluationReport) -> tuple[int, list[PublishedQuantity]] | None:
-    """The paper's table beside our reference rows at the deepest layer; None where none of them was evaluated."""
-    layer = max(report.layers, default=0)
-    rows = [report.record(name, layer) for name in UNTRAINED]
+def published(report: EvaluationReport) -> tuple[Location, list[PublishedQuantity]] | None:
+    """The paper's table beside our reference rows at the deepest layer, of the residual stream where that was
+    evaluated; None where none of them was.
+    """
+    at = max(report.locations, key=lambda one: (one.site == RESIDUAL, one.layer), default=Location(0))
+    rows = [report.record(name, *at) for name in UNTRAINED]
     if not any(rows):
         return None
-    return layer, [
+    return at, [
         PublishedQuantity(label, (a, b), tuple(_untrained_cell(r, key, report) for r in rows))
         for label, a, b, key in _PAPER
     ]

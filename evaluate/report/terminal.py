@@ -51,10 +51,10 @@ def _table(report: EvaluationReport) -> Any:
     for key in COLUMNS:
         definition = report.definitions.get(key)
         table.add_column(definition.label or key if definition else key, justify="right", no_wrap=True)
-    for layer in report.layers:
-        for record in sorted((one for one in report.records if one.layer == layer), key=lambda one: one.kind):
+    for at in report.locations:
+        for record in sorted((one for one in report.records if one.location == at), key=lambda one: one.kind):
             cells = [_cell(record, key) for key in COLUMNS]
-            table.add_row(str(layer), record.name, *cells, style="dim" if record.kind == "reference" else "")
+            table.add_row(str(at), record.name, *cells, style="dim" if record.kind == "reference" else "")
         table.add_section()
     return table
 
@@ -79,7 +79,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
         "documents": report.n_documents,
         "seconds": report.seconds,
         "records": [
-            {"layer": record.layer, "name": record.name, "kind": record.kind}
+            {"layer": record.layer, "site": record.site, "name": record.name, "kind": record.kind}
             | {key: record.metrics[key].value if key in record.metrics else None for key in COLUMNS}
             for record in report.records
         ],

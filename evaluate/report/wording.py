@@ -37,27 +37,30 @@ def role_of(record: Record) -> str:
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
     """The same report in reading order: SAEs before references, by layer; TC-SAE, twin, pruned ones."""
-    found = {(record.layer, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
+    order = {at: n for n, at in enumerate(report.locations)}
+    found = {(record.location, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
 
     def place(item: tuple[int, Record]) -> tuple[bool, int, int, int]:
         i, record = item
         head, rank = i, 0
         for _ in report.records:  # up to the head of the family, however often it was pruned
             above = report.records[head]
-            next_above = found.get((above.layer, above.pair or ""), head) if above.role in _BELOW else head
+            next_above = found.get((above.location, above.pair or ""), head) if above.role in _BELOW else head
             rank += _BELOW[above.role or ""] if next_above != head else 0
             head = next_above
-        return (record.kind == "reference", record.layer, head, rank)
+        return (record.kind == "reference", order[record.location], head, rank)
 
     records = [record for _, record in sorted(enumerate(report.records), key=place)]
-    return report.model_copy(update={"records": records, "paired": sorted(report.paired, key=lambda pair: pair.layer)})
+    return report.model_copy(
+        update={"records": records, "paired": sorted(report.paired, key=lambda pair: order[pair.location])}
+    )
 
 
 def short_name(record: Record, report: EvaluationReport) -> str:
     """The record's name inside a panel of its layer: its role where that is enough, else its name without the layer."""
     if record.kind == "reference":
         return REFERENCE_NAMES.get(record.name, record.name)
-    beside = [other for other in report.records if other.layer == record.layer and other.kind == "sae"]
+    beside = [other for other in report.records if other.location == record.location and other.kind == "sae"]
     if record.role == "pruned":
         original = next((other for other in beside if other.name == record.pair), None)
         alone = sum(other.role == "pruned" and other.pair == record.pair for other in beside) == 1
@@ -65,7 +68,7 @@ def short_name(record: Record, report: EvaluationReport) -> str:
             return f"{short_name(original, report)}, pruned"
     elif record.role and sum(other.role == record.role for other in beside) == 1:
         return {"tc": "TC-SAE", "twin": "twin"}[record.role]
-    return record.name.removeprefix(f"l{record.layer}-")
+    return record.name.removeprefix(f"{record.location.short}-")
 
 
 def metric_label(key: str, report: EvaluationReport) -> str:
@@ -141,7 +144,8 @@ def evaluated(report: EvaluationReport) -> str:
     """One sentence: what was evaluated, on what, where."""
     saes = [record for record in report.records if record.kind == "sae"]
     what = f"{len(saes)} sparse autoencoder{'' if len(saes) == 1 else 's'}"
-    where = f"layer{'' if len(report.layers) == 1 else 's'} {listed(str(layer) for layer in report.layers)}"
+    places = [str(at) for at in report.locations]
+    where = f"layer{'' if len(places) == 1 else 's'} {listed(places)}"
     machine = (
         report.machine.get("gpu")
         or report.machine.get("device_name")
@@ -195,9 +199,9 @@ def _outcome(pair: Paired, report: EvaluationReport) -> str:
             )
             parts.append(f"{phrase} {found.word}{good}, {found.difference}{found.bracket}")
     if not parts:
-        return f"Layer {pair.layer}: {pair.first} and {pair.second} have no metric in common."
+        return f"Layer {pair.location}: {pair.first} and {pair.second} have no metric in common."
     sides = f"{pair.first} minus its original" if pair.kind == "pruned" else "TC-SAE minus twin"
-    return f"Layer {pair.layer}, {sides}: {'; '.join(parts)}."
+    return f"Layer {pair.location}, {sides}: {'; '.join(parts)}."
 
 
 def _tally(pairs: Sequence[Paired], key: str) -> str:

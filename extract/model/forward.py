@@ -18,6 +18,7 @@ from ...cache.format.layout import RowBlock, StoreLayout, to_bits
 from ...cache.format.manifest import Execution
 from ...console import warn
 from ...errors import ModelError, ResourceError
+from ...sites import Location
 from .hooks import capture
 from .load import LanguageModel
 
@@ -30,21 +31,21 @@ class Flight:
     """A forward pass on its way: activations of ``rows`` rows that become readable with :meth:`land`."""
 
     rows: int
-    tensors: dict[int, torch.Tensor]
+    tensors: dict[Location, torch.Tensor]
     event: Any = None
 
-    def land(self) -> dict[int, np.ndarray]:
-        """Layer → bfloat16 bits [rows, T, D], when they are there."""
+    def land(self) -> dict[Location, np.ndarray]:
+        """Location → bfloat16 bits [rows, T, D], when they are there."""
         if self.event is not None:
             self.event.synchronize()
-        return {layer: to_bits(x_BTD[: self.rows]) for layer, x_BTD in self.tensors.items()}
+        return {at: to_bits(x_BTD[: self.rows]) for at, x_BTD in self.tensors.items()}
 
 
 class ForwardPass:
-    """Runs blocks of at most ``batch_size`` rows through a model and copies the tapped layers out."""
+    """Runs blocks of at most ``batch_size`` rows through a model and copies the tapped tensors out."""
 
-    def __init__(self, lm: LanguageModel, layers: Sequence[int], batch_size: int):
-        self.lm, self.layers, self.batch_size = lm, tuple(layers), batch_size
+    def __init__(self, lm: LanguageModel, locations: Sequence[Location], batch_size: int):
+        self.lm, self.locations, self.batch_size = lm, tuple(locations), batch_size
         self._copies = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
 
     def launch(self, block: RowBlock) -> Flight:
@@ -64,40 +65,42 @@ class ForwardPass:
             )
         if (missing := self.batch_size - len(tokens_BT)) > 0:
             tokens_BT = np.concatenate([tokens_BT, np.repeat(tokens_BT[-1:], missing, axis=0)])
-        caught = capture(self.lm, tokens_BT, self.layers)
-        rounded = {layer: x_BTD.to(torch.bfloat16) for layer, x_BTD in caught.items()}
+        caught = capture(self.lm, tokens_BT, self.locations)
+        rounded = {at: x_BTD.to(torch.bfloat16) for at, x_BTD in caught.items()}
         if self._copies is None:
-            return Flight(len(block), {layer: x_BTD.cpu() for layer, x_BTD in rounded.items()})
+            return Flight(len(block), {at: x_BTD.cpu() for at, x_BTD in rounded.items()})
         return Flight(len(block), *_copy_out(rounded, self._copies))
 
 
-def _copy_out(tensors: dict[int, torch.Tensor], copies: torch.cuda.Stream) -> tuple[dict[int, torch.Tensor], Any]:
+def _copy_out(
+    tensors: dict[Location, torch.Tensor], copies: torch.cuda.Stream
+) -> tuple[dict[Location, torch.Tensor], Any]:
     """Begin copying to pinned memory on a stream of its own, behind what the current stream computes."""
     copies.wait_stream(torch.cuda.current_stream(copies.device))
     landed = {}
     with torch.cuda.stream(copies):
-        for layer, x_BTD in tensors.items():
-            landed[layer] = torch.empty_like(x_BTD, device="cpu", pin_memory=True)
-            landed[layer].copy_(x_BTD, non_blocking=True)
+        for at, x_BTD in tensors.items():
+            landed[at] = torch.empty_like(x_BTD, device="cpu", pin_memory=True)
+            landed[at].copy_(x_BTD, non_blocking=True)
             x_BTD.record_stream(copies)
     return landed, copies.record_event()
 
 
-def check_finite(bits: dict[int, np.ndarray], block: RowBlock, first_row: int, lm: LanguageModel) -> None:
+def check_finite(bits: dict[Location, np.ndarray], block: RowBlock, first_row: int, lm: LanguageModel) -> None:
     """Stop at the first activation that is NaN or Inf.
 
     Raises:
         ModelError: names layer, row, position and token.
 
     """
-    for layer, bits_BTD in sorted(bits.items()):
+    for at, bits_BTD in sorted(bits.items()):
         exponent = bits_BTD & 0x7F80
         if exponent.max() < 0x7F80:
             continue
         row, position = np.argwhere((exponent == 0x7F80).any(axis=-1))[0]
         remedy = "" if lm.dtype == torch.float32 else ", or try --dtype float32"
         raise ModelError(
-            f"{lm.identity.id} puts out NaN or Inf at layer {layer}, row {first_row + row}, position {position} "
+            f"{lm.identity.id} puts out NaN or Inf at layer {at}, row {first_row + row}, position {position} "
             f"(token {block.tokens_BT[row, position]}) in {lm.identity.dtype}: what was committed before is good; "
             f"check the weights{remedy}"
         )

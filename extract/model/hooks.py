@@ -1,73 +1,157 @@
-"""The residual stream after chosen blocks, caught by forward hooks in one pass that ends below the head.
+"""Hook points: the tensors of a model that can be stored, and replaced by what an SAE makes of them.
 
-Shapes: B rows, T positions, D model width. What is caught at block L equals ``hidden_states[L + 1]`` of transformers,
-except at the last block, where transformers reports the state after the final norm and this the state before it.
+A hook point is a function from a :class:`~tcsae.extract.model.block.Block` to a :class:`Tap`. The built-in ones are
+found in the block's structure and verified by its arithmetic, never by the names of its parts alone. What lies inside
+a block (``mlp_out``, ``attn_out``) is what is *added* to the residual stream: after Gemma 2's post-norms and Granite's
+multiplier, as in TransformerLens.
+
+Shapes: B rows, T positions, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...errors import ModelError
-from .load import LanguageModel
+from ...errors import ModelError, UsageError
+from ...sites import HOOK_POINTS, Location
+from .block import Block
+from .tap import Tap
+
+if TYPE_CHECKING:
+    from .load import LanguageModel
+
+__all__ = ["HOOK_POINTS", "HookPoint", "capture", "hook_point", "module_path", "tap_of"]
 
 
-class ResidualTap:
-    """Keeps the output of each of ``layers`` in ``caught`` while entered."""
+@dataclass(frozen=True)
+class HookPoint:
+    """A registered hook point."""
 
-    def __init__(self, blocks: nn.ModuleList, layers: Sequence[int]):
-        self._blocks, self._layers = blocks, layers
-        self._handles: list[Any] = []
-        self.caught: dict[int, Tensor] = {}
+    find: Callable[[Block], Tap]
+    """Where the tensor of one block is."""
+    hook_name: str
+    """Its name in TransformerLens and SAELens, with ``{layer}`` where the layer's number stands."""
+    deepest: Callable[[int], int]
+    """Layer → the deepest block that must run for it."""
 
-    def __enter__(self) -> ResidualTap:
-        for layer in self._layers:
-            self._handles.append(self._blocks[layer].register_forward_hook(self._keep(layer)))
-        return self
 
-    def _keep(self, layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # A tensor from transformers 5 on, a tuple that begins with it before.
-            self.caught[layer] = output[0] if isinstance(output, tuple) else output
+def hook_point(
+    name: str, *, hook_name: str | None = None, deepest: Callable[[int], int] = lambda layer: layer
+) -> Callable[[Callable[[Block], Tap]], Callable[[Block], Tap]]:
+    """Register a function that finds a tensor [B, T, D] in a block, as a decorator.
 
-        return hook
+    Args:
+        name: what ``--site`` and the stores' names call it.
+        hook_name: what SAELens calls it, such as ``blocks.{layer}.ln2.hook_normalized``; by default
+            ``blocks.{layer}.hook_NAME``.
+        deepest: the deepest block that must run, by layer.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    Raises:
+        UsageError: the name is taken or unfit, or ``hook_name`` does not say where the layer stands.
+
+    """
+    hook_name = hook_name or f"blocks.{{layer}}.hook_{name}"
+    if hook_name.count("{layer}") != 1:
+        raise UsageError(f"the hook name '{hook_name}' of '{name}' must hold '{{layer}}' once, for the layer's number")
+
+    def add(find: Callable[[Block], Tap]) -> Callable[[Block], Tap]:
+        HOOK_POINTS.add(name, HookPoint(find, hook_name, deepest))
+        return find
+
+    return add
+
+
+@hook_point("resid_post")
+def resid_post(block: Block) -> Tap:
+    """The residual stream after the block."""
+    return Tap(block.module)
+
+
+@hook_point("resid_pre", deepest=lambda layer: max(0, layer - 1))
+def resid_pre(block: Block) -> Tap:
+    """The residual stream before the block: the output of the block before it, where there is one."""
+    return Tap(block.module, "input") if block.previous is None else Tap(block.previous)
+
+
+@hook_point("resid_mid")
+def resid_mid(block: Block) -> Tap:
+    """The residual stream between attention and MLP."""
+    return block.middle
+
+
+@hook_point("mlp_out")
+def mlp_out(block: Block) -> Tap:
+    """What the MLP adds to the residual stream."""
+    return block.mlp
+
+
+@hook_point("attn_out")
+def attn_out(block: Block) -> Tap:
+    """What attention adds to the residual stream."""
+    return block.attention
+
+
+def deepest_block(locations: Sequence[Location]) -> int:
+    """The deepest block that must run for all of them."""
+    return max(HOOK_POINTS.get(at.site).deepest(at.layer) for at in locations)
+
+
+def tap_of(lm: LanguageModel, at: Location) -> Tap:
+    """Where the tensor of that place is in a loaded model; looked for once per model.
+
+    Raises:
+        ModelError: the model has no such layer, or its block is not built so that the tensor can be told.
+        UsageError: no such hook point.
+
+    """
+    if at not in lm.taps:
+        point: HookPoint = HOOK_POINTS.get(at.site)
+        if point.deepest(at.layer) >= len(lm.blocks) or at.layer >= lm.n_layers:
+            raise ModelError(f"layer {at} cannot be tapped: {lm.identity.id} is loaded with {len(lm.blocks)} layers")
+        lm.taps[at] = point.find(Block.of(lm, at.layer))
+    return lm.taps[at]
+
+
+def module_path(lm: LanguageModel, at: Location) -> str:
+    """The path of the tapped module in the model that ``AutoModelForCausalLM`` loads: ``model.layers.3.mlp``."""
+    module = tap_of(lm, at).module
+    return next(name for name, each in lm.model.named_modules() if each is module)
 
 
 @torch.no_grad()
-def capture(lm: LanguageModel, tokens_BT: Tensor | np.ndarray, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The residual stream [B, T, D] after each of ``layers``, on the model's device and in its dtype.
+def capture(lm: LanguageModel, tokens_BT: Tensor | np.ndarray, locations: Sequence[Location]) -> dict[Location, Tensor]:
+    """The tensors [B, T, D] at ``locations`` in one pass that ends below the head, on the model's device, in its dtype.
 
-    Rows must be whole contexts without padding.
+    At ``resid_post`` of layer L it equals ``hidden_states[L + 1]`` of transformers, except at the last block, where
+    transformers reports the state after the final norm and this the state before it. Rows must be whole contexts
+    without padding.
 
     Raises:
-        ModelError: a layer that the (truncated) model does not have, or blocks that do not put out [B, T, D].
+        ModelError: as :func:`tap_of`; or something that is not [B, T, D].
 
     """
-    if missing := [layer for layer in layers if layer >= len(lm.blocks)]:
-        raise ModelError(
-            f"layer {missing[0]} cannot be tapped: {lm.identity.id} is loaded with {len(lm.blocks)} layers"
-        )
     tokens = torch.as_tensor(tokens_BT, dtype=torch.long).to(lm.device, non_blocking=True)
-    with ResidualTap(lm.blocks, layers) as tap:
+    caught: dict[Location, Tensor] = {}
+    with ExitStack() as hooks:
+        for at in locations:
+            hooks.enter_context(tap_of(lm, at).keep(caught, at))
         lm.decoder(input_ids=tokens, use_cache=False)
     shape = (*tokens.shape, lm.d_model)
-    for layer, x_BTD in tap.caught.items():
-        if x_BTD.shape != shape:
+    for at in locations:
+        if at not in caught:
+            raise ModelError(f"layer {at} of {lm.identity.architecture} was not run: it cannot be tapped")
+        if caught[at].numel() == tokens.numel() * lm.d_model:  # OPT hands all tokens of a batch on in a row, [B·T, D]
+            caught[at] = caught[at].reshape(shape)
+        if caught[at].shape != shape:
             raise ModelError(
-                f"block {layer} of {lm.identity.architecture} puts out {tuple(x_BTD.shape)}, not "
-                f"{shape}: it cannot be tapped"
+                f"layer {at} of {lm.identity.architecture} gives {tuple(caught[at].shape)}, not {shape}: it cannot "
+                "be tapped"
             )
-    return tap.caught
+    return caught

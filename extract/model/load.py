@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch import nn
 from ...cache.format.manifest import ModelIdentity
 from ...device import DTYPES, resolve_device, resolve_dtype
 from ...errors import ModelError, ResourceError, needs
+from ...sites import Location
 from ..config import ModelSource
+from .blocks import cut_above, verified_blocks
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
+from .tap import Tap
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class LanguageModel:
     vocab_size: int
     bos_token_id: int | None
     special_token_ids: tuple[int, ...]
+    taps: dict[Location, Tap] = field(default_factory=dict)
+    """Where the tensors of hook points are, as far as they were asked for."""
+    block_calls: dict[int, Any] = field(default_factory=dict)
+    """How the model calls each block, for looking into it."""
 
 
 def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutline:
@@ -134,6 +141,7 @@ def load_language_model(
     """Load a model for running, weights in ``source.dtype`` on ``source.device``.
 
     With ``deepest_layer`` the blocks above it and the head are dropped. ``identity`` spares hashing the weights again.
+    The blocks are verified: what they put out is what the model reports as its hidden states.
 
     Raises:
         ModelError, UsageError: as :func:`outline_model`; or no such layer, or weights missing.
@@ -145,10 +153,10 @@ def load_language_model(
     identity = identity or identify_model(outline)
     dtype, device = DTYPES[outline.source.dtype], torch.device(outline.source.device)
     model = _read_weights(outline, dtype)
-    decoder, name = find_blocks(model, outline.n_layers)
+    found = verified_blocks(model, outline.n_layers, outline.d_model)
     if deepest_layer is not None:
-        setattr(decoder, name, nn.ModuleList(list(getattr(decoder, name))[: deepest_layer + 1]))
-        model = decoder
+        cut_above(found, deepest_layer)
+        model = found.decoder
     try:
         model = model.to(device)
     except torch.OutOfMemoryError:
@@ -157,8 +165,8 @@ def load_language_model(
         ) from None
     return LanguageModel(
         model=model,
-        decoder=decoder,
-        blocks=getattr(decoder, name),
+        decoder=found.decoder,
+        blocks=found.blocks,
         tokenizer=outline.tokenizer,
         identity=identity,
         device=device,
@@ -179,18 +187,6 @@ def check_layers(outline: ModelOutline, layers: tuple[int, ...]) -> None:
                 f"{outline.files.name} has {outline.n_layers} layers, numbered 0 to {outline.n_layers - 1}; "
                 f"you asked for layer {layer}"
             )
-
-
-def find_blocks(model: nn.Module, n_layers: int) -> tuple[nn.Module, str]:
-    """The decoder module and the name of its list of blocks: a list of ``n_layers`` beside the token embedding."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    for decoder in model.modules():
-        for name, child in decoder.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == n_layers and embedding in decoder.modules():
-                return decoder, name
-    raise ModelError(
-        f"{type(model).__name__} keeps its {n_layers} blocks in no list beside its embedding: it cannot be tapped"
-    )
 
 
 def choose_attention(config: Any) -> str:

@@ -162,7 +162,7 @@ def test_a_state_of_another_stream_is_refused_by_name(tmp_path):
     del state["of"]["view"]  # as before there were views
     with (
         TokenStream(store, [view], tokens_per_batch=40, seed=7) as now,
-        pytest.raises(UsageError, match="in another order"),
+        pytest.raises(StoreError, match="in another order"),
     ):
         now.load_state_dict(state, view)
 

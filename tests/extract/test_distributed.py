@@ -18,6 +18,7 @@ from tcsae.extract.distributed import Job, _passes
 from tcsae.extract.model.load import load_language_model
 from tcsae.extract.run import extract
 from tcsae.extract.text.rows import row_blocks
+from tcsae.sites import Location
 
 from tests.extract.snapshots import contents
 
@@ -45,11 +46,11 @@ def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):
 
     lm = load_language_model(config.model, deepest_layer=2)
     block, _ = next(row_blocks(config.text, lm, rows_per_block=7))
-    job = Job(config.model, lm.identity, ((2, ""),), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "run")
-    parts = list(_passes(lm, [2], job, block, 0))
+    job = Job(config.model, lm.identity, ((Location(2), ""),), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "run")
+    parts = list(_passes(lm, [Location(2)], job, block, 0))
     assert [len(rows) for rows, _ in parts] == [4, 3]
-    alone = ForwardPass(lm, [2], 4).launch(block.slice(4, 7)).land()[2]
-    assert (parts[1][1][2] == alone).all()
+    alone = ForwardPass(lm, [Location(2)], 4).launch(block.slice(4, 7)).land()[Location(2)]
+    assert (parts[1][1][Location(2)] == alone).all()
 
 
 def test_a_task_whose_run_was_stopped_says_so_where_it_runs(config, capsys, monkeypatch):
@@ -112,7 +113,7 @@ def test_a_scheduler_lost_in_the_middle_is_a_sentence_and_the_same_command_goes_
             extract(replace(other, scheduler=address))
         killer.join()
     assert "Traceback" not in capfd.readouterr().err
-    assert 8 <= ActivationStore.open(other.paths[2], allow_unfinished=True).n_rows < 60
+    assert 8 <= ActivationStore.open(other.paths[Location(2)], allow_unfinished=True).n_rows < 60
     extract(other)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 

@@ -16,6 +16,7 @@ from tcsae.extract import plan as plan_module
 from tcsae.extract import run as run_module
 from tcsae.extract.run import extract
 from tcsae.pipeline import main
+from tcsae.sites import Location
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_a_layer_beside_finished_ones_is_refused_at_once_and_then_extracted_by_i
         extract(replace(three, text=replace(three.text, seed=5)))
     assert main(shlex.split(str(said.value).rsplit("by itself: ", 1)[1])[1:]) == 0
     assert extract(three).already_complete
-    alone, beside = (ActivationStore.open(three.paths[n]) for n in (3, 1))
+    alone, beside = (ActivationStore.open(three.paths[Location(n)]) for n in (3, 1))
     assert (alone.tokens(0, 100) == beside.tokens(0, 100)).all()
 
 
@@ -59,8 +60,8 @@ def test_a_layer_added_to_stores_that_grew_grows_with_them(config, monkeypatch, 
     assert extract(three).tokens == 30 * 16
     whole = replace(three, out=str(tmp_path / "b"))
     extract(whole)
-    for layer, path in whole.paths.items():
-        ours, theirs = ActivationStore.open(three.paths[layer]), ActivationStore.open(path)
+    for at, path in whole.paths.items():
+        ours, theirs = ActivationStore.open(three.paths[at]), ActivationStore.open(path)
         torch.testing.assert_close(ours.rows(0, 90), theirs.rows(0, 90), rtol=0, atol=0)
 
 

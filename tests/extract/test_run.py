@@ -25,6 +25,7 @@ from tcsae.extract.config import ModelSource, command_line
 from tcsae.extract.model.forward import ForwardPass, choose_batch_size
 from tcsae.extract.plan import estimate
 from tcsae.extract.run import extract, how_to_go_on
+from tcsae.sites import Location
 from tiny import tiny_corpus
 
 from tests.extract.snapshots import contents
@@ -61,7 +62,7 @@ def start(config):
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    log = Path(config.paths[2]) / "activations" / "commits.jsonl"
+    log = Path(config.paths[Location(2)]) / "activations" / "commits.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
     return process
@@ -83,9 +84,9 @@ def test_fills_the_plan(config):
     done = extract(config)
     assert (done.rows, done.tokens_stored, done.batch_size, done.already_complete) == (100, 1600, 4, False)
     assert done.bytes_written > 2 * 1600 * 24 * 2
-    for layer, path in config.paths.items():
+    for at, path in config.paths.items():
         store = ActivationStore.open(path)
-        assert (store.layer, store.n_rows, store.finished) == (layer, 100, True)
+        assert (store.location, store.n_rows, store.finished) == (at, 100, True)
         assert store.manifest.text.dataset == str(Path(config.text.dataset).resolve())
         assert store.manifest.execution.batch_size == 4
 
@@ -101,7 +102,7 @@ def test_stopped_and_resumed_is_the_same_store(config, monkeypatch, tmp_path, pa
         ):
             extract(other)
     with pytest.raises(StoreError, match="finish it with the same extract command"):
-        ActivationStore.open(other.paths[1])
+        ActivationStore.open(other.paths[Location(1)])
     extract(other)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -126,7 +127,7 @@ def test_signals_keep_what_is_committed_and_say_how_to_go_on(config, tmp_path, n
     assert "of 100 rows are committed" in said
     assert f"to go on: {command_line(config)}" in said
     assert "Traceback" not in said
-    assert ActivationStore.open(config.paths[1], allow_unfinished=True).n_rows >= 8
+    assert ActivationStore.open(config.paths[Location(1)], allow_unfinished=True).n_rows >= 8
 
 
 def test_a_finished_store_is_complete_and_reads_no_weights(config, monkeypatch):
@@ -140,16 +141,18 @@ def test_a_finished_store_is_complete_and_reads_no_weights(config, monkeypatch):
 
 def test_more_tokens_extend_a_finished_store_to_the_same_bits(config, tmp_path):
     extract(replace(config, tokens=42 * CONTEXT))
-    store = ActivationStore.open(config.paths[2])
+    store = ActivationStore.open(config.paths[Location(2)])
     before, layout = store.rows(0, 42), store.layout
     assert 42 % layout.shard_rows
     done = extract(replace(config, batch_size=None))
     assert (done.rows, done.tokens, done.batch_size) == (100, 58 * CONTEXT, 4)
-    grown = ActivationStore.open(config.paths[2])
+    grown = ActivationStore.open(config.paths[Location(2)])
     torch.testing.assert_close(grown.rows(0, 42), before, rtol=0, atol=0)
     whole = replace(config, out=str(tmp_path / "b"), tokens=100 * CONTEXT)
     extract(whole)
-    torch.testing.assert_close(grown.rows(0, 100), ActivationStore.open(whole.paths[2]).rows(0, 100), rtol=0, atol=0)
+    torch.testing.assert_close(
+        grown.rows(0, 100), ActivationStore.open(whole.paths[Location(2)]).rows(0, 100), rtol=0, atol=0
+    )
 
 
 def test_text_that_ends_finishes_the_store_and_says_so(config, tmp_path):
@@ -161,7 +164,7 @@ def test_text_that_ends_finishes_the_store_and_says_so(config, tmp_path):
     assert done.held_out_documents > 0
     again = extract(replace(config, tokens=10**7))
     assert again.already_complete
-    assert again.rows == done.rows == ActivationStore.open(config.paths[1]).n_rows
+    assert again.rows == done.rows == ActivationStore.open(config.paths[Location(1)]).n_rows
 
 
 def test_fresh_begins_anew(config):
@@ -170,7 +173,7 @@ def test_fresh_begins_anew(config):
     with pytest.raises(StoreError, match=r"text.seed: store has 0, you asked for 5"):
         extract(other)
     extract(replace(other, fresh=True))
-    assert ActivationStore.open(config.paths[1]).manifest.text.seed == 5
+    assert ActivationStore.open(config.paths[Location(1)]).manifest.text.seed == 5
 
 
 @pytest.mark.parametrize(
@@ -217,14 +220,14 @@ def test_out_of_memory_halves_the_batch_and_records_it(config, monkeypatch, tmp_
         done = extract(replace(config, batch_size=8))
     assert "out of memory on cpu: going on with 4 rows at a time" in capsys.readouterr().err
     assert done.batch_size == 2
-    store = ActivationStore.open(config.paths[1])
+    store = ActivationStore.open(config.paths[Location(1)])
     recorded = [(c.execution or {"batch_size": 8})["batch_size"] for c in store.commits]
     assert recorded[0] == 8
     assert recorded[-1] == 2
     assert sorted(recorded, reverse=True) == recorded
     plain = replace(config, out=str(tmp_path / "b"))
     extract(plain)
-    other = ActivationStore.open(plain.paths[1])
+    other = ActivationStore.open(plain.paths[Location(1)])
     np.testing.assert_array_equal(store.tokens(0, 100), other.tokens(0, 100))
     torch.testing.assert_close(store.rows(0, 100), other.rows(0, 100), rtol=2**-6, atol=2**-6)
     grown = extract(replace(config, batch_size=None, tokens=120 * CONTEXT))
@@ -245,7 +248,7 @@ def test_nan_stops_with_the_place_named(config, monkeypatch, value):
     def poisoned(self, block):
         flight = real(self, block)
         if next(count) == 6:
-            flight.tensors[2][1, 3, 5] = value
+            flight.tensors[Location(2)][1, 3, 5] = value
         return flight
 
     with monkeypatch.context() as patched:
@@ -254,10 +257,10 @@ def test_nan_stops_with_the_place_named(config, monkeypatch, value):
             ModelError, match=r"NaN or Inf at layer 2, row 25, position 3 \(token \d+\) in float32: what was"
         ):
             extract(config)
-    store = ActivationStore.open(config.paths[2], allow_unfinished=True)
+    store = ActivationStore.open(config.paths[Location(2)], allow_unfinished=True)
     assert 0 < store.n_rows < 26
     extract(config)
-    assert torch.isfinite(ActivationStore.open(config.paths[2]).rows(0, 100)).all()
+    assert torch.isfinite(ActivationStore.open(config.paths[Location(2)]).rows(0, 100)).all()
 
 
 def test_stopped_before_fresh_replaced_anything_the_old_rows_are_not_called_ours(config):
@@ -308,7 +311,7 @@ def test_what_fresh_removes_is_free_for_the_plan(config, tmp_path, monkeypatch, 
     with speaking(True):
         extract(anew)
     assert " that --fresh removes" in capsys.readouterr().err
-    assert ActivationStore.open(config.paths[1]).manifest.text.seed == 5
+    assert ActivationStore.open(config.paths[Location(1)]).manifest.text.seed == 5
 
 
 def test_text_without_a_row_makes_no_store(config, tmp_path):
@@ -365,6 +368,13 @@ def test_short_last_batches_run_at_full_shape(config, monkeypatch):
         shapes.add(tuple(ids.shape))
         return real(self, ids)
 
-    monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
+    load = run_module.load_language_model
+
+    def loaded(*args, **kwargs):  # loading itself runs a few tokens through the blocks
+        lm = load(*args, **kwargs)
+        monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
+        return lm
+
+    monkeypatch.setattr(run_module, "load_language_model", loaded)
     extract(replace(config, tokens=9 * CONTEXT, batch_size=4))
-    assert len(shapes) == 1
+    assert shapes == {(4, CONTEXT)}

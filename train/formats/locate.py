@@ -1,4 +1,4 @@
-"""Finding anyone's SAE: by path or hub id, whatever its format, and the layer it belongs to.
+"""Finding anyone's SAE: by path or hub id, whatever its format, and the layer and hook point it belongs to.
 
 Accepted: every format of :data:`~.registry.FORMATS`, as a folder or a file, here or on the hub as
 ``owner/repository/path/inside``.
@@ -6,26 +6,17 @@ Accepted: every format of :data:`~.registry.FORMATS`, as a folder or a file, her
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...errors import RunError, UsageError
+from ...errors import RunError
+from ...sites import Location, site_of
 from ...untrusted_files import reason, shown
 from .registry import FORMATS, format_of
 
 if TYPE_CHECKING:  # the SAE classes reach this file, not the other way round
     from ..sae.protocol import SparseAutoencoder
-
-# Names of hook points whose number is the block whose output they are; resid_pre is the output of the block before.
-_OUTPUT_OF = (
-    r"blocks\.(\d+)\.hook_resid_post",
-    r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.output)?$",
-    r"resid_post_layer_(\d+)",
-    r"(?:^|/)layer_(\d+)(?:/|$)",
-)
-_INPUT_OF = r"blocks\.(\d+)\.hook_resid_pre"
 
 
 @dataclass(frozen=True)
@@ -36,57 +27,33 @@ class ExternalSAE:
     path: str
     source: str
     """Name of its format."""
-    layer: int
+    at: Location
+    """The layer and hook point whose tensor it reconstructs."""
     sae: SparseAutoencoder
     model_name: str | None
 
+    @property
+    def layer(self) -> int:
+        """The layer, counted from 0."""
+        return self.at.layer
 
-def load_external(path: str, layer: int | None = None) -> ExternalSAE:
-    """Load an SAE by path or hub id. ``layer`` is needed where its own files do not say it.
+    @property
+    def site(self) -> str:
+        """The hook point's name."""
+        return self.at.site
+
+
+def load_external(path: str, layer: int | None = None, site: str | None = None) -> ExternalSAE:
+    """Load an SAE by path or hub id. ``layer`` and ``site`` are needed where its own files do not say them.
 
     Raises:
-        RunError: nothing there, damaged, or of a kind that cannot be evaluated.
-        UsageError: no layer is known, or the one given contradicts the SAE's own.
+        RunError: nothing there, damaged, or of a kind or a place in the model that cannot be evaluated.
+        UsageError: no layer is known, or what is given contradicts the SAE's own.
 
     """
     source, sae = read_sae(path)
-    metadata = sae.metadata
-    said = layer_of(metadata, path)
-    if said is None and layer is None:
-        raise UsageError(f"{path} does not say which layer it belongs to: give --layer")
-    if said is not None and layer is not None and said != layer:
-        hook = shown(metadata.get("hook_name") or path)
-        raise UsageError(
-            f"--layer {layer} was given for {path}, but it belongs to layer {said} ('{hook}'): leave --layer out"
-        )
-    at = layer if said is None else said
-    assert at is not None  # noqa: S101 - one of the two is known, for the type checker
-    return ExternalSAE(_name(path), path, source, at, sae, metadata.get("model_name"))
-
-
-def layer_of(metadata: dict[str, Any], path: str) -> int | None:
-    """The layer whose output an SAE reads, from its hook name or its path; None where neither says.
-
-    Raises:
-        RunError: it reads something other than the residual stream between blocks.
-
-    """
-    if isinstance(metadata.get("layer"), int):
-        return metadata["layer"]
-    hook = metadata.get("hook_name") or metadata.get("hook_point")
-    for name in filter(None, (hook, path)):
-        before = re.search(_INPUT_OF, str(name))
-        if before and int(before[1]) > 0:
-            return int(before[1]) - 1
-        for pattern in _OUTPUT_OF:
-            found = re.search(pattern, str(name))
-            if found:
-                return int(found[1])
-    if hook:
-        raise RunError(
-            f"{path} reads '{hook}', which is not the residual stream after a block: only such SAEs can be spliced here"
-        )
-    return None
+    at = site_of(sae.metadata, path, layer, site)
+    return ExternalSAE(_name(path), path, source, at, sae, sae.metadata.get("model_name"))
 
 
 def read_sae(path: str | Path) -> tuple[str, SparseAutoencoder]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ...atomic_files import write_json
 from ...checksums import content_hash, file_hash
 from ...errors import RunError
+from ...sites import Location, location_of
 from ...untrusted_files import read_json, shown
 
 RECORD = "train.json"
@@ -33,7 +34,7 @@ class RunRecord(BaseModel):
     twin: str | None
     """Folder name of the other one of the pair, in the same parent folder; None where there is none."""
     layer: int
-    """Layer of the language model whose output the SAE reads."""
+    """Layer of the language model, counted from 0."""
     store: str
     """Path of the activation store, as given."""
     store_fingerprint: str
@@ -64,6 +65,12 @@ class RunRecord(BaseModel):
     """When the run began, ISO 8601, UTC."""
     hashes: dict[str, str] = {}
     """Of the SAE's files, once it is finished (XXH3, 128 bits); in the file also of the record itself."""
+
+    @property
+    def location(self) -> Location:
+        """The layer and the hook point whose tensor the SAE reconstructs."""
+        hook_name = self.store_manifest.get("hook_name")
+        return Location(self.layer) if hook_name is None else location_of(hook_name)
 
     def save(self, folder: Path) -> None:
         """Write ``folder/train.json`` whole and durably, if finished with the hashes of the SAE's files there.

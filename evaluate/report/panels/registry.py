@@ -1,19 +1,21 @@
 """The panels there are, by name: this program's own and those of plug-ins, all registered with :func:`panel`.
 
-A panel is a pure function from an evaluation to one chart of one layer; layers get panels of their own, since neither
-reference rows nor losses are comparable across layers. Where its numbers are missing it is left out; nothing is drawn
-from a null.
+A panel is a pure function from an evaluation to one chart of one layer; layers and sites get panels of their own, since
+neither reference rows nor losses are comparable across them. Where its numbers are missing it is left out; nothing is
+drawn from a null.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, TypeVar
 
 from ....errors import UsageError
 from ....plugins import plugin_at_work
 from ....registry import Registry
+from ....sites import RESIDUAL, Location
 from ...results import EvaluationReport
 from ..chart import Panel
 
@@ -42,6 +44,14 @@ class PanelEntry:
 PANELS: Registry[PanelEntry] = Registry(
     "report panel", {name: f"evaluate.report.panels.{module}" for module, names in _BUILT_IN.items() for name in names}
 )
+
+
+def _placed(drawn: Panel, at: Location) -> Panel:
+    """A panel among those of its layer and site, which its title names where it is not the residual stream."""
+    drawn = replace(drawn, layer=at.layer, site=at.site)
+    if at.site == RESIDUAL:
+        return drawn
+    return replace(drawn, key=f"{drawn.key}-{at.site}", title=f"{drawn.title}, {at.site}")
 
 
 def panel(section: str, *, name: str | None = None) -> Callable[[T], T]:
@@ -76,13 +86,14 @@ def sections(report: EvaluationReport) -> dict[str, list[Panel]]:
     """
     found: dict[str, list[Panel]] = {section: [] for section in SECTIONS}
     names = PANELS.among(report.plugins)
-    for layer in report.layers:
-        for name in names:
+    for site in report.sites:
+        part = report.of_site(site)
+        for layer, name in product(part.layers, names):
             entry = PANELS.get(name)
             with plugin_at_work(PANELS, name):
-                drawn = entry.draw(report, layer)
+                drawn = entry.draw(part, layer)
                 panels = [drawn] if isinstance(drawn, Panel) else list(drawn or ())
-                found[entry.section] += [replace(one, layer=layer) for one in panels]
+                found[entry.section] += [_placed(one, Location(layer, site)) for one in panels]
     keys = [one.key for group in found.values() for one in group]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UsageError(f"two report panels have the key '{twice}', which names their files: give each its own")

@@ -9,6 +9,7 @@ from tcsae.evaluate.report.page import render_page, write_report
 from tcsae.evaluate.report.tables import comparisons, main_tables, published
 from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, outcomes, show, verdict
 from tcsae.evaluate.results import Definition, EvaluationReport, Metric
+from tcsae.sites import Location
 
 VOID = {"meta", "link", "img", "br", "input", "hr", "circle", "path", "rect", "line"}
 
@@ -308,7 +309,7 @@ def test_published_table_sets_the_paper_beside_untrained_rows(report):
     assert found is not None
     layer, rows = found
     by_name = {row.quantity: row for row in rows}
-    assert layer == 12
+    assert layer == Location(12)
     assert by_name["CE (nats)"].here[0].text == "10.80"
     assert by_name["L0 / d"].here[2].text == "0.501"
     assert by_name["cosine(x, x̂)"].here[1].text == "—"

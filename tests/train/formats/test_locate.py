@@ -7,7 +7,7 @@ import torch
 from saes import random_sae
 from safetensors.torch import save_file
 from tcsae.errors import RunError, UsageError
-from tcsae.train.formats.locate import layer_of, load_external
+from tcsae.train.formats.locate import load_external
 from tcsae.train.formats.registry import FORMATS
 from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch.nn.functional import relu
@@ -132,18 +132,6 @@ def test_dictionary_learning(tmp_path):
     assert (plain.layer, found.layer, plain.model_name) == (3, 4, "lm")
     with pytest.raises(RunError, match=r"TopK or BatchTopK: put the config\.json"):
         load_external(dictionary(tmp_path / "bare", counted, None), 1)
-
-
-def test_layers_are_read_from_hook_names_and_paths():
-    assert layer_of({"hook_name": "blocks.12.hook_resid_post"}, "x") == 12
-    assert layer_of({"hook_name": "blocks.12.hook_resid_pre"}, "x") == 11
-    assert layer_of({"hook_name": "model.layers.4"}, "x") == 4
-    assert layer_of({"hook_name": "resid_post_layer_9"}, "x") == 9
-    assert layer_of({"layer": 5}, "x") == 5
-    assert layer_of({}, "release/layer_20/width_16k") == 20
-    assert layer_of({}, "somewhere") is None
-    with pytest.raises(RunError, match="not the residual stream"):
-        layer_of({"hook_name": "blocks.3.hook_mlp_out"}, "x")
 
 
 def test_layer_must_be_known_and_agree(tmp_path):
