@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from tcsae.cache.store import ActivationStore
-from tcsae.console import note
+from tcsae.console import note, set_quiet
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.intervals.jackknife import STUDENT
 from tcsae.evaluate.results import EvaluationReport, Record
@@ -258,6 +258,7 @@ def _with_bounds(one: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse()
+    set_quiet(False)  # hours long
     torch.set_num_threads(args.threads)
     args.store = args.folder / "cache" / f"l{args.layer}.zarr"
     text = TextSource(dataset=args.dataset, held_out=0.08)

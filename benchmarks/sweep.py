@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from tcsae.allocator import keeping_freed_memory
 from tcsae.cache.store import ActivationStore
-from tcsae.console import set_quiet
 from tcsae.train.config import TrainConfig
 from tcsae.train.loop.batches import open_stream
 from tcsae.train.loop.inputs import Inputs
@@ -161,7 +160,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny SAEs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    set_quiet(True)
     facts = {
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],

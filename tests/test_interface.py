@@ -108,6 +108,7 @@ def test_a_sweep_is_written_as_on_the_line_or_as_lists():
     }  # fmt: skip
     assert list(sweep_grid(lists)) == list(sweep_grid(written))
     assert list(map(float, sweep_grid(lists)["temporal.weight"])) == [0, 0.1]
+    assert sweep_grid({"groups": [(1,), (0.2, 1)]}) == sweep_grid(["groups=1,0.2:1"])
     with pytest.raises(UsageError, match="'temporal-wieght' cannot be swept"):
         sweep_grid({"temporal_wieght": [1]})
 

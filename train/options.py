@@ -22,8 +22,9 @@ class TrainOptions(TypedDict, total=False):
     architecture: str | None
     activation: str | None
     width: int | str | None
-    groups: str | Sequence[float] | None
     k: int | str | None
+    groups: str | Sequence[float] | None
+    """Nested groups: fractions of the dictionary rising to 1, ``[0.2, 1]`` or ``0.2,1``."""
     decoder: Literal["unit", "free"] | None
     l1: float | None
     temporal: str | None
@@ -85,4 +86,9 @@ def sweep_grid(sweep: Mapping[str, Iterable[Any]] | Iterable[str]) -> dict[str, 
     if not isinstance(sweep, Mapping):
         return parse_sweep(sweep)
     names = {key: key if "." in key else key.replace("_", "-") for key in sweep}
-    return parse_sweep(f"{names[key]}={','.join(map(str, options.several(sweep[key])))}" for key in sweep)
+    return parse_sweep(f"{names[key]}={','.join(map(_written, options.several(sweep[key])))}" for key in sweep)
+
+
+def _written(value: Any) -> str:
+    """A value as ``--sweep`` takes it; one that is a list itself with colons."""
+    return ":".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
