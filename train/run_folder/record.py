@@ -64,7 +64,9 @@ class RunRecord(BaseModel):
     created: str
     """When the run began, ISO 8601, UTC."""
     hashes: dict[str, str] = {}
-    """Of the SAE's files, once it is finished (XXH3, 128 bits); in the file also of the record itself."""
+    """Of the SAE's files, once it is finished: bytes, a colon and their XXH3 (128 bits). In the file also of the record
+    itself, the hash alone.
+    """
 
     @property
     def location(self) -> Location:
@@ -85,7 +87,7 @@ class RunRecord(BaseModel):
 
     def _hashes(self, folder: Path) -> dict[str, str]:
         files = [folder / name for name in (SAE_CONFIG, SAE_WEIGHTS)] if self.finished else []
-        return {file.name: file_hash(file) for file in files if file.exists()}
+        return {file.name: f"{file.stat().st_size}:{file_hash(file)}" for file in files if file.exists()}
 
     def check_files(self, folder: Path) -> None:
         """Compare the SAE's files with what the record says of them; one of a version without hashes says nothing.
@@ -97,10 +99,12 @@ class RunRecord(BaseModel):
         for name, expected in self.hashes.items():
             if not (folder / name).exists():
                 raise RunError(f"{folder / name} is missing: {_REMEDY}")
-            found = file_hash(folder / name)
-            if found != expected:
-                hashes = f"its hash is {found[:12]}…, {RECORD} says {shown(expected[:12])}…"
-                raise RunError(f"{folder / name} is damaged or was changed ({hashes}): {_REMEDY}")
+            said, found = expected.partition(":"), (folder / name).stat().st_size
+            if str(found) != said[0]:
+                sizes = f"it has {found:,} bytes, {RECORD} says {shown(said[0])}"
+                raise RunError(f"{folder / name} is damaged or was changed ({sizes}): {_REMEDY}")
+            if file_hash(folder / name) != said[2]:
+                raise RunError(f"{folder / name} is damaged or was changed (not the hash in {RECORD}): {_REMEDY}")
 
 
 def load_run(path: str | Path) -> RunRecord:
