@@ -21,6 +21,8 @@ import torch
 from ..errors import UsageError
 from .pools import Pool
 
+_LEAST_PAST = 2  # usable tokens before a token, on average, for rows to be worth looking at whole
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -248,6 +250,13 @@ class Rows(View):
 
     def cut(self, pool: Pool, n_batches: int, budget: int, rng: np.random.Generator) -> Cut:
         """See :class:`View`."""
+        before_RT = _usable_before(pool.usable_RT, pool.documents_RT)
+        past = float(before_RT[pool.usable_RT].mean()) if pool.n_tokens else 0.0
+        if past < _LEAST_PAST:
+            raise UsageError(
+                f"in this store a token has {past:.1f} tokens of its document before it in its row on average, too few "
+                "for what sees whole rows: extract longer documents, or with --packing document"
+            )
         local_N = rng.permutation(np.flatnonzero(pool.usable_RT.any(1)))
         if len(local_N) < n_batches:
             raise UsageError(

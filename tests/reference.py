@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 # --- train: losses as loops over tokens, pairs and features, in float64 -------------
 
 
@@ -99,8 +101,6 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
     """Terms of the loss and the gradients of the weights, thresholds of jumprelu included; ``x`` [windows, tokens,
     width].
     """
-    import torch
-
     weights = {
         name: getattr(sae, name).detach().double().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     }
@@ -141,8 +141,6 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
 
 def _to_thresholds(sae, pre, to_z, l1):
     """JumpReLU, arXiv 2407.14435, eq 11 and 12: the rectangle of width ε in the place of the step's derivative."""
-    import torch
-
     n_tokens, width, gradient = len(pre), sae.activation.bandwidth, torch.zeros(sae.n_features, dtype=torch.float64)
     for token in range(n_tokens):
         for feature in range(sae.n_features):
@@ -177,12 +175,84 @@ def _step_temporal(z, term, pairs):
     return squared if term.form == "pairwise" else squared / ((z**2).sum() / z[..., 0].numel()).clamp(min=1e-12)
 
 
+def txc_window(sae, x_WD):
+    """Code [F] and reconstruction [W, D] of one window by a crosscoder, position by position and feature by feature."""
+    w, d = x_WD.shape
+    pre = []
+    for f in range(sae.n_features):
+        total = sae.b_enc[f]
+        for p in range(w):
+            for i in range(d):
+                total = total + x_WD[p, i] * sae.W_enc[p * d + i, f]
+        pre.append(total)
+    largest = sorted(range(len(pre)), key=lambda f: pre[f].item(), reverse=True)[: sae.k]
+    z = [pre[f] if f in largest and pre[f].item() > 0 else 0 * pre[f] for f in range(len(pre))]
+    x_hat = [sae.b_dec[i] + sum(z[f] * sae.W_dec[f, i] for f in largest) for i in range(w * d)]
+    return torch.stack(z), torch.stack(x_hat).view(w, d), pre
+
+
+def txc_loss(sae, x_NWD, dead, aux_k: int, aux_weight: float):
+    """Mean over tokens of the squared error, and AuxK: the strongest dead features on what is left of each window."""
+    n, w, _ = x_NWD.shape
+    error = auxiliary = 0
+    for x_WD in x_NWD:
+        _, x_hat_WD, pre = txc_window(sae, x_WD)
+        error = error + ((x_WD - x_hat_WD) ** 2).sum() / (n * w)
+        left = (x_WD - x_hat_WD).detach().flatten()
+        strongest = sorted(dead, key=lambda f: pre[f].item(), reverse=True)[:aux_k]
+        guess = sum(torch.clamp(pre[f], min=0) * sae.W_dec[f] for f in strongest)
+        auxiliary = auxiliary + ((left - guess) ** 2).sum() / (n * w)
+    return error + aux_weight * auxiliary
+
+
+def tfa_sequence(sae, x_LD):
+    """Predicted and novel codes [L, F] and reconstruction [L, D] of one sequence, token by token and head by head."""
+    features, heads = sae.n_features, sae.heads
+    encoder = sae.W_dec.T if sae.tied else sae.encoder
+    zero = torch.zeros(features, dtype=x_LD.dtype)
+    codes = [torch.clamp(sae.scale * (x - sae.b_dec) @ encoder, min=0) for x in x_LD]
+    seen = [zero, *codes[:-1]]  # what stands at each place
+    keys = [sae.keys.weight @ c + sae.keys.bias for c in seen]
+    values = [sae.values.weight @ c + sae.values.bias for c in seen]
+    predicted, novel, x_hat = [], [], []
+    for t, x in enumerate(x_LD):
+        query = sae.queries.weight @ codes[t] + sae.queries.bias
+        narrow, wide = len(query) // heads, features // heads
+        mixed = []
+        for h in range(heads):
+            mine = slice(h * narrow, (h + 1) * narrow)
+            scores = [(query[mine] @ keys[j][mine]).item() / math.sqrt(narrow) for j in range(t + 1)]
+            shares = [torch.exp(query[mine] @ keys[j][mine] / math.sqrt(narrow) - max(scores)) for j in range(t + 1)]
+            own = slice(h * wide, (h + 1) * wide)
+            mixed.append(sum(share * values[j][own] for j, share in enumerate(shares)) / sum(shares))
+        direction = torch.clamp(sae.output.weight @ torch.cat(mixed) + sae.output.bias, min=0)
+        explained, centred = direction @ sae.W_dec, x - sae.b_dec
+        times = (explained @ centred) / (torch.sqrt((explained**2).sum()) + 1e-6) ** 2
+        rest = torch.clamp(sae.scale * (centred - times * explained) @ encoder, min=0)
+        if sae.k is not None:
+            largest = sorted(range(features), key=lambda f: rest[f].item(), reverse=True)[: sae.k]
+            rest = torch.stack([rest[f] if f in largest else 0 * rest[f] for f in range(features)])
+        predicted.append(times * direction)
+        novel.append(rest)
+        x_hat.append((predicted[-1] + rest) @ sae.W_dec + sae.b_dec)
+    return torch.stack(predicted), torch.stack(novel), torch.stack(x_hat)
+
+
+def row_sequences(valid, documents) -> list[list[tuple[int, int]]]:
+    """The tokens (row, position) that count, by row and document, in order."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for r, row in enumerate(valid.tolist()):
+        for t, counts in enumerate(row):
+            if counts:
+                found.setdefault((r, int(documents[r][t])), []).append((r, t))
+    return list(found.values())
+
+
 # --- evaluate: fidelity, token by token in float64 ----------------------------------
 
 
 def eval_losses(clean_ND, spliced_ND, W_VD, softcap, targets):
     """Cross-entropy of clean and spliced final states, and KL(clean ‖ spliced), from whole rows of logits."""
-    import torch
 
     def log_probabilities(states):
         logits = states.double() @ W_VD.double().T

@@ -94,6 +94,16 @@ class SAEConfig(_Group):
     """jumprelu: width of the straight-through derivative."""
     threshold: float = Field(default=0.01, ge=0)
     """jumprelu: where the thresholds begin."""
+    window: int = Field(default=0, ge=0)
+    """txc: positions that one code is of; 0: data.window."""
+    k_of: Literal["token", "window"] = "token"
+    """txc: a window's code has k · W active features (token), as many as W separate codes, or k (window)."""
+    heads: int = Field(default=4, ge=1)
+    """tfa: of the attention."""
+    bottleneck: int = Field(default=1, ge=1)
+    """tfa: keys and queries are so many times narrower than the dictionary."""
+    tied: bool = True
+    """tfa: whether the encoder is the decoder's transpose."""
 
     @field_validator("architecture")
     @classmethod
@@ -187,6 +197,8 @@ class OptimiserConfig(_Group):
     """adamw decays weights apart from the gradient; adam does not decay."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averages of the gradient and of its square."""
     threshold_rate: float = Field(default=0.0, ge=0)
     """jumprelu: learning rate of the thresholds, in units of lr; 0: √d_model."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -200,7 +212,11 @@ class OptimiserConfig(_Group):
     warmup_share: float = Field(default=0.05, ge=0, le=1)
     """… but at most this share of the run."""
     decay_share: float = Field(default=0.2, ge=0, le=1)
-    """Last share of the run over which the learning rate falls linearly to zero."""
+    """Last share of the run over which the learning rate falls to its end; at most what the warm-up leaves."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    """Where it ends, as a share of its peak."""
 
 
 class RunConfig(_Group):
@@ -237,7 +253,7 @@ class RunConfig(_Group):
 class TrainConfig(_Group):
     """Everything about one SAE's training."""
 
-    preset: Literal["modern", "paper"] = "modern"
+    preset: Literal["modern", "paper", "tfa"] = "modern"
     """Which preset the rest was laid over."""
     data: DataConfig = DataConfig()
     sae: SAEConfig = SAEConfig()

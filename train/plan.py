@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..sites import RESIDUAL, Location
 from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
-from .loss.registry import PARTNERS
+from .loss.registry import PARTNERS, TERMS
 from .presets import changed
 from .sae.registry import ARCHITECTURES
 
@@ -164,11 +164,15 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
 
     """
     width = config.sae.width or default_width(config.sae, d_model)
-    fixed = ARCHITECTURES.get(config.sae.architecture).fixes_sparsity(config.sae)
-    if fixed and config.sae.k > width:
-        raise UsageError(
-            f"k is {config.sae.k}, the dictionary has {width} features: give a smaller --k or a larger --width"
-        )
+    kind = ARCHITECTURES.get(config.sae.architecture)
+    config = changed(config, {"data.view": _view_needed(config)})
+    if kind.sees == "window":
+        config = changed(config, {"sae.window": config.data.window})
+    kind.check(config)
+    if kind.fixes_sparsity(config.sae) and (active := kind.active_features(config.sae)) > width:
+        per_window = f" per window of {config.data.window}" if kind.sees == "window" else ""
+        sizes = f"k is {active}{per_window}, the dictionary has {width} features"
+        raise UsageError(f"{sizes}: give a smaller --k or a larger --width")
     sizes = group_sizes(config.sae, width)
     if len(set(sizes)) < len(sizes):
         groups = ", ".join(f"{fraction:g}" for fraction in config.sae.groups)
@@ -179,17 +183,40 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
         raise UsageError(f"{sizes}: give a larger --batch-size")
     # Of the batch's size, not of what its windows leave of it: members with different views take the same steps.
     steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // config.data.batch_size)
-    view = _view_needed(config)
-    window = 2 if view == "pairs" else config.data.window
-    return changed(config, {"sae.width": width, "run.steps": steps, "data.view": view, "data.window": window})
+    window = 2 if config.data.view == "pairs" else config.data.window
+    return changed(config, {"sae.width": width, "run.steps": steps, "data.window": window})
 
 
 def _view_needed(config: TrainConfig) -> str:
-    """What must be seen of the store: what the architecture's codes or the term's partners are computed from."""
-    if ARCHITECTURES.get(config.sae.architecture).sees == "row":
+    """What must be seen of the store: what the architecture's codes or the term's partners are computed from.
+
+    Raises:
+        UsageError: the two do not go together.
+
+    """
+    name, term, given = config.sae.architecture, config.temporal, config.data.view
+    sees = ARCHITECTURES.get(name).sees
+    if sees == "row":
+        _check_term_on_rows(config)
         return "rows"
-    needs_pairs = config.temporal.form != "none" and PARTNERS.get(config.temporal.partner).pairs
-    return "pairs" if needs_pairs else config.data.view
+    if given == "rows" or (given == "pairs" and sees == "window"):
+        raise UsageError(f"architecture '{name}' sees {sees}s, data.view = '{given}' shows it none: leave it out")
+    needs_pairs = term.form != "none" and PARTNERS.get(term.partner).pairs
+    return "pairs" if needs_pairs else given
+
+
+def _check_term_on_rows(config: TrainConfig) -> None:
+    term, name = config.temporal, config.sae.architecture
+    if term.form == "none":
+        return
+    if term.partner not in ("next", "lag"):
+        raise UsageError(
+            f"architecture '{name}' sees whole rows, where partner '{term.partner}' is not drawn: use next"
+        )
+    form = TERMS.get(term.form)
+    if form.whole_windows or not form.mean_over_windows:
+        what = f"'{term.form}' is no mean over pairs of tokens"
+        raise UsageError(f"architecture '{name}' sees whole rows and {what}: use another --temporal")
 
 
 def view_of(data: DataConfig) -> View:
@@ -238,7 +265,9 @@ def _name(config: TrainConfig, at: Location, grid: Mapping[str, Sequence[str]], 
     shown, pairs = {*_NAMED, "sae.groups"}, config.data.view == "pairs"
     parts += [f"groups{_value(config, 'sae.groups')}"] if len(sae.groups) > 1 else []
     if temporal.form == "none":
-        parts += ["none", *(["pairs"] if pairs else [])]
+        windows = [f"w{config.data.window}"] if ARCHITECTURES.get(sae.architecture).sees == "window" else []
+        parts += ["none", *(["pairs"] if pairs else windows)]
+        shown |= {"data.window"} if windows else set()
         shown |= {field for field in grid if field.startswith("temporal.")}
     else:
         windows = [] if pairs else [f"w{config.data.window}"]

@@ -1,6 +1,7 @@
 """Presets, and the way of a configuration in and out of TOML: preset < file < flags.
 
-``modern`` is what the groups of :mod:`.config` default to; ``paper`` is the TC-SAE paper taken literally.
+``modern`` is what the groups of :mod:`.config` default to; ``paper`` is the TC-SAE paper taken literally, ``tfa``
+Temporal Feature Analysis as published, but for the inputs' scale (ours gives E‖x‖² = d_model, and only biases know).
 """
 
 from __future__ import annotations
@@ -37,7 +38,29 @@ PAPER: dict[str, Any] = {
     "optimiser.warmup_share": 1.0,
     "optimiser.decay_share": 0.0,
 }
-PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER}
+TFA: dict[str, Any] = {  # Priors in Time (arXiv 2511.01836), the configuration for Gemma-2-2b
+    "data.batch_size": 50_000,  # 100 rows of 500
+    "data.norm_filter": 0.0,
+    "sae.architecture": "tfa",
+    "sae.activation": "topk",
+    "sae.k": 192,
+    "sae.expansion": 4.0,
+    "sae.round_width": False,
+    "sae.decoder": "free",
+    "sae.b_dec": "zero",
+    "loss.aux_weight": 0.0,
+    "temporal.form": "none",
+    "optimiser.lr": 1e-3,
+    "optimiser.betas": (0.9, 0.95),
+    "optimiser.weight_decay": 1e-4,
+    "optimiser.decay_decoder": True,
+    "optimiser.warmup": 200,
+    "optimiser.warmup_share": 1.0,
+    "optimiser.decay": "cosine",
+    "optimiser.decay_share": 1.0,
+    "optimiser.final_lr": 0.9,
+}
+PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER, "tfa": TFA}
 
 
 def build_config(

@@ -26,9 +26,9 @@ def pool_of(usable_RT, documents_RT, seed=0):
     return Pool(x_ND, 10 + np.arange(rows), places, usable_RT, documents_RT)
 
 
-def random_pool(rows, context, seed, usable=0.8):
+def random_pool(rows, context, seed, usable=0.8, ends=0.2):
     rng = np.random.default_rng(seed)
-    documents = np.cumsum(rng.random((rows, context)) < 0.2).reshape(rows, context)
+    documents = np.cumsum(rng.random((rows, context)) < ends).reshape(rows, context)
     return pool_of(rng.random((rows, context)) < usable, documents, seed)
 
 
@@ -135,7 +135,7 @@ def test_one_earlier_position_for_a_whole_batch(rows, context, seed):
 
 @pytest.mark.parametrize("view", [Windows(2), Windows(3, 2), Pairs(), Pairs("batch"), Rows()], ids=lambda v: v.name)
 def test_what_is_gathered_is_what_lies_there(view):
-    pool = random_pool(30, 12, 5)
+    pool = random_pool(30, 12, 5, ends=0.05)
     cut = view.cut(pool, 6, 24, np.random.default_rng(0))
     for number in range(6):
         batch = view.gather(pool, cut, number)
@@ -161,13 +161,19 @@ def test_what_is_gathered_is_what_lies_there(view):
 @small
 @given(st.integers(4, 30), st.integers(1, 4), st.integers(0, 2**31))
 def test_every_row_with_a_usable_token_comes_once(rows, n_batches, seed):
-    pool = random_pool(rows, 6, seed, usable=0.9)
+    pool = random_pool(rows, 8, seed, usable=0.9, ends=0)
     with_tokens = pool.usable_RT.any(1).nonzero()[0]
     cut = Rows().cut(pool, n_batches, 1, np.random.default_rng(seed))
     assert sorted(cut.local_N.tolist()) == with_tokens.tolist()
     sizes = np.diff(cut.bounds)
     assert sizes.sum() == len(with_tokens)
     assert sizes.max() - sizes.min() <= 1
+
+
+def test_rows_of_tiny_documents_are_refused():
+    pool = random_pool(30, 12, 0, ends=0.5)
+    with pytest.raises(UsageError, match=r"a token has 0\.\d tokens of its document before it in its row on average"):
+        Rows().cut(pool, 2, 1, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("width", [8, 6, 5])

@@ -64,7 +64,12 @@ def gated_sae(source: Path, weights: Mapping[str, Tensor], **common: Any) -> Gat
 
 
 def registered_sae(
-    source: Path, weights: Mapping[str, Tensor], name: str, settings: Any, metadata: dict[str, Any]
+    source: Path,
+    weights: Mapping[str, Tensor],
+    name: str,
+    widths: tuple[int, int],
+    settings: Any,
+    metadata: dict[str, Any],
 ) -> SparseAutoencoder:
     """An SAE of any registered architecture, as this program saves those that other programs do not know.
 
@@ -72,6 +77,7 @@ def registered_sae(
         source: where it comes from, for messages.
         weights: its whole state.
         name: of the architecture.
+        widths: D and F.
         settings: see :meth:`~tcsae.train.sae.protocol.SparseAutoencoder.settings`.
         metadata: where it belongs.
 
@@ -81,9 +87,8 @@ def registered_sae(
     """
     if name not in ARCHITECTURES:
         raise RunError(f"{shown(source)} is of architecture '{shown(name)}', which a plug-in registers: give --plugin")
-    D, F = shape_of(source, weights)
     try:
-        sae = ARCHITECTURES.get(name).from_settings(D, F, dict(settings), metadata)
+        sae = ARCHITECTURES.get(name).from_settings(*widths, dict(settings), metadata)
     except (TcsaeError, KeyError, TypeError, ValueError) as failure:
         what = f"{shown(source)} does not describe an SAE of architecture '{name}'"
         raise RunError(f"{what} ({type(failure).__name__}: {failure})") from failure

@@ -68,6 +68,8 @@ class SAELens(SAEFormat):
             "metadata": place_of(path / CONFIG, metadata),
         }
         described = [count(path / CONFIG, config, "d_in"), count(path / CONFIG, config, "d_sae")]
+        if _is_own(config):
+            return _own(path, config, weights, (described[0], described[1]), common["metadata"])
         there = list(shape_of(path / WEIGHTS, weights))
         if there != described:
             shapes = f"W_enc is {there} in {WEIGHTS}, {described} by {CONFIG}"
@@ -134,9 +136,6 @@ _DEFAULT_METADATA: dict[str, Any] = {
 def _sae(path: Path, config: dict[str, Any], weights: dict[str, Tensor], common: dict[str, Any]) -> SparseAutoencoder:
     source = path / WEIGHTS
     architecture = config.get("architecture", "standard")
-    if isinstance(architecture, str) and architecture.startswith(_OWN):
-        settings = config.get("tcsae_settings") or {}
-        return registered_sae(source, weights, architecture.removeprefix(_OWN), settings, common["metadata"])
     if architecture == "gated":
         return gated_sae(source, weights, **common)
     if architecture == "standard" and config.get("activation_fn_str", "relu") == "relu":
@@ -154,6 +153,19 @@ def _sae(path: Path, config: dict[str, Any], weights: dict[str, Tensor], common:
         found += f" with activation '{shown(config.get('activation_fn_str'))}'"
     known = "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu and gated"
     raise RunError(f"{shown(path)} is a SAELens SAE of {found}; {known} can be read")
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    architecture = config.get("architecture")
+    return isinstance(architecture, str) and architecture.startswith(_OWN)
+
+
+def _own(
+    path: Path, config: dict[str, Any], weights: dict[str, Tensor], widths: tuple[int, int], metadata: dict[str, Any]
+) -> SparseAutoencoder:
+    """An SAE that SAELens does not know; only its own class knows its weights."""
+    name, settings = config["architecture"].removeprefix(_OWN), config.get("tcsae_settings") or {}
+    return registered_sae(path / WEIGHTS, weights, name, widths, settings, metadata)
 
 
 def _is_topk(config: dict[str, Any]) -> bool:

@@ -10,16 +10,25 @@ import math
 import torch
 from torch import Tensor
 
+from ..sae.protocol import RowTokens
 from .member import Member, Update
 from .temporal_buffer import TemporalBuffer
 
 _SAMPLED_ROWS, _NEAR = 512, 0.95
-_TIMED_WINDOWS = 64
+_TIMED_WINDOWS, _TIMED_LENGTH, _TIMED_ROWS = 64, 5, 8
 Metrics = dict[str, float | None]
 
 
 @torch.no_grad()
-def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, share: float = 1.0) -> Metrics:
+def diagnose(
+    member: Member,
+    update: Update,
+    x_NWD: Tensor,
+    mean_D: Tensor,
+    *,
+    share: float = 1.0,
+    rows: RowTokens | None = None,
+) -> Metrics:
     """All metrics of one logged step: of the whole batch as it was in the step, of time from its first few windows
     after it.
 
@@ -29,6 +38,7 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
         x_NWD: its scaled inputs.
         mean_D: the global mean of the scaled inputs, for the explained variance.
         share: part of the batch's windows that this process has.
+        rows: which tokens count, where these are whole rows.
 
     Returns:
         Loss terms and their weighted shares of the total, gradient norm, learning rate, L0, dead share, explained
@@ -36,12 +46,14 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
 
     """
     result = update.result
-    tokens = x_NWD.shape[0] * x_NWD.shape[1] / share
-    spread = float(member.world.mean((x_NWD - mean_D).pow(2).sum(-1).mean(), share))
-    z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
+    window = x_NWD.shape[1] if member.sae.sees == "window" else 1  # tokens of one code
+    x_counted = x_NWD if rows is None else x_NWD[rows.valid_NT]
+    codes = x_counted.numel() / x_NWD.shape[-1] / window / share
+    spread = float(member.world.mean((x_counted - mean_D).pow(2).sum(-1).mean(), share))
+    z = _timed_codes(member, x_NWD, rows)
     metrics = {
         **loss_terms(update),
-        "l0": float(result.fired_F.sum()) / tokens,
+        "l0": float(result.fired_F.sum()) / codes,
         "dead_share": float(member.dead.float().mean()),
         "explained_variance": 1 - float(result.error) / spread if spread > 0 else None,
         "near_duplicates": near_duplicates(member.sae.W_dec),
@@ -49,6 +61,19 @@ def diagnose(member: Member, update: Update, x_NWD: Tensor, mean_D: Tensor, *, s
         **lag_correlations(z),
     }
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _timed_codes(member: Member, x_NWD: Tensor, rows: RowTokens | None) -> Tensor:
+    """Codes [N, W, F] of consecutive tokens of one document; W is 1 where a code is of a whole window."""
+    if rows is None:
+        z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
+        return z.unsqueeze(1) if member.sae.sees == "window" else z
+    first, w = slice(_TIMED_ROWS), min(_TIMED_LENGTH, x_NWD.shape[1])
+    valid_NT, documents_NT = rows.valid_NT[first], rows.documents_NT[first]
+    z_NTF = member.sae.on_rows(x_NWD[first], rows.at(first)).features
+    cut = [each.unfold(1, w, w).flatten(0, 1) for each in (valid_NT, documents_NT)]
+    whole = cut[0].all(1) & (cut[1] == cut[1][:, :1]).all(1)
+    return z_NTF.unfold(1, w, w).flatten(0, 1)[whole].transpose(1, 2)
 
 
 def loss_terms(update: Update) -> Metrics:

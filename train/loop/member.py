@@ -132,6 +132,7 @@ def _new_optimiser(sae: SparseAutoencoder, config: TrainConfig) -> torch.optim.O
         times = chosen.threshold_rate or math.sqrt(sae.d_model)
         groups.append({"params": fast, "weight_decay": 0.0, "times": times})
     groups = [group for group in groups if group["params"]]
+    common: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "fused": True}
     if chosen.name == "adam":
-        return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], lr=chosen.lr, fused=True)
-    return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)
+        return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], **common)
+    return torch.optim.AdamW(groups, **common)

@@ -14,11 +14,11 @@ from ...console import format_bytes
 from ...errors import ResourceError
 from ..loss.objective import objective_of
 from ..plan import MemberPlan, tokens_per_step, view_of
+from ..sae.registry import ARCHITECTURES
 from ..step.registry import Step, choose_step
 
 _USABLE = 0.8  # of what is free: the window pool, the allocator and the rest of the machine need some
 _STATES = 4  # weight, gradient and AdamW's two moments, float32
-_CODE_BUFFERS = 4  # pre-activations, codes, their gradient and one temporary, per token and feature, in the dense step
 # Pre-activations of a stack, up to which members step together. CPU, measured for 8 members on Zen 5: the stack takes
 # 0.47 of their time one by one at 2¹⁷, 0.6 at 2¹⁹, 0.8 to 1.4 at 2²² and above, where its matrices no longer fit the
 # caches. CUDA: an estimate, of where the launches of a step take as long as its arithmetic.
@@ -75,8 +75,8 @@ def step_bytes(plan: MemberPlan) -> int:
 
     Stacks take turns, so a pass needs the largest one's only.
     """
-    residuals = 2 + 2 * len(plan.config.sae.groups)
-    return tokens_per_step(plan.config) * 4 * (_CODE_BUFFERS * plan.config.sae.width + residuals * plan.d_model)
+    sae = plan.config.sae
+    return ARCHITECTURES.get(sae.architecture).step_bytes(sae, plan.d_model, tokens_per_step(plan.config))
 
 
 def split_passes(members: Sequence[MemberPlan], available: int, device: str = "cpu") -> list[list[MemberPlan]]:

@@ -4,6 +4,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,14 +13,14 @@ from ..config import OptimiserConfig, TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, flat, linear decay to zero over the
-    last share.
-    """
+    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, flat, decay over the last share."""
     warmup = min(config.warmup, int(config.warmup_share * steps))
     decay = int(config.decay_share * steps)
     rising = (step + 1) / warmup if step < warmup else 1.0
     falling = (steps - step) / decay if steps - step < decay else 1.0
-    return config.lr * min(rising, falling)
+    if config.decay == "cosine":
+        falling = (1 - math.cos(math.pi * falling)) / 2
+    return config.lr * min(rising, config.final_lr + (1 - config.final_lr) * falling)
 
 
 def warmup_factor(step: int, steps: int, share: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..sae.protocol import RowTokens
 from ..step.autograd import autograd_step
 from .member import Member, Update
 from .schedule import set_rate
@@ -25,10 +26,16 @@ class Single:
         self.members = [member]
 
     def train_step(
-        self, x_NWD: Tensor, partners: Sequence[Tensor | None] | None = None, *, share: float = 1.0
+        self,
+        x_NWD: Tensor,
+        partners: Sequence[Tensor | None] | None = None,
+        *,
+        share: float = 1.0,
+        rows: RowTokens | None = None,
     ) -> list[Update]:
         """One step on scaled windows, which are ``share`` of the batch's; see :meth:`.stack.Stack.train_step`.
 
+        ``rows``: which tokens count, where whole rows are seen.
         On a CPU, nothing changes if the loss or the gradient is not finite.
         """
         (member,) = self.members
@@ -42,6 +49,7 @@ class Single:
             partner_NP=partners[0] if partners else None,
             dead_F=member.dead if objective.aux_weight > 0 else None,
             compute_dtype=member.compute_dtype,
+            rows=rows,
         )
         result = member.world.combine(sae, result, share)
         if config.sae.decoder == "unit":
@@ -56,7 +64,8 @@ class Single:
             sae.constrain()
         for parameter in sae.fast_parameters():
             parameter.data.clamp_(min=0)
-        member.idle_F += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        n_tokens = x_NWD.shape[0] * x_NWD.shape[1] if rows is None else rows.n_tokens
+        member.idle_F += round(n_tokens / share)
         member.idle_F.masked_fill_(result.fired_F > 0, 0)
         member.step += 1
         return [update]

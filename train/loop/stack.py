@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loss.objective import Objective, StepResult
+from ..sae.protocol import RowTokens
 from ..sae.temporal_sae import TemporalSAE
 from ..step.by_hand import Stacked, sparse_step, stacked_step
 from .member import Member, Update
@@ -52,7 +53,12 @@ class Stack:
         self._optimiser = members[0].optimiser if len(members) == 1 else _joint_optimiser(members)
 
     def train_step(
-        self, x_NWD: Tensor, partners: Sequence[Tensor | None] | None = None, *, share: float = 1.0
+        self,
+        x_NWD: Tensor,
+        partners: Sequence[Tensor | None] | None = None,
+        *,
+        share: float = 1.0,
+        rows: RowTokens | None = None,  # noqa: ARG002 - whole rows are for architectures that step by themselves
     ) -> list[Update]:
         """One step of every member on scaled windows, which are ``share`` of the batch's.
 
@@ -63,6 +69,7 @@ class Stack:
             partners: of every member, see :class:`..loss.terms.Pairs`; None: nobody has partners that are not
                 neighbours.
             share: part of the batch that this process has.
+            rows: never given.
 
         """
         first = self.members[0]

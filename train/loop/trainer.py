@@ -22,11 +22,12 @@ from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
 from ...progress_bar import Table
 from ...stop_signals import stop_signals
-from ..loss.partners import Batch, draw_partners, generator_of
+from ..loss.partners import Batch, draw_partners, generator_of, neighbours_in_rows
 from ..loss.registry import PARTNERS
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
 from ..run_folder.metrics_log import Journal
+from ..sae.protocol import RowTokens
 from .alarms import check_divergence, check_finite, check_weights, collapse
 from .batches import open_feed
 from .diagnostics import Metrics, diagnose
@@ -82,6 +83,7 @@ class _Seen:
     batch: TokenBatch
     x_NWD: torch.Tensor  # scaled, on the device
     share: float  # of the whole batch's tokens
+    rows: RowTokens | None  # which tokens count, where these are whole rows
 
 
 class Pass:
@@ -169,7 +171,7 @@ class Pass:
         for stack in self.stacks:
             mine = seen[view_of(stack.members[0].config.data)]
             of_members = [partners[member.plan.name] for member in stack.members]
-            updates = stack.train_step(mine.x_NWD, of_members, share=mine.share)
+            updates = stack.train_step(mine.x_NWD, of_members, share=mine.share, rows=mine.rows)
             for member, update in zip(stack.members, updates, strict=True):
                 if checked:
                     check_finite(member, update, mine.batch)
@@ -181,8 +183,10 @@ class Pass:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
 
     def _own_share(self, view: View, batch: TokenBatch) -> _Seen:
-        part = batch.part(self.world.share(len(batch.x_NWD), together=view.together))
-        return _Seen(part, self.inputs.prepare(part.x_NWD, self.device), part.n_tokens / batch.n_tokens)
+        part, rows = batch.part(self.world.share(len(batch.x_NWD), together=view.together)), None
+        if part.valid_NW is not None and part.documents_NW is not None:
+            rows = RowTokens.of(part.valid_NW, part.documents_NW, self.device)
+        return _Seen(part, self.inputs.prepare(part.x_NWD, self.device), part.n_tokens / batch.n_tokens, rows)
 
     def _partners(self, seen: Mapping[View, _Seen]) -> dict[str, torch.Tensor | None]:
         """Of every member, by its name; members with one view and partners of one kind have the same ones."""
@@ -190,6 +194,13 @@ class Pass:
         of_members: dict[str, torch.Tensor | None] = {}
         for member in self.members:
             term, view = member.objective.temporal, view_of(member.config.data)
+            if term.active and seen[view].rows is not None:
+                batch = seen[view].batch
+                assert batch.valid_NW is not None and batch.documents_NW is not None  # noqa: S101, PT018 - rows
+                of_members[member.plan.name] = neighbours_in_rows(batch.valid_NW, batch.documents_NW, term.lag).to(
+                    self.device
+                )
+                continue
             if term.active and (view, term.partner) not in drawn:
                 batch, generator = seen[view].batch, generator_of(self.config.data.seed, self.step)
                 starts_N, window = batch.positions_NW[:, 0], batch.positions_NW.shape[1]
@@ -201,7 +212,7 @@ class Pass:
 
     def _log(self, member: Member, update: Update, seen: _Seen, journals: dict[str, Journal]) -> None:
         check_divergence(member, float(update.result.error), self.inputs.spread)
-        metrics = diagnose(member, update, seen.x_NWD, self.mean_D, share=seen.share)
+        metrics = diagnose(member, update, seen.x_NWD, self.mean_D, share=seen.share, rows=seen.rows)
         self.last_metrics[member.plan.name] = metrics
         if not self.world.writes:
             return

@@ -40,6 +40,16 @@ def generator_of(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 62))
 
 
+def neighbours_in_rows(valid_NT: Tensor, documents_NT: Tensor, lag: int) -> Tensor:
+    """Partner of the tokens 0 … T−2 of whole rows: the token ``lag`` further on, if both count and share a document."""
+    n, t = valid_NT.shape
+    at = torch.arange(n * t).view(n, t)
+    both = valid_NT[:, : t - lag] & valid_NT[:, lag:] & (documents_NT[:, : t - lag] == documents_NT[:, lag:])
+    found = torch.full((n, t), -1)
+    found[:, : t - lag] = torch.where(both, at[:, lag:], -1)
+    return found[:, :-1]
+
+
 @partner("next", drawn=False)
 def _next(batch: Batch) -> None:
     """The next token: no control."""

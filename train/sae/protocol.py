@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import RunError
+from ...errors import RunError, UsageError
 from ..formats.locate import read_sae
 from ..formats.registry import FORMATS
 from ..loss import terms
@@ -23,7 +23,7 @@ from ..loss.terms import at_least_float32
 PREFIX_SIZES = "matryoshka_widths"  # in the metadata; SAELens' word
 
 if TYPE_CHECKING:
-    from ..config import SAEConfig
+    from ..config import SAEConfig, TrainConfig
     from ..loss.objective import Objective
 
 
@@ -38,6 +38,99 @@ class SAEOutput:
     features: Tensor  # [.., F], ≥ 0
     pre_activations: Tensor  # [.., F]
     parts: dict[str, Tensor] = field(default_factory=dict)
+    sparse: Tensor | None = None  # [.., F], the part of the codes that is sparse, where not all of them are
+
+    @property
+    def counted(self) -> Tensor:
+        """The codes [.., F] whose L0 the configuration sets."""
+        return self.features if self.sparse is None else self.sparse
+
+    def at(self, mask: Tensor) -> SAEOutput:
+        """The same of some tokens [N] of those it was computed for."""
+        return SAEOutput(
+            self.reconstruction[mask],
+            self.features[mask],
+            self.pre_activations[mask],
+            {name: value[mask] for name, value in self.parts.items()},
+            None if self.sparse is None else self.sparse[mask],
+        )
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Which tokens of a batch of whole rows count, and whose document each is of. N rows, T positions.
+
+    Attributes:
+        valid_NT: bool; the others are not looked at by tokens that count.
+        documents_NT: running document numbers.
+        n_tokens: how many count.
+        one_run_from: where in every row all that counts is of one document and without gaps, and begins at this
+            position in all of them or later; None where not.
+
+    """
+
+    valid_NT: Tensor
+    documents_NT: Tensor
+    n_tokens: int
+    one_run_from: int | None
+
+    @classmethod
+    def of(cls, valid_NT: Tensor, documents_NT: Tensor, device: torch.device | None = None) -> RowTokens:
+        """From mask and documents; best on the CPU, and then moved to ``device``."""
+        used = valid_NT.any(0).nonzero()
+        start = int(used[0]) if len(used) else 0
+        valid, documents = valid_NT[:, start:], documents_NT[:, start:]
+        follows = valid[:, 1:] & (~valid[:, :-1] | (documents[:, 1:] != documents[:, :-1]))
+        n_tokens, plain = int(valid_NT.sum()), not bool(follows.any())
+        device = device or valid_NT.device
+        return cls(valid_NT.to(device), documents_NT.to(device), n_tokens, start if plain else None)
+
+    @classmethod
+    def whole(cls, x_NTD: Tensor) -> RowTokens:
+        """Of rows that hold nothing but tokens of one document."""
+        valid = torch.ones(x_NTD.shape[:2], dtype=torch.bool, device=x_NTD.device)
+        return cls(valid, torch.zeros_like(valid, dtype=torch.int64), valid.numel(), 0)
+
+    def at(self, rows: slice) -> RowTokens:
+        """Of some of the rows."""
+        return RowTokens.of(self.valid_NT[rows], self.documents_NT[rows])
+
+
+class TokenCoder(Protocol):
+    """An SAE as something that gives every token of a row its own code and reconstruction, on raw activations."""
+
+    @property
+    def W_enc(self) -> Tensor:  # noqa: N802 - as everybody calls it
+        """[D, F]."""
+        ...
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802 - as everybody calls it
+        """[F, D], a feature's direction in the space of one token."""
+        ...
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[D]."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def n_features(self) -> int:
+        """F."""
+        ...
+
+    def decode(self, z: Tensor, /) -> Tensor:
+        """Codes [.., F] → reconstruction [.., D]."""
+        ...
+
+    def on_rows(self, x_NTD: Tensor, rows: RowTokens, /) -> SAEOutput:
+        """Every token's own code and reconstruction."""
+        ...
 
 
 class SparseAutoencoder(nn.Module):
@@ -56,7 +149,9 @@ class SparseAutoencoder(nn.Module):
     architecture: ClassVar[str]
     """The name it is registered under."""
     sees: ClassVar[Literal["token", "window", "row"]] = "token"
-    """What a code is computed from."""
+    """What a code is computed from. token: one activation [.., D]. window: ``sae.window`` of them [N, W, D], with one
+    code [N, F] for all. row: those before it in its row: :meth:`forward` takes rows [N, T, D] and a :class:`RowTokens`.
+    """
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
@@ -104,11 +199,43 @@ class SparseAutoencoder(nn.Module):
         """Weight of :meth:`auxiliary_loss`; ``aux_weight`` is the configuration's, which is that of AuxK."""
         return aux_weight if cls.fixes_sparsity(config) else 0.0
 
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Refuse what the configuration asks for and this architecture does not have.
+
+        Raises:
+            UsageError: it cannot be trained so.
+
+        """
+        if cls.sees == "window" and config.temporal.form != "none":
+            what = f"{cls.architecture} has one code for a whole window"
+            raise UsageError(f"{what}, so that there are no codes of neighbours to compare: use --temporal none")
+
+    @classmethod
+    def active_features(cls, config: SAEConfig) -> int:
+        """Active features of a code, where :meth:`fixes_sparsity`."""
+        return config.k
+
+    @classmethod
+    def step_bytes(cls, config: SAEConfig, d_model: int, n_tokens: int) -> int:
+        """Bytes that one step through autograd takes for activations, codes and their gradients."""
+        # pre-activations, codes, their gradient and one temporary, per token and feature
+        residuals = 2 + 2 * len(config.groups)
+        return n_tokens * 4 * (4 * config.width + residuals * d_model)
+
     # --- what it computes
 
-    def forward(self, x: Tensor) -> SAEOutput:
-        """Everything about activations ``x`` [.., D]."""
+    def forward(self, x: Tensor, rows: RowTokens | None = None) -> SAEOutput:
+        """Everything about activations ``x`` [.., D]; ``rows`` are given to architectures that see rows."""
         raise NotImplementedError
+
+    def token_coder(self) -> TokenCoder:
+        """The SAE as what gives every token of a row its own code; itself, unless a code is of several tokens."""
+        return self
+
+    def on_rows(self, x_NTD: Tensor, rows: RowTokens) -> SAEOutput:
+        """See :class:`TokenCoder`."""
+        return self(x_NTD, rows) if self.sees == "row" else self(x_NTD)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [.., D] → codes [.., F]."""

@@ -15,7 +15,13 @@ S = TypeVar("S", bound="type[SparseAutoencoder]")
 A = TypeVar("A", bound="type[ActivationFunction]")
 
 ARCHITECTURES: Registry[type[SparseAutoencoder]] = Registry(
-    "architecture", {"sae": "train.sae.temporal_sae", "gated": "train.sae.gated"}
+    "architecture",
+    {
+        "sae": "train.sae.temporal_sae",
+        "gated": "train.sae.gated",
+        "txc": "train.sae.txc",
+        "tfa": "train.sae.tfa",
+    },
 )
 ACTIVATIONS: Registry[type[ActivationFunction]] = Registry(
     "activation", dict.fromkeys(("relu", "topk", "batchtopk", "jumprelu"), "train.sae.activation")

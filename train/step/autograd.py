@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..loss import terms as loss_terms
 from ..loss.objective import Objective, StepResult
-from ..sae.protocol import SparseAutoencoder
+from ..sae.protocol import RowTokens, SparseAutoencoder
 
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary", "error")
 
@@ -27,8 +27,9 @@ def autograd_step(
     partner_NP: Tensor | None = None,
     dead_F: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    rows: RowTokens | None = None,
 ) -> StepResult:
-    """Loss of a batch of windows and its gradients.
+    """Loss of a batch of windows, or of whole rows, and its gradients.
 
     Args:
         sae: in training mode; gradients are accumulated into its parameters.
@@ -37,10 +38,14 @@ def autograd_step(
         partner_NP: see :class:`..loss.terms.Pairs`; for the partners that are not neighbours.
         dead_F: bool [F], the features that the auxiliary term revives.
         compute_dtype: bfloat16 runs the products under autocast; losses are float32 throughout.
+        rows: which tokens count, where ``x_NWD`` holds whole rows; the others are in no term.
 
     """
     with _autocast(x_NWD.device, compute_dtype):
-        out = sae(x_NWD)
+        out = sae(x_NWD) if rows is None else sae(x_NWD, rows)
+    all_x_NWD, features_NWF = x_NWD, out.features
+    if rows is not None:
+        x_NWD, out = x_NWD[rows.valid_NT], out.at(rows.valid_NT)
     found = {
         "reconstruction": sae.reconstruction_loss(x_NWD, out, objective),
         "sparsity": sae.sparsity_loss(out, objective),
@@ -51,7 +56,7 @@ def autograd_step(
         total = total + objective.sparsity_weight * found["sparsity"]
     if objective.temporal.active:
         found["temporal"] = loss_terms.temporal(
-            loss_terms.at_least_float32(out.features), objective.temporal, partner_NP, x_NWD
+            loss_terms.at_least_float32(features_NWF), objective.temporal, partner_NP, all_x_NWD
         )
         total = total + objective.temporal.weight * found["temporal"]
     if objective.aux_weight > 0:
@@ -63,7 +68,7 @@ def autograd_step(
     sae.after_backward(out)
     zero = torch.zeros((), device=x_NWD.device)
     terms = {name: found[name].detach().float() if name in found else zero for name in _TERMS}
-    return StepResult(total=total.detach().float(), fired_F=(out.features > 0).flatten(0, -2).sum(0), **terms)
+    return StepResult(total=total.detach().float(), fired_F=(out.counted > 0).flatten(0, -2).sum(0), **terms)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
