@@ -3,11 +3,11 @@
     python benchmarks/agreement.py ours FOLDER  # small random Llama, random TopK SAE, random tokens
     python benchmarks/agreement.py ours FOLDER --run runs/l5-…        # a trained run, its own model, its held-out text
     python benchmarks/agreement.py ours FOLDER --model demo --layer 5 # the demo's model and text, random TopK SAE
-    python benchmarks/agreement.py theirs FOLDER                      # where sae-bench 0.6.0 and sae-lens are: compares
+    python benchmarks/agreement.py theirs FOLDER      # compares; in an environment with sae-bench 0.6.0 and sae-lens
 
-`ours` runs in this project's environment and writes what `theirs` needs: the tokens, where model and SAE are, and our
-numbers. `theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per
-metric, and ends with status 1 when one differs by more than 1e-3 relative.
+`ours` runs in this project's environment and writes what `theirs` needs: the tokens, the paths of model and SAE, and
+our numbers. `theirs` runs SAEBench's functions on SAELens' wrapper of the same Hugging Face model, prints one line per
+metric, and ends with status 1 if one differs by more than 1e-3 (relative).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Case:
-    """A language model as our evaluation takes it, its folder, text, the token ids that do not count, and an SAE's
-    place.
+    """A language model as our evaluation takes it, with its folder, the text, and the path of an SAE.
+
+    It also names the token ids that are excluded.
     """
 
     lm: Any
@@ -57,7 +58,7 @@ def small(options: argparse.Namespace) -> Case:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     tokens = np.random.default_rng(0).integers(2, 1000, (SMALL_ROWS, SMALL_CONTEXT)).astype(np.int32)
     tokens[:, 0] = 0
-    tokens[::3, 20] = 1  # an EOS inside the row: not an input that counts, but a target that SAEBench counts
+    tokens[::3, 20] = 1  # an EOS inside the row is excluded as an input, but SAEBench counts it as a target
     flags = np.where(tokens < 2, SPECIAL, 0).astype(np.uint8)
     lm = SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device("cpu"), dtype=torch.float32,
@@ -74,7 +75,7 @@ def small(options: argparse.Namespace) -> Case:
 
 
 def real(options: argparse.Namespace) -> Case:
-    """A model and text as `pipeline evaluate` takes them: those of the run's store, or the demo's text."""
+    """A model and a text as for `pipeline evaluate`: those of the run's store, or the demo's text."""
     from tcsae.evaluate.config import EvaluateConfig
     from tcsae.evaluate.model.heldout_text import HeldOutText
     from tcsae.evaluate.subjects import Group, gather_subjects

@@ -1,15 +1,16 @@
-"""The cache against the machine's own limits and against what others use, in one run on the same data.
+"""The cache against the limits of the machine and against other software, in one run on the same data.
 
     python benchmarks/cache.py                  # 2.4 GB of Gemma-2-2b-shaped activations, a few minutes
     python benchmarks/cache.py --gb 0.3 --repeats 2
 
-Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash verified) and windows
-through ``TokenStream``, against raw ``preadv`` of the same bytes into a preallocated page-aligned buffer with the same
-threads; a row by itself (latency). Writing: the store against raw write + fsync of the same bytes. Others: zarr-python
-reading, zarr-python appending blocks of rows, and a float32 Arrow cache as SAELens keeps one. Files are in the page
-cache when they are read. ``mixing`` is the chance that neighbours in a batch come from one row, over that of a perfect
-shuffle. Prints one JSON record: medians, and ratios as medians over turns (the machine's own speed changes); GB are of
-bfloat16, whatever a format stores.
+Reading: whole chunks in order and at random through ``ActivationStore.read_chunks`` (every hash compared) and windows
+through ``TokenStream``, against raw ``preadv`` of the same bytes into a page-aligned buffer, allocated before, with the
+same number of threads; and the latency of a single row. Writing: the store against raw write + fsync of the same bytes.
+Other software: reading with zarr-python, appending blocks of rows with zarr-python, and a float32 Arrow cache as
+SAELens uses. The files are in the page cache when they are read. ``mixing`` is the probability that neighbours in a
+batch come from one row, divided by that of a perfect shuffle. Prints one JSON record: medians, and ratios as medians
+over turns (since the machine's own speed changes). GB always means GB of bfloat16 values, even for a format that stores
+float32.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from tcsae.cache.views import Windows
 from tcsae.cache.writer import StoreSetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-CONTEXT, BLOCK_ROWS, GROUP = 128, 64, 8  # rows a zarr-python append adds; chunks read per call
+CONTEXT, BLOCK_ROWS, GROUP = 128, 64, 8  # positions; rows per append of zarr-python; chunks per read
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Time that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
-    """What each way returns, ``repeats`` times, all taking turns so that they meet the same machine."""
+    """The results of each candidate, ``repeats`` times, in turns, so that all see the same state of the machine."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
@@ -59,21 +60,21 @@ def turns(repeats: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
 
 
 def aligned(n: int) -> np.ndarray:
-    """Page-aligned bytes, every page touched."""
+    """Page-aligned bytes; every page has been touched."""
     buffer = np.frombuffer(mmap.mmap(-1, n), np.uint8)
     buffer[:: mmap.PAGESIZE] = 1
     return buffer
 
 
 def activations(rows: int, d_model: int) -> np.ndarray:
-    """bfloat16 bits of normal values; a few different rows, repeated."""
+    """bfloat16 bits of normally distributed values; a few different rows, repeated."""
     x = torch.randn(min(rows, 64), CONTEXT, d_model, generator=torch.Generator().manual_seed(0))
     bits = (x * 3 + 1).bfloat16().view(torch.uint16).numpy()
     return np.concatenate([bits] * -(-rows // len(bits)))[:rows]
 
 
 class Data:
-    """The rows that everything here stores."""
+    """The rows that all candidates store."""
 
     def __init__(self, gb: float, d_model: int):
         self.layout = plan_layout(d_model, CONTEXT)
@@ -107,7 +108,7 @@ def write_store(data: Data, folder: Path, layers: int = 1) -> float:
 
 
 def write_raw(data: Data, folder: Path, layers: int = 1) -> float:
-    """GB/s of write + fsync of the same bytes into files of a shard's size, 16 rows a call."""
+    """GB/s of write + fsync of the same bytes into files of the size of a shard, 16 rows per call."""
 
     def work() -> None:
         for shard in range(layers * data.rows // data.layout.shard_rows):
@@ -121,7 +122,7 @@ def write_raw(data: Data, folder: Path, layers: int = 1) -> float:
 
 
 def append_zarr(data: Data, folder: Path, rows: int) -> float:
-    """GB/s of zarr-python adding blocks of rows to a store of our layout, fsync at the end."""
+    """GB/s of zarr-python appending blocks of rows to a store with our layout, with fsync at the end."""
     import zarr
 
     source = json.loads((folder / "l0.zarr/activations/zarr.json").read_text())
@@ -139,7 +140,7 @@ def append_zarr(data: Data, folder: Path, rows: int) -> float:
 
 
 class Reads:
-    """Ways to read all chunks of one store in a given order."""
+    """Several ways to read all chunks of one store in a given order."""
 
     def __init__(self, data: Data, path: Path, threads: int):
         self.data, self.store = data, ActivationStore.open(path)
@@ -154,12 +155,12 @@ class Reads:
         self.files = [os.open(path / f"activations/c.{n}.0.0", os.O_RDONLY) for n in range(shards)]
 
     def groups(self, random: bool) -> list[list[int]]:
-        """Chunks, ``GROUP`` per call."""
+        """The chunks, ``GROUP`` per call."""
         order = self.order if random else sorted(self.order)
         return [order[at : at + GROUP] for at in range(0, len(order), GROUP)]
 
     def ours(self, random: bool) -> float:
-        """GB/s of read_chunks into a reused buffer."""
+        """GB/s of read_chunks into a buffer that is used again."""
 
         def work() -> None:
             for group in self.groups(random):
@@ -168,7 +169,7 @@ class Reads:
         return self.data.bytes / seconds(work) / 1e9
 
     def pread(self, random: bool) -> float:
-        """GB/s of preadv of the same chunks with the same number of threads, nothing verified."""
+        """GB/s of preadv of the same chunks with the same number of threads, without checks."""
         layout = self.data.layout
 
         def one(chunk: int, buffer: np.ndarray) -> None:
@@ -182,8 +183,9 @@ class Reads:
         return self.data.bytes / seconds(work) / 1e9
 
     def windows(self) -> float:
-        """GB/s of windows of 5 in batches of 2048 tokens, over an epoch of eight pools after one that warms the
-        buffers.
+        """GB/s of windows of 5 in batches of 2048 tokens.
+
+        An epoch of eight pools is measured, after one that touches the buffers for the first time.
         """
         pool = self.store.n_tokens // 8
         with TokenStream(self.store, [Windows(5)], tokens_per_batch=2048, pool_tokens=pool, seed=0) as stream:
@@ -197,9 +199,7 @@ class Reads:
             return tokens * self.data.layout.d_model * 2 / (time.perf_counter() - began) / 1e9
 
     def mixing(self) -> float:
-        """Chance that neighbouring windows of a batch share a row, relative to that of a perfect shuffle
-        of the store.
-        """
+        """Probability that neighbouring windows of a batch share a row, divided by that of a perfect shuffle."""
         with TokenStream(self.store, [Windows(5)], tokens_per_batch=2048, seed=0) as stream:
             same = pairs = 0
             while stream.epoch == 0:
@@ -209,7 +209,7 @@ class Reads:
         return same / pairs / ((per_row - 1) / (per_row * self.store.n_rows - 1))
 
     def zarr(self, random: bool) -> float:
-        """GB/s of zarr-python, a chunk at a time."""
+        """GB/s of zarr-python, one chunk at a time."""
         import zarr
 
         array = zarr.open_array(str(Path(self.store.path) / "activations"), mode="r")
@@ -219,16 +219,14 @@ class Reads:
         return self.data.bytes / taken / 1e9
 
     def point(self, n: int = 200) -> tuple[float, float]:
-        """Median and 99th percentile milliseconds to get one row at random, checksum of its chunk verified."""
+        """Median and 99th percentile of the milliseconds to read one random row; the hash of its chunk is compared."""
         rows = np.random.default_rng(1).integers(0, self.store.n_rows, n).tolist()
         times = sorted(seconds(lambda row=row: self.store.rows(row, row + 1)) * 1e3 for row in rows)
         return times[n // 2], times[int(n * 0.99)]
 
 
 def arrow(data: Data, folder: Path, rows: int) -> Callable[[], float]:
-    """GB/s (of the bfloat16 they stand for) of a float32 Arrow dataset of rows, read as torch batches as
-    SAELens does.
-    """
+    """GB/s of a float32 Arrow dataset of rows, read as torch batches as in SAELens; counted as GB of bfloat16."""
     import datasets
 
     shape = (CONTEXT, data.layout.d_model)
@@ -247,7 +245,7 @@ def arrow(data: Data, folder: Path, rows: int) -> Callable[[], float]:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """Everything, in GB/s or milliseconds."""
+    """Measure everything, in GB/s or milliseconds."""
     data = Data(options.gb, options.d_model)
     found = turns(
         options.repeats,
@@ -259,7 +257,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
         file.unlink()
     reads = Reads(data, folder / "l0.zarr", read_pool()._max_workers)
     reads.ours(random=False)  # into the page cache
-    found |= turns(  # by themselves: what the others do to caches and free memory is felt by whoever comes next
+    found |= turns(  # separately, since other candidates change caches and free memory for the next one
         options.repeats,
         sequential_pread=lambda: reads.pread(random=False),
         sequential=lambda: reads.ours(random=False),
@@ -278,7 +276,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]
 
 
 def main() -> None:
-    """Measure, compare, print."""
+    """Measure, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.4)
     parser.add_argument("--d-model", type=int, default=2304)

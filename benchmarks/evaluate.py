@@ -1,13 +1,13 @@
-"""Splice evaluation against the usual procedure, which runs the whole model three times per SAE and batch.
+"""Our spliced evaluation against the usual procedure, which runs the whole model three times per SAE and batch.
 
     python benchmarks/evaluate.py  # random model of SmolLM2-135M's shape, layer 15, 8 SAEs and 1
     python benchmarks/evaluate.py --model demo --rows 8        # the demo's real model
     python benchmarks/evaluate.py --memory  # peak memory of a pass at a vocabulary of 256,000 (Linux)
 
-Both sides get the same model, tokens and SAEs in the same process, take turns, and must agree on CE and KL; what is
-printed is the median of the rounds' ratios. The usual procedure, as in SAELens and SAEBench: per SAE and batch one
-clean forward pass, one with the reconstruction put in by a hook and one with zeros, whole logits of each, KL from
-softmax and log. Prints JSON.
+Both sides get the same model, tokens and SAEs in the same process, take turns, and must agree on CE and KL. The median
+of the rounds' ratios is printed, as JSON. The usual procedure, as in SAELens and SAEBench, is per SAE and batch: one
+clean forward pass, one in which a hook inserts the reconstruction, and one in which it inserts zeros, with the full
+logits of each, and KL from softmax and log.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHAPES = {
 
 
 def random_model(shape: str, device: str) -> Any:
-    """A Llama with random weights, in what the evaluation takes for a language model."""
+    """A Llama with random weights, wrapped as a language model of the evaluation."""
     s = SHAPES[shape]
     config = transformers.LlamaConfig(
         vocab_size=s["vocabulary"], hidden_size=s["d_model"], num_hidden_layers=s["layers"],
@@ -67,7 +67,7 @@ def real_model(name: str, device: str) -> Any:
 
 
 def make_saes(n: int, lm: Any, width: int, x_ND: Tensor) -> list[TemporalSAE]:
-    """TopK SAEs of random tied directions, scaled to reconstruct something: only their cost matters here."""
+    """TopK SAEs with random tied directions, scaled to reconstruct something; only their cost matters here."""
     saes = []
     for seed in range(n):
         draw = torch.Generator().manual_seed(seed)
@@ -82,8 +82,9 @@ def make_saes(n: int, lm: Any, width: int, x_ND: Tensor) -> list[TemporalSAE]:
 
 @torch.no_grad()
 def usual(lm: Any, tokens_BT: Tensor, layer: int, saes: list[TemporalSAE]) -> list[tuple[float, float]]:
-    """Three full passes per SAE; positions whose input is not special, CE over those with a target. (CE,
-    KL) per SAE.
+    """(CE, KL) per SAE by three full passes each.
+
+    KL counts positions whose input is not special; CE counts those of them that have a target.
     """
     found = []
     for sae in saes:
@@ -117,7 +118,7 @@ def _hooked(lm: Any, tokens_BT: Tensor, layer: int, replace: Any) -> Tensor:
 def ours(
     lm: Any, text: HeldOutText, layer: int, saes: list[TemporalSAE], found: Any, rows: int, uniform: frozenset[Location]
 ) -> list[tuple[float, float]]:
-    """The same quantities, by the evaluation's own pass; zero ablation at every position is its free row."""
+    """The same quantities by the pass of the evaluation; its row of zero ablation at every position costs nothing."""
     candidates = [
         Candidate(MeasuredRow(f"sae {n}", "sae", layer), sae, found[Location(layer)], {}, str(n))
         for n, sae in enumerate(saes)
@@ -192,9 +193,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """One evaluation pass over 2048 tokens with a 256k vocabulary at Gemma-2-2b's width: how much it adds to what is
-    held.
-    """
+    """Memory added by one evaluation pass over 2048 tokens at Gemma-2-2b's width and a vocabulary of 256,000."""
     width, n = options.memory_width, max(options.saes)
     SHAPES["256k"] = {"layers": 2, "d_model": width, "heads": 8, "kv": 4, "mlp": 4 * width, "vocabulary": 256_000}
     lm = random_model("256k", options.device)
@@ -214,7 +213,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reset_peak(device: str) -> None:
-    """Forget how high memory once stood: making the weights took more than holding them."""
+    """Reset the recorded peak, since creating the weights took more memory than holding them."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -222,7 +221,7 @@ def _reset_peak(device: str) -> None:
 
 
 def _memory(what: str, device: str) -> int:
-    """Memory held now (VmRSS) or at most (VmHWM) by this process, or on the GPU."""
+    """Memory of this process now (VmRSS) or at its peak (VmHWM), or on the GPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() if what == "VmHWM" else torch.cuda.memory_allocated()
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))

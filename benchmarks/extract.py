@@ -1,11 +1,12 @@
-"""Extraction speed as a share of the bare truncated forward pass: same process, same model, same batch, same rows.
+"""Speed of extraction as a share of the bare truncated forward pass: same process, model, batch size and rows.
 
     python benchmarks/extract.py --layers 8 --tokens 65536                     # the demo model, on this machine
     python benchmarks/extract.py --random-gemma2 --layers 5 12 19 --tokens 4M  # random weights
 
-The two take turns and the medians are compared. Extraction is everything: reading and tokenising text, the pass,
-copying out, checks, writing every layer's store, fsync and commit, until the last byte is durable. On a machine that is
-busy otherwise the share of processor time says more than that of the clock. Prints one line of JSON.
+The two take turns, and their medians are compared. Extraction includes everything: reading and tokenising text, the
+forward pass, copying the results, checks, writing every layer's store, fsync and commit, until the last byte is
+durable. On a machine with other work the share of processor time is more reliable than that of elapsed time. Prints one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 def random_gemma2(folder: Path, tokens: int) -> tuple[str, str]:
-    """Gemma-2-2b's architecture with random weights, a small tokenizer and enough made-up text, saved
-    under ``folder``.
-    """
+    """A model folder with Gemma-2-2b's architecture, random weights, a small tokenizer and enough made-up text."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sys.path.insert(0, str(TESTS))
@@ -71,7 +70,7 @@ def random_gemma2(folder: Path, tokens: int) -> tuple[str, str]:
 
 
 def bare(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, float]:
-    """Seconds and processor time of the truncated forward passes alone, over the rows that extraction stores."""
+    """Elapsed and processor seconds of the truncated forward passes alone, over the rows that extraction stores."""
     rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor())
     with RowFeed(rows, plan.outline.special_token_ids) as feed:
         made = list(batches(feed, 0, plan.config.rows, plan.layout.shard_rows, batch_size))
@@ -86,7 +85,7 @@ def bare(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, float]:
 
 
 def whole(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, float, int, float]:
-    """Seconds and processor time of a whole extraction, the bytes it wrote, and the seconds it waited for the disk."""
+    """Elapsed and processor seconds of a whole extraction, the bytes written, and the seconds waiting for the disk."""
     execution = resolve_execution(plan, batch_size)
     _wait(lm)
     began, worked = time.perf_counter(), time.process_time()

@@ -1,14 +1,13 @@
-"""Everything about a training step that a GPU decides, in one command: speed, share of the floor, and where the time
-goes.
+"""Everything about a training step that depends on the GPU, in one command.
 
     python benchmarks/gpu.py --out gpu.json               d = 2304, 16k and 65k features, 2048 to 16384 tokens a step
-    python benchmarks/gpu.py --quick --device cpu         does it run at all?
+    python benchmarks/gpu.py --quick --device cpu         a quick check that it runs
 
-For every size ``benchmarks/train.py`` in a process of its own (bfloat16 products; relu at L0 = 64 with the peers that
-are installed and a dense step through torch.compile, and topk with k = 64), so that running out of memory ends one size
-and not the rest. Then torch's profiler on a few of our own steps: the kernels that take the most of the device's time.
-Prints the record of all, and a line per contender: tokens per second, its time by ours, and the share of the floor (the
-dense step's five products and Adam's traffic, at the best speed this device shows for each).
+Every size runs ``benchmarks/train.py`` in a process of its own, so that a size that runs out of memory does not end the
+others: with bfloat16 products, relu at L0 = 64 against the installed peers and a dense step through torch.compile, and
+topk with k = 64. Then torch's profiler records a few of our own steps and the kernels that take the most time. Prints
+the record of all sizes, and one line per contender: tokens per second, its time divided by ours, and the share of the
+floor (the dense step's five products and Adam's memory traffic, at the best speed that this device shows for each).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ACTIVATIONS = ("relu", "topk")
 
 
 def measured(args: argparse.Namespace, activation: str, width: int, tokens: int) -> dict[str, Any]:
-    """The record of one size, or what its process said last."""
+    """The record of one size, or the last output of its process if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         command = [
@@ -43,7 +42,7 @@ def measured(args: argparse.Namespace, activation: str, width: int, tokens: int)
 
 
 def lines(record: dict[str, Any], size: str) -> list[str]:
-    """For people."""
+    """The results as lines for people."""
     if "failed" in record:
         return [f"{size}: {record['failed']}"]
     most = record["floor"]["tokens_per_second"]
@@ -66,7 +65,7 @@ def main() -> None:
             size = f"{activation}, {width} features, {tokens} tokens"
             records[size] = measured(args, activation, width, tokens)
             print("\n".join(lines(records[size], size)), file=sys.stderr, flush=True)
-            if args.out:  # after every size: a run that is cut off leaves what it has
+            if args.out:  # after every size, so that a run that is interrupted keeps its results
                 Path(args.out).write_text(json.dumps(records, indent=2) + "\n")
     print(json.dumps(records, indent=2))
 

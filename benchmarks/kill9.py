@@ -1,11 +1,11 @@
-"""kill -9 while stores are written, again and again: nothing that was committed is lost, and the end is byte-identical.
+"""``kill -9`` while stores are written, many times: no commit is lost, and the final stores are byte-identical.
 
     python benchmarks/kill9.py --kills 50                   # the writer alone, seconds
     python benchmarks/kill9.py --kills 50 --what extract    # the whole extraction with a tiny model, minutes
 
-Deaths alternate between a random moment and a random operation of a chosen kind: inside a shard's write (half of it
-done), before or after an fsync, before or after a rename, inside the commit log's line, inside a zarr.json. Prints one
-JSON record.
+The process is killed alternately at a random moment and at a random operation of a chosen kind: inside the write of a
+shard (after half of it), before or after an fsync, before or after a rename, inside the line of the commit log, inside
+a zarr.json. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ LAYERS = (1, 3)
 KINDS = ("moment", "shard", "log", "document", "fsync", "rename")
 
 
-# --- the child: writes until it is done or dies
-# ------------------------------------------------------------------------
+# --- the child process, which writes until it is done or killed
 
 
 def arm(kind: str, at: int, when: str) -> None:
-    """Have this process kill itself at the ``at``-th operation of a kind: ``before``, ``half`` way or ``after`` it."""
+    """Make this process kill itself ``before``, ``half`` way through or ``after`` the ``at``-th operation of a kind."""
     seen = 0
 
     def wrap(name: str, is_kind) -> None:
@@ -69,7 +68,7 @@ def arm(kind: str, at: int, when: str) -> None:
 
 
 def write_stores(folder: Path, rows: int) -> None:
-    """Fill two layers with seeded rows, resuming."""
+    """Fill the stores of two layers with random rows from a seed, resuming if they exist."""
     sys.path.insert(0, str(HERE.parents[1] / "tests"))
     from stores import make_activations, make_block, make_manifest, write_rows
     from tcsae.cache.format.layout import StoreLayout
@@ -85,7 +84,7 @@ def write_stores(folder: Path, rows: int) -> None:
 
 
 def extract_stores(folder: Path, rows: int) -> None:
-    """The real extraction: a tiny random model over made-up text, resuming."""
+    """Run the real extraction with a tiny random model over made-up text, resuming if the stores exist."""
     from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
     from tcsae.extract.run import extract
 
@@ -101,7 +100,7 @@ def extract_stores(folder: Path, rows: int) -> None:
 
 
 def prepare(base: Path, what: str) -> None:
-    """Model and text for ``--what extract``."""
+    """Create the model and text for ``--what extract``."""
     if what == "extract":
         sys.path.insert(0, str(HERE.parents[1] / "tests"))
         from tiny import tiny_corpus, tiny_model
@@ -110,12 +109,11 @@ def prepare(base: Path, what: str) -> None:
         tiny_corpus(base / "text", documents=400)
 
 
-# --- the parent: kills and compares
-# ------------------------------------------------------------------------------------
+# --- the parent process, which kills and compares
 
 
 def life(folder: Path, options: argparse.Namespace, death: tuple[str, int, str] | None, delay: float | None) -> int:
-    """One run of the child; its exit status, −9 if it was killed."""
+    """Run the child once; returns its exit status, −9 if it was killed."""
     command = [sys.executable, str(HERE), "--child", str(folder), "--what", options.what, "--rows", str(options.rows)]
     command += ["--no-sync"] if options.no_sync else []
     if death:
@@ -133,7 +131,7 @@ def life(folder: Path, options: argparse.Namespace, death: tuple[str, int, str] 
 
 
 def committed(folder: Path) -> tuple[int, ...]:
-    """Sound lines in each layer's log."""
+    """Number of valid lines in each layer's log."""
     from tcsae.cache.format.commit_log import LOG, parse_log
 
     logs = [folder / f"l{layer}.zarr" / LOG for layer in LAYERS]
@@ -141,7 +139,7 @@ def committed(folder: Path) -> tuple[int, ...]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file by its path; the time a store was created left out."""
+    """Content of every file by path, without the time at which the store was created."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     for name in [n for n in files if n.count("/") == 1 and n.endswith("zarr.json")]:
         document = json.loads(files[name])
@@ -152,7 +150,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def stress(base: Path, options: argparse.Namespace) -> dict:
-    """Kill until it was done ``--kills`` times, comparing every store that is completed on the way."""
+    """Kill the child ``--kills`` times, and compare every store that is completed in the meantime."""
     rng = random.Random(options.seed)
     began = time.perf_counter()
     life(base / "whole", options, None, None)
@@ -170,7 +168,7 @@ def stress(base: Path, options: argparse.Namespace) -> dict:
         status = life(folder, options, None if moment else death, rng.uniform(0, duration) if moment else None)
         done[kind] += status == -9
         now = committed(folder)
-        # What one layer alone committed may be taken back; what all did may not.
+        # A commit that only one layer has may be dropped; a commit that all layers have may not.
         lost += min(now) < min(before)
         before = now
         if status == 0:
@@ -189,7 +187,7 @@ def stress(base: Path, options: argparse.Namespace) -> dict:
 
 
 def check(folder: Path, wanted: dict[str, bytes]) -> int:
-    """1 if the store is what an uninterrupted run writes; ends the program if not."""
+    """1 if the store equals that of an uninterrupted run; otherwise ends the program."""
     found = content(folder)
     different = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
     if different:
@@ -198,7 +196,7 @@ def check(folder: Path, wanted: dict[str, bytes]) -> int:
 
 
 def main() -> None:
-    """Parse, then be the parent or the child."""
+    """Parse the arguments, then act as the parent or the child."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--what", choices=("writer", "extract"), default="writer")

@@ -1,4 +1,4 @@
-"""What a training step cannot beat, and where the time of one goes; for ``benchmarks/train.py``."""
+"""The lower limit of a training step's time, and where its time goes; for ``benchmarks/train.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMED = 12
 
 
 def floor(n_tokens: int, d_model: int, width: int, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What a dense step cannot beat: its five products and Adam's traffic at this machine's own best speed."""
+    """The shortest possible time of a dense step: its five products and Adam's memory traffic at their best speed."""
     rate = _best(lambda a: a @ a, torch.randn(4096, 4096, device=device, dtype=dtype))
     copied = _best(lambda a: a.add_(1), torch.randn(2**26, device=device))
     flops, adam_bytes = 5 * 2 * n_tokens * d_model * width, 2 * d_model * width * 4 * 7
@@ -35,7 +35,7 @@ def _best(function: Callable[[Tensor], object], tensor: Tensor) -> float:
 
 
 def most_of_the_time(step: Step, batches: list[Tensor], n_steps: int = 10) -> dict[str, float]:
-    """The kernels (on a CPU: operations) of some steps that take the most time, and their shares of it."""
+    """The kernels (on a CPU: operations) that take the most time in a few steps, with their shares of it."""
     on_gpu = batches[0].is_cuda
     step(batches[0])
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:

@@ -1,11 +1,11 @@
-"""What the feature, temporal and position metrics cost per batch, beside encoding and decoding the same tokens.
+"""Cost of the feature, temporal and position metrics per batch, compared with encoding and decoding the same tokens.
 
     python benchmarks/measures.py                         # 16384 features, 64 active, width 2304, 2048 tokens a batch
     python benchmarks/measures.py --features 4096 --active 32 --width 576 --device cuda
 
-All metrics run as in an evaluation, on the codes of activations that drift (so that every kind of pair occurs). Prints
-a JSON record: medians of the batches in milliseconds, the closing computation in seconds, and the memory held between
-batches.
+All metrics run as in an evaluation, on the codes of slowly changing activations (so that every kind of pair occurs).
+Prints a JSON record: medians over batches in milliseconds, the final computation in seconds, and the memory held
+between batches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTEXT = 128
 
 
 def batch_of(rows: int, first_row: int, width: int, device: str) -> TokenBatch:
-    """Rows of 10-row documents, position 0 special."""
+    """Rows in which ten consecutive ones are one document; position 0 is special."""
     row_B = torch.arange(first_row, first_row + rows, device=device)
     document_BT = (row_B // 10)[:, None].expand(-1, CONTEXT)
     valid_BT = torch.ones(rows, CONTEXT, dtype=torch.bool, device=device)
@@ -45,7 +45,7 @@ def batch_of(rows: int, first_row: int, width: int, device: str) -> TokenBatch:
 
 
 def milliseconds(work: Callable[[], object], device: str) -> float:
-    """Of one call, the device's queue drained on both sides."""
+    """Milliseconds of one call; the device is synchronised before and after it."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -56,7 +56,7 @@ def milliseconds(work: Callable[[], object], device: str) -> float:
 
 
 def held_bytes(thing: object, seen: set[int]) -> int:
-    """Bytes of the tensors and arrays an object holds, nested ones included; SAEs belong to somebody else."""
+    """Bytes of the tensors and arrays in an object and its parts, without those of SAEs, which it only refers to."""
     if id(thing) in seen or isinstance(thing, torch.nn.Module):
         return 0
     seen.add(id(thing))

@@ -1,14 +1,14 @@
-"""Memory stays flat while a store several times larger than it is read, in order and in shuffled windows.
+"""Memory stays constant while a store several times larger than it is read, in order and in shuffled windows.
 
     python benchmarks/memory.py                 # 64 GB of Gemma-2-2b-shaped activations in 0.6 GB of disk
     python benchmarks/memory.py --gb 4
 
-A process of its own writes two different shards; all others are hard links to one of them, with a commit line each, so
-that every read is compared with a true hash. Then the store is read once in order (``ActivationStore.iter_rows``) and
-once as an epoch of windows of 5 (``TokenStream``). Reported is the peak of the process's own memory (RssAnon of
-/proc/self/status, looked at every 10 ms) in each tenth of the way; the page cache, which belongs to the machine, is not
-in it. All shards being the same two files, the page cache is hot: the speeds are those of memory, not of a disk. Prints
-a JSON record; MB and GB are decimal. Linux only.
+A separate process writes two different shards; all others are hard links to one of them, each with its own commit line,
+so that every read compares a real hash. The store is then read once in order (``ActivationStore.iter_rows``) and once
+as an epoch of windows of 5 (``TokenStream``). The result is the peak of the process's own memory in each tenth of the
+reading (RssAnon of /proc/self/status, sampled every 10 ms); the page cache is not part of it. Since all shards are the
+same two files, they are in the page cache, and the speeds are those of memory, not of a disk. Prints a JSON record; MB
+and GB are decimal. Linux only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTEXT, DISTINCT, PARTS = 128, 2, 10
 
 
 def build(path: Path, gb: float, d_model: int) -> None:
-    """A store of ``gb`` GB of activations, ``DISTINCT`` shards of which lie on the disk."""
+    """A store of ``gb`` GB of activations, of which only ``DISTINCT`` shards take space on the disk."""
     from stores import make_block, make_manifest, tile_store
 
     layout = plan_layout(d_model, CONTEXT)
@@ -58,13 +58,13 @@ def build(path: Path, gb: float, d_model: int) -> None:
 
 
 def own_bytes() -> int:
-    """Memory that belongs to this process alone: no file behind it, page cache not counted."""
+    """Memory that belongs to this process alone: not backed by a file, and not the page cache."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 class Peaks:
-    """The peak of :func:`own_bytes` in every tenth of the way; a thread looks while the reading goes on."""
+    """The peak of :func:`own_bytes` in every tenth of the reading, sampled by a thread."""
 
     def __init__(self):
         self.way, self._peaks, self._stop = 0.0, np.zeros(PARTS), threading.Event()
@@ -76,7 +76,7 @@ class Peaks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look while inside."""
+        """Sample inside the block."""
         thread = threading.Thread(target=self._look, daemon=True)
         thread.start()
         try:
@@ -86,8 +86,9 @@ class Peaks:
             thread.join()
 
     def facts(self, read: float, seconds: float) -> dict[str, object]:
-        """MB in each tenth, what the later ones have over the second (the first begins empty), and the speed of
-        ``read`` GB.
+        """Peak MB in each tenth, the growth after the second tenth, and the speed.
+
+        The second tenth is the reference, since the first one begins with empty buffers. ``read`` is in GB.
         """
         peaks = (self._peaks / 1e6).round().astype(int).tolist()
         speed = {"gb_read": round(read, 1), "gb_per_s": round(read / seconds, 1)}
@@ -95,7 +96,7 @@ class Peaks:
 
 
 def in_order(store: ActivationStore) -> dict[str, object]:
-    """All rows, 64 at a time."""
+    """Read all rows, 64 at a time."""
     peaks, done, began = Peaks(), 0, time.perf_counter()
     with peaks.watched():
         for x_BTD in store.iter_rows(64):
@@ -105,7 +106,7 @@ def in_order(store: ActivationStore) -> dict[str, object]:
 
 
 def shuffled(store: ActivationStore) -> dict[str, object]:
-    """One epoch of windows."""
+    """Read one epoch of windows."""
     peaks, done, began = Peaks(), 0, time.perf_counter()
     with TokenStream(store, [Windows(5)], tokens_per_batch=2048, seed=0) as stream, peaks.watched():
         while stream.epoch == 0:

@@ -1,9 +1,9 @@
-"""SAELens' side of ``benchmarks/quality.py``: one SAE, trained by ``SAETrainer.fit`` on the batches that come in.
+"""SAELens' side of ``benchmarks/quality.py``: one SAE, trained by ``SAETrainer.fit`` on batches from standard input.
 
     python benchmarks/peers_quality.py '{"kind": "standard", "sae": {…}, "trainer": {…}, …}' < batches
 
-Run by the other side with the Python of an environment that has sae-lens; tcsae is not needed there. On standard input
-come the point where b_dec begins, [D] float32, and then batch after batch of raw activations, [N, D] bfloat16.
+It is started by ``quality.py`` with the Python of an environment that has sae-lens; tcsae is not needed there. Standard
+input holds the initial value of b_dec, [D] float32, and then batch after batch of raw activations, [N, D] bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def read(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """The next tensor of standard input; None at its end."""
+    """The next tensor of standard input; None at the end."""
     numbers = torch.Size(shape).numel()
     data = bytearray(sys.stdin.buffer.read(numbers * dtype.itemsize))
     return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) == numbers * dtype.itemsize else None

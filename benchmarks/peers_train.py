@@ -1,9 +1,8 @@
-"""The contenders of ``benchmarks/train.py``: SAELens' and dictionary_learning's own trainers, and a dense step,
-compiled.
+"""The contenders of ``benchmarks/train.py``: the trainers of SAELens and dictionary_learning, and a dense step.
 
-Neither peer is needed to import this. They get the weights, the λ1 and the batches of ours, and the constraints it
-trains under: Adam with torch's fused kernel, gradients clipped at norm 1, unit decoder rows. What a trainer lacks of
-these is added through its optimiser's hooks, at the price that our own step pays for it.
+Neither peer is needed to import this module. They get our weights, our λ1 and our batches, and the same constraints as
+our trainer: Adam with torch's fused kernel, gradients clipped at norm 1, decoder rows of unit norm. What a trainer
+lacks of these is added through hooks of its optimiser, at the same cost as in our own step.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A batch of windows [N, W, D] is trained on; what comes back says its L0 if asked, which is not part of the step.
+# It trains on a batch of windows [N, W, D] and returns a function that computes L0, which is not part of the step.
 Step = Callable[[Tensor], Callable[[], float]]
 
 
@@ -62,7 +61,7 @@ def saelens(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.
 
 
 def dictionary_learning(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.dtype) -> Step:
-    """``StandardTrainer.update``, which keeps unit rows by itself but does not clip, and knows no mixed precision."""
+    """``StandardTrainer.update``, which keeps unit rows itself, but does not clip gradients or use mixed precision."""
     from dictionary_learning.trainers.standard import StandardTrainer
 
     trainer = StandardTrainer(
@@ -101,9 +100,7 @@ def dictionary_learning(sae: Any, l1: float, lr: float, n_tokens: int, compute_d
 
 
 def compiled(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch.dtype) -> Step:
-    """The plain dense step through autograd, its loss through torch.compile: what anyone with a GPU would
-    write first.
-    """
+    """The plain dense step through autograd with its loss through torch.compile, the usual first choice on a GPU."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     weights = {name: getattr(sae, name).detach().clone().contiguous().requires_grad_() for name in names}
     optimiser = torch.optim.Adam(weights.values(), lr=lr, fused=True)
@@ -123,7 +120,7 @@ def compiled(sae: Any, l1: float, lr: float, n_tokens: int, compute_dtype: torch
 
 @cache
 def _compiled_loss() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Compiled once, for all turns."""
+    """The compiled loss; it is compiled once for all turns."""
 
     def loss(
         x_ND: Tensor, l1: Tensor, half: bool, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
@@ -141,7 +138,7 @@ PEERS = {"sae-lens": saelens, "dictionary-learning": dictionary_learning}
 
 
 def installed() -> dict[str, str]:
-    """Which peers this environment has, and their versions."""
+    """The installed peers and their versions."""
     os.environ.setdefault("WANDB_MODE", "disabled")
     found = {}
     for name in PEERS:
@@ -169,7 +166,7 @@ def _clip(parameters: Any) -> None:
 
 
 def _constrain(optimiser: torch.optim.Optimizer, W_dec: Tensor) -> None:
-    """Unit rows, as our own trainer keeps them."""
+    """Normalise decoder rows as our own trainer does."""
 
     def before(*_: Any) -> None:
         if W_dec.grad is not None:

@@ -1,10 +1,9 @@
-"""Which of torch's own operations does each part of the sparse step fastest: the choices of ``train/codes.py``,
-measured again.
+"""Which of torch's operations is fastest for each part of the sparse step, as chosen in ``train/step/``.
 
     python benchmarks/products.py --l0 50 400
 
-Every candidate of a part gives the same numbers (checked); the first named is the one in use. Milliseconds, best of
-many, each candidate in turn. Prints one JSON record.
+All candidates for a part give the same numbers (this is checked); the first one is the one in use. Times are in
+milliseconds, the best of many repetitions, with the candidates in turns. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Parts = dict[str, dict[str, Callable[[], Tensor]]]
 
 
 def parts(n: int, d: int, f: int, l0: int) -> Parts:
-    """Candidates for each part, at random weights with about ``l0`` active features of ``f`` per token."""
+    """The candidates for each part, at random weights with about ``l0`` of ``f`` features active per token."""
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(n, f, generator=generator)
     pre -= pre[:64].flatten().sort(descending=True).values[64 * l0]
@@ -80,7 +79,7 @@ def _scattered(pre: Tensor, kept: torch.return_types.topk) -> Tensor:
 
 
 def _anew(codes: SparseCodes) -> SparseCodes:
-    """The same codes with the order by columns forgotten."""
+    """The same codes without the stored order by columns."""
     codes.__dict__.pop("_by_column", None)
     return codes
 

@@ -1,17 +1,17 @@
-"""Quality on the real model: our trainer against SAELens' standard and batchtopk trainers, at equal activations, tokens
-and L0.
+"""Quality on a real model: our trainer against SAELens' trainers at equal activations, tokens and L0.
 
     python benchmarks/quality.py --peer-python PATH                     PATH: a Python that has sae-lens
-    python benchmarks/quality.py --peer-python PATH --quick             does it run at all?
+    python benchmarks/quality.py --peer-python PATH --quick             a quick check that it runs
 
-For every seed both trainers see the same windows of the demo model's activations in the same order. Both have the same
-learning rate, its warm-up and decay, Adam, clipping, scale of the inputs, λ1 and its warm-up, beginning of b_dec, norm
-of the decoder at the beginning (which ours keeps and theirs does not) and patience with dead features. The draw of the
-initial weights, AuxK and the thresholds are each trainer's own. Standard SAEs are trained at several λ1 and compared at
-one L0, between two λ1 linearly in log L0; batchtopk at equal k, each with its own threshold. Everything is measured by
-the evaluator of ``pipeline evaluate`` on held-out documents. Paired differences ours − theirs come with 95 %
-t-intervals over seeds: the lower bounds of explained variance and of CE recovered should be above −0.005. What is
-finished in --folder is not done again. Prints a table and one JSON record.
+SAELens' side are its standard and batchtopk trainers. For every seed both trainers see the same windows of the demo
+model's activations in the same order. They share the learning rate with its warm-up and decay, Adam, clipping, the
+scale of the inputs, λ1 with its warm-up, the initial b_dec, the initial norm of the decoder rows (which our trainer
+keeps fixed and theirs does not), and the number of steps after which a feature counts as dead. Initial weights, AuxK
+and thresholds are each trainer's own. Standard SAEs are trained at several λ1 and compared at one L0, interpolated
+between two λ1 linearly in log L0; batchtopk SAEs are compared at equal k, each with its own threshold. All are measured
+on held-out documents by the evaluator of ``pipeline evaluate``. Paired differences (ours − theirs) have 95 %
+t-intervals over seeds: the lower bounds of explained variance and of CE recovered should be above −0.005. SAEs that are
+already finished in --folder are not trained again. Prints a table and one JSON record.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ KINDS = {"relu": "standard", "batchtopk": "batchtopk"}
 
 
 def our_config(args: argparse.Namespace, activation: str, seed: int) -> TrainConfig:
-    """The modern preset but for what a short run needs and for Adam, which is all that the peer has."""
+    """The modern preset, changed as a short run needs and to use Adam, the only optimiser of the peer."""
     counted = {} if activation == "relu" else {"k": args.k}
     return TrainConfig(
         data=DataConfig(store=str(args.store), batch_size=args.batch, seed=seed),
@@ -74,26 +74,27 @@ def our_config(args: argparse.Namespace, activation: str, seed: int) -> TrainCon
 
 
 def train_ours(args: argparse.Namespace, seed: int) -> list[Path]:
-    """Run folders of the SAEs with the temporal term and of their twins, which are what is compared."""
+    """Run folders of the SAEs with the temporal term and of their twins; the twins are compared with the peer."""
     sweep = {"loss.l1": [str(l1) for l1 in args.l1]}
     standard = train(our_config(args, "relu", seed), sweep=sweep)
     return standard.runs + train(our_config(args, "batchtopk", seed)).runs
 
 
 def peer_orders(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    """What the peer's processes are told; numbers of steps are worked out from ours."""
+    """The settings for the peer's processes; numbers of steps follow from ours."""
     config = our_config(args, "batchtopk", seed)
     per_step, steps, chosen = tokens_per_step(config), args.steps, config.optimiser
     trainer = {
         "total_training_samples": steps * per_step,
         "train_batch_size_samples": per_step,
         "lr": chosen.lr,
-        "lr_end": chosen.lr,  # where its decay to zero begins
+        "lr_end": chosen.lr,  # the rate at the beginning of its decay to zero
         "lr_warm_up_steps": min(chosen.warmup, int(chosen.warmup_share * steps)),
         "lr_decay_steps": int(chosen.decay_share * steps),
         "dead_feature_window": dead_after(config) // per_step,
     }
-    # As ours begins. In trials of 200 steps its default, 0.1, was worse for standard and .001 better for batchtopk.
+    # As in our trainer. In trials of 200 steps SAELens' default, 0.1, was worse for standard and .001 better for
+    # batchtopk.
     sizes = {"d_in": args.d_model, "d_sae": args.width, "decoder_init_norm": 1.0}
     rising = {"l1_warm_up_steps": int(config.loss.l1_warmup * steps)}
     wanted = [(f"standard{l1:g}", "standard", {"l1_coefficient": l1, **rising}) for l1 in args.l1]
@@ -106,7 +107,7 @@ def peer_orders(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 
 def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
-    """One SAE of the peer in a process of its environment, fed with our stream; its folder."""
+    """Train one SAE of the peer in a process of its environment, with our batches; returns its folder."""
     folder = args.folder / "peers" / order["name"]
     if folder.exists():
         if json.loads((folder / ORDER).read_text()) != order:
@@ -130,7 +131,7 @@ def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
                 process.stdin.write(stream.next_batches()[0].x_NWD.view(torch.int16).numpy().tobytes())
             process.stdin.close()
         except BrokenPipeError:
-            pass  # the peer's last words are in the log
+            pass  # the process ended early; its error is in the log
         if process.wait() != 0:
             raise RuntimeError(f"the peer failed, see {log}: {log.read_text().strip().splitlines()[-1:]}")
     (partial / ORDER).write_text(json.dumps(order))
@@ -140,7 +141,7 @@ def train_peer(args: argparse.Namespace, order: dict[str, Any]) -> Path:
 
 
 def train_all(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """Ours in this thread, the peer's one after another beside it."""
+    """Train ours in this thread, and the peer's SAEs one after another at the same time."""
     ours: list[Path] = []
     with ThreadPoolExecutor(1) as beside:
         waiting = [beside.submit(train_peer, args, order) for seed in args.seeds for order in peer_orders(args, seed)]
@@ -150,7 +151,7 @@ def train_all(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
 
 
 def measure(args: argparse.Namespace, ours: Sequence[Path], theirs: Sequence[Path]) -> EvaluationReport:
-    """Both sides in one pass over the same held-out text."""
+    """Evaluate both sides in one pass over the same held-out text."""
     config = EvaluateConfig(
         runs=tuple(map(str, ours)), saes=tuple(map(str, theirs)), layers=(args.layer,), batches=args.batches,
         references=("mean", "zero"), out=str(args.folder / "reports"), name="quality", device="cpu", quick=True,
@@ -159,7 +160,7 @@ def measure(args: argparse.Namespace, ours: Sequence[Path], theirs: Sequence[Pat
 
 
 def side_of(record: Record) -> tuple[str, str, int] | None:
-    """Whose SAE a record is (ours, tc or theirs), of which kind and seed."""
+    """The side (ours, tc or theirs), kind and seed of a record."""
     if record.sae is None:
         return None
     seed = int(record.name.rsplit("-s", 1)[1])
@@ -173,7 +174,7 @@ Point = dict[str, float]
 
 
 def points_of(report: EvaluationReport) -> dict[tuple[str, str, int], list[Point]]:
-    """Measured values of every side, kind and seed, by growing L0."""
+    """The measured values of every side, kind and seed, sorted by L0."""
     found: dict[tuple[str, str, int], list[Point]] = {}
     for record in report.records:
         side = side_of(record)
@@ -184,7 +185,7 @@ def points_of(report: EvaluationReport) -> dict[tuple[str, str, int], list[Point
 
 
 def at_l0(points: Sequence[Point], l0: float) -> Point:
-    """Between the two nearest points, linearly in log L0; of a single point itself, whatever its L0."""
+    """Interpolate between the two nearest points, linearly in log L0; a single point is returned whatever its L0."""
     if len(points) == 1:
         return points[0]
     upper = next((i for i in range(1, len(points)) if points[i]["l0"] >= l0), len(points) - 1)
@@ -194,7 +195,7 @@ def at_l0(points: Sequence[Point], l0: float) -> Point:
 
 
 def common_l0(frontiers: Sequence[Sequence[Point]], wanted: float) -> float:
-    """``wanted``, or what is nearest to it inside every frontier."""
+    """``wanted``, or the nearest L0 that lies inside the measured range of every side."""
     low, high = max(points[0]["l0"] for points in frontiers), min(points[-1]["l0"] for points in frontiers)
     if low > high:
         raise SystemExit(f"no L0 is inside all frontiers (largest lower end {low:.1f}, smallest upper end {high:.1f}): "
@@ -211,7 +212,7 @@ def interval(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, report: EvaluationReport) -> dict[str, Any]:
-    """Per kind: the values of each side at the common L0, ours − theirs and tc − theirs."""
+    """Per kind: the values of each side at the common L0, and the differences ours − theirs and tc − theirs."""
     points, found = points_of(report), {}
     for kind in KINDS.values():
         mine = {side: [points[side, kind, seed] for seed in args.seeds] for side in ("ours", "tc", "theirs")}
@@ -230,13 +231,13 @@ def compare(args: argparse.Namespace, report: EvaluationReport) -> dict[str, Any
         }
         lowest = [differences["ours - theirs"][name]["low"] for name in CLAIMED]
         how = f"interpolated in log L0 at {l0:.1f}" if frontier else f"equal k = {args.k}, own thresholds"
-        met = None if None in lowest else all(low > GOAL for low in lowest)  # a single seed has no interval
+        met = None if None in lowest else all(low > GOAL for low in lowest)  # None: a single seed has no interval
         found[kind] = {"l0": how, "means": means, "differences": differences, "goal_met": met, "measured": mine}
     return found
 
 
 def table(found: dict[str, Any]) -> str:
-    """For people."""
+    """The results as a table for people."""
     lines = [
         "| | EV | CE recovered | KL | L0 | EV, ours − theirs | CE recovered, ours − theirs | goal |",
         "|" + "---|" * 8,

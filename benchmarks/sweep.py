@@ -1,13 +1,14 @@
 """A sweep of 8 SAEs on one stream against the same 8 trained one after the other: time, and bytes read from the store.
 
     python benchmarks/sweep.py                            both shapes, about a quarter of an hour on two cores
-    python benchmarks/sweep.py --only small --turns 5     the launch-bound shape alone
-    python benchmarks/sweep.py --quick                    does it run at all?
+    python benchmarks/sweep.py --only small --turns 5     only the shape whose cost is the number of calls
+    python benchmarks/sweep.py --quick                    a quick check that it runs
 
-Four values of λ2 (one of them 0) times two seeds, through the trainer itself, with everything a run does: store opened,
-windows shuffled, metrics, weights and record written. In turns: the sweep, the eight runs, and nothing but the eight
-members' steps on batches held in memory (their summed compute). Ratios are medians over turns of one by another of the
-same turn. Bytes are what the process read by system calls while it trained. Prints one JSON record.
+Four values of λ2 (one of them 0) times two seeds, through the trainer itself with everything that a run includes:
+opening the store, shuffling windows, metrics, writing weights and record. In turns: the sweep, the eight separate runs,
+and only the steps of the eight members on batches held in memory (their summed compute). Ratios are medians over turns,
+of two times from the same turn. Bytes are those that the process read by system calls while it trained. Prints one JSON
+record.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ QUICK = {"large": (32, 256, 8, 256, 4), "small": (16, 64, 4, 64, 6)}
 
 
 class Contest:
-    """One shape: a store of random activations that lasts for the run, and the three contenders."""
+    """One shape: a store of random activations, and the three contenders."""
 
     def __init__(self, shape: tuple[int, ...], folder: Path, args: argparse.Namespace):
         self.d_model, width, k, batch, self.steps = shape
@@ -82,17 +83,17 @@ class Contest:
         stream.close()
 
     def sweep(self) -> None:
-        """All members on one stream."""
+        """Train all members on one stream."""
         _train(self.config, sweep=GRID)
 
     def runs(self) -> None:
-        """The same members, each by itself."""
+        """Train the same members separately."""
         for plan in self.plans:
             _train(_alone(plan.config))
 
     @keeping_freed_memory()
     def compute(self) -> None:
-        """Nothing but the steps of each."""
+        """Run only the steps of each member."""
         for plan in self.plans:
             alone = Stack([Member(plan, self.inputs.mean_D, self.device, self.dtype)])
             for step in range(self.steps):
@@ -101,7 +102,7 @@ class Contest:
             torch.cuda.synchronize()
 
     def measured(self, contender: Callable[[], None]) -> dict[str, float]:
-        """Seconds, processor seconds and bytes of one go."""
+        """Seconds, processor seconds and bytes read of one repetition."""
         shutil.rmtree(self.config.run.out, ignore_errors=True)
         read, processor, begun = _bytes_read(), time.process_time(), time.perf_counter()
         contender()
@@ -109,7 +110,7 @@ class Contest:
         return {"seconds": seconds, "processor_seconds": processor, "bytes": _bytes_read() - read}
 
     def result(self, turns: int) -> dict[str, Any]:
-        """Of all turns."""
+        """The result of all turns."""
         contenders = {"sweep": self.sweep, "runs": self.runs, "compute": self.compute}
         self.measured(self.sweep)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -145,7 +146,7 @@ def _alone(config: TrainConfig) -> TrainConfig:
 
 
 def _bytes_read() -> int:
-    """By system calls of this process, page cache or not."""
+    """Bytes read by system calls of this process, including those served from the page cache."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 

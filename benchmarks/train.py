@@ -1,15 +1,15 @@
-"""Tokens per second of a training step: our sparse step, our dense step, with and without the temporal term, and the
-peers.
+"""Tokens per second of a training step: our sparse and dense steps, with and without the temporal term, and the peers.
 
-    python benchmarks/train.py --l0 50 400                     ours alone
-    python benchmarks/train.py --l0 50 400 --peers             where sae-lens and dictionary-learning are installed too
+    python benchmarks/train.py --l0 50 400                     only our own steps
+    python benchmarks/train.py --l0 50 400 --peers             also sae-lens and dictionary-learning, if installed
     python benchmarks/train.py --store cache/l12.zarr --peers  on real activations
-    python benchmarks/train.py --quick                         does it run at all?
+    python benchmarks/train.py --quick                         a quick check that it runs
 
-For every L0 one SAE is trained, λ1 steered, to that L0. Then all train on the same batches in turns of ten timed steps,
-so that other work on the machine hits all alike, and begin every turn with the trained weights; the rate is so small
-that L0 stays. Freed memory is kept, as in our trainer, for the peers too. Ratios are medians over turns of a
-contender's time by that of ours in the same turn; tokens per second are the best turn's. Prints one JSON record.
+For every L0 one SAE is trained to that L0 by adjusting λ1. Then all contenders train on the same batches in turns of
+ten timed steps, so that other work on the machine affects all of them alike. Every turn begins with the trained
+weights, and the learning rate is so small that L0 does not change. Freed memory is kept in the process, as in our
+trainer, for the peers too. Ratios are medians over turns of a contender's time divided by ours in the same turn; tokens
+per second are those of the best turn. Prints one JSON record.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WARM_LR, LR, TURN, UNTIMED = 3e-3, 1e-6, 10, 2
 
 
 def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
-    """Windows of sums of sparse directions, two thirds of which a token shares with its neighbours; E‖x‖² = d_model."""
+    """Windows of sums of sparse directions, of which a token shares two thirds with its neighbours; E‖x‖² = d_model."""
     generator = torch.Generator().manual_seed(0)
     n_true, n_windows = 2 * args.width, args.tokens // args.window
     directions = torch.randn(n_true, args.d_model, generator=generator)
@@ -75,7 +75,7 @@ def synthetic_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
 
 
 def stored_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
-    """Real activations, as the trainer sees them."""
+    """Activations of a store, as the trainer sees them."""
     from tcsae.cache.store import ActivationStore
     from tcsae.cache.stream import TokenStream
     from tcsae.cache.views import Windows
@@ -93,7 +93,7 @@ def stored_batches(args: argparse.Namespace, n_batches: int) -> list[Tensor]:
 
 
 def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Member:
-    """A member of a run as the trainer makes it."""
+    """A member of a run, created as the trainer does."""
     counted = {} if args.activation == "relu" else {"k": args.k}
     config = TrainConfig(
         data=DataConfig(window=args.window, batch_size=args.tokens),
@@ -108,8 +108,9 @@ def new_member(args: argparse.Namespace, mean_D: Tensor, temporal: bool) -> Memb
 
 
 def reach(member: Member, target: float, batches: Iterator[Tensor]) -> float:
-    """Train with λ1 steered so that L0 becomes ``target``; the λ1 at the end, when the rate has fallen to zero and L0
-    stays.
+    """Train with λ1 adjusted so that L0 becomes ``target``.
+
+    Returns the final λ1; by then the learning rate has fallen to zero, and L0 no longer changes.
     """
     stack, l1 = Stack([member]), 1.0
     for _ in range(member.config.run.steps):
@@ -121,13 +122,13 @@ def reach(member: Member, target: float, batches: Iterator[Tensor]) -> float:
 
 
 def ours(name: str, trained: Member, l1: float, groups: Sequence[float] = ()) -> Step:
-    """One of OURS, going on from the trained member; with nested ``groups`` if given."""
+    """One of OURS, continuing from the trained member; with nested ``groups`` if given."""
     member = copy.deepcopy(trained)
     constant = member.config.optimiser.model_copy(update={"lr": LR, "decay_share": 0.0})
     member.config = member.config.model_copy(update={"optimiser": constant, "run": RunConfig(steps=10**9)})
     member.optimiser = member_module._new_optimiser(
         member.sae, member.config
-    )  # a copied one would hold the old weights
+    )  # a copied optimiser would refer to the old weights
     n_features = member.sae.n_features
     term = TemporalTerm("pairwise", 0.1, n_features=n_features) if "temporal" in name else TemporalTerm()
     nested = tuple((round(fraction * n_features), 1 / len(groups)) for fraction in groups)
@@ -147,7 +148,7 @@ def ours(name: str, trained: Member, l1: float, groups: Sequence[float] = ()) ->
 
 @keeping_freed_memory()
 def compete(contenders: dict[str, Callable[[], Step]], batches: list[Tensor], n_steps: int) -> dict[str, Any]:
-    """Turns of TURN steps; seconds per step of each turn and the L0 at its end."""
+    """Turns of TURN steps each; returns the seconds per step of each turn and the L0 at its end."""
     seconds, l0 = ({name: [] for name in contenders} for _ in range(2))
     for turn in range(max(1, n_steps // TURN)):
         for name, contender in contenders.items():
@@ -172,7 +173,7 @@ def compete(contenders: dict[str, Callable[[], Step]], batches: list[Tensor], n_
 
 
 def _run(step: Step, batches: list[Tensor], first: int, n_steps: int) -> Callable[[], float]:
-    """Steps on batches ``first`` …, done when the device is; the last one's question for L0."""
+    """Train on batches ``first`` …, wait for the device, and return the last step's function for L0."""
     for at in range(first, first + n_steps):
         ask = step(batches[at % len(batches)])
     if batches[0].is_cuda:
@@ -181,9 +182,10 @@ def _run(step: Step, batches: list[Tensor], first: int, n_steps: int) -> Callabl
 
 
 def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
-    """MiB that a few steps of each of ours add to the process (or allocate on the GPU), each in a process of its own.
+    """MiB that a few steps of each of ours add to its process (or allocate on the GPU); one process for each.
 
-    The C library is told to give freed memory back at once: what it keeps otherwise varies by more than the term takes.
+    The C library is told to return freed memory to the system at once; what it keeps otherwise varies by more than the
+    temporal term uses.
     """
     thrifty = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = {}
@@ -197,14 +199,14 @@ def peak_memory(args: argparse.Namespace, l0: float) -> dict[str, float]:
 
 
 def memory_of(args: argparse.Namespace) -> float:
-    """The figure of one contender, whose codes get their density from the bias instead of from training."""
+    """The memory of one contender; the density of its codes is set through the bias instead of by training."""
     batch = synthetic_batches(args, 1)
     member = new_member(args, batch[0].mean((0, 1)), temporal=False)
     with torch.no_grad():
         pre = member.sae.pre_activations(batch[0][:50])
         member.sae.b_enc -= pre.flatten().sort(descending=True).values[int(args.l0[0] / args.width * pre.numel())]
         del pre
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
     before = _status("VmRSS")
     step = ours(args.memory_of, member, 1.0)
     for _ in range(4):
@@ -215,13 +217,13 @@ def memory_of(args: argparse.Namespace) -> float:
 
 
 def _status(field: str) -> int:
-    """A memory figure of this process in KiB."""
+    """A memory value of this process in KiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine and versions to which the figures belong."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()

@@ -1,1 +1,1 @@
-"""The activation store: written once, read by everything else; adoptable by itself."""
+"""The activation store: written once, read by everything else. It imports nothing of the packages above it."""

@@ -1,4 +1,8 @@
-"""One thread that does queued work in order, with a bound on what may wait: back-pressure, and failures handed back."""
+"""A background thread that does queued jobs in order.
+
+The queue is bounded in bytes, so that a caller who is faster than the thread has to wait. A failure in the thread is
+raised in the caller.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from collections.abc import Callable
 
 
 class BackgroundWorker:
-    """Runs jobs one after the other. After a failure the rest of the queue is dropped and every call raises it."""
+    """Runs jobs one after the other in a thread.
+
+    After a failure the rest of the queue is dropped, and every later call raises that failure.
+    """
 
     def __init__(self, name: str, limit: int):
         self._limit, self._waiting, self._busy = limit, 0, False
@@ -22,7 +29,7 @@ class BackgroundWorker:
         self._thread.start()
 
     def put(self, job: Callable[[], None], size: int) -> None:
-        """Queue a job of ``size`` bytes; waits while more than the limit is queued. One job of any size always fits."""
+        """Queue a job of ``size`` bytes. Waits while the limit is reached; a job larger than the limit runs alone."""
         with self._changed:
             began = time.perf_counter()
             while self._waiting and self._waiting + size > self._limit and self._failure is None:
@@ -41,7 +48,7 @@ class BackgroundWorker:
             self._raise_failure()
 
     def close(self) -> None:
-        """Finish the job at hand, drop the rest, end the thread."""
+        """Finish the running job, drop the rest and end the thread."""
         with self._changed:
             self._closed = True
             self._jobs.clear()
@@ -63,7 +70,7 @@ class BackgroundWorker:
                 self._busy = True
             try:
                 job()
-            except BaseException as failure:  # handed to the caller's thread, whatever it is
+            except BaseException as failure:  # raised later in the caller's thread
                 with self._changed:
                     self._failure = failure
                     self._jobs.clear()

@@ -1,4 +1,4 @@
-"""A Dask cluster that somebody else runs: reached, or lost in the middle, with one sentence for either."""
+"""Connecting to a Dask cluster that is already running, with one clear sentence for every way in which that fails."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CONNECT_SECONDS = 15
 def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
     """A Dask client of the scheduler at ``address``.
 
-    ``instead`` ends the sentence where none answers ("use --workers"), ``then`` that of one lost inside: what was kept,
-    how to go on.
+    ``instead`` completes the error message when no scheduler answers ("use --workers"). ``then`` completes the one
+    when the connection is lost inside the block: what was kept and how to continue.
 
     Raises:
-        ResourceError: no scheduler answers there, it has no workers, or it is lost before the block is left; or a task
-            took several workers down with it.
+        ResourceError: no scheduler answers, it has no workers, the connection is lost inside the block, or a task
+            killed several workers.
 
     """
     needs("dask", "distributed", extra="cluster", what="--scheduler")
@@ -29,7 +29,7 @@ def connected(address: str, *, instead: str, then: str) -> Iterator[Any]:
     from distributed.client import FutureCancelledError
     from distributed.comm.core import CommClosedError
 
-    with _our_words_only():
+    with _silent_dask_logs():
         try:
             client = Client(address, timeout=CONNECT_SECONDS)
         except (OSError, TimeoutError, ValueError) as problem:
@@ -55,8 +55,8 @@ def _reason(lost: Exception) -> str:
 
 
 @contextmanager
-def _our_words_only() -> Iterator[None]:
-    """Dask's client logs a lost connection in a hundred lines; here it is one sentence."""
+def _silent_dask_logs() -> Iterator[None]:
+    """Silence Dask's client, which logs a lost connection in about a hundred lines; our error is one sentence."""
     from distributed.utils import silence_logging_cmgr
 
     with (

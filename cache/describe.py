@@ -1,4 +1,4 @@
-"""What a store is and how much of it there is, as facts for a summary and as a picture."""
+"""Facts about a store for the ``inspect`` command: a summary and a picture of the norms."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .format.layout import PADDING, SPECIAL
 from .statistics import StoreStatistics, cached_statistics, token_norms
 from .store import ActivationStore
 
-_SMALL = 4_000_000_000  # bytes of activations up to which statistics are computed without being asked for
+_SMALL = 4_000_000_000  # bytes of activations up to which statistics are computed without a request
 
 
 def store_facts(
     store: ActivationStore, *, statistics: bool | None = None, scheduler: str = "threads"
 ) -> dict[str, Any]:
-    """Name → value of everything worth knowing at a glance.
+    """The facts of a store, name → value.
 
     Args:
-        store: opened, finished or not.
-        statistics: compute norms if they are not kept; None does so for stores below 4 GB.
-        scheduler: where: ``threads``, or the address of a Dask cluster.
+        store: an opened store, finished or not.
+        statistics: whether to compute the norms if the store does not hold them; None: only below 4 GB.
+        scheduler: where to compute them: ``threads``, or the address of a Dask cluster.
 
     """
     manifest, layout = store.manifest, store.layout
@@ -56,7 +56,7 @@ def store_facts(
 
 
 def statistics_of(store: ActivationStore, wanted: bool | None, scheduler: str) -> StoreStatistics | None:
-    """The statistics, if they are kept, asked for, or cheap."""
+    """The statistics if the store holds them, if they are ``wanted``, or if the store is small; else None."""
     small = store.n_tokens * store.d_model * 2 <= _SMALL
     if not store.n_rows or wanted is False or (wanted is None and not small):
         return cached_statistics(store)
@@ -81,7 +81,7 @@ def _norm_facts(found: StoreStatistics) -> dict[str, Any]:
 
 
 def readable(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same facts with numbers written for people."""
+    """The same facts with numbers formatted for people."""
     shown = dict(facts)
     shown["tokens"], shown["bytes"] = format_count(facts["tokens"]), format_bytes(facts["bytes"])
     for name, value in facts.items():
@@ -93,8 +93,9 @@ def readable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_norms(store: ActivationStore, file: Path, *, chunks: int = 64) -> None:
-    """A picture: histogram of norms (ordinary and special tokens) and mean norm per position, from a
-    sample of chunks.
+    """Draw the norms of a sample of chunks into ``file``.
+
+    Left: histograms for ordinary and for special tokens. Right: the mean norm per position.
     """
     needs("matplotlib", extra="report", what="a picture")
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
-"""Pools: rows of a store that are in memory together, read in a seeded order that visits every chunk once an epoch.
+"""Pools: the rows of a store that are in memory at the same time.
 
-Consecutive chunks of that order form a pool. Rows that fit into one pool are read once, whatever the number of epochs.
+The chunks of a store are read in a random order given by a seed; every chunk is read once per epoch. Consecutive chunks
+of that order form a pool. If all rows fit into one pool, they are read only once, whatever the number of epochs.
 
 Shapes: R rows of a pool, T positions of a row, D model width, N tokens.
 """
@@ -16,19 +17,19 @@ from ..errors import StoreError
 from .statistics import cached_statistics, counted, kept_norms, token_norms
 from .store import ActivationStore
 
-_POOL_BYTES = 512_000_000  # of one pool; two are held while the next is read
-_POOL_BATCHES = 32  # a pool holds at least this many batches where the store allows, so that little is dropped
+_POOL_BYTES = 512_000_000  # size of one pool; two are in memory, one in use and one being read
+_POOL_BATCHES = 32  # at least so many batches per pool if the store is large enough, so that little is dropped
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows in memory.
+    """Rows in memory, and which of their tokens may be used.
 
     Attributes:
         x_ND: bfloat16, all tokens in memory.
-        rows_R: the pool's rows of the store, in the order in which they are cut.
-        places_R: where each of them begins in ``x_ND``, in rows.
-        usable_RT: bool, neither special nor padding nor over the norm limit.
+        rows_R: row number in the store of every row of the pool.
+        places_R: index of every row within ``x_ND``, counted in rows.
+        usable_RT: bool, true for tokens that are neither special nor padding nor over the norm limit.
         documents_RT: running document numbers.
 
     """
@@ -46,23 +47,25 @@ class Pool:
 
     @property
     def n_tokens(self) -> int:
-        """Usable tokens."""
+        """Number of usable tokens."""
         return int(self.usable_RT.sum())
 
 
 class PoolReader:
-    """Reads pool after pool; not thread-safe. Two pools at a time stay intact: a third takes the first one's memory.
+    """Reads one pool after the other. Not thread-safe.
+
+    The last two pools stay valid; reading a third one overwrites the memory of the first.
 
     Args:
-        store: finished rows.
-        pool_tokens: tokens of a pool; None: as many as fit into 512 MB, at least 32 batches and one chunk.
-        tokens_per_batch: see ``pool_tokens``.
-        seed: of the order of the chunks.
-        norm_limit: tokens of a larger norm are not usable.
-        rows: only the first so many rows; None: all.
+        store: the store to read.
+        pool_tokens: tokens per pool; None: as many as fit into 512 MB, but at least 32 batches and one chunk.
+        tokens_per_batch: tokens per batch, for the default of ``pool_tokens``.
+        seed: decides the order of the chunks.
+        norm_limit: tokens with a larger norm are not usable.
+        rows: use only the first ``rows`` rows; None: all.
 
     Raises:
-        StoreError: more rows asked for than there are.
+        StoreError: ``rows`` is larger than the number of stored rows.
 
     """
 
@@ -84,12 +87,12 @@ class PoolReader:
         if pool_tokens is None:
             pool_tokens = max(_POOL_BYTES // (2 * store.d_model), _POOL_BATCHES * tokens_per_batch)
         per_pool = max(1, pool_tokens // (store.chunk_rows * store.context))
-        self.pools = -(-store.layout.chunks_for(self.rows) // per_pool)  # of an epoch
+        self.pools = -(-store.layout.chunks_for(self.rows) // per_pool)  # per epoch
         self._buffers = [torch.empty(0, dtype=torch.bfloat16) for _ in range(2)]
-        self._whole: torch.Tensor | None = None  # all rows, where they are one pool
+        self._whole: torch.Tensor | None = None  # all rows, if they fit into one pool
 
     def read(self, epoch: int, pool: int) -> Pool:
-        """One pool of an epoch.
+        """Read one pool of an epoch.
 
         Raises:
             StoreError: damage.
@@ -106,7 +109,7 @@ class PoolReader:
         return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT)
 
     def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Rows in memory, and the place of each of ``rows_R`` (those of ``chunks``) among them."""
+        """Rows in memory, and the index among them of each of ``rows_R`` (the rows of ``chunks``)."""
         if self._whole is not None:
             return self._whole, rows_R
         if len(self._buffers[buffer]) < len(rows_R):

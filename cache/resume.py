@@ -1,5 +1,7 @@
-"""Opening stores for writing: create or recognise them, bring all layers to their common last commit,
-check the disk.
+"""Preparing stores for writing.
+
+New stores are created and existing ones are recognised; all layers are brought to their common last commit; and the
+free disk space is checked.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from .storage.local import PARTIAL, LocalPlace
 from .storage.lock import LOCK, Lock, acquire
 from .storage.places import Place
 
-_SPARE_BYTES = 64_000_000  # left on the disk for everything else, or a tenth of the plan if that is less
+_SPARE_BYTES = 64_000_000  # to be left free on the disk, or a tenth of the plan if that is less
 
 
 def lock_all(places: Mapping[Location, Place], *, fresh: bool) -> list[Lock]:
-    """The writer's locks of every store, all with one token, or none of them.
+    """Take the writer's locks of all stores, all with one token. If one fails, all are released.
 
     Raises:
-        StoreError: a folder holds other things, another writer is at work, or no permission.
+        StoreError: a folder holds other files, another process writes one of the stores, or permission is missing.
 
     """
     locks: list[Lock] = []
@@ -43,7 +45,7 @@ def lock_all(places: Mapping[Location, Place], *, fresh: bool) -> list[Lock]:
 
 
 def _refuse_foreign(place: Place, *, fresh: bool) -> None:
-    """Never write into, and above all never wipe, a folder that is not ours."""
+    """Refuse a folder that holds anything but a store, so that no user's file is ever overwritten or deleted."""
     names = [name for name in place.names("") if not is_partial("", name)]
     if "zarr.json" in names:
         try:
@@ -56,10 +58,10 @@ def _refuse_foreign(place: Place, *, fresh: bool) -> None:
 
 
 def open_or_create(place: Place, manifest: StoreManifest, *, fresh: bool) -> StoreManifest:
-    """The manifest of the store as it lies there now, created from ``manifest`` when there was none.
+    """The manifest of the store at ``place``, which is created from ``manifest`` if there is none.
 
     Raises:
-        StoreError: the store holds something else; the first differing field is named.
+        StoreError: the store holds other data; the first differing field is named.
 
     """
     if fresh or not place.exists("zarr.json"):
@@ -79,12 +81,12 @@ def open_or_create(place: Place, manifest: StoreManifest, *, fresh: bool) -> Sto
 
 
 def other_rows(path: object, difference: str) -> str:
-    """That a store holds something else than what is asked for."""
+    """The error message when a store holds other data than requested."""
     return f"{path} holds other rows ({difference}): choose another --out, or --fresh to begin it anew"
 
 
 def _wipe(place: Place) -> None:
-    place.remove("zarr.json")  # first, so that what is left after a crash here is no store
+    place.remove("zarr.json")  # first: if the process is killed here, what remains does not count as a store
     remove_partial(place, "")
     for folder in ARRAYS:
         for name in place.names(folder):
@@ -93,23 +95,23 @@ def _wipe(place: Place) -> None:
 
 
 def remove_partial(place: Place, folder: str) -> None:
-    """Remove what writers that died or were given up left unfinished in a folder; only local stores have such files."""
+    """Remove the unfinished files of earlier writers from a folder. Only local stores have such files."""
     for name in place.names(folder) if place.local else []:
         if is_partial(folder, name):
             place.remove(f"{folder}/{name}" if folder else name)
 
 
 def is_partial(folder: str, name: str) -> bool:
-    """Whether a file is one of ours in the making; beside the arrays that can only be the group's document."""
+    """Whether a file is one of our unfinished files. Outside the array folders only ``zarr.json`` can be unfinished."""
     return name.endswith(PARTIAL) and (folder != "" or name.startswith("zarr.json."))
 
 
 def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLayout]) -> dict[Location, list[Commit]]:
-    """Each layer's log, cut to what all layers committed; leftovers of a killed writer are removed.
+    """Cut every layer's log to the commits that all layers have, and remove the leftovers of a killed writer.
 
     Raises:
-        StoreError: a log is damaged beyond a torn last line, the layers are further apart than a crash leaves them, or
-            a committed file is missing or has another size.
+        StoreError: a log is damaged before its last line, the layers differ by more than one commit (a crash explains
+            only one), or a committed file is missing or has another size.
 
     """
     logs = {layer: _sound_log(place) for layer, place in places.items()}
@@ -126,7 +128,7 @@ def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLa
 
 
 def uneven(rows: Mapping[str, int], shard_rows: Collection[int]) -> str:
-    """Why stores (path → rows) cannot go on together, as a sentence without its remedy's command."""
+    """The error message for stores (path → rows) that cannot be continued together, without the command that helps."""
     if len(shard_rows) > 1:
         sizes = " and ".join(map(str, sorted(shard_rows)))
         return (
@@ -134,9 +136,8 @@ def uneven(rows: Mapping[str, int], shard_rows: Collection[int]) -> str:
         )
     longest, shortest = max(rows, key=rows.__getitem__), min(rows, key=rows.__getitem__)
     return (
-        f"{longest} holds {rows[longest]} rows but {shortest} {rows[shortest]}: stores written "
-        "together grow together, so "
-        "extract what is missing by itself first, or all of them with --fresh"
+        f"{longest} holds {rows[longest]} rows but {shortest} {rows[shortest]}: stores written together grow together, "
+        "so extract what is missing by itself first, or all of them with --fresh"
     )
 
 
@@ -153,13 +154,13 @@ def _sound_log(place: Place) -> list[Commit]:
         raise StoreError(
             f"{place}/{LOG} is damaged at line {len(commits) + 1}, before its end: restore it or use --fresh"
         )
-    if rest:  # the line a crash tore; its shard is written again
+    if rest:  # a line that a crash left incomplete: its shard will be written again
         place.replace(LOG, raw[:sound])
     return commits
 
 
 def _clean(place: Place, commits: list[Commit]) -> None:
-    """Remove partial files and shards that no line vouches for; insist on the files that one does."""
+    """Remove partial files and uncommitted shards, and check that the committed files are there."""
     known = {commit.shard for commit in commits}
     remove_partial(place, "")
     for name in ARRAYS:
@@ -169,13 +170,13 @@ def _clean(place: Place, commits: list[Commit]) -> None:
             if shard is not None and shard not in known:
                 place.remove(f"{name}/{file}")
     if not isinstance(place, LocalPlace):
-        return  # a request per file; `verify` asks
+        return  # it would cost one request per file; `verify` does it
     newest = latest(commits)
     for commit in newest:
         for name, file in commit.files.items():
             key = shard_key(name, commit.shard)
             size = place.size(key) if place.exists(key) else None
-            # The last shard may have been replaced by a longer one whose line was lost with the process.
+            # The last shard may have been replaced by a longer one just before the process died and lost its commit.
             if size != file.bytes and not (size and commit is newest[-1]):
                 held = "is missing" if size is None else f"has {size} bytes where {file.bytes} were committed"
                 raise StoreError(f"{place}/{key} {held}: restore it or extract anew with --fresh")
@@ -189,7 +190,7 @@ def _repair_shapes(place: Place, layout: StoreLayout, rows: int) -> None:
 
 
 def wiped_bytes(place: Place) -> int:
-    """Bytes on the disk that come free when ``fresh`` removes what is there; 0 where space is no local matter."""
+    """Bytes of disk space that ``fresh`` frees by removing the present store; 0 for object storage."""
     if not isinstance(place, LocalPlace):
         return 0
     keys = ["zarr.json", *(f"{folder}/{name}" for folder in ARRAYS for name in place.names(folder))]
@@ -205,12 +206,13 @@ def check_space(
     *,
     fresh: bool = False,
 ) -> None:
-    """Whether the rows still to come fit, uncompressed, with a little to spare; stores on one file system are added up.
+    """Check that the rows still to be written fit on the disk, uncompressed and with a small reserve.
 
-    ``fresh``: what lies there now will be removed first, and is counted as free.
+    Stores on the same file system are added up. With ``fresh``, the space of the present files counts as free, since
+    they will be removed first.
 
     Raises:
-        ResourceError: they do not; both numbers are in the sentence.
+        ResourceError: they do not fit; the message gives the bytes needed and the bytes free.
 
     """
     needed: dict[object, int] = {}
@@ -227,8 +229,7 @@ def check_space(
     for where, wanted in needed.items():
         if wanted + min(_SPARE_BYTES, wanted // 10) > free[where]:
             raise ResourceError(
-                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} "
-                f"rows × {len(places)} "
-                f"layers) and {format_bytes(free[where])} are free{gone}: free some space, or ask for "
+                f"{format_bytes(wanted)} more are needed ({wanted:,} bytes for {planned - committed} rows × "
+                f"{len(places)} layers) and {format_bytes(free[where])} are free{gone}: free some space, or ask for "
                 "fewer tokens or layers"
             )

@@ -1,7 +1,8 @@
-"""What a store's activations are like: computed once over Dask, one task per shard, and kept beside the shards.
+"""Statistics of a store's activations, computed once (one task per shard) and kept beside the shards.
 
-One pass, usually: each shard's moments are taken with a limit on the norm guessed from a sample, and taken again only
-for the shards where the exact limit (10 × the median over the whole store) counts other tokens than the guess did.
+One pass is usually enough. The norm limit (10 × the median norm of the whole store) is not known before the pass, so
+it is first estimated from a sample. After the pass the moments are computed again only for the shards where the exact
+limit selects other tokens than the estimate did.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ _SHIFT = 12  # bits of float32 dropped by the histogram: 2048 bins per octave, e
 
 
 def token_norms(x_BTD: torch.Tensor) -> np.ndarray:
-    """‖x‖₂ of every token, float32 ``[B, T]``; not finite where the token is not."""
-    # Row by row: the same shapes, hence the same bits, however many rows come at once.
+    """‖x‖₂ of every token, float32 ``[B, T]``; not finite where the activation is not finite."""
+    # Row by row, so that the result is bit-identical however many rows are passed at once.
     norms = [torch.linalg.vector_norm(row.float(), dim=-1) for row in x_BTD]
     return torch.stack(norms).numpy() if norms else np.empty(x_BTD.shape[:2], np.float32)
 
 
 @dataclass
 class Moments:
-    """Count, mean vector and summed squared distance from it, of the tokens seen so far."""
+    """Number of tokens, mean vector and summed squared distance from it."""
 
     n: int
     mean_D: np.ndarray  # float64
@@ -49,12 +50,12 @@ class Moments:
 
     @classmethod
     def none(cls, d_model: int) -> Moments:
-        """Of no token."""
+        """The moments of no token."""
         return cls(0, np.zeros(d_model), 0.0)
 
     @classmethod
     def of(cls, x_ND: torch.Tensor) -> Moments:
-        """Of these tokens, two passes."""
+        """The moments of these tokens, in two passes over them."""
         if not len(x_ND):
             return cls.none(x_ND.shape[1])
         x = x_ND.float()
@@ -62,7 +63,7 @@ class Moments:
         return cls(len(x), mean.numpy(), float((x - mean.float()).square_().sum(dtype=torch.float64)))
 
     def merged(self, other: Moments) -> Moments:
-        """Of both sets of tokens."""
+        """The moments of both sets of tokens together (Chan, Golub and LeVeque, 1979)."""
         n = self.n + other.n
         if not n:
             return self
@@ -73,7 +74,7 @@ class Moments:
 
 @dataclass
 class NormSums:
-    """What the norms alone tell: histogram of ordinary tokens, sums per position and over special tokens."""
+    """Sums over norms: a histogram of ordinary tokens, sums per position, and sums over special tokens."""
 
     context: int
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << (31 - _SHIFT), np.int64))
@@ -88,7 +89,7 @@ class NormSums:
         self.position_count_T = np.zeros(self.context, np.int64)
 
     def add(self, norms_BT: np.ndarray, flags_BT: np.ndarray) -> None:
-        """Count the tokens of some rows."""
+        """Add the tokens of some rows."""
         finite = np.isfinite(norms_BT)
         token = finite & (flags_BT & PADDING == 0)
         special = token & (flags_BT & SPECIAL != 0)
@@ -101,7 +102,7 @@ class NormSums:
         self.n_nonfinite += int((~finite).sum())
 
     def median(self) -> float:
-        """Median norm of ordinary tokens, to 0.03 %; 0 without any."""
+        """Median norm of ordinary tokens, accurate to 0.03 %; 0 if there are none."""
         total = int(self.counts.sum())
         if not total:
             return 0.0
@@ -109,27 +110,28 @@ class NormSums:
         return (self._value((total - 1) // 2, upto) + self._value(total // 2, upto)) / 2
 
     def _value(self, rank: int, upto: np.ndarray) -> float:
-        """The norm of a rank (from 0), as if the norms of a bin lay evenly in it."""
+        """The norm at a rank (from 0), assuming that norms are evenly spread within a bin of the histogram."""
         at = int(np.searchsorted(upto, rank, side="right"))
         share = (rank - int(upto[at]) + int(self.counts[at]) + 0.5) / int(self.counts[at])
         low, high = (float(np.uint32(bin_ << _SHIFT).view(np.float32)) for bin_ in (at, at + 1))
         return low + share * (high - low)
 
     def mean_by_position(self) -> np.ndarray:
-        """Mean norm at every position, special tokens included; NaN where only padding lies."""
+        """Mean norm at every position, special tokens included; NaN at positions that hold only padding."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.position_sum_T / self.position_count_T
 
 
 def counted(norms_BT: np.ndarray, flags_BT: np.ndarray, limit: float) -> np.ndarray:
-    """Which tokens enter means and training: neither special nor padding, finite, norm at most ``limit``; bool ``[B,
-    T]``.
+    """Which tokens enter means and training, bool ``[B, T]``.
+
+    A token counts if it is neither special nor padding, its norm is finite, and the norm is at most ``limit``.
     """
     return (flags_BT & (SPECIAL | PADDING) == 0) & (norms_BT <= limit)
 
 
 def merge(parts: Iterable[Moments], d_model: int) -> Moments:
-    """All parts together, in the order given."""
+    """The moments of all parts together, merged in the given order."""
     total = Moments.none(d_model)
     for part in parts:
         total = total.merged(part)
@@ -137,33 +139,34 @@ def merge(parts: Iterable[Moments], d_model: int) -> Moments:
 
 
 STATISTICS = "activations/statistics.json"
-LIMIT_FACTOR = 10  # massive activations: norms beyond this many medians (see docs/METHOD.md)
+LIMIT_FACTOR = 10  # massive activations: tokens with a norm above 10 × the median norm (see docs/METHOD.md)
 _SAMPLE_CHUNKS = 16
-_GROUP = 64  # shards per call to Dask: bounds what the coordinator holds
+_SHARDS_PER_CALL = 64  # shards per call to Dask, which bounds the memory of this process
 
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """Statistics of the first ``rows`` rows. *Counted* tokens are neither special nor padding nor beyond
-    ``norm_limit``.
+    """Statistics of the first ``rows`` rows.
+
+    *Counted* tokens are those that are neither special nor padding and whose norm is at most ``norm_limit``.
     """
 
     rows: int
     n_tokens: int  # counted tokens
-    mean_D: np.ndarray  # of counted tokens, float64
-    variance: float  # Σ_d of the variance of counted tokens
-    mean_square_norm: float  # E‖x‖² of counted tokens
-    median_norm: float  # of tokens neither special nor padding
+    mean_D: np.ndarray  # mean of the counted tokens, float64
+    variance: float  # variance of the counted tokens, summed over dimensions
+    mean_square_norm: float  # E‖x‖² over the counted tokens
+    median_norm: float  # over tokens that are neither special nor padding
     norm_limit: float  # LIMIT_FACTOR × median_norm
-    n_over_norm: int  # tokens neither special nor padding that lie beyond it
+    n_over_norm: int  # tokens, neither special nor padding, whose norm exceeds norm_limit
     n_special: int
-    special_mean_norm: float | None  # of special tokens; None without any
-    mean_norm_by_position_T: np.ndarray  # special tokens included; NaN where only padding lies
-    n_nonfinite: int  # tokens that hold NaN or Inf: none, in a sound store
+    special_mean_norm: float | None  # mean norm of special tokens; None if there are none
+    mean_norm_by_position_T: np.ndarray  # special tokens included; NaN at positions that hold only padding
+    n_nonfinite: int  # tokens that hold NaN or Inf: 0 in a sound store
 
     @property
     def rms_scale(self) -> float:
-        """The factor s with E‖s·x‖² = d_model over counted tokens; 1 for a store without any."""
+        """The factor s with E‖s·x‖² = d_model over the counted tokens; 1 if there are none."""
         return math.sqrt(len(self.mean_D) / self.mean_square_norm) if self.mean_square_norm > 0 else 1.0
 
     @property
@@ -172,7 +175,7 @@ class StoreStatistics:
         return self.n_nonfinite > 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; NaN positions become null."""
+        """As plain JSON; NaN becomes null."""
         record = asdict(self)
         record["mean_D"] = self.mean_D.tolist()
         record["mean_norm_by_position_T"] = [
@@ -190,7 +193,7 @@ class StoreStatistics:
 
 @dataclass(frozen=True)
 class _ShardResult:
-    """What a task sends back."""
+    """The result of one shard's task."""
 
     shard: int
     norms_BT: np.ndarray
@@ -198,16 +201,16 @@ class _ShardResult:
     moments: Moments
     n_over: int
     square_norms: float
-    near: tuple[
-        float, float
-    ]  # the largest counted norm and the smallest beyond the limit: limits between them change nothing
+    # The largest counted norm and the smallest norm above the limit: any limit between them counts the same tokens.
+    near: tuple[float, float]
 
 
 def store_statistics(store: ActivationStore, *, scheduler: str = "threads") -> StoreStatistics:
-    """Statistics of all rows: from the store if they were computed since it last grew, else computed and kept there.
+    """Statistics of all rows; they are read from the store if it has not grown since, else computed and saved there.
 
     Raises:
-        StoreError: damage, or no row at all. ResourceError: the Dask scheduler cannot be reached, or is lost.
+        StoreError: the store is damaged or holds no rows.
+        ResourceError: the Dask scheduler cannot be reached, or the connection to it is lost.
 
     """
     kept = cached_statistics(store)
@@ -225,7 +228,7 @@ def store_statistics(store: ActivationStore, *, scheduler: str = "threads") -> S
 
 
 def cached_statistics(store: ActivationStore) -> StoreStatistics | None:
-    """The kept statistics if they are of exactly these rows and intact."""
+    """The saved statistics, if they are undamaged and cover exactly the present rows; else None."""
     try:
         record = json.loads(store.place.read(STATISTICS))
         sound = record.pop("check") == checksum(record) and record["fingerprint"] == store.fingerprint()
@@ -235,18 +238,18 @@ def cached_statistics(store: ActivationStore) -> StoreStatistics | None:
 
 
 def norms_key(shard: int) -> str:
-    """The file that keeps the norms of one shard: float32 ``[rows, T]`` and its CRC-32C, beside the shard."""
+    """The file with the norms of one shard: float32 ``[rows, T]`` followed by its CRC-32C."""
     return f"activations/norms.{shard}"
 
 
 def kept_norms(store: ActivationStore, shard: int, rows: int) -> np.ndarray | None:
-    """Norms ``[rows, T]`` of one shard as kept by the last statistics; None if there are none or they are altered."""
+    """Norms ``[rows, T]`` of one shard as saved with the statistics; None if they are missing or damaged."""
     norms, crc = np.empty((rows, store.context), "<f4"), bytearray(CRC_BYTES)
     try:
         if store.place.read_into(norms_key(shard), 0, [norms, crc, bytearray(1)]) != norms.nbytes + CRC_BYTES:
             return None
         check(norms, crc)
-    except Exception:  # any way in which it cannot be read: it is only a shortcut
+    except Exception:  # whatever the reason: the norms can be computed from the activations instead
         return None
     return norms
 
@@ -288,7 +291,7 @@ def _assemble(store: ActivationStore, sums: NormSums, parts: Sequence[_ShardResu
 
 
 def _sampled_median(store: ActivationStore) -> float:
-    """Median norm over a few chunks spread over the store."""
+    """Median norm over a few chunks, evenly spaced in the store."""
     sums = NormSums(store.context)
     for chunk in sorted(set(np.linspace(0, store.n_chunks - 1, _SAMPLE_CHUNKS).astype(int).tolist())):
         rows = store.chunk_range(chunk)
@@ -297,12 +300,12 @@ def _sampled_median(store: ActivationStore) -> float:
 
 
 def _map_shards(store: ActivationStore, shards: Sequence[int], limit: float, scheduler: str) -> Iterator[_ShardResult]:
-    path = os.path.abspath(store.path) if store.place.local else store.path  # workers have working folders of their own
+    path = os.path.abspath(store.path) if store.place.local else store.path  # workers have other working folders
     task = partial(_shard_task, type(store).open, path, limit)
     if scheduler in ("threads", "synchronous", "sync"):
         with ThreadPoolExecutor(os.cpu_count() if scheduler == "threads" else 1) as pool:
-            for at in range(0, len(shards), _GROUP):
-                yield from pool.map(task, shards[at : at + _GROUP])
+            for at in range(0, len(shards), _SHARDS_PER_CALL):
+                yield from pool.map(task, shards[at : at + _SHARDS_PER_CALL])
         return
     with connected(
         scheduler, instead="leave --scheduler out", then="nothing is kept of the statistics; ask again"
@@ -310,13 +313,13 @@ def _map_shards(store: ActivationStore, shards: Sequence[int], limit: float, sch
         from dask.delayed import delayed
 
         tasks = [delayed(task, pure=False)(shard) for shard in shards]
-        groups = [tasks[at : at + _GROUP] for at in range(0, len(tasks), _GROUP)]
+        groups = [tasks[at : at + _SHARDS_PER_CALL] for at in range(0, len(tasks), _SHARDS_PER_CALL)]
         for group in groups:
             yield from cast(list[_ShardResult], client.gather(client.compute(group)))
 
 
 def _shard_task(open_store: Callable[..., ActivationStore], path: str, limit: float, shard: int) -> _ShardResult:
-    """One shard, chunk by chunk, in a worker that can reach the store."""
+    """Process one shard, chunk by chunk, in a worker that can reach the store."""
     store = open_store(path, allow_unfinished=True)
     rows = store.layout.rows_of(shard, store.n_rows)
     flags = store.flags(rows.start, rows.stop)
@@ -349,4 +352,4 @@ def _keep_norms(store: ActivationStore, result: _ShardResult) -> None:
     try:
         store.place.replace(norms_key(result.shard), norms.tobytes() + checksum_bytes(norms))
     except (OSError, TcsaeError):
-        return  # read-only: store_statistics says so once
+        return  # a read-only store: store_statistics reports it once

@@ -1,4 +1,4 @@
-"""One layer's activations, opened for reading: rows, chunks, tokens and what the store says about itself."""
+"""One layer's activations, opened for reading: rows, chunks, tokens, and what the store records about itself."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 
 class ActivationStore:
-    """Committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with their tokens, documents and
-    flags.
+    """The committed rows of one layer: ``n_rows`` × ``context`` × ``d_model`` bfloat16, with tokens, documents, flags.
 
-    Every read compares the chunk's hash with the committed one. Thread-safe. Works on folders and on fsspec URLs alike.
-    What was opened stays readable while the store grows.
+    Every read compares the chunk's hash with the committed one. Thread-safe. Works on folders and on fsspec URLs. An
+    opened store sees the rows that were committed when it was opened, and stays readable while the store grows.
     """
 
     def __init__(self, place: Place, manifest: StoreManifest, commits: Sequence[Commit]):
@@ -43,10 +42,10 @@ class ActivationStore:
 
         Args:
             path: its folder, or a URL such as ``s3://bucket/l12.zarr``.
-            allow_unfinished: take the rows that are committed so far.
+            allow_unfinished: also open a store whose extraction is not finished, with the rows committed so far.
 
         Raises:
-            StoreError: missing, no store, of a newer format, damaged, or not finished.
+            StoreError: the store is missing, is no store, has a newer format, is damaged, or is not finished.
 
         """
         place = place_of(path)
@@ -74,12 +73,12 @@ class ActivationStore:
 
     @property
     def path(self) -> str:
-        """Where it lies."""
+        """The folder or URL."""
         return str(self._place)
 
     @property
     def place(self) -> Place:
-        """Where it lies, as the cache's own modules read it."""
+        """The folder or URL as the cache's own modules read it."""
         return self._place
 
     @property
@@ -89,12 +88,12 @@ class ActivationStore:
 
     @property
     def layer(self) -> int:
-        """The transformer block at or in which this was taken, counted from 0."""
+        """The transformer block of these activations, counted from 0."""
         return self.manifest.layer
 
     @property
     def location(self) -> Location:
-        """The layer and the hook point whose activations these are."""
+        """The layer and the hook point of these activations."""
         return self.manifest.location
 
     @property
@@ -119,7 +118,7 @@ class ActivationStore:
 
     @property
     def n_tokens(self) -> int:
-        """Positions in all rows, special and padded ones included."""
+        """Positions in all rows, special tokens and padding included."""
         return self.n_rows * self.context
 
     @property
@@ -138,8 +137,9 @@ class ActivationStore:
         return self.manifest.finished
 
     def fingerprint(self, rows: int | None = None) -> str:
-        """Hash of the identity and of the committed files of the first ``rows`` rows (all by default); growth leaves it
-        valid.
+        """Hash of the identity and of the committed files of the first ``rows`` rows (default: all).
+
+        It does not change when the store grows.
 
         Raises:
             StoreError: the store has fewer rows.
@@ -150,7 +150,6 @@ class ActivationStore:
         return fingerprint(self.manifest, self._commits, rows)
 
     # --- activations
-    # ---------------------------------------------------------------------------------------------------
 
     def chunk_range(self, chunk: int) -> range:
         """The rows of one chunk."""
@@ -158,15 +157,15 @@ class ActivationStore:
         return range(first, min(first + self.chunk_rows, self.n_rows))
 
     def read_chunks(self, chunks: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
-        """Whole chunks, one after the other in the order given, as bfloat16 ``[rows, T, D]``; the fast path.
+        """Read whole chunks, in the order given, as bfloat16 ``[rows, T, D]``. This is the fastest way to read.
 
         Args:
             chunks: chunk numbers.
-            out: bfloat16 memory to fill, contiguous, at least as many rows as the chunks hold; reuse it, fresh memory
-                costs more than the read. Pinned memory works.
+            out: contiguous bfloat16 memory to fill, with at least as many rows as the chunks hold. Pass the same memory
+                again and again: allocating new memory takes longer than the read. Pinned memory works.
 
         Raises:
-            StoreError: a chunk is not there, or its bytes are not what was written.
+            StoreError: a chunk does not exist or is damaged.
 
         """
         sizes = [len(self.chunk_range(self._check_chunk(chunk))) for chunk in chunks]
@@ -188,7 +187,7 @@ class ActivationStore:
         """Rows ``start`` … ``stop`` as ``[rows, T, D]``.
 
         Raises:
-            StoreError: out of range, or damaged.
+            StoreError: the rows do not exist or are damaged.
 
         """
         self._check_rows(start, stop)
@@ -205,14 +204,13 @@ class ActivationStore:
         return out.to(dtype)
 
     def _fill(self, chunk: int, low: int, high: int, into: np.ndarray) -> None:
-        """Rows ``low`` … ``high`` of a chunk into ``into``: directly when it is the whole chunk, else
-        through scratch.
-        """
+        """Read rows ``low`` … ``high`` of a chunk into ``into``; a part of a chunk goes through a scratch buffer."""
         commit = self._latest[chunk * self.chunk_rows // self.layout.shard_rows]
         within = chunk % self.layout.shard_chunks
         direct = high - low == self.chunk_rows
         target = into if direct else self._reader.scratch()
-        # A last chunk that is not full may have been completed since: its own checksum then, not the log's.
+        # A partly filled last chunk may have been completed since we read the log, so the log's hash may be outdated:
+        # compare the chunk's own checksum instead.
         full = (within + 1) * self.chunk_rows <= commit.rows
         hashes = commit.files["activations"].chunks
         self._reader.read_chunk(commit.shard, within, commit.rows, target, hashes[within] if full and hashes else None)
@@ -225,7 +223,6 @@ class ActivationStore:
             yield self.rows(start, min(start + rows_per_step, self.n_rows), dtype=dtype)
 
     # --- text
-    # ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of rows ``start`` … ``stop``, int32 ``[rows, T]``."""
@@ -248,10 +245,9 @@ class ActivationStore:
         return np.concatenate(parts) if parts else np.empty((0, self.context), np.int32)
 
     # --- statistics
-    # ----------------------------------------------------------------------------------------------------
 
     def statistics(self, *, scheduler: str = "threads") -> StoreStatistics:
-        """Mean, variance, norms and profile over positions, computed once over Dask and kept in the store.
+        """Mean, variance, norms and norm per position, computed once and saved in the store.
 
         Args:
             scheduler: ``threads``, ``synchronous``, or the address of a Dask cluster that reaches the store.
@@ -262,7 +258,7 @@ class ActivationStore:
         return store_statistics(self, scheduler=scheduler)
 
     def close(self) -> None:
-        """Close files and drop what was remembered; the store can still be read."""
+        """Close files and clear the caches; the store can still be read afterwards."""
         self._reader.forget()
 
     def _check_rows(self, start: int, stop: int) -> None:

@@ -1,9 +1,9 @@
-"""The endless stream of shuffled batches over a store: a pure function of its rows, the settings and a seed, resumable
-from a few numbers.
+"""The endless stream of shuffled batches over a store.
 
-A stream reads the store once for all who train on it: every pool (:mod:`.pools`) is shown in as many views
-(:mod:`.views`) as there are, while a thread reads the next one. A pool gives as many batches as its usable tokens fill;
-what is left over is dropped.
+The batches depend only on the store's rows, the settings and a seed, and a stream can be resumed from a few numbers.
+The store is read once for everyone who trains on it: each pool (:mod:`.pools`) is presented in several views
+(:mod:`.views`) while a thread reads the next pool. A pool gives as many batches as its usable tokens fill; the
+remaining tokens are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .views import Cut, TokenBatch, View
 
 @dataclass(frozen=True)
 class _Ready:
-    """A pool and how every view cuts it."""
+    """A pool, and the items that every view takes from it."""
 
     pool: Pool
     n_batches: int
@@ -32,22 +32,25 @@ class _Ready:
 
 
 class TokenStream:
-    """Batches of every view, epoch after epoch. Single consumer; :meth:`close` it, or use it as a context manager.
+    """Batches for every view, epoch after epoch.
+
+    For one consumer. Call :meth:`close` at the end, or use it as a context manager.
 
     Args:
-        store: finished rows.
-        views: what is asked for, each once.
-        tokens_per_batch: the most tokens of a batch of windows or pairs; of rows about so many.
-        pool_tokens: tokens shuffled together; by default as many as fit into 512 MB, at least 32 batches and one chunk.
-        seed: of the whole order.
-        norm_limit: tokens of a larger norm are left out, and windows end at them.
-        rows: use only the first so many rows (all by default), so that a store may grow without changing the stream.
+        store: the store to read.
+        views: the views to serve, without repetition.
+        tokens_per_batch: upper limit of tokens in a batch of windows or pairs; about the number in a batch of rows.
+        pool_tokens: tokens per pool, which are shuffled together; default: as many as fit into 512 MB, but at least 32
+            batches and one chunk.
+        seed: decides the whole order.
+        norm_limit: tokens with a larger norm are left out, and no window contains one.
+        rows: use only the first ``rows`` rows (default: all), so that the stream stays the same if the store grows.
         prefetch: read the next pool in a thread.
-        pin_memory: batches come in page-locked memory, from which a GPU copies while it computes.
+        pin_memory: return batches in page-locked memory, so that a GPU can copy them while it computes.
 
     Raises:
-        UsageError: the rows hold no whole batch of such windows.
-        StoreError: more rows asked for than there are, or damage.
+        UsageError: the rows cannot fill a whole batch of such windows.
+        StoreError: ``rows`` is larger than the number of stored rows, or the store is damaged.
 
     """
 
@@ -77,19 +80,18 @@ class TokenStream:
         self._begin(epoch=0, pool=0, batch=0)
 
     # --- position
-    # ------------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
-        """Passes over the rows completed before the next batch's."""
+        """Number of passes over the rows completed before the next batch."""
         return self._epoch
 
     def position(self) -> dict[str, int]:
-        """Where the stream stands, before the next batches; the same for all views."""
+        """The position of the next batch; it is the same for all views."""
         return {"epoch": self._epoch, "pool": self._pool, "batch": self._batch}
 
     def identity(self, view: View) -> dict[str, Any]:
-        """What the batches of a view depend on; not on the other views."""
+        """The settings that decide the batches of a view; the other views have no influence on them."""
         return {
             "rows": self._reader.rows,
             "view": view.name,
@@ -100,15 +102,15 @@ class TokenStream:
         }
 
     def state_dict(self, view: View) -> dict[str, Any]:
-        """The position, and of what; plain JSON."""
+        """The position and the stream's identity for a view, as plain JSON."""
         return {**self.position(), "of": self.identity(view)}
 
     def load_state_dict(self, state: dict[str, Any], view: View) -> None:
-        """Go to a position that :meth:`state_dict` gave; the batches that follow are bit-identical.
+        """Go to a position from :meth:`state_dict`; the batches that follow are bit-identical.
 
         Raises:
-            StoreError: a version of this program wrote the state that orders windows otherwise.
-            UsageError: the state is of another stream; the differing setting is named.
+            StoreError: the state was written by a version of this program that orders windows differently.
+            UsageError: the state belongs to another stream; the differing setting is named.
 
         """
         if "view" not in state["of"]:
@@ -126,12 +128,11 @@ class TokenStream:
     def _begin(self, *, epoch: int, pool: int, batch: int) -> None:
         self._epoch, self._pool, self._batch = epoch, pool, batch
         self._current: _Ready | None = None
-        if self._next is not None:  # it may be writing into a buffer that is about to be reused
+        if self._next is not None:  # the thread may be writing into a buffer that is about to be reused
             wait([self._next[1]])
         self._next = None
 
     # --- batches
-    # -------------------------------------------------------------------------------------------------------
 
     def next_batches(self) -> list[TokenBatch]:
         """The next batch of every view, in the order of the views."""
@@ -155,7 +156,7 @@ class TokenStream:
         return (epoch, pool + 1) if pool + 1 < self._reader.pools else (epoch + 1, 0)
 
     def _take(self, epoch: int, pool: int) -> _Ready:
-        """The pool, read ahead or now; starts reading the one after it."""
+        """The pool, prefetched or read now; then the prefetch of the following pool begins."""
         began = time.perf_counter()
         ahead = self._next is not None and self._next[0] == (epoch, pool)
         taken = self._next[1].result() if ahead and self._next else self._read(epoch, pool)
@@ -170,7 +171,7 @@ class TokenStream:
         n_batches = pool.n_tokens // self._budget
         cuts = []
         for view in self.views if n_batches else ():
-            rng = np.random.default_rng([self._seed, epoch, number])  # each its own: company changes nothing
+            rng = np.random.default_rng([self._seed, epoch, number])  # one per view: other views change nothing
             cuts.append(view.cut(pool, n_batches, self._budget, rng))
         return _Ready(pool, n_batches, tuple(cuts))
 

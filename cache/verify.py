@@ -1,5 +1,6 @@
-"""Is every committed byte what was written, and every row what the model produces? Reads everything,
-changes nothing.
+"""The check of a whole store; it reads everything and changes nothing.
+
+It tells whether every committed byte is what was written and, on request, whether the model produces the stored rows.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from .storage.places import Place
 from .store import ActivationStore
 
 _PIECE = 8_000_000  # bytes hashed at a time
-# A batch of rows, and how it was run → this layer's activations for it, bfloat16 bits [B, T, D].
+# (batch of rows, execution with which it was extracted) → this layer's activations, bfloat16 bits [B, T, D].
 Recompute = Callable[[RowBlock, Execution], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: a file, or rows of one."""
+    """One problem: a file (or rows of one) and what is wrong with it."""
 
     file: str
     problem: str
@@ -43,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` saw."""
+    """The result of :func:`verify`."""
 
     path: str
     rows: int
@@ -56,26 +57,26 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return not self.findings
 
 
 def verify(
     path: str | Path, *, recompute: Recompute | None = None, sample: int = 64, seed: int = 0, tolerance: float = 2.0**-5
 ) -> Verification:
-    """Check structure, checksums, counts, NaN and Inf of a store, and a random sample of rows against the model.
+    """Check structure, checksums and counts of a store, search for NaN and Inf, and compare some rows with the model.
 
     Args:
         path: folder or URL.
-        recompute: gives the activations of rows once more; called with whole batches of the recorded batch size, cut at
-            shard ends as the extraction cut them, so that equal means bit-equal on the same machine.
+        recompute: computes the activations of rows again; None: no comparison with the model. It is called with the
+            same batches as the extraction used, so that results are bit-identical on the same machine.
         sample: rows to recompute, rounded up to whole batches.
-        seed: of the sample.
-        tolerance: relative difference of a recomputed token beyond which it is a finding.
+        seed: decides the sample.
+        tolerance: a recomputed token with a larger relative difference counts as a problem.
 
     Raises:
-        StoreError: there is no store at all, or it is of a newer format. Damage is reported, not raised.
-        UsageError: a sample below one row.
+        StoreError: there is no store, or it has a newer format. Damage is reported in the result, not raised.
+        UsageError: ``sample`` is below 1.
 
     """
     if sample < 1:
@@ -137,7 +138,7 @@ def _arrays(place: Place, manifest: StoreManifest, rows: int) -> Iterator[Findin
 
 
 def _unexpected(place: Place, commits: list[Commit]) -> Iterator[Finding]:
-    """Files nobody vouches for: leftovers of a killed writer, or strangers."""
+    """Files that belong to no commit: leftovers of a killed writer, or files that are not ours."""
     known = {shard_key(name, commit.shard) for commit in commits for name in commit.files}
     known |= {"zarr.json", LOG, LOCK, STATISTICS, *ARRAYS, *(f"{name}/zarr.json" for name in ARRAYS)}
     for folder in ("", *ARRAYS):
@@ -148,7 +149,7 @@ def _unexpected(place: Place, commits: list[Commit]) -> Iterator[Finding]:
 
 
 def _side_files(place: Place) -> Iterator[Finding]:
-    """Kept statistics: never needed, but what is there must be intact."""
+    """Check the saved statistics. A store may lack them, but those that exist must be undamaged."""
     if place.exists(STATISTICS):
         try:
             record = json.loads(place.read(STATISTICS))
@@ -198,7 +199,7 @@ def _file(place: Place, key: str, commit: Commit, name: str) -> str | None:
 
 
 def _content(place: Place, manifest: StoreManifest, commit: Commit) -> Iterator[Finding]:
-    """Chunks decode with the right checksums and hashes, every number is finite, every text value possible."""
+    """Check that chunks decode with the right hashes, all numbers are finite, and all token ids are possible."""
     layout, reader = manifest.layout, ShardReader(place, manifest.layout)
     key = shard_key("activations", commit.shard)
     hashes, chunks = commit.files["activations"].chunks or (), layout.chunks_for(commit.rows)
@@ -210,10 +211,9 @@ def _content(place: Place, manifest: StoreManifest, commit: Commit) -> Iterator[
         bad = 0
         for chunk, xxh3 in enumerate(hashes):
             bits = reader.scratch()
-            for compared in (
-                None,
-                xxh3,
-            ):  # the chunk's own CRC-32C, which any Zarr reader looks at, and what ours compares
+            # Once with the chunk's own CRC-32C, which every Zarr reader compares, and once with the log's hash, which
+            # our reader compares.
+            for compared in (None, xxh3):
                 reader.read_chunk(commit.shard, chunk, commit.rows, bits, compared)
             bad += nonfinite_tokens(bits[: commit.rows - chunk * layout.chunk_rows])
     except StoreError as damage:
@@ -233,7 +233,7 @@ def _content(place: Place, manifest: StoreManifest, commit: Commit) -> Iterator[
 
 
 def nonfinite_tokens(bits_BTD: np.ndarray) -> int:
-    """Tokens that hold NaN or Inf: an exponent of all ones."""
+    """Number of tokens that hold NaN or Inf, that is, a bfloat16 whose exponent bits are all ones."""
     worst = (bits_BTD & 0x7FFF).max(axis=-1, initial=0)
     return int((worst >= 0x7F80).sum())
 
@@ -266,7 +266,7 @@ def _recomputed(
 
 
 def _batches(store: ActivationStore) -> list[tuple[range, Execution]]:
-    """The batches the extraction ran, by the recorded size: cut at shard ends."""
+    """The batches that the extraction used: of the recorded size, and ending at the end of each shard."""
     batches = []
     for commit in latest(store.commits):
         execution = execution_of(commit, store.manifest)
@@ -281,7 +281,7 @@ def _block(store: ActivationStore, rows: range) -> RowBlock:
 
 
 def _differences(new_bits: Any, stored: torch.Tensor, block: RowBlock) -> np.ndarray:
-    """Largest relative difference of every row, padding left out."""
+    """The largest relative difference in every row, without padding."""
     from .format.layout import from_bits
 
     new, old = from_bits(np.asarray(new_bits)).float(), stored.float()

@@ -1,8 +1,8 @@
-"""Views: what a pool of rows looks like to whoever trains on it, as windows, as pairs of tokens, or as whole rows.
+"""Views: how the rows of a pool become training batches, as windows, as pairs of tokens, or as whole rows.
 
-All views of a pool give the same number of batches, as many as its usable tokens fill, and of about the same number of
-tokens each; so a view's batches do not depend on which others share the pool. One that runs out of windows before is
-cut again, elsewhere.
+All views of a pool give the same number of batches, each of about the same number of tokens. The batches of one view
+therefore do not depend on the other views. A view that runs out of windows takes a second set from the same pool, from
+other random offsets.
 
 Shapes: R rows of a pool, T positions of a row, W positions of an item of a view (window, pair, row), N items, D model
 width.
@@ -21,20 +21,20 @@ import torch
 from ..errors import UsageError
 from .pools import Pool
 
-_LEAST_PAST = 2  # usable tokens before a token, on average, for rows to be worth looking at whole
+_LEAST_PAST = 2  # whole rows are refused if tokens have fewer usable tokens before them on average
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Items of one view. Every token of a window or pair is usable, and of the window's or pair's one document.
+    """Items of one view. All tokens of a window or pair are usable and belong to one document.
 
     Attributes:
         x_NWD: bfloat16 activations.
-        documents_N: int64 document of every item; of a row, that of its first usable token.
-        rows_N: int64 row of the store.
-        positions_NW: int64 position of every token in its row.
-        valid_NW: which tokens are usable, where not all of them are (rows).
-        documents_NW: document of every token, where an item can have several (rows).
+        documents_N: int64, the document of every item; for a row, the document of its first usable token.
+        rows_N: int64, the row number in the store.
+        positions_NW: int64, the position of every token in its row.
+        valid_NW: bool, which tokens are usable; None for windows and pairs, where all are.
+        documents_NW: the document of every token; None for windows and pairs, which have only one document.
 
     """
 
@@ -47,12 +47,12 @@ class TokenBatch:
 
     @property
     def n_tokens(self) -> int:
-        """Usable tokens."""
+        """Number of usable tokens."""
         n, w = self.positions_NW.shape
         return n * w if self.valid_NW is None else int(self.valid_NW.sum())
 
     def part(self, share: slice) -> TokenBatch:
-        """Some of the items."""
+        """The items in ``share``."""
         rest = (None if each is None else each[share] for each in (self.valid_NW, self.documents_NW))
         return TokenBatch(
             self.x_NWD[share], self.documents_N[share], self.rows_N[share], self.positions_NW[share], *rest
@@ -61,45 +61,45 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Cut:
-    """A pool's items in the order in which they are given: batch b holds ``bounds[b]`` … ``bounds[b + 1]``."""
+    """The items of a pool in the order of the batches: batch b holds items ``bounds[b]`` … ``bounds[b + 1]``."""
 
-    local_N: np.ndarray  # row of the pool
+    local_N: np.ndarray  # row number within the pool
     start_N: np.ndarray  # position of the first token in its row
-    offsets_NW: np.ndarray  # of every token from the first; [1, W] where they are the same for all items
+    offsets_NW: np.ndarray  # distance of every token from the first; [1, W] if it is the same for all items
     bounds: np.ndarray
 
 
 class View(ABC):
-    """A way to look at a pool. Equal views give equal batches."""
+    """A way to take items from a pool. Equal views give equal batches."""
 
     together: int = 1
-    """So many items side by side belong together."""
+    """Number of consecutive items that come from the same row and document."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """For messages, and to tell one view from another."""
+        """The view's name, for messages and to distinguish views."""
 
     @abstractmethod
     def tokens_per_batch(self, budget: int) -> int:
-        """Tokens of a batch that may hold ``budget`` of them; exact where items are of one length, else on average."""
+        """Tokens in a batch limited to ``budget`` tokens; exact if all items have the same length, else the average."""
 
     @abstractmethod
     def describe(self, budget: int) -> str:
-        """What a batch of that budget holds, in words."""
+        """The contents of a batch with that budget, in words."""
 
     @abstractmethod
     def check(self, context: int, budget: int) -> None:
-        """Whether there can be such items.
+        """Check that such items can exist.
 
         Raises:
-            UsageError: rows of ``context`` positions or batches of ``budget`` tokens hold none.
+            UsageError: rows of ``context`` positions or batches of ``budget`` tokens are too small for one.
 
         """
 
     @abstractmethod
     def cut(self, pool: Pool, n_batches: int, budget: int, rng: np.random.Generator) -> Cut:
-        """Items for ``n_batches`` batches of at most ``budget`` tokens.
+        """Choose the items for ``n_batches`` batches of at most ``budget`` tokens.
 
         Raises:
             UsageError: the pool holds no such item.
@@ -107,7 +107,7 @@ class View(ABC):
         """
 
     def gather(self, pool: Pool, cut: Cut, batch: int, *, pin_memory: bool = False) -> TokenBatch:
-        """One batch, copied out of the pool."""
+        """Copy one batch out of the pool."""
         chosen = slice(cut.bounds[batch], cut.bounds[batch + 1])
         offsets_NW = cut.offsets_NW if len(cut.offsets_NW) == 1 else cut.offsets_NW[chosen]
         local_N, positions_NW = cut.local_N[chosen], cut.start_N[chosen, None] + offsets_NW
@@ -120,10 +120,10 @@ class View(ABC):
 
 @dataclass(frozen=True)
 class Windows(View):
-    """Windows of ``window`` consecutive tokens; every ``together`` of them side by side are of one row and document.
+    """Windows of ``window`` consecutive tokens, in groups of ``together`` from one row and document.
 
-    Every run of usable tokens is cut from a random offset, and the windows of all runs are shuffled together, so that a
-    token is seen at most once before the pool's windows are used up.
+    Every run of usable tokens is cut into windows from a random offset, and the groups of all runs are shuffled. A
+    token is therefore seen at most once until all windows of the pool are used.
     """
 
     window: int
@@ -159,7 +159,7 @@ class Windows(View):
             at, _ = cut_windows(pool.usable_RT, pool.documents_RT, self.window, rng)
             return shuffle_windows(at, pool.documents_RT, self.together, rng)[0]
 
-        at = _enough(once, n_batches * size)
+        at = _repeat_until(once, n_batches * size)
         if at is None:
             raise UsageError(
                 f"a pool of the store holds no {self.window * self.together} consecutive tokens of one document, "
@@ -170,11 +170,11 @@ class Windows(View):
 
 @dataclass(frozen=True)
 class Pairs(View):
-    """Pairs of a token and an earlier one of its row and document: [earlier, token].
+    """Pairs of a token and an earlier one of the same row and document: [earlier, token].
 
-    ``draw`` ``token``: every token once, in random order; the earlier one is drawn for each among all usable ones
-    before it. ``batch``: one position of the earlier token for all pairs of a batch, as Temporal SAE was published
-    (arXiv 2511.05541), and tokens from anywhere behind it.
+    ``draw = "token"``: every token occurs once, in random order, and its partner is drawn from all usable tokens before
+    it. ``draw = "batch"``: within a batch, the earlier token has the same position in all pairs, as Temporal SAE was
+    published (arXiv 2511.05541), and the later token is drawn from all positions after it.
     """
 
     draw: Literal["token", "batch"] = "token"
@@ -202,7 +202,7 @@ class Pairs(View):
         size = budget // 2
         if self.draw == "batch":
             return self._by_batch(pool, n_batches, size, rng)
-        found = _enough(lambda: draw_pairs(pool.usable_RT, pool.documents_RT, rng), n_batches * size)
+        found = _repeat_until(lambda: draw_pairs(pool.usable_RT, pool.documents_RT, rng), n_batches * size)
         if found is None:
             raise _no_pair()
         return _pairs_cut(found, pool.context, np.arange(n_batches + 1) * size)
@@ -227,9 +227,9 @@ class Pairs(View):
 
 @dataclass(frozen=True)
 class Rows(View):
-    """Whole rows in order, with the mask of usable tokens and every token's document; every row once an epoch.
+    """Whole rows in order, with the mask of usable tokens and the document of every token; every row once per epoch.
 
-    A pool's rows are dealt to its batches as evenly as they go, so that batches differ by at most one row.
+    The rows of a pool are divided evenly among its batches, so that batches differ by at most one row.
     """
 
     @property
@@ -254,8 +254,8 @@ class Rows(View):
         past = float(before_RT[pool.usable_RT].mean()) if pool.n_tokens else 0.0
         if past < _LEAST_PAST:
             raise UsageError(
-                f"in this store a token has {past:.1f} tokens of its document before it in its row on average, too few "
-                "for what sees whole rows: extract longer documents, or with --packing document"
+                f"in this store a token has on average {past:.1f} earlier tokens of its document in its row, too few "
+                "for an SAE that sees whole rows: extract longer documents, or use --packing document"
             )
         local_N = rng.permutation(np.flatnonzero(pool.usable_RT.any(1)))
         if len(local_N) < n_batches:
@@ -282,8 +282,8 @@ def cut_windows(
 ) -> tuple[np.ndarray, int]:
     """Cut every run of usable tokens of one document in one row into windows, from a random offset.
 
-    A run of n tokens gives n // window windows side by side; where among its n % window spare tokens they begin is
-    uniform.
+    A run of n tokens gives n // window windows without gaps. The remaining n % window tokens are split at random (with
+    equal probability) between the beginning and the end of the run.
 
     Args:
         usable_RT: bool, rows × positions.
@@ -292,13 +292,14 @@ def cut_windows(
         rng: decides the offsets.
 
     Returns:
-        Flat index (row · T + position) of every window's first token, in order; and the usable tokens in no window.
+        Flat index (row · T + position) of every window's first token, in order, and the number of usable tokens that
+        are in no window.
 
     """
     first_RT = usable_RT.copy()
     first_RT[:, 1:] &= ~usable_RT[:, :-1] | (documents_RT[:, 1:] != documents_RT[:, :-1])
     begins = first_RT.reshape(-1).nonzero()[0]
-    # A run's length: the usable tokens from its beginning to the next one's.
+    # The length of a run is the number of usable tokens from its beginning to the beginning of the next run.
     before = np.concatenate([[0], np.cumsum(usable_RT.reshape(-1))])
     lengths = np.diff(np.append(before[begins], before[-1]))
     counts = lengths // window
@@ -311,19 +312,20 @@ def cut_windows(
 def shuffle_windows(
     at: np.ndarray, documents_RT: np.ndarray, together: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
-    """Put windows into random order, every ``together`` of them in a row from one row and document.
+    """Put windows into random order; each group of ``together`` consecutive windows is from one row and document.
 
     Returns:
-        Their first tokens in that order, and how many windows have no sibling and are left out.
+        The windows' first tokens in that order, and the number of windows left out since their row and document had too
+        few windows to complete a group.
 
     """
     at = rng.permutation(at)
     if together == 1:
         return at, 0
-    kin = np.stack([at // documents_RT.shape[1], documents_RT.reshape(-1)[at]])
-    order = np.lexsort(kin)  # stable: random among kin
-    at, kin = at[order], kin[:, order]
-    begins = np.append(True, (kin[:, 1:] != kin[:, :-1]).any(0)).nonzero()[0] if len(at) else np.empty(0, int)
+    source = np.stack([at // documents_RT.shape[1], documents_RT.reshape(-1)[at]])  # (row, document) of each window
+    order = np.lexsort(source)  # a stable sort: windows of one source stay in random order
+    at, source = at[order], source[:, order]
+    begins = np.append(True, (source[:, 1:] != source[:, :-1]).any(0)).nonzero()[0] if len(at) else np.empty(0, int)
     counts = np.diff(np.append(begins, len(at)))
     within = np.arange(len(at)) - np.repeat(begins, counts)
     whole = within < np.repeat(counts // together * together, counts)
@@ -331,11 +333,11 @@ def shuffle_windows(
 
 
 def draw_pairs(usable_RT: np.ndarray, documents_RT: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Every usable token that has an earlier one of its document in its row, in random order, with such an earlier one.
+    """For every usable token that has an earlier one of its document in its row: a random earlier one. In random order.
 
     Returns:
-        Flat indices (row · T + position) [N, 2]: the earlier token, uniform among the usable ones before, and the
-        token.
+        Flat indices (row · T + position) [N, 2]: the earlier token, drawn uniformly from the usable tokens before, and
+        the token itself.
 
     """
     rank_RT = _usable_before(usable_RT, documents_RT)
@@ -348,7 +350,7 @@ def draw_pairs(usable_RT: np.ndarray, documents_RT: np.ndarray, rng: np.random.G
 
 
 def _usable_before(usable_RT: np.ndarray, documents_RT: np.ndarray) -> np.ndarray:
-    """How many usable tokens of its row and document lie before each token."""
+    """For each token, the number of usable tokens before it in the same row and document."""
     begins_RT = np.ones_like(usable_RT)
     begins_RT[:, 1:] = documents_RT[:, 1:] != documents_RT[:, :-1]
     before = np.cumsum(usable_RT.reshape(-1)) - usable_RT.reshape(-1)
@@ -357,13 +359,13 @@ def _usable_before(usable_RT: np.ndarray, documents_RT: np.ndarray) -> np.ndarra
     return (before - at_begin).reshape(usable_RT.shape)
 
 
-def _enough(once: Callable[[], np.ndarray], n: int) -> np.ndarray | None:
-    """At least ``n`` items, from as many draws of a pool's items as that takes; None where there are none."""
-    parts = [once()]
+def _repeat_until(draw: Callable[[], np.ndarray], n: int) -> np.ndarray | None:
+    """At least ``n`` items, by drawing from the pool as often as necessary; None if the pool has no such item."""
+    parts = [draw()]
     while (have := sum(map(len, parts))) < n:
         if have == 0:
             return None
-        parts.append(once())
+        parts.append(draw())
     return np.concatenate(parts)
 
 
@@ -377,10 +379,10 @@ def _no_pair() -> UsageError:
 
 
 def take_rows(x_ND: torch.Tensor, index_N: torch.Tensor, *, pin_memory: bool = False) -> torch.Tensor:
-    """``x_ND[index_N]`` of bfloat16, by one thread, on request into page-locked memory.
+    """``x_ND[index_N]`` for bfloat16, in a single thread, into page-locked memory if requested.
 
-    Torch would share the work among OpenMP threads, and while others keep the cores busy (the prefetch thread does)
-    waiting for them takes ten times as long as copying a batch.
+    Torch would divide the work among OpenMP threads. While other threads use the cores (as the prefetch thread does),
+    waiting for the OpenMP threads takes ten times as long as copying a batch.
     """
     out = torch.empty((len(index_N), x_ND.shape[1]), dtype=x_ND.dtype, pin_memory=pin_memory)
     unit = torch.int64 if x_ND.shape[1] % 4 == 0 else torch.int16

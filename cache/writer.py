@@ -1,9 +1,11 @@
-"""The writer of a set of stores, one per layer, that commit together: data first, then the record, then the visible
-shape.
+"""Writing the stores of several locations together: a shard is committed in all of them or in none.
 
-The caller's thread only queues; one background thread writes. Whatever kills the process, the stores hold exactly the
-shards whose record is in every log: a torn line, a line that some layers lack, a ``.partial`` file and a shard without
-a record are dropped by the next :meth:`StoreSetWriter.open`, and those rows are written again.
+A location is a layer and a hook point. For every shard the data are written first, then the line of the commit log,
+then the array shapes that Zarr readers see. The caller's thread only queues work; one background thread writes.
+
+If the process is killed at any moment, the stores hold exactly the shards that every log lists. The next
+:meth:`StoreSetWriter.open` drops a half-written line, a line that some stores lack, ``.partial`` files and uncommitted
+shards; those rows are then written again.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from .storage.lock import Lock
 from .storage.open_place import place_of
 from .storage.places import Place
 
-_QUEUE_BYTES = 512_000_000  # activations waiting to be written before append() blocks
+_QUEUE_BYTES = 512_000_000  # append() waits while more than this is queued
 
 
 class StoreSetWriter:
-    """Writes the stores of several layers row by row; see :meth:`open`. A context manager.
+    """Writes the stores of several locations row by row; create it with :meth:`open`. A context manager.
 
-    Leaving it without an exception drains what was queued; with one, the shard in the making is discarded. Either way
-    the commits stay and the locks are released. ``layout`` is the stored one on resume: use it, not the one you
-    planned.
+    Leaving the context writes what is queued; after an exception the uncommitted shard is discarded instead. In both
+    cases the commits stay and the locks are released. On resume, use ``layout`` (the layout of the existing store)
+    instead of the layout you planned.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class StoreSetWriter:
         planned_rows: int,
     ):
         self._places, self._manifests, self._locks = places, manifests, locks
-        self._one = min(manifests)
+        self._first = min(manifests)
         self._logs = recover(places, self._layouts)
         self._planned = max(planned_rows, self.rows_stored)
         self._shard: ShardSetWriter | None = None
@@ -56,7 +58,7 @@ class StoreSetWriter:
         self._tail_queued = False
         self._bytes = 0
         self.execution = (
-            execution_of(self._log[-1], manifests[self._one]) if self._log else manifests[self._one].execution
+            execution_of(self._log[-1], manifests[self._first]) if self._log else manifests[self._first].execution
         )
         check_space(places, self._layouts, self._planned, self.rows_committed)
         self._worker = BackgroundWorker("store-writer", _QUEUE_BYTES)
@@ -65,21 +67,21 @@ class StoreSetWriter:
     def open(
         cls, paths: Mapping[Location, str | Path], manifests: Mapping[Location, StoreManifest], *, fresh: bool = False
     ) -> StoreSetWriter:
-        """Create the stores, or go on with them after the last common commit.
+        """Create the stores, or continue them after the last common commit.
 
-        A finished store whose manifest now plans more rows is extended: if its last shard is short, ``rows_committed``
-            is where
-        that shard begins; extract it again whole, its stored rows are compared and kept.
+        A finished store is extended if its manifest now plans more rows. If its last shard is short, ``rows_committed``
+        is the first row of that shard: extract that shard again completely; its stored rows are compared and kept.
 
         Args:
             paths: location → folder or fsspec URL.
-            manifests: location → what the store is to hold. Identity is compared with what is there; a larger
-                ``planned_rows`` replaces the old plan.
-            fresh: drop what is there and begin anew.
+            manifests: location → what the store shall hold. The identity must agree with that of an existing store; a
+                larger ``planned_rows`` replaces the old plan.
+            fresh: delete existing stores and start again.
 
         Raises:
-            StoreError: another identity (the field is named), another writer at work, damage, no permission.
-            ResourceError: the plan does not fit on the disk; the bytes are in the sentence.
+            StoreError: the identity differs (the field is named), another process writes the store, the store is
+                damaged, or permission is missing.
+            ResourceError: the plan does not fit on the disk; the message gives the bytes.
 
         """
         places = {layer: place_of(path) for layer, path in paths.items()}
@@ -92,12 +94,11 @@ class StoreSetWriter:
                 lock.release()
             raise
 
-    # --- what is known
-    # -------------------------------------------------------------------------------------------------
+    # --- state
 
     @property
     def _log(self) -> list[Commit]:
-        return self._logs[self._one]
+        return self._logs[self._first]
 
     @property
     def _layouts(self) -> dict[Location, StoreLayout]:
@@ -105,12 +106,12 @@ class StoreSetWriter:
 
     @property
     def layout(self) -> StoreLayout:
-        """The layout in use (of the lowest layer; all layers share their row sizes)."""
-        return self._manifests[self._one].layout
+        """The layout in use (that of the first location; all stores have the same rows per chunk and shard)."""
+        return self._manifests[self._first].layout
 
     @property
     def run(self) -> str:
-        """Token of this run, which its workers show: see ``write_shard``."""
+        """The token of this run; ``write_shard`` compares it with the token in the lock."""
         return self._locks[0].owner
 
     @property
@@ -120,49 +121,51 @@ class StoreSetWriter:
 
     @property
     def rows_stored(self) -> int:
-        """Rows in the stores now, a short last shard included."""
+        """Rows in the stores now, including those of a short last shard."""
         return rows_in(self._log)
 
     @property
     def rows_committed(self) -> int:
-        """Where appending goes on: rows of settled shards. A short last shard to be extended is not settled."""
+        """The row at which appending continues. A short last shard that will be extended does not count."""
         return rows_in(self._settled)
 
     @property
     def next_shard(self) -> int:
-        """The shard that begins at :attr:`rows_committed`."""
+        """The shard that begins at row :attr:`rows_committed`."""
         return len(latest(self._settled))
 
     @property
     def kept_rows(self) -> int:
-        """Rows of :attr:`next_shard` that are stored already and will be compared and kept."""
+        """Number of rows of :attr:`next_shard` that are already stored; they will be compared and kept."""
         return self.rows_stored - self.rows_committed
 
     @property
     def cursor(self) -> dict[str, Any] | None:
-        """The stream position given with the commit before :attr:`rows_committed`; None at the start."""
+        """The text position saved with the commit that ends at :attr:`rows_committed`; None at the start."""
         return self._settled[-1].cursor if self._settled else None
 
     @property
     def last_cursor(self) -> dict[str, Any] | None:
-        """The stream position after :attr:`rows_stored`: the short last shard's, where there is one."""
+        """The text position saved with the last commit, at :attr:`rows_stored`."""
         return self._log[-1].cursor if self._log else None
 
     @property
     def seconds_blocked(self) -> float:
-        """Time :meth:`append` waited because the disk did not keep up."""
+        """Seconds for which :meth:`append` waited for the disk."""
         return self._worker.seconds_blocked
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the files committed through this writer."""
+        """Bytes of the files committed by this writer."""
         return self._bytes
 
     # --- writing
-    # -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Mark the stores unfinished, with the plan. :meth:`append` does it; call it before workers write shards."""
+        """Mark the stores as unfinished and record the plan.
+
+        :meth:`append` calls it; otherwise call it before workers write shards.
+        """
         if self._began:
             return
         self._began = True
@@ -171,12 +174,12 @@ class StoreSetWriter:
             self._set_manifest(layer, place, wanted)
 
     def append(self, block: RowBlock, activations: Mapping[Location, np.ndarray]) -> None:
-        """Queue rows of the current shard; waits only while too much is queued already.
+        """Queue rows of the current shard; waits only if too much is queued already.
 
         The arrays must not be changed afterwards. ``activations``: location → uint16 bits ``[B, T, D]``.
 
         Raises:
-            ValueError: the rows straddle the shard's end, a layer is missing, or a shape is wrong.
+            ValueError: the rows extend beyond the end of the shard, a layer is missing, or a shape is wrong.
             StoreError, ResourceError: an earlier row could not be written.
 
         """
@@ -184,16 +187,18 @@ class StoreSetWriter:
             raise ValueError("a short shard was committed: it is the last of this plan, no rows can follow it")
         room = self._shard_start + self.layout.shard_rows - self._queued_rows
         if len(block) > room:
-            raise ValueError(f"{len(block)} rows straddle a shard's end, {room} rows away: cut the block there")
+            raise ValueError(
+                f"{len(block)} rows do not fit into the shard, which has room for {room}: cut the block there"
+            )
         self.begin()
         self._queued_rows += len(block)
         self._worker.put(lambda: self._write(block, activations), sum(a.nbytes for a in activations.values()))
 
     def commit(self, cursor: dict[str, Any]) -> None:
-        """Queue the commit of the current shard, whole or (as the last of the plan) short.
+        """Queue the commit of the current shard. Only the last shard of the plan may be short.
 
         Args:
-            cursor: JSON that says where the text stream stands after these rows; :attr:`cursor` gives it back.
+            cursor: the text position after these rows, as JSON; :attr:`cursor` returns it on resume.
 
         """
         self._tail_queued = self._queued_rows % self.layout.shard_rows != 0
@@ -201,9 +206,9 @@ class StoreSetWriter:
         self._worker.put(lambda: self._commit(cursor), 0)
 
     def commit_records(self, records: Sequence[ShardRecord], cursor: dict[str, Any] | None) -> None:
-        """Commit shards that workers have written, in row order; the coordinator's half of :func:`write_shard`.
+        """Commit shards that workers have written with :func:`write_shard`, in row order; returns when it is done.
 
-        ``cursor`` goes with the last of them. Returns when they are committed.
+        ``cursor`` is saved with the last of them.
 
         Raises:
             StoreError: a record is not the next shard, or the lock was lost.
@@ -220,9 +225,10 @@ class StoreSetWriter:
         self._queued_rows = self._shard_start = self.rows_committed
 
     def restart_shard(self, execution: Execution | None = None) -> None:
-        """Discard the rows since the last commit and begin the shard anew, recording a changed execution with it.
+        """Discard the rows since the last commit and start the shard again.
 
-        For another attempt with a smaller batch; rewind the text to :attr:`cursor`.
+        Used to try again with a smaller batch. ``execution`` is recorded with the shard. Set the text back to
+        :attr:`cursor` as well.
         """
         self._worker.put(self._discard, 0)
         self.drain()
@@ -231,14 +237,14 @@ class StoreSetWriter:
         self.execution = execution or self.execution
 
     def drain(self) -> None:
-        """Wait until everything queued is on disk; raises what went wrong."""
+        """Wait until everything queued is on disk; raises the failure of the background thread, if any."""
         self._worker.drain()
 
     def finish(self) -> None:
-        """Mark the stores finished with the rows they hold.
+        """Mark the stores as finished with the rows they hold.
 
         Raises:
-            ValueError: rows were appended that no commit covers.
+            ValueError: rows were appended since the last commit.
 
         """
         self.drain()
@@ -246,12 +252,11 @@ class StoreSetWriter:
             raise ValueError("rows were appended since the last commit: commit() before finish()")
         for layer, place in self._places.items():
             for name in ARRAYS:
-                remove_partial(place, name)  # of workers that died: whoever redid their shards wrote other files
+                remove_partial(place, name)  # left by workers that died; their shards were written again by others
             done = self._manifests[layer].model_copy(update={"planned_rows": self.rows_stored, "finished": True})
             self._set_manifest(layer, place, done)
 
-    # --- the background thread's side
-    # ----------------------------------------------------------------------------------
+    # --- run by the background thread
 
     def _write(self, block: RowBlock, activations: Mapping[Location, np.ndarray]) -> None:
         if self._shard is None:
@@ -277,7 +282,7 @@ class StoreSetWriter:
     def _record(self, record: ShardRecord, cursor: dict[str, Any] | None) -> None:
         for lock in self._locks:
             lock.confirm()
-        changed = self.execution != self._manifests[self._one].execution
+        changed = self.execution != self._manifests[self._first].execution
         execution = self.execution.model_dump() if changed else None
         for layer, place in self._places.items():
             commit = record.for_layer(layer, cursor, execution)
@@ -295,8 +300,7 @@ class StoreSetWriter:
             place.replace("zarr.json", to_json(group_document(manifest)))
             self._manifests[layer] = manifest
 
-    # --- leaving
-    # -------------------------------------------------------------------------------------------------------
+    # --- context manager
 
     def __enter__(self) -> Self:
         return self
@@ -313,7 +317,7 @@ class StoreSetWriter:
 
 
 def _settled(log: list[Commit], planned: int, shard_rows: int) -> list[Commit]:
-    """The lines that stay as they are: all but those of a short last shard that the plan now reaches beyond."""
+    """The log lines that remain valid: all, without those of a short last shard that the plan will extend."""
     if not log or log[-1].rows == shard_rows or rows_in(log) >= planned:
         return list(log)
     return [commit for commit in log if commit.shard != log[-1].shard]

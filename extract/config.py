@@ -1,4 +1,4 @@
-"""What an extraction is asked to do: three frozen records, checked when they are made. Imports nothing heavy."""
+"""The configuration of an extraction: three frozen records that check their values. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class ModelSource:
     device: str = "auto"
     """``cuda``, ``cuda:1``, ``cpu`` …; ``auto`` takes the GPU if there is one."""
     dtype: str = "auto"
-    """``bfloat16`` or ``float32`` for weights and arithmetic; ``auto`` takes bfloat16 where it is fast. Stores are
-    bfloat16.
-    """
+    """Weights and arithmetic: ``bfloat16``, ``float32``, or ``auto`` (bfloat16 if it is fast). Stores are bfloat16."""
 
     def __post_init__(self):
         if not self.id:
@@ -57,15 +55,13 @@ class TextSource:
     text_column: str = "text"
     """The column that holds the text, in anything but ``.txt`` files."""
     packing: Packing = "document"
-    """``document``: a row never mixes documents, tails shorter than a row are dropped. ``concat``: documents are
-    joined.
-    """
+    """``document``: no row mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
     context: int = 128
     """Tokens per row, the beginning-of-sequence token included."""
     seed: int = 0
-    """Orders the documents."""
+    """Decides the order of the documents."""
     held_out: float = 0.01
-    """Share of documents never extracted, chosen by a hash of their text; evaluation draws from these."""
+    """Share of documents that are never extracted, chosen by a hash of their text; evaluation uses these."""
 
     def __post_init__(self):
         if not self.dataset:
@@ -89,25 +85,23 @@ class ExtractConfig:
     model: ModelSource = field(default_factory=ModelSource)
     text: TextSource = field(default_factory=TextSource)
     tokens: int = 10_000_000
-    """Tokens per layer, rounded up to whole rows; more than a finished store holds extends it."""
+    """Tokens per layer, rounded up to whole rows; a finished store that holds fewer is extended."""
     batch_size: int | None = None
-    """Rows per forward pass; None chooses by device and records the choice."""
+    """Rows per forward pass; None: chosen for the device, and recorded."""
     out: str = "cache"
-    """Folder or object-store URL that gets ``lL.zarr`` for each layer L, ``lL.SITE.zarr`` for other sites than
-    ``resid_post``.
-    """
+    """Folder or object-store URL for the stores: ``lL.zarr`` for layer L, ``lL.SITE.zarr`` for other hook points."""
     compression: Literal["none", "lz4", "zstd"] = "none"
     """How the stores are compressed on disk."""
     shard_bytes: int = 256_000_000
-    """About how many bytes of activations are committed at a time."""
+    """Approximate bytes of activations in one shard, which is committed as a whole."""
     fresh: bool = False
     """Delete stores that are already there instead of resuming them."""
     workers: int | None = None
-    """Processes of a local Dask cluster; None runs in this process."""
+    """Number of processes of a local Dask cluster; None: run in this process."""
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers run the forward passes."""
     sites: tuple[str, ...] = (RESIDUAL,)
-    """Hook points: each is stored at every layer, all from one pass."""
+    """Hook points that are stored of every layer, all from one forward pass."""
     plugins: tuple[str, ...] = ()
     """Python files that register hook points."""
 
@@ -134,22 +128,22 @@ class ExtractConfig:
 
     @property
     def rows(self) -> int:
-        """Rows that the asked tokens fill."""
+        """Rows that the requested tokens fill."""
         return -(-self.tokens // self.text.context)
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """Every layer and site, by layer in ascending order, then as the sites were named."""
+        """All layers and sites: layers in ascending order, and for each the sites in the given order."""
         return tuple(Location(layer, site) for layer in sorted(self.layers) for site in self.sites)
 
     @property
     def paths(self) -> dict[Location, str]:
-        """Where each store lies, in the order of :attr:`locations`."""
+        """The path of each store, in the order of :attr:`locations`."""
         return {at: f"{self.out.rstrip('/')}/{at.short}.zarr" for at in self.locations}
 
 
 class ExtractOptions(TypedDict, total=False):
-    """The options of ``pipeline extract`` under their names in Python; one that is None is left at its default."""
+    """The options of ``pipeline extract`` under their names in Python; None means the default."""
 
     layers: Required[int | Sequence[int]]
     """Layers whose activations are stored, from 0."""
@@ -184,17 +178,17 @@ class ExtractOptions(TypedDict, total=False):
     """Python files that register hook points."""
 
 
-# Option → field; what is named here neither for the model nor for the text is a field of ExtractConfig itself.
+# Option → field of the model's or the text's record; all other options are fields of ExtractConfig.
 MODEL_OPTIONS = {"model": "id", "revision": "revision", "gguf_file": "gguf_file", "device": "device", "dtype": "dtype"}
 TEXT_OPTIONS = {"dataset": "dataset", "dataset_revision": "revision"}
 TEXT_OPTIONS |= {name: name for name in ("split", "text_column", "packing", "context", "seed", "held_out")}
 
 
 def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:
-    """The configuration that options mean; defaults are those of the records.
+    """The configuration for these options; an option that is not given has the default of its record.
 
     Raises:
-        UsageError: no such option, or a value that cannot be.
+        UsageError: there is no such option, or a value is impossible.
 
     """
     given = options.chosen(asked, ExtractOptions, "extract")
@@ -216,17 +210,17 @@ def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:
 
 
 def model_source(identity: ModelIdentity, *, device: str = "auto") -> ModelSource:
-    """The model that a store's manifest names, at the recorded commit and in the recorded dtype."""
+    """The model of a store's manifest, at the recorded commit and in the recorded dtype."""
     return ModelSource(identity.id, identity.revision, identity.gguf_file, device, identity.dtype)
 
 
 def text_source(identity: TextIdentity) -> TextSource:
-    """The text that a store's manifest names, cut and ordered as it was."""
+    """The text of a store's manifest, cut and ordered as recorded."""
     return TextSource(**{f.name: getattr(identity, f.name) for f in fields(TextSource)})
 
 
 def command_line(config: ExtractConfig) -> str:
-    """The shell command that goes on with this extraction: every setting that is not a default, without ``--fresh``."""
+    """The shell command that continues this extraction: all settings that are not defaults, without ``--fresh``."""
     words = ["pipeline", "extract", "--layers", *map(str, config.layers)]
     words += [word for flag, name in _LISTS.items() for word in _several(flag, getattr(config, name), name)]
     for part, default in ((config.model, ModelSource()), (config.text, TextSource()), (config, ExtractConfig((0,)))):

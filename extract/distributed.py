@@ -1,9 +1,9 @@
-"""Extraction on Dask: this process reads the text and commits, workers run the model and write whole shards of every
-store.
+"""Extraction on a Dask cluster.
 
-A task is one shard: its rows of tokens go out, the record of its files comes back, and records are committed in row
-order. A worker that dies takes only its shards in the making with it; Dask gives them to another. Given the same batch
-size and number of threads the stores are byte for byte those that one process writes.
+This process reads the text and commits; workers run the model and write whole shards of every store. A task is one
+shard: the worker gets the tokens of its rows, and returns the record of the files it has written. Records are committed
+in row order. When a worker dies, Dask gives its unfinished shards to another. With the same batch size and number of
+threads, the stores are byte for byte those of a single process.
 """
 
 from __future__ import annotations
@@ -45,17 +45,15 @@ from .summary import ExtractSummary, already_complete, record_execution, summari
 from .text.row_batches import RowFeed
 from .text.rows import Cursor, read_rows
 
-_SHARDS_PER_THREAD = 2  # given out ahead, so that a worker never waits for text
-_RETRIES = (
-    2  # of a shard whose task raises what is none of our failures; one whose worker dies is redone without counting
-)
+_SHARDS_PER_THREAD = 2  # shards assigned in advance to each thread, so that a worker never waits for text
+_RETRIES = 2  # for a task that raises anything but a TcsaeError; a worker that dies is not counted here
 
 _GO_ON = "what was committed stays; start it and its workers again, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of one extraction shares. Small, hashable, sent along with each shard."""
+    """What all tasks of one extraction share. It is small and hashable, and is sent along with each shard."""
 
     source: ModelSource
     identity: ModelIdentity
@@ -63,9 +61,9 @@ class Job:
     layout: StoreLayout
     execution: Execution
     run: str
-    """Token of the run these shards are for; a worker that outlives it puts nothing in place."""
+    """Token of the run; a worker that still runs after this run has ended does not finish its files."""
     plugins: tuple[str, ...] = ()
-    """Where the hook points come from that a worker must register first."""
+    """Files that register hook points; a worker loads them first."""
 
 
 def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
@@ -74,14 +72,17 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
     Every worker must see the model, and the stores under the same path or URL.
 
     Raises:
-        ResourceError: the scheduler cannot be reached, has no workers, or is lost; a single row does not fit.
-        ModelError, StoreError, ResourceError: what a worker failed with, once; it is not tried again.
+        ResourceError: the scheduler cannot be reached, has no workers, or is lost; or a single row does not fit into
+            memory.
+        ModelError, StoreError, ResourceError: a worker failed with it; such failures are not tried again.
 
     """
     with ExitStack() as stack:
         if config.scheduler:
             client = stack.enter_context(connected(config.scheduler, instead="use --workers", then=_GO_ON))
-            device, dtype = client.submit(_settle_device, config.model.device, config.model.dtype, pure=False).result()
+            device, dtype = client.submit(
+                _resolve_on_worker, config.model.device, config.model.dtype, pure=False
+            ).result()
             config = replace(config, model=replace(config.model, device=device, dtype=dtype))
             plan = make_plan(config, elsewhere=True)
         else:
@@ -95,8 +96,8 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
         return _Coordinator(plan, identity, client).run()
 
 
-def _settle_device(device: str, dtype: str) -> tuple[str, str]:
-    """On a worker: what ``auto`` means there."""
+def _resolve_on_worker(device: str, dtype: str) -> tuple[str, str]:
+    """Run on a worker: the device and dtype that ``auto`` means there."""
     found = resolve_device(device)
     return (str(found) if ":" in device else found.type), resolve_dtype(dtype, found)
 
@@ -107,22 +108,24 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     import dask.config
     from distributed import Client, LocalCluster
 
-    # Loopback only, no dashboard; its server still listens, on any free port: 8787 may be taken, which is a warning.
+    # Only on this machine, without the dashboard. Its server still opens a port: let it take any free one, since Dask
+    # warns if the default 8787 is taken.
     options: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
     options |= {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     with dask.config.set({"distributed.scheduler.allowed-failures": 10}):
-        with _deaf_to_ctrl_c():
+        with _ctrl_c_blocked():
             cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options)
         with cluster, Client(cluster) as client:
             yield client
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Threads and processes begun inside, and whatever they begin, leave Ctrl-C, which a terminal sends to all, to this
-    one.
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Block Ctrl-C in all threads and processes that are started inside.
+
+    A terminal sends Ctrl-C to every process; only this one shall react to it.
     """
-    resource_tracker.ensure_running()  # it would lift the block when it is first needed
+    resource_tracker.ensure_running()  # start it now: starting it later would end the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -131,14 +134,14 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 class _Coordinator:
-    """Gives out shards in row order, a bounded number ahead, and commits what comes back in the same order."""
+    """Assigns shards in row order, a limited number in advance, and commits the results in the same order."""
 
     def __init__(self, plan: Plan, identity: ModelIdentity, client: Any):
         self.plan, self.identity, self.client = plan, identity, client
         self.ahead = _SHARDS_PER_THREAD * sum(client.nthreads().values())
 
     def run(self) -> ExtractSummary:
-        """Extract until the plan is full or the text ends."""
+        """Extract until the plan is complete or the text ends."""
         plan, config = self.plan, self.plan.config
         execution = self._execution()
         paths = {at: path if "://" in path else os.path.abspath(path) for at, path in config.paths.items()}
@@ -154,7 +157,7 @@ class _Coordinator:
         return summarise(plan, writer, start, time.perf_counter() - began)
 
     def _execution(self) -> Execution:
-        """As one worker would choose it; all run alike."""
+        """The execution that one worker would choose; all workers use it."""
         plan = self.plan
         probe = (
             plan.outline.source,
@@ -196,9 +199,7 @@ class _Coordinator:
             while pending:
                 self._commit_first(pending, writer, bar, began)
         except torch.OutOfMemoryError:
-            wait(
-                [future for future, _ in pending]
-            )  # the shards begun with this batch, lest two tasks write one of them
+            wait([future for future, _ in pending])  # else two tasks might write one shard, with different batch sizes
             raise
 
     def _submit(self, job: Job, shard: int, block: RowBlock, kept_rows: int) -> Any:
@@ -226,26 +227,25 @@ class _Coordinator:
 
 
 # --- on a worker
-# ---------------------------------------------------------------------------------------------------------
 
-_one_at_a_time = threading.Lock()  # a worker with several threads has one model and one GPU
+_one_at_a_time = threading.Lock()  # the threads of a worker share one model and one GPU
 
 
 def _probe(
     source: ModelSource, identity: ModelIdentity, deepest: int, layout: StoreLayout, rows: int
 ) -> tuple[int, int, str]:
-    """Batch size, threads and device name that this worker would choose."""
+    """Batch size, number of threads and device name that this worker would choose."""
     with _one_at_a_time:
-        lm = _model(source, identity, deepest)  # type: ignore[arg-type] — frozen pydantic records hash
+        lm = _model(source, identity, deepest)  # type: ignore[arg-type] — frozen pydantic records are hashable
         return choose_batch_size(lm, layout, rows), torch.get_num_threads(), describe_execution(lm.device)
 
 
 def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord | Exception:
-    """One shard of every store; the record of its files, or the failure of ours that another try would only repeat."""
+    """Extract one shard of every store; returns the record of its files, or a failure that another try would repeat."""
     try:
         return _write_shard(job, shard, block, kept_rows)
     except StaleRunError as stale:
-        warn(f"shard {shard}: {stale}")  # its run may not be there any more to say so
+        warn(f"shard {shard}: {stale}")  # the coordinator may have ended, so that nobody else reports it
         return stale
     except (TcsaeError, torch.OutOfMemoryError) as failure:
         return failure
@@ -290,7 +290,7 @@ def _model(source: ModelSource, identity: ModelIdentity, deepest: int) -> Langua
 
 
 def _own_device(device: str) -> str:
-    """Workers of a local cluster are numbered: spread them over the GPUs."""
+    """The GPU of this worker: the workers of a local cluster are numbered, and are divided among the GPUs."""
     from distributed import get_worker
 
     name = str(get_worker().name)

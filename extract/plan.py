@@ -1,7 +1,6 @@
-"""What an extraction will do, settled before it does it: identities, rows, bytes, what is already there.
+"""The plan of an extraction, made before anything is written: identities, rows, bytes, and what is already stored.
 
-What a stored extraction recorded and the command leaves open (commit, dtype, batch size, threads) is taken from the
-record.
+Settings that the command does not give (commit, dtype, batch size, threads) are taken from an existing store.
 """
 
 from __future__ import annotations
@@ -46,24 +45,24 @@ from .text.rows import Cursor, read_rows
 
 @dataclass(frozen=True)
 class Stored:
-    """What the stores at the asked paths hold now."""
+    """What the stores at the configured paths hold now."""
 
     manifests: tuple[StoreManifest, ...]
     execution: Execution
-    """Of the last commit."""
+    """Execution of the last commit."""
     rows: int
-    """In the store that has fewest; 0 when one is missing."""
+    """Rows in the shortest store; 0 if a store is missing."""
     finished: bool
     cursor: Cursor
-    """After the last commit."""
+    """Text position after the last commit."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A settled extraction."""
+    """A complete plan."""
 
     config: ExtractConfig
-    """With everything filled in that was left to choose, but the batch size."""
+    """The configuration with all automatic choices made, except for the batch size."""
     outline: ModelOutline
     documents: Documents
     text: TextIdentity
@@ -72,15 +71,15 @@ class Plan:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do, if it is these rows that are stored: see :meth:`check_same`."""
-        there = self.stored
-        return there is not None and there.finished and (there.rows >= self.config.rows or there.cursor.end)
+        """Whether nothing is left to do, provided that the stores hold the requested rows (see :meth:`check_same`)."""
+        stored = self.stored
+        return stored is not None and stored.finished and (stored.rows >= self.config.rows or stored.cursor.end)
 
     def check_same(self, model: ModelIdentity) -> None:
-        """Compare what is asked for with what the stores hold.
+        """Check that the stores hold what is requested.
 
         Raises:
-            StoreError: other rows; the first differing field is named.
+            StoreError: they hold other rows; the first differing field is named.
 
         """
         for stored in self.stored.manifests if self.stored else ():
@@ -95,7 +94,7 @@ class Plan:
 
     @property
     def bytes_free(self) -> int | None:
-        """On the disk that gets the first store; None on object storage."""
+        """Bytes free on the disk of the first store; None on object storage."""
         free = place_of(next(iter(self.config.paths.values()))).free_bytes()
         return free[1] if free else None
 
@@ -119,7 +118,7 @@ class Plan:
 
 
 def _plugin_version(at: Location) -> dict[str, str]:
-    """What a manifest says of the plug-in that its hook point comes from: name and SHA-256 of the file."""
+    """The manifest's entry for the plug-in of the location's hook point: name and SHA-256 of the file."""
     return {f"{PLUGIN}{name}": sha for name, sha in _plugin_of(at).items()}
 
 
@@ -129,14 +128,14 @@ def _plugin_of(at: Location) -> dict[str, str]:
 
 
 def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
-    """Open model and text, look at what is stored, and check that the rest fits on the disk. Reads no weights.
+    """Open model and text, read what is stored, and check that the remaining rows fit on the disk. Loads no weights.
 
-    ``elsewhere``: the forward passes run on other machines, whose device and dtype the config names.
+    ``elsewhere``: the forward passes run on other machines, whose device and dtype the configuration names.
 
     Raises:
-        ModelError, TextError: as ``outline_model`` and ``open_documents``; or no such layer.
-        StoreError: a path holds something else than a store.
-        ResourceError: the disk is too small; both numbers are in the sentence.
+        ModelError, TextError: as ``outline_model`` and ``open_documents``; or there is no such layer.
+        StoreError: a path holds something that is not a store.
+        ResourceError: the disk is too small; the message gives the bytes needed and free.
 
     """
     asked, stores = config, {} if config.fresh else _open_stores(config)
@@ -161,14 +160,12 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
         fresh=config.fresh,
     )
     if not rows:
-        next(
-            read_rows(config.text, outline, documents, Cursor())
-        )  # raises what is wrong with the text before a store is made
+        next(read_rows(config.text, outline, documents, Cursor()))  # fail on bad text before a store is created
     return plan
 
 
 def look(config: ExtractConfig) -> Stored | None:
-    """What is stored at the config's paths; None when there is nothing at any of them."""
+    """What is stored at the configured paths; None if there is no store at any of them."""
     return _stored(_open_stores(config), config)
 
 
@@ -182,10 +179,10 @@ def _open_stores(config: ExtractConfig) -> dict[Location, ActivationStore]:
 
 
 def _check_plugins(config: ExtractConfig, stored: Stored | None) -> None:
-    """The plug-ins that stored hook points came from are given again, unchanged.
+    """Check that the plug-ins of stored hook points are given again and unchanged.
 
     Raises:
-        StoreError: one has changed, or is another.
+        StoreError: a plug-in has changed, or is another one.
 
     """
     for manifest in stored.manifests if stored else ():
@@ -212,10 +209,10 @@ def _stored(present: Mapping[Location, ActivationStore], config: ExtractConfig) 
 
 
 def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[Location, ActivationStore]) -> None:
-    """Refuse, before anything heavy, what ``cache/resume.py`` would refuse: layers that hold different rows.
+    """Refuse stores that hold different rows; it is checked here, before the weights are loaded.
 
     Raises:
-        StoreError: with the command that brings the missing or shorter layers level.
+        StoreError: the stores differ; the message has the command that extracts what is missing.
 
     """
     rows = {at: stores[at].n_rows if at in stores else 0 for at in asked.paths}
@@ -239,7 +236,7 @@ def _check_together(asked: ExtractConfig, plan: Plan, stores: Mapping[Location, 
 
 
 def _covering(config: ExtractConfig, locations: Sequence[Location]) -> list[ExtractConfig]:
-    """Extractions that fill exactly these locations: one for all layers that lack the same sites."""
+    """Extractions that together fill exactly these locations, one for all layers that lack the same sites."""
     lacking: dict[tuple[str, ...], list[int]] = {}
     for layer in dict.fromkeys(at.layer for at in locations):
         lacking.setdefault(tuple(at.site for at in locations if at.layer == layer), []).append(layer)
@@ -260,9 +257,9 @@ def _recall(config: ExtractConfig, stored: Stored | None) -> ExtractConfig:
 
 
 def _layout(config: ExtractConfig, outline: ModelOutline, stored: Stored | None) -> StoreLayout:
-    there = stored.manifests[0].layout if stored else None
-    if there and (there.d_model, there.context) == (outline.d_model, config.text.context):
-        return replace(there, compression=config.compression)
+    existing = stored.manifests[0].layout if stored else None
+    if existing and (existing.d_model, existing.context) == (outline.d_model, config.text.context):
+        return replace(existing, compression=config.compression)
     return plan_layout(
         outline.d_model,
         config.text.context,
@@ -281,7 +278,7 @@ def _check_context(outline: ModelOutline, context: int) -> None:
 
 
 def announce(plan: Plan) -> None:
-    """Print the plan: rows, bytes per layer, what is there already, what is free."""
+    """Print the plan: rows, bytes per layer, rows already stored, free disk space."""
     config, rows = plan.config, plan.config.rows
     tokens = f"{rows:,} rows of {config.text.context} tokens ({format_count(rows * config.text.context)})"
     layers = f"layers {' '.join(map(str, sorted(config.layers)))} of {plan.outline.n_layers}"
@@ -299,7 +296,7 @@ def announce(plan: Plan) -> None:
 
 
 def resolve_execution(plan: Plan, batch_size: int) -> Execution:
-    """Device, threads and batch of this run: the recorded threads where this machine has them."""
+    """Device, threads and batch size of this run; the recorded number of threads, if this machine has as many."""
     device = torch.device(plan.outline.source.device)
     threads = torch.get_num_threads()
     if plan.stored and plan.stored.execution.threads <= (os.cpu_count() or 1):
@@ -308,7 +305,7 @@ def resolve_execution(plan: Plan, batch_size: int) -> Execution:
 
 
 def describe_execution(device: torch.device) -> str:
-    """The name of a GPU, or of this machine's processor."""
+    """The name of the GPU, or of this machine's processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
@@ -324,7 +321,7 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The plan in numbers. Speeds are None where the weights are still on the hub."""
+    """The plan in numbers. The speed is None if the weights are not on this machine yet."""
 
     rows: int
     tokens: int
@@ -337,12 +334,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """For the rows that are not stored yet."""
+        """Estimated time for the rows that are not stored yet."""
         left = max(0, self.rows - self.rows_stored) * (self.tokens // self.rows)
         return left / self.tokens_per_second if self.tokens_per_second else None
 
     def facts(self, *, as_json: bool) -> dict[str, Any]:
-        """For the closing summary."""
+        """The facts for the closing summary."""
         if as_json:
             return {**asdict(self), "seconds": self.seconds}
         seconds = self.seconds
@@ -360,7 +357,7 @@ class Estimate:
 
 
 def estimate(config: ExtractConfig) -> Estimate:
-    """Make the plan and time it on this machine.
+    """Make the plan and measure the speed of this machine.
 
     Raises:
         ModelError, TextError, StoreError, ResourceError: as ``make_plan``.

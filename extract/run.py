@@ -1,5 +1,6 @@
-"""Stage one: plan, resume, one truncated forward pass for all layers, commit by commit until the plan or
-the text ends.
+"""Stage one: plan, resume, and one truncated forward pass for all layers.
+
+Shards are committed one after the other until the plan is complete or the text ends.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estima
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
-    """Fill one store per layer and site, or go on filling them; see :class:`ExtractConfig`.
+    """Fill one store per layer and site, or continue to fill them; see :class:`ExtractConfig`.
 
     Raises:
         ModelError, TextError, StoreError, ResourceError: one sentence each; what was committed before stays.
-        KeyboardInterrupt: on SIGINT and SIGTERM, with the command that goes on.
+        KeyboardInterrupt: on SIGINT and SIGTERM, with the command that continues the run.
 
     """
-    threads = torch.get_num_threads()  # a store that is there has its own number, and has it only while it grows
+    threads = torch.get_num_threads()  # an existing store is extended with its recorded number; restored below
     try:
         with _interruptible(config):
             if config.workers or config.scheduler:
@@ -69,7 +70,7 @@ def _extract_here(plan: Plan) -> ExtractSummary:
 
 
 class Filling:
-    """The loop of one process: one batch computed while the last one is copied out and written."""
+    """The loop of one process: a batch is computed while the previous one is copied to the CPU and written."""
 
     def __init__(self, plan: Plan, lm: LanguageModel, writer: StoreSetWriter):
         self.plan, self.lm, self.writer = plan, lm, writer
@@ -78,7 +79,7 @@ class Filling:
         self._estimated = False
 
     def run(self, execution: Execution) -> None:
-        """Extract until the plan is full or the text ends."""
+        """Extract until the plan is complete or the text ends."""
         config, context = self.plan.config, self.plan.config.text.context
         record_execution(self.writer, execution)
         done = self.writer.rows_committed * context
@@ -127,7 +128,7 @@ class Filling:
 
 @contextmanager
 def _interruptible(config: ExtractConfig) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP end the run and say how to go on."""
+    """Ctrl-C, SIGTERM and SIGHUP end the run with a message that says how to continue."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         with stop_signals():
@@ -137,8 +138,9 @@ def _interruptible(config: ExtractConfig) -> Iterator[None]:
 
 
 def how_to_go_on(config: ExtractConfig, began: str) -> str:
-    """What a run that was stopped left behind, and the command that goes on; ``began``: when it started, ISO 8601 in
-    UTC.
+    """The message of a run that was stopped: what is committed, and the command that continues.
+
+    ``began``: when the run started, ISO 8601 in UTC.
     """
     try:
         stored = look(config)

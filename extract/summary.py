@@ -1,4 +1,4 @@
-"""What an extraction left behind, in numbers for machines and in words for people."""
+"""The result of an extraction, in numbers for machines and in words for people."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .text.rows import Cursor
 
 @dataclass(frozen=True)
 class ExtractSummary:
-    """What an extraction left behind. ``tokens`` and ``bytes_written`` are of this run, ``rows`` of the
-    whole stores.
-    """
+    """The result of an extraction. ``tokens`` and ``bytes_written`` are of this run, ``rows`` of the whole stores."""
 
     stores: tuple[str, ...]
     rows: int
@@ -35,11 +33,11 @@ class ExtractSummary:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this run; 0 when nothing was left to do."""
+        """Speed of this run; 0 if nothing was left to do."""
         return self.tokens / self.seconds if self.tokens else 0.0
 
     def facts(self, *, as_json: bool) -> dict[str, Any]:
-        """For the closing summary: every number for machines, in words for people."""
+        """The facts for the closing summary: all numbers for machines, or words for people."""
         if as_json:
             return {**asdict(self), "tokens_per_second": self.tokens_per_second}
         facts: dict[str, Any] = {"stores": " ".join(self.stores)}
@@ -58,7 +56,7 @@ class ExtractSummary:
 
 
 def record_execution(writer: StoreSetWriter, execution: Execution) -> None:
-    """Have the next commits record how they were run, if that is another way than the last ones."""
+    """Record ``execution`` with the next commits if it differs from that of the last ones."""
     if execution != writer.execution:
         writer.restart_shard(execution)
 

@@ -1,1 +1,1 @@
-"""What lies where on disk: layout, identity, Zarr documents, commit log, shards."""
+"""The format of a store on disk: layout, manifest, Zarr documents, commit log, shard files."""

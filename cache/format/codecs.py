@@ -1,7 +1,6 @@
-"""Chunks as bytes: optional compression, then CRC-32C, in the order the Zarr codec chain of ``cache/metadata.py``
-states.
+"""Encoding and decoding of chunks: optional compression, then a CRC-32C, as declared in ``zarr_documents.py``.
 
-Everything long here lets other threads run (crc32c and numcodecs release the GIL on large buffers).
+The expensive calls run without the GIL (crc32c and numcodecs release it for large buffers).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ CRC_BYTES = 4
 
 
 class DamageError(Exception):
-    """Bytes that are not what was written; the caller names the file."""
+    """The bytes read are not those that were written. The caller adds the name of the file."""
 
 
 def checksum_bytes(data: Any) -> bytes:
@@ -27,9 +26,7 @@ def checksum_bytes(data: Any) -> bytes:
 
 
 def encode(chunk: np.ndarray, compression: Compression) -> Any:
-    """A C-contiguous chunk as the bytes before their checksum (a view of the chunk itself when nothing is
-    compressed).
-    """
+    """A C-contiguous chunk as bytes, without the checksum. Without compression it is a view of the chunk's memory."""
     if compression == "lz4":
         return blosc.compress(chunk, b"lz4", 1, blosc.BITSHUFFLE, 0, typesize=chunk.itemsize)
     if compression == "zstd":
@@ -41,7 +38,7 @@ def decode(encoded: Any, into: Any, compression: Compression) -> None:
     """Decompress a chunk into a writable contiguous buffer of its exact size.
 
     Raises:
-        DamageError: the compressed bytes do not decode to that size.
+        DamageError: the compressed bytes cannot be decoded, or have another size.
 
     """
     try:
@@ -54,7 +51,7 @@ def decode(encoded: Any, into: Any, compression: Compression) -> None:
 
 
 def blosc_size(encoded: Any) -> int:
-    """Uncompressed bytes a blosc frame announces (bytes 4 … 7 of its header)."""
+    """The uncompressed size in a blosc header (bytes 4 … 7)."""
     return int.from_bytes(bytes(encoded[4:8]), "little")
 
 

@@ -1,8 +1,9 @@
-"""The commit log: one checksummed JSON line per shard, written only after the shard's files are durable.
+"""The commit log: one JSON line with a checksum per shard, written after the shard's files are durable.
 
-A row exists when a line says so. A line that a crash tore is dropped, and with it everything after. A shard may have
-several lines when a short last shard was later replaced by a longer one: the last one counts for reading, the first
-that covers a row counts for fingerprints, so that growth never changes what an older fingerprint covered.
+A row exists only if a line of the log covers it. If a crash left a line incomplete, that line and everything after it
+are ignored. A shard has several lines if it was the short last one and was later replaced by a longer one. The last of
+these lines counts for reading. For fingerprints the first line that covers a row counts, so that an old fingerprint
+stays valid when the store grows.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from ...sites import Location
 from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 
-LOG = "activations/commits.jsonl"  # inside an array's folder, where Zarr readers do not look for nodes
+LOG = "activations/commits.jsonl"  # in the folder of an array, where Zarr readers do not search for arrays
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard of a set of stores, durable in all of them and waiting to be committed. What a distributed worker
-    returns.
-    """
+    """A shard that is durable in the stores of all layers but not committed yet; what a distributed worker returns."""
 
     shard: int
     first_row: int
@@ -35,7 +34,7 @@ class ShardRecord:
     def for_layer(
         self, layer: Location, cursor: dict[str, Any] | None, execution: dict[str, Any] | None = None
     ) -> Commit:
-        """The line of one layer's log."""
+        """The log line of one layer."""
         return Commit(self.shard, self.first_row, self.rows, self.files[layer], cursor, execution)
 
 
@@ -47,16 +46,16 @@ class Commit:
     first_row: int
     rows: int
     files: Mapping[str, FileRecord]
-    cursor: dict[str, Any] | None  # where the text stream stood after these rows
-    execution: dict[str, Any] | None = field(default=None)  # only where it differs from the manifest's
+    cursor: dict[str, Any] | None  # the text position after these rows
+    execution: dict[str, Any] | None = field(default=None)  # only if it differs from the manifest's
 
     @property
     def stop_row(self) -> int:
-        """The row after the last."""
+        """The first row after this shard."""
         return self.first_row + self.rows
 
     def to_line(self) -> bytes:
-        """The line, newline included, with its own checksum as ``check``."""
+        """The line with its newline and its own checksum (field ``check``)."""
         record: dict[str, Any] = {"shard": self.shard, "first_row": self.first_row, "rows": self.rows}
         record["files"] = {name: _file_entry(file) for name, file in self.files.items()}
         record["cursor"] = self.cursor
@@ -77,8 +76,9 @@ def _file_record(entry: dict[str, Any]) -> FileRecord:
 
 
 def parse_log(raw: bytes) -> tuple[list[Commit], int]:
-    """The commits of a log and the length of its sound part; anything after the first line that is no sound one is left
-    out.
+    """The commits of a log, and the length in bytes of the part that is valid.
+
+    Everything from the first invalid line on is ignored.
     """
     commits: list[Commit] = []
     sound = 0
@@ -104,7 +104,7 @@ def _parse_line(line: bytes) -> Commit | None:
 
 
 def _follows(commits: Sequence[Commit], new: Commit) -> bool:
-    """Whether a line may come next: the next shard, or a longer version of the last one."""
+    """Whether a line may come next: it must be the next shard, or a longer version of the last one."""
     if not commits:
         return new.shard == 0 and new.first_row == 0
     last = commits[-1]
@@ -114,7 +114,7 @@ def _follows(commits: Sequence[Commit], new: Commit) -> bool:
 
 
 def latest(commits: Sequence[Commit]) -> list[Commit]:
-    """The line that counts for each shard, in order."""
+    """The valid (last) line of each shard, in order."""
     return list({commit.shard: commit for commit in commits}.values())
 
 
@@ -124,38 +124,38 @@ def execution_of(commit: Commit, manifest: StoreManifest) -> Execution:
 
 
 def rows_in(commits: Sequence[Commit]) -> int:
-    """Rows committed."""
+    """Number of committed rows."""
     return commits[-1].stop_row if commits else 0
 
 
 def agreed(
     logs: Mapping[Location, Sequence[Commit]], settled: Collection[Location] = ()
 ) -> dict[Location, list[Commit]] | None:
-    """The logs of layers that are written together, each without the one line that a crash kept from the others.
+    """The logs of layers that are written together, cut to the rows that all of them have.
 
-    None when they are further apart, or when it is a ``settled`` (finished) layer that would lose a line. Compared are
-    the rows that stand in the end: a store that grew and one that was written at once may hold the same.
+    A crash can leave some layers one line ahead of the others; that line is removed. The result is None if the logs
+    differ by more, or if a ``settled`` (finished) layer would lose a line. Only the rows of each shard are compared,
+    not the lines: a store that grew in steps and one that was written at once may hold the same rows.
     """
-    standing = _standing(min(logs.values(), key=rows_in))
+    wanted = _shard_rows(min(logs.values(), key=rows_in))
     cut = {}
     for layer, log in logs.items():
         shorter = [log] if layer in settled else [log, log[:-1]]
-        found = next((lines for lines in shorter if _standing(lines) == standing), None)
+        found = next((lines for lines in shorter if _shard_rows(lines) == wanted), None)
         if found is None:
             return None
         cut[layer] = list(found)
     return cut
 
 
-def _standing(log: Sequence[Commit]) -> list[tuple[int, int]]:
+def _shard_rows(log: Sequence[Commit]) -> list[tuple[int, int]]:
     return [(commit.first_row, commit.rows) for commit in latest(log)]
 
 
 def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -> str:
-    """XXH3-128 over what identifies the first ``rows`` rows: layer, model, text, layout, and the files that first held
-    them.
+    """XXH3-128 of what identifies the first ``rows`` rows; it stays the same when the store grows.
 
-    The store's later growth leaves it as it is.
+    It covers layer, model, text, layout, and the hashes of the first files that held these rows.
     """
     covering: dict[int, Commit] = {}
     for commit in commits:

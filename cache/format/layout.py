@@ -1,7 +1,8 @@
-"""The plan of a store, as pure arithmetic: rows, chunks, shards and bytes, and what one block of rows is.
+"""The layout of a store, as pure arithmetic: rows, chunks, shards and bytes.
 
-Shapes: B rows, T positions (the context), D model width. One row is one model context; consecutive rows form a *chunk*
-(what is read, checked and shuffled at once), consecutive chunks a *shard* (one file: what is committed at once).
+Shapes: B rows, T positions (the context), D model width. One row is one context of the model. Consecutive rows form a
+*chunk*, the unit of reading, checking and shuffling. Consecutive chunks form a *shard*, which is one file and the unit
+of committing.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from ...errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-SPECIAL, PADDING = 1, 2  # bits of `flags`: BOS, EOS and their like; positions that hold no token
-HOLE = 65535  # fill value of `activations`: a bfloat16 NaN, so that what was never written is seen
+SPECIAL, PADDING = 1, 2  # bits of `flags`: special tokens (BOS, EOS, …); positions that hold no token
+FILL = 65535  # fill value of `activations`: a bfloat16 NaN, so that values that were never written are noticed
 
 Compression = Literal["none", "lz4", "zstd"]
-_CHUNK_BYTES = 10_000_000  # 4–10 MB read fastest; above 32 MB the allocator's mmap threshold ruins it
-_SMALL_CHUNK_BYTES = 1_000_000  # a small store gets chunks down to this, so that there are many to shuffle
+_CHUNK_BYTES = 10_000_000  # 4–10 MB are read fastest; above 32 MB, glibc's mmap threshold, reading is much slower
+_SMALL_CHUNK_BYTES = 1_000_000  # the smallest chunks of a small store, which needs many chunks for shuffling
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Consecutive rows of text: what goes with their activations.
+    """Consecutive rows of text that belong to a block of activations.
 
     ``tokens_BT`` int32; ``documents_BT`` int32 running document numbers; ``flags_BT`` uint8,
     :data:`SPECIAL` | :data:`PADDING`.
@@ -62,9 +63,7 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """How the rows of one layer lie in files. Everything else about the files follows from it
-    (``cache/metadata.py``).
-    """
+    """How the rows of one layer are divided into files. All Zarr documents follow from it (``zarr_documents.py``)."""
 
     d_model: int
     context: int  # positions per row
@@ -104,7 +103,7 @@ class StoreLayout:
         return self.shard_rows // self.chunk_rows
 
     def store_bytes(self, rows: int) -> int:
-        """Bytes that ``rows`` rows take on disk before compression, whole trailing chunks and text arrays included."""
+        """Bytes of ``rows`` rows on disk before compression, with text arrays and the unused part of the last chunk."""
         chunks, shards = -(-rows // self.chunk_rows), self.shards_for(rows)
         per_shard = self.shard_rows * self.context * 9 + 16 * self.shard_chunks + 64
         return chunks * (self.chunk_bytes + 4) + shards * per_shard
@@ -131,14 +130,14 @@ def plan_layout(
     shard_bytes: int = 256_000_000,
     planned_rows: int | None = None,
 ) -> StoreLayout:
-    """Chunk and shard sizes for rows of ``context`` × ``d_model`` bfloat16 values; both are powers of two in rows.
+    """Choose chunk and shard sizes for rows of ``context`` × ``d_model`` bfloat16 values, as powers of two in rows.
 
-    Chunks are the largest that stay below 10 MB; shards the nearest to ``shard_bytes``. A store planned small gets
-    smaller ones, so that it still has about 64 chunks to shuffle (not below 1 MB each) and 8 shards to commit. For
-    Gemma-2-2b (2304 × 128): 16 rows, 512 rows.
+    Chunks are as large as possible below 10 MB; shards are as near as possible to ``shard_bytes``. A small plan gets
+    smaller ones, so that the store still has about 64 chunks to shuffle (but not below 1 MB each) and 8 shards. For
+    Gemma-2-2b (2304 × 128): chunks of 16 rows, shards of 512 rows.
 
     Raises:
-        UsageError: a size below 1, or a compression that is not none, lz4 or zstd.
+        UsageError: a size is below 1, or the compression is not none, lz4 or zstd.
 
     """
     if d_model < 1 or context < 1 or shard_bytes < 1:
@@ -166,15 +165,16 @@ def _power_near(x: float) -> int:
 
 
 def to_bits(x: torch.Tensor) -> np.ndarray:
-    """The bfloat16 bits of ``x``, rounded to nearest even, as a C-contiguous uint16 array on the CPU."""
+    """The bfloat16 bits of ``x`` (rounded to nearest even) as a C-contiguous uint16 array on the CPU."""
     import torch
 
     return x.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
 
 
 def from_bits(bits: np.ndarray) -> torch.Tensor:
-    """Stored uint16 bits as a bfloat16 tensor over the same memory (a copy only if the array is read-only
-    or strided).
+    """Stored uint16 bits as a bfloat16 tensor.
+
+    It shares the array's memory, unless the array is read-only or strided; then it is a copy.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""What a store says about itself: everything that identifies its content, in the group's ``zarr.json`` under ``tcsae``.
+"""The manifest: what identifies a store's content, saved in the group's ``zarr.json`` under ``tcsae``.
 
-The manifest is written when a store is created and again when its plan grows or it is finished; how many rows are
-committed is in the commit log (``cache/commits.py``), never here.
+It is written when a store is created, when its plan grows, and when it is finished. The number of committed rows is in
+the commit log (``commit_log.py``), not here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..storage.places import Place
 from .layout import StoreLayout
 
 FORMAT_VERSION = 1
-PLUGIN = "plug-in "  # before a file's name in `versions`: the SHA-256 of the file that a hook point came from
+PLUGIN = "plug-in "  # in `versions`, "plug-in FILE" holds the SHA-256 of the file that registered the hook point
 _PACKAGES = ("tcsae", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -32,7 +32,7 @@ class _Record(BaseModel):
 
 
 class ModelIdentity(_Record):
-    """The language model whose activations these are. ``fingerprint`` covers the weights."""
+    """The language model that produced the activations. ``fingerprint`` covers the weights."""
 
     id: str
     revision: str | None = None
@@ -47,7 +47,7 @@ class ModelIdentity(_Record):
 
 
 class TextIdentity(_Record):
-    """The text, and how it was cut into rows."""
+    """The text and how it was cut into rows."""
 
     dataset: str
     split: str
@@ -63,8 +63,9 @@ class TextIdentity(_Record):
 
 
 class Execution(_Record):
-    """How the forward passes were run: recorded and reused, since the last bits depend on it; no part of
-    the identity.
+    """How the forward passes were run. It is not part of the identity.
+
+    It is recorded and used again on resume, since the last bits of the activations depend on it.
     """
 
     batch_size: int
@@ -74,7 +75,7 @@ class Execution(_Record):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that shape a store's bits, as installed."""
+    """Installed versions of the packages that influence the stored bits."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -85,7 +86,7 @@ def installed_versions() -> dict[str, str]:
 
 
 class StoreManifest(_Record):
-    """One layer's store: which activations, of which text, in which layout, and how many rows are meant to be."""
+    """One layer's store: which activations, of which text, in which layout, and how many rows are planned."""
 
     format_version: int = FORMAT_VERSION
     layer: int = Field(ge=0)
@@ -109,12 +110,12 @@ class StoreManifest(_Record):
 
     @property
     def location(self) -> Location:
-        """The layer and the hook point whose activations these are."""
+        """The layer and the hook point of these activations."""
         return location_of(self.hook_name)
 
     @property
     def plugins(self) -> dict[str, str]:
-        """The plug-in that registered the hook point, if one did: file name → SHA-256."""
+        """The plug-in that registered the hook point, if any: file name → SHA-256."""
         return {name.removeprefix(PLUGIN): sha for name, sha in self.versions.items() if name.startswith(PLUGIN)}
 
     @model_validator(mode="after")
@@ -128,10 +129,10 @@ class StoreManifest(_Record):
 
 
 def first_difference(stored: StoreManifest, asked: StoreManifest) -> str | None:
-    """The first field in which the content of two stores would differ, as a phrase; None when they hold the same rows.
+    """The first field in which the content of two stores differs, as a phrase; None if they hold the same rows.
 
-    Compared: layer, hook point, width, model, text and compression. Not compared: the plan, the execution, versions,
-    chunk and shard sizes (an existing store keeps its own).
+    Layer, hook point, width, model, text and compression are compared. The plan, the execution, versions and the sizes
+    of chunks and shards are not (an existing store keeps its own sizes).
     """
     for name in ("layer", "hook_name", "d_model"):
         old, new = getattr(stored, name), getattr(asked, name)
@@ -147,7 +148,7 @@ def first_difference(stored: StoreManifest, asked: StoreManifest) -> str | None:
 
 
 def identity_difference(stored: _Record, asked: _Record, *, leave_out: Collection[str] = ()) -> str | None:
-    """The first field in which two records of one kind differ, with both values; None when they agree."""
+    """The first field in which two records of the same type differ, with both values; None if they agree."""
     for name in type(stored).model_fields:
         old, new = getattr(stored, name), getattr(asked, name)
         if old != new and name not in leave_out:
@@ -156,7 +157,7 @@ def identity_difference(stored: _Record, asked: _Record, *, leave_out: Collectio
 
 
 def group_document(manifest: StoreManifest) -> dict[str, Any]:
-    """The whole ``zarr.json`` of the store's group."""
+    """The complete ``zarr.json`` of the store's group."""
     record = manifest.model_dump(mode="json")
     return {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": record, "tcsae_check": checksum(record)}}
 
@@ -168,17 +169,18 @@ def checksum(record: Any) -> str:
 
 
 def read_manifest(path: str | Path) -> StoreManifest:
-    """The manifest of the store at ``path`` (a folder or an fsspec URL).
+    """Read the manifest of the store at ``path`` (a folder or an fsspec URL).
 
     Raises:
-        StoreError: nothing there, not a store of ours, a newer format version, or a damaged ``zarr.json``.
+        StoreError: there is nothing, it is not a store of tcsae, it has a newer format version, or its ``zarr.json``
+            is damaged.
 
     """
     return manifest_at(place_of(path))
 
 
 def manifest_at(place: Place) -> StoreManifest:
-    """:func:`read_manifest` for a place already opened."""
+    """As :func:`read_manifest`, for a place that is already opened."""
     try:
         raw = place.read("zarr.json")
     except FileNotFoundError:

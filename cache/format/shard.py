@@ -1,8 +1,7 @@
-"""One shard file: chunks and their checksums streamed out as rows arrive, the index at the end (Zarr's
-``sharding_indexed``).
+"""One shard file: chunks with their checksums, written as rows arrive, and an index at the end.
 
-``activations`` files hold several chunks and an index; a text array's file is one chunk of ``shard_rows`` rows and its
-CRC-32C.
+This is Zarr's ``sharding_indexed`` codec. Files of ``activations`` hold several chunks and an index; the file of a text
+array is one chunk of ``shard_rows`` rows with its CRC-32C.
 """
 
 from __future__ import annotations
@@ -16,19 +15,17 @@ import xxhash
 
 from ..storage.places import Place
 from .codecs import CRC_BYTES, DamageError, check, checksum_bytes, encode
-from .layout import HOLE, RowBlock, StoreLayout
+from .layout import FILL, RowBlock, StoreLayout
 from .zarr_documents import TEXT_ARRAYS, shard_key
 
 _ABSENT = 2**64 - 1  # offset and length of a chunk that was never written
-Confirm = Callable[[], None]  # raises where a finished file is no longer wanted at its name
+Confirm = Callable[[], None]  # raises if the run that asked for the file has ended, so that it must not appear
 _TEXT_FIELDS = {"tokens": "tokens_BT", "documents": "documents_BT", "flags": "flags_BT"}
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A committed file: its bytes, the XXH3-128 of all of them and, of activations, the XXH3-64 of every
-    encoded chunk.
-    """
+    """A committed file: its size, its XXH3-128, and for activations the XXH3-64 of every encoded chunk."""
 
     bytes: int
     xxh3: str
@@ -36,7 +33,7 @@ class FileRecord:
 
 
 class _HashedFile:
-    """A file in the making that hashes what it writes."""
+    """An unfinished file that hashes what is written to it."""
 
     def __init__(self, place: Place, key: str):
         self._sink, self._hash, self.bytes = place.create(key), xxhash.xxh3_128(), 0
@@ -64,16 +61,17 @@ class ActivationShard:
         self._index = np.full((layout.shard_chunks, 2), _ABSENT, "<u8")
         self._chunk = np.empty((layout.chunk_rows, layout.context, layout.d_model), np.uint16)
         self._filled = 0  # rows waiting in _chunk
-        self._hashes: list[str] = []  # of the chunks written
+        self._hashes: list[str] = []  # one per written chunk
 
     @property
     def rows(self) -> int:
-        """Rows taken so far."""
+        """Rows received so far."""
         return len(self._hashes) * self._layout.chunk_rows + self._filled
 
     def append(self, rows_BTD: np.ndarray) -> None:
-        """Take rows of uint16 bits; whole chunks go out at once, straight from the caller's memory where
-        they line up.
+        """Add rows of uint16 bits; complete chunks are written at once.
+
+        A chunk that lies completely in ``rows_BTD`` is written from there, without a copy.
         """
         size = self._layout.chunk_rows
         while len(rows_BTD):
@@ -96,11 +94,12 @@ class ActivationShard:
         self._file.write(encoded, checksum_bytes(encoded))
 
     def commit(self, confirm: Confirm | None = None) -> FileRecord:
-        """Complete the last chunk with holes, write the index, and put the file durably at its name, ``confirm``
-        permitting.
+        """Fill up the last chunk, write the index, and make the file durable under its final name.
+
+        ``confirm`` is called before the file gets that name and may raise.
         """
         if self._filled:
-            self._chunk[self._filled :] = HOLE
+            self._chunk[self._filled :] = FILL
             self._filled = 0
             self._write_chunk(self._chunk)
         self._file.write(self._index, checksum_bytes(self._index))
@@ -114,8 +113,9 @@ class ActivationShard:
 def write_text(
     place: Place, shard: int, layout: StoreLayout, block: RowBlock, confirm: Confirm | None = None
 ) -> dict[str, FileRecord]:
-    """Write the three small arrays of one shard, durably; ``block`` holds all its rows, ``confirm`` is asked for each
-    file.
+    """Write the three text arrays of one shard durably.
+
+    ``block`` holds all rows of the shard; ``confirm`` is called before each file appears.
     """
     records = {}
     for name, (dtype, fill) in TEXT_ARRAYS.items():
@@ -132,7 +132,7 @@ def write_text(
 
 
 def read_text(place: Place, name: str, shard: int, layout: StoreLayout) -> np.ndarray:
-    """One small array of one shard, checksum verified, ``[shard_rows, T]`` with fill beyond the rows that exist.
+    """Read one text array of one shard, ``[shard_rows, T]``, and check it. Rows that do not exist hold the fill value.
 
     Raises:
         DamageError: the file is short, long or altered. FileNotFoundError: it is missing.
@@ -147,22 +147,22 @@ def read_text(place: Place, name: str, shard: int, layout: StoreLayout) -> np.nd
 
 
 def index_bytes(layout: StoreLayout) -> int:
-    """Length of a shard's index with its checksum."""
+    """Size of a shard's index with its checksum."""
     return 16 * layout.shard_chunks + CRC_BYTES
 
 
 def parse_index(raw: Any, layout: StoreLayout, file_bytes: int, chunks: int) -> np.ndarray:
-    """A shard's index ``[shard_chunks, (offset, length)]`` from its bytes, checked for sense.
+    """A shard's index ``[shard_chunks, (offset, length)]`` from its bytes, after a check that it is possible.
 
     Args:
         raw: the last :func:`index_bytes` bytes of the file.
         layout: the store's.
         file_bytes: the file's length.
-        chunks: chunks that must be present. There may be more: a short last shard that has grown since its commit was
+        chunks: number of chunks that must be present. There may be more, if the last shard has grown since the log was
             read.
 
     Raises:
-        DamageError: a checksum or position that cannot be.
+        DamageError: the checksum is wrong, or a chunk would lie outside the file.
 
     """
     check(raw[:-CRC_BYTES], raw[-CRC_BYTES:])

@@ -1,8 +1,7 @@
-"""The fast path from shard files to memory: one scatter read per chunk, its hash verified outside the GIL, buffers
-reused.
+"""Reading shard files into memory fast: one read per chunk, hashes checked without the GIL, buffers used again.
 
-Uncompressed chunks go from the page cache straight into the caller's memory. A page-aligned target is 3–4 times faster
-than numpy's own large arrays on some machines: give ``torch.empty`` memory.
+Uncompressed chunks are read directly into the caller's memory. On some machines this is 3–4 times faster if that memory
+is page-aligned: use memory from ``torch.empty``, not a large numpy array.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ _OPEN_TEXT = 16  # shards whose tokens, documents and flags are kept
 
 @cache
 def read_pool() -> ThreadPoolExecutor:
-    """The threads that read chunks, shared by every store of this process."""
+    """The threads that read chunks; all stores of this process share them."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "chunk-reader")
 
 
 class ShardReader:
-    """Reads chunks of activations and whole text arrays of shards, everything verified.
+    """Reads chunks of activations and whole text arrays of shards, and checks all of them.
 
-    Thread-safe. ``rows`` arguments say how many rows of a shard are committed; what lies beyond is never looked at.
+    Thread-safe. ``rows`` arguments give the number of committed rows of a shard; what comes after them is never read.
     """
 
     def __init__(self, place: Place, layout: StoreLayout):
@@ -50,16 +49,16 @@ class ShardReader:
         self._scratch = threading.local()
 
     def forget(self) -> None:
-        """Close files and drop what was remembered."""
+        """Close files and clear the caches."""
         self._files.close()
         self._indices.clear()
         self._texts.clear()
 
     def read_chunk(self, shard: int, chunk: int, rows: int, into: np.ndarray, xxh3: str | None = None) -> None:
-        """One chunk of a shard (``chunk`` counts from the shard's start) into uint16 ``[chunk_rows, T, D]``.
+        """Read one chunk of a shard (``chunk`` counts within the shard) into uint16 ``[chunk_rows, T, D]``.
 
-        With ``xxh3``, the hash of the encoded chunk from the commit log, that is compared; else its own CRC-32C, which
-        takes twice as long and would not notice a chunk of another store.
+        ``xxh3`` is the hash of the encoded chunk from the commit log, and is compared. Without it the chunk's own
+        CRC-32C is compared, which takes twice as long and does not notice a chunk of another store.
 
         Raises:
             StoreError: the shard is missing, truncated or altered; names the file.
@@ -102,7 +101,7 @@ class ShardReader:
         return found
 
     def shard_rows(self, shard: int, start: int, stop: int, rows: int) -> np.ndarray:
-        """Rows ``start`` … ``stop`` of one shard as uint16 ``[stop − start, T, D]``, through whole chunks."""
+        """Rows ``start`` … ``stop`` of one shard as uint16 ``[stop − start, T, D]``; whole chunks are read and cut."""
         size = self.layout.chunk_rows
         out = np.empty((stop - start, self.layout.context, self.layout.d_model), np.uint16)
         for chunk in range(start // size, -(-stop // size)):
@@ -113,16 +112,14 @@ class ShardReader:
         return out
 
     def scratch(self) -> np.ndarray:
-        """The calling thread's own chunk-sized buffer."""
+        """A buffer of one chunk, separate for each thread."""
         if not hasattr(self._scratch, "chunk"):
             shape = (self.layout.chunk_rows, self.layout.context, self.layout.d_model)
             self._scratch.chunk = torch.empty(shape, dtype=torch.uint16).numpy()
         return self._scratch.chunk
 
     def text(self, shard: int) -> dict[str, np.ndarray]:
-        """``tokens``, ``documents`` and ``flags`` of one shard, ``[shard_rows, T]`` each; the last few
-        shards are kept.
-        """
+        """``tokens``, ``documents`` and ``flags`` of one shard, ``[shard_rows, T]``; recent ones stay in memory."""
         with self._lock:
             if shard in self._texts:
                 self._texts.move_to_end(shard)
@@ -138,25 +135,25 @@ class ShardReader:
         return arrays
 
     def run(self, jobs: Sequence[Any]) -> None:
-        """Call every job on the reading threads (here, when there is one job); the first failure is raised."""
+        """Run all jobs on the reading threads (a single job in the calling thread) and raise the first failure."""
         if len(jobs) == 1:
             jobs[0]()
             return
         pool, waiting = read_pool(), iter(jobs)
 
         def work() -> None:
-            for job in waiting:  # shared: a thread takes the next job when it is done with one
+            for job in waiting:  # the iterator is shared: each thread takes the next job that nobody has taken
                 job()
 
         futures = [pool.submit(work) for _ in range(min(pool._max_workers, len(jobs)))]
-        problems = [future.exception() for future in futures]  # nobody may write into a buffer after we return
+        problems = [future.exception() for future in futures]  # wait for all: they write into the caller's buffers
         for problem in problems:
             if problem is not None:
                 raise problem
 
 
-class damage:  # noqa: N801 — reads as a statement: `with damage(place, key):`
-    """Turns damaged or missing bytes into one sentence that names the file."""
+class damage:  # noqa: N801 — lower case, since it is used as a statement: `with damage(place, key):`
+    """Turns damaged or missing bytes into an error of one sentence that names the file."""
 
     def __init__(self, place: Place, key: str):
         self._file = f"{place}/{key}"

@@ -1,7 +1,7 @@
-"""One shard of every layer at once: what a process writes between two commits, alone or as one of many workers.
+"""Writing one shard of every layer at once, in a single process or in one of many workers.
 
-Nothing here knows of the commit log: the files become durable at their names, and a :class:`ShardRecord` says what they
-are.
+The files become durable under their final names, and a :class:`ShardRecord` describes them. This module does not write
+the commit log.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from .layout import RowBlock, StoreLayout
 from .shard import ActivationShard, FileRecord, write_text
 
 Activations = Mapping[Location, np.ndarray]  # location → uint16 [B, T, D]
-# Two forward passes that differ only in how rows were batched may differ in the last bits of bfloat16 (2⁻⁸ relative),
-# and a few such roundings add up over layers. More than this, relative to the row's largest value, is another model or
-# another text.
+# Forward passes with different batch sizes may differ in the last bits of bfloat16 (2⁻⁸ relative), and such roundings
+# add up over layers. A larger difference than this, relative to the token's largest value, means another model or text.
 _TOLERANCE = 2.0**-4
 
 
@@ -39,21 +38,24 @@ def write_shard(
     kept_rows: int = 0,
     owner: str | None = None,
 ) -> ShardRecord:
-    """Write one whole shard of every layer durably at its final names, as a worker; the coordinator commits the record.
+    """Write one whole shard of every layer durably under its final names, as a worker.
+
+    The coordinator then commits the returned record.
 
     Args:
         paths: location → store (folder or URL), created by the coordinator's ``StoreSetWriter.open``.
         layouts: location → layout of that store.
         shard: its number.
         blocks: the shard's rows in order.
-        kept_rows: rows of this shard already committed (a short last shard being extended): the new ones are compared
-            with them and the stored bits stay.
-        owner: token of the run that asks for the shard (``StoreSetWriter.run``), compared with that of the lock before
-            anything is begun and again immediately before each file appears at its name.
+        kept_rows: number of rows of this shard that are already committed (if a short last shard is extended). The new
+            rows are compared with them, and the stored bits are kept.
+        owner: token of the run that asks for the shard (``StoreSetWriter.run``). It is compared with the token in the
+            lock at the start and again immediately before each file gets its final name.
 
     Raises:
-        StaleRunError: that run holds the stores no longer; what was written is dropped.
-        StoreError: a row differs from the one that is already stored. ResourceError: the disk is full.
+        StaleRunError: that run no longer holds the lock; what was written is dropped.
+        StoreError: a row differs from the stored one.
+        ResourceError: the disk is full.
 
     """
     places = {layer: place_of(path) for layer, path in paths.items()}
@@ -67,7 +69,7 @@ def write_shard(
 
 
 class ShardSetWriter:
-    """Streams the rows of one shard into every layer's files. An exception inside discards them."""
+    """Writes the rows of one shard into the files of every layer. An exception inside the context discards them."""
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class ShardSetWriter:
         owner: str | None = None,
     ):
         self._places, self._layouts, self._shard = dict(places), layouts, shard
-        self._one = next(iter(layouts.values()))
+        self._any_layout = next(iter(layouts.values()))
         self._kept = (
             {n: _KeptRows(p, layouts[n], shard, kept_rows) for n, p in self._places.items()} if kept_rows else {}
         )
@@ -106,8 +108,8 @@ class ShardSetWriter:
 
     @property
     def room(self) -> int:
-        """Rows that still fit."""
-        return self._one.shard_rows - self.rows
+        """Number of rows that still fit."""
+        return self._any_layout.shard_rows - self.rows
 
     def append(self, block: RowBlock, activations: Activations) -> None:
         """Write rows of every layer; they must fit into the shard.
@@ -133,11 +135,11 @@ class ShardSetWriter:
         self._writers[layer].append(bits)
 
     def commit(self) -> ShardRecord:
-        """Make every file of every layer durable at its name."""
+        """Make the files of all layers durable under their final names."""
         block = RowBlock.concatenate(self._text)
         files = self._each(lambda layer: self._commit_layer(layer, block))
         self._done = True
-        return ShardRecord(self._shard, self._shard * self._one.shard_rows, self.rows, files)
+        return ShardRecord(self._shard, self._shard * self._any_layout.shard_rows, self.rows, files)
 
     def _commit_layer(self, layer: Location, block: RowBlock) -> dict[str, FileRecord]:
         confirm = self._confirm[layer]
@@ -145,7 +147,7 @@ class ShardSetWriter:
         return {"activations": self._writers[layer].commit(confirm), **text}
 
     def discard(self) -> None:
-        """Drop what was written; harmless after a commit."""
+        """Drop what was written; does nothing after a commit."""
         self._done = True
         for writer in self._writers.values():
             writer.discard()
@@ -160,7 +162,7 @@ class ShardSetWriter:
 
 
 class _KeptRows:
-    """The committed rows of a short last shard that is being written again, longer."""
+    """The committed rows of a short last shard that is being replaced by a longer one."""
 
     def __init__(self, place: Place, layout: StoreLayout, shard: int, rows: int):
         from .shard_reader import ShardReader
@@ -170,7 +172,10 @@ class _KeptRows:
         self._text = self._reader.text(shard)
 
     def reconcile(self, start: int, block: RowBlock, bits: np.ndarray) -> np.ndarray:
-        """The bits to store for rows ``start`` … of the shard: the old ones where there are, after comparing."""
+        """Compare new rows, from row ``start`` of the shard on, with the stored ones, and return the bits to store.
+
+        Stored bits are kept where they exist.
+        """
         n = min(len(block), self._rows - start)
         if n <= 0:
             return bits
@@ -187,9 +192,8 @@ class _KeptRows:
     def _differs(self, start: int, what: str) -> StoreError:
         first = self._shard * self._layout.shard_rows + start
         return StoreError(
-            f"{self._place}: the {what} extracted now differ from the stored ones at row {first} or "
-            "soon after, so this is not "
-            "the same model, text or machine: extract into another folder"
+            f"{self._place}: the {what} extracted now differ from the stored ones at row {first} or soon after, so "
+            "this is not the same model, text or machine: extract into another folder"
         )
 
 

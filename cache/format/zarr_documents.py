@@ -1,7 +1,6 @@
-"""The Zarr v3 side of a store: the four arrays, their ``zarr.json`` documents and the names of their files. Pure.
+"""The Zarr v3 side of a store: its four arrays, their ``zarr.json`` documents and the names of their files.
 
-Everything here is a function of the layout and the number of rows, so ``verify`` can compare what lies on disk with
-what must.
+Everything here follows from the layout and the number of rows, so ``verify`` can compare the files on disk with it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .layout import HOLE, StoreLayout
+from .layout import FILL, StoreLayout
 
 TEXT_ARRAYS = {"tokens": ("int32", -1), "documents": ("int32", -1), "flags": ("uint8", 255)}  # name: (dtype, fill)
 ARRAYS = ("activations", *TEXT_ARRAYS)
@@ -31,13 +30,13 @@ _COMPRESSORS: dict[str, list[dict[str, Any]]] = {
 
 
 def array_document(name: str, layout: StoreLayout, rows: int) -> dict[str, Any]:
-    """The whole ``zarr.json`` of one array of a store with ``rows`` rows."""
+    """The complete ``zarr.json`` of one array of a store with ``rows`` rows."""
     if name == "activations":
         return _document(
             shape=[rows, layout.context, layout.d_model],
             chunk=[layout.shard_rows, layout.context, layout.d_model],
             dtype="uint16",
-            fill=HOLE,
+            fill=FILL,
             codecs=[_sharding(layout)],
             names=["row", "position", "d_model"],
             attributes={"bits_of": "bfloat16"},
@@ -82,7 +81,7 @@ def _document(
         "shape": shape,
         "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        # One folder per array: a shard's rename is then durable after one fsync of that folder.
+        # All shards of an array lie in one folder, so that one fsync of it makes a rename durable.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": fill,
         "codecs": codecs,
@@ -92,12 +91,12 @@ def _document(
 
 
 def shard_key(name: str, shard: int) -> str:
-    """The file of one shard of one array, relative to the store."""
+    """Path of the file of one shard of one array, relative to the store."""
     return f"{name}/c.{shard}.0.0" if name == "activations" else f"{name}/c.{shard}.0"
 
 
 def shard_of_name(name: str, file: str) -> int | None:
-    """The shard number a file name in array ``name``'s folder stands for; None for any other file."""
+    """The shard number of a file name in the folder of array ``name``; None for any other file."""
     parts = file.split(".")
     zeros = 2 if name == "activations" else 1
     if len(parts) == zeros + 2 and parts[0] == "c" and parts[1].isdigit() and parts[2:] == ["0"] * zeros:
@@ -106,5 +105,5 @@ def shard_of_name(name: str, file: str) -> int | None:
 
 
 def to_json(document: Any) -> bytes:
-    """JSON as the store's files hold it: indented, one final newline."""
+    """JSON as in the store's files: indented, with a newline at the end."""
     return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

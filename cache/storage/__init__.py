@@ -1,1 +1,1 @@
-"""Where files lie: a local folder or object storage, and what each promises."""
+"""Access to files in a local folder or in object storage, behind one interface."""

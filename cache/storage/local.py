@@ -1,5 +1,6 @@
-"""A store in a local folder: partial files that become visible by rename, fsync for files and folders,
-scatter reads.
+"""A store in a local folder.
+
+New files get a temporary name and appear by rename; files and folders are fsynced; one read call fills several buffers.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 from ...atomic_files import sync_folder
 from .os_errors import plain_errors
 
-PARTIAL = ".partial"  # suffix of a file in the making
+PARTIAL = ".partial"  # suffix of an unfinished file
 
 
 class LocalPlace:
-    """A folder of this machine (or of a mounted file system)."""
+    """A folder of this machine or of a mounted file system."""
 
     local = True
 
@@ -33,10 +34,10 @@ class LocalPlace:
         return str(self.root)
 
     def path(self, key: str) -> Path:
-        """Where a key lies."""
+        """The path of a key."""
         return self.root / key if key else self.root
 
-    def exists(self, key: str) -> bool:  # noqa: D102 — see cache/places.py
+    def exists(self, key: str) -> bool:  # noqa: D102 — see places.py
         with plain_errors(f"look at {self}/{key}"):
             return self.path(key).exists()
 
@@ -99,13 +100,13 @@ class LocalPlace:
         return os.stat(nearest).st_dev, shutil.disk_usage(nearest).free
 
 
-# Parts are looked at while they are still in the core's cache: hashed so, 0.85 of the speed of reading alone; whole,
-# 0.7.
+# Each part is hashed right after it was read, while it is still in the core's cache. This reaches 0.85 of the speed of
+# reading without hashing; hashing the whole chunk afterwards reaches 0.7.
 _SLICE_BYTES = 1 << 19
 
 
 class LocalFiles:
-    """Descriptors of recently read files; one that falls out is closed when its last reader is done."""
+    """Keeps the descriptors of recently read files open. An evicted one is closed when its last reader is done."""
 
     _KEEP = 128
 
@@ -152,20 +153,21 @@ class _OpenFile:
     def __init__(self, fd: int):
         self.fd = fd
 
-    def __del__(self, close: Callable[[int], None] = os.close):  # bound: at the interpreter's end `os` may be gone
+    # `close` is a default argument, since the module `os` may be gone when the interpreter ends.
+    def __del__(self, close: Callable[[int], None] = os.close):
         close(self.fd)
 
 
-# Writeback begins while the rest of a file is still hashed and written, so that the fsync at its end has little left to
-# do.
+# The kernel starts writing to disk while the rest of the file is still hashed and written, so that the final fsync is
+# short.
 _WRITEBACK_BYTES = 16 << 20
 
 
 class LocalSink:
-    """``NAME.TOKEN.partial`` until :meth:`commit` renames it.
+    """A file named ``NAME.TOKEN.partial`` until :meth:`commit` renames it.
 
-    No two sinks share a name: a worker that was given up but lives, and the one that redoes its shard, both write whole
-        files.
+    No two sinks share a name: if a worker was given up but still runs, it and the worker that repeats its shard write
+    different files.
     """
 
     def __init__(self, final: Path):
@@ -204,7 +206,7 @@ class LocalSink:
 
 @contextmanager
 def open_readonly(path: Path) -> Iterator[int]:
-    """A file descriptor for reading."""
+    """Open a file for reading and yield its descriptor."""
     fd = os.open(path, os.O_RDONLY)
     try:
         yield fd
@@ -213,7 +215,7 @@ def open_readonly(path: Path) -> Iterator[int]:
 
 
 def preadv_all(fd: int, offset: int, buffers: Sequence[Any]) -> int:
-    """Fill the buffers from ``offset`` in as few calls as the kernel needs; returns the bytes read."""
+    """Fill the buffers from ``offset`` on; returns the number of bytes read, fewer at the end of the file."""
     pending = [memoryview(b).cast("B") for b in buffers]
     done = 0
     while pending:
@@ -226,16 +228,14 @@ def preadv_all(fd: int, offset: int, buffers: Sequence[Any]) -> int:
 
 
 def write_all(fd: int, buffers: Sequence[Any]) -> None:
-    """Write every byte: the kernel takes at most 2 GB a call, and less when it likes."""
+    """Write all bytes. One system call writes at most 2 GB and may write less."""
     pending = [memoryview(b).cast("B") for b in buffers]
     while pending:
         pending = _advance(pending, os.writev(fd, pending))
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the kernel begin to write dirty pages, without waiting: advice that Linux takes so; others have no such
-    call.
-    """
+    """Ask Linux to start writing modified pages to disk, without waiting. Does nothing on other systems."""
     if sys.platform == "linux":
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 

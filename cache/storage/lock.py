@@ -1,11 +1,11 @@
-"""One writer per store. Locally a lock the kernel drops with its owner; on an object store a lease that runs out.
+"""One writer per store: locally a file lock, on object storage a lease.
 
-Limits, said where they matter (docs/FORMAT.md): a lease is only as exclusive as the object store's conditional put.
-Where there is none, two writers starting within the same instant can both believe they hold it; the loser finds out at
-its next commit.
+The kernel releases a file lock when its process ends, however it ends. A lease expires if it is not renewed. It is only
+as exclusive as the object store's conditional put: without one, two writers that start at the same instant may both
+believe that they hold the lease; the loser notices at its next commit (see docs/FORMAT.md).
 
-Either holds its owner's token, which workers elsewhere are given with their shards and compare before they put a file
-in place: a worker whose run was stopped may live on, but what it makes is no longer wanted.
+Both hold the token of the run. Workers on other machines get it with their shards and compare it before a file gets its
+final name, since a worker may still be running after its run was stopped.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from .os_errors import plain_errors
 from .places import Place
 
 LOCK = "activations/writer.lock"
-HEARTBEAT, STALE = 20.0, 90.0  # seconds between renewals of a lease, and after which it counts as dead
+HEARTBEAT, STALE = 20.0, 90.0  # seconds between renewals of a lease; seconds without renewal until it expires
 
 
 class Lock(Protocol):
-    """Exclusive right to write a store."""
+    """The exclusive right to write a store."""
 
     owner: str
-    """Token of the run that holds it; drawn anew for every run."""
+    """Token of the run that holds the lock; a new random one for every run."""
 
     def confirm(self) -> None:
-        """Raise StaleRunError if somebody else holds it now."""
+        """Raise StaleRunError if another run holds the lock now."""
         ...
 
     def release(self) -> None:
-        """Give it up; harmless the second time."""
+        """Release the lock; calling it twice is harmless."""
         ...
 
 
 def acquire(place: Place, owner: str | None = None) -> Lock:
-    """Take the writer's lock of a store, for the run whose token is ``owner`` (a new one by default).
+    """Take the writer's lock of a store for the run with token ``owner`` (default: a new token).
 
     Raises:
-        StoreError: another live writer holds it, or the folder cannot be written.
+        StoreError: another running process holds it, or the folder cannot be written.
 
     """
     owner = owner or uuid.uuid4().hex
@@ -56,10 +56,10 @@ def acquire(place: Place, owner: str | None = None) -> Lock:
 
 
 def confirm_owner(place: Place, owner: str) -> None:
-    """Ask, from any process that reaches the store, whether the run with this token still holds its lock.
+    """Check, from any process that reaches the store, that the run with this token still holds the lock.
 
     Raises:
-        StaleRunError: another run does, or none.
+        StaleRunError: another run holds it, or none does.
 
     """
     holder = _holder(place)
@@ -76,7 +76,7 @@ def confirm_owner(place: Place, owner: str) -> None:
 
 
 def _holder(place: Place) -> dict[str, Any]:
-    """What the lock's file says of its owner; nothing where there is none or it is being written."""
+    """The content of the lock's file; empty if there is none or it is being written."""
     try:
         holder = json.loads(place.read(LOCK))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -100,7 +100,7 @@ def _signature() -> dict[str, Any]:
 
 
 class LocalLock:
-    """``flock`` on a file beside the shards: the kernel releases it however the writer ends."""
+    """``flock`` on a file beside the shards; the kernel releases it when the process ends."""
 
     def __init__(self, place: LocalPlace, owner: str):
         self._path, self.owner = place.path(LOCK), owner
@@ -122,15 +122,15 @@ class LocalLock:
             os.close(fd)
             raise _refuse(place, holder) from None
         except FileNotFoundError:
-            pass  # its last owner removed it between our open and our lock: try the new one
+            pass  # the last owner removed the file between our open and our lock: the caller tries again
         os.close(fd)
         return -1
 
     def confirm(self) -> None:
-        """The kernel keeps it for us."""
+        """Nothing to check: the kernel keeps the lock for us."""
 
     def release(self) -> None:
-        """Remove the file while it is still ours, then let go."""
+        """Remove the file while we still hold the lock, then release it."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -139,7 +139,7 @@ class LocalLock:
 
 
 class LeaseLock:
-    """A small object renewed every :data:`HEARTBEAT` seconds; a dead writer's lease is free after :data:`STALE`."""
+    """A small object, renewed every :data:`HEARTBEAT` seconds; without renewal it expires after :data:`STALE`."""
 
     def __init__(self, place: Place, owner: str):
         self._place, self.owner = place, owner
@@ -159,19 +159,19 @@ class LeaseLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with contextlib.suppress(Exception):  # a missed beat is not the end; confirm() decides at the next commit
+            with contextlib.suppress(Exception):  # one missed renewal does no harm; confirm() decides at a commit
                 if _holder(self._place).get("owner", self.owner) == self.owner:
                     self._renew()
 
     def confirm(self) -> None:
-        """Read the lease back."""
+        """Read the lease and compare its owner."""
         confirm_owner(self._place, self.owner)
 
     def release(self) -> None:
-        """Stop renewing and delete the lease if it is still ours; out of reach, it runs out by itself."""
+        """Stop renewing, and delete the lease if it is still ours; if the store is unreachable, it will expire."""
         if not self._stop.is_set():
             self._stop.set()
-            self._thread.join()  # a beat at this moment would bring back what is removed
+            self._thread.join()  # a renewal after the removal would create the lease again
             with contextlib.suppress(StoreError):
                 if _holder(self._place).get("owner") == self.owner:
                     self._place.remove(LOCK)

@@ -1,4 +1,4 @@
-"""From a path or URL to the place it names."""
+"""From a path or URL to the object that accesses it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .places import Place
 
 
 def place_of(path: str | Path) -> Place:
-    """The place a path or URL names. ``file://`` URLs and plain paths are local.
+    """The place of a path or URL. Plain paths and ``file://`` URLs are local.
 
     Raises:
         StoreError: the URL's protocol needs a package that is not installed, or is unknown.

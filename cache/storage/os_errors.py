@@ -1,4 +1,4 @@
-"""What the operating system says, as one sentence with a remedy."""
+"""Errors of the operating system as one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _NO_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 
 @contextmanager
 def plain_errors(doing: str) -> Iterator[None]:
-    """Turn a full disk, a forbidden folder and a file in a folder's place into ours; other OSErrors (a missing file,
-    say) pass.
+    """Replace the OSErrors that a user can resolve by ours; others (a missing file, for example) pass unchanged.
 
     Raises:
-        ResourceError: no space, quota used up, or the file would be larger than allowed.
-        StoreError: no permission, a read-only file system, or a file where a folder should be.
+        ResourceError: the disk or quota is full, or the file would be larger than allowed.
+        StoreError: permission is missing, the file system is read-only, or a file is where a folder should be.
 
     """
     try:
@@ -28,9 +27,8 @@ def plain_errors(doing: str) -> Iterator[None]:
     except OSError as problem:
         if problem.errno in _FULL:
             raise ResourceError(
-                f"the disk is full: cannot {doing} ({problem.strerror}); free some space and run the "
-                "same command again, "
-                "what was committed stays"
+                f"the disk is full: cannot {doing} ({problem.strerror}); free some space and run the same command "
+                "again, what was committed stays"
             ) from problem
         if problem.errno in _FORBIDDEN:
             raise StoreError(

@@ -1,7 +1,7 @@
-"""Stores on object storage, through fsspec: s3://, gs://, memory:// and whatever else it knows.
+"""Stores on object storage through fsspec: s3://, gs://, memory:// and every other protocol it knows.
 
-An object appears whole or not at all, so a shard is one upload (held in memory until then: a shard of every layer), and
-the commit log is replaced by a longer one.
+An object appears completely or not at all. A shard is therefore one upload (its bytes stay in memory until then, for
+all layers), and the commit log is extended by replacing the object with a longer one.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ class RemotePlace:
 
 
 def _uncached(protocol: str) -> dict[str, Any]:
-    """What keeps fsspec from answering out of an old listing."""
+    """The options that stop fsspec from answering from an old listing."""
     return {"use_listings_cache": False} if protocol in ("s3", "s3a", "gs", "gcs") else {}
 
 
 class _RemoteFiles:
-    """Sizes are remembered: a shard is only ever replaced by a longer last one, and then its store is opened again."""
+    """Keeps sizes: only a store's last shard is ever replaced (by a longer one), and then the store is reopened."""
 
     def __init__(self, place: RemotePlace):
         self._place, self._sizes = place, {}
@@ -139,7 +139,7 @@ class _RemoteFiles:
 
 
 class _Upload:
-    """A shard held in memory and put in one piece, which clients send in parallel parts and which appears whole."""
+    """A shard held in memory and uploaded in one call; clients send large objects in parallel parts."""
 
     def __init__(self, place: RemotePlace, key: str):
         self._place, self._key, self._data = place, key, bytearray()
@@ -160,7 +160,7 @@ class _Upload:
 
 @contextmanager
 def _plain(doing: str) -> Iterator[None]:
-    """Whatever a client library throws, as a sentence; missing objects stay FileNotFoundError."""
+    """Turn any error of a client library into one sentence; a missing object stays FileNotFoundError."""
     try:
         with plain_errors(doing):
             yield

@@ -1,7 +1,7 @@
-"""What a document is: a number in reading order and a text; how documents are held out, ordered and read.
+"""Documents: how they are numbered, ordered, read and held out.
 
-A *document* is one ``.txt`` file, or one row of anything else. Documents are numbered in reading order, which the seed
-decides; a share of them, chosen by a hash of the text alone, is held out for evaluation and never extracted.
+A *document* is one ``.txt`` file, or one row of a table or dataset. Documents are numbered in reading order, which the
+seed decides. A share of them, chosen by a hash of the text alone, is held out for evaluation and never extracted.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import xxhash
 
 from ...errors import TextError
 
-_HELD_OUT_SEED = 0x7C5AE  # never change it: stores rely on the same documents being held out
+_HELD_OUT_SEED = 0x7C5AE  # never change it: the held-out documents of existing stores depend on it
 
 
 class Documents(Protocol):
-    """Text that can be read from any document on, always in the same order."""
+    """Text that can be read from any document onwards, always in the same order."""
 
     @property
     def fingerprint(self) -> str:
-        """What identifies all of the text."""
+        """Identifies the whole text."""
         ...
 
     @property
     def revision(self) -> str | None:
-        """The hub's commit; None for local text."""
+        """The commit of a hub dataset; None for local text."""
         ...
 
     def read(self, start: int) -> Iterator[tuple[int, str]]:
@@ -36,8 +36,9 @@ class Documents(Protocol):
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out ``share``: a hash of its text alone decides, so growth changes
-    nothing.
+    """Whether a document belongs to the held-out ``share``.
+
+    Only a hash of its text decides, so the answer does not change when documents are added.
     """
     return text_hash(text, _HELD_OUT_SEED) < share * 2.0**64
 
@@ -48,9 +49,10 @@ def text_hash(text: str, seed: int = 0) -> int:
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:
-    """A permutation of ``n`` documents that depends on nothing but the two numbers, in any version of anything.
+    """A permutation of ``n`` documents that depends only on ``n`` and ``seed``, not on the version of any library.
 
-    Documents are sorted by a mixed number each (the finaliser of SplitMix64: Steele, Lea and Flood, OOPSLA 2014).
+    Each document gets a pseudo-random number (the finaliser of SplitMix64: Steele, Lea and Flood, OOPSLA 2014), and
+    documents are sorted by it.
     """
     with np.errstate(over="ignore"):
         z = (np.arange(n, dtype=np.uint64) + np.uint64(text_hash(str(seed)))) * np.uint64(0x9E3779B97F4A7C15)
@@ -61,10 +63,10 @@ def shuffled(n: int, seed: int) -> np.ndarray:
 
 
 def text_of(example: Mapping[str, Any], column: str, name: str) -> str:
-    """The text of one row; an empty value is an empty document.
+    """The text of one row; an empty value counts as an empty document.
 
     Raises:
-        TextError: no such column, or it holds no text.
+        TextError: there is no such column, or it does not hold text.
 
     """
     if column not in example:

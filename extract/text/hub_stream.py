@@ -1,5 +1,6 @@
-"""A hub dataset, streamed: pinned to a commit, shuffled through a buffer, read from the hub's conversion if it is a
-script.
+"""A dataset of the Hugging Face hub, read as a stream, pinned to one commit and shuffled through a buffer.
+
+A dataset that needs a loading script is read from the hub's automatic conversion to Parquet instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..config import TextSource
 from ..model.hub import hub_failures
 from .documents import text_of
 
-SHUFFLE_BUFFER = 10_000  # documents that are mixed at a time
+SHUFFLE_BUFFER = 10_000  # documents in the buffer from which the next one is drawn at random
 
 
 @dataclass
@@ -28,12 +29,13 @@ class StreamedDocuments:
 
     @property
     def fingerprint(self) -> str:
-        """A commit names its content."""
+        """The commit, which identifies the content."""
         return f"commit:{self.revision}"
 
     def read(self, start: int) -> Iterator[tuple[int, str]]:
-        """See :class:`Documents`. Documents before ``start`` are read past, since the buffer's state
-        depends on them.
+        """See :class:`Documents`.
+
+        Documents before ``start`` are read and skipped, since the state of the shuffle buffer depends on them.
         """
         with hub_failures("dataset", self.name, TextError):
             for number, example in islice(enumerate(self.stream), start, None):
@@ -44,7 +46,7 @@ def open_stream(source: TextSource) -> StreamedDocuments:
     """The documents of a hub dataset, as a stream.
 
     Raises:
-        TextError: no such dataset, subset, split or column, gated, or the hub is out of reach.
+        TextError: there is no such dataset, subset, split or column, it is gated, or the hub cannot be reached.
 
     """
     needs("datasets", extra="extract", what="a dataset of the hub")
@@ -60,11 +62,10 @@ def open_stream(source: TextSource) -> StreamedDocuments:
         try:
             stream = _parquet(name, revision, converted) if converted else _declared(name, subset, source, revision)
         except (RuntimeError, ValueError, DataFilesNotFoundError, EmptyDatasetError) as problem:
-            # Repositories that hold a loading script: RuntimeError from datasets 4 on, ValueError (no trust) before.
+            # A repository with a loading script raises RuntimeError since datasets 4, and before ValueError, since we
+            # do not trust remote code.
             if "script" not in str(problem):
-                said = " ".join(
-                    str(problem).splitlines()[:2]
-                )  # the second line lists the subsets where one must be chosen
+                said = " ".join(str(problem).splitlines()[:2])  # the second line lists the subsets to choose from
                 remedy = f"choose with --split, or a subset with --dataset {name}:SUBSET"
                 raise TextError(
                     f"{source.dataset} cannot be read as split '{source.split}' ({said}): {remedy}"
@@ -86,7 +87,7 @@ def _at_commit(name: str, revision: str | None) -> tuple[str, list[str]]:
 
 
 def _conversion(name: str) -> tuple[str, list[str]]:
-    """Commit and files of the branch where the hub keeps its automatic conversion; no files where there is none."""
+    """Commit and files of the branch with the hub's automatic conversion; no files if there is none."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
@@ -102,12 +103,13 @@ def _declared(name: str, subset: str, source: TextSource, revision: str) -> Any:
 
 
 def _converted(files: list[str], subset: str, split: str, name: str) -> list[str]:
-    """The Parquet files of one split in the hub's automatic conversion; empty when ``files`` are not such a conversion.
+    """The Parquet files of one split in the hub's automatic conversion; empty if ``files`` are not such a conversion.
 
-    That branch holds ``SUBSET/SPLIT/0000.parquet`` … and nothing else; large splits are cut short as ``partial-SPLIT``.
+    That branch holds only files ``SUBSET/SPLIT/0000.parquet`` …; large splits are shortened and named
+    ``partial-SPLIT``.
 
     Raises:
-        TextError: it is a conversion, but lacks the subset or the split.
+        TextError: it is a conversion without that subset or split.
 
     """
     parts = [file.split("/") for file in files if not file.startswith(".")]

@@ -1,6 +1,4 @@
-"""Text on this machine: ``.txt`` files (one document each) or tables (.jsonl .json .csv .tsv .parquet,
-compressed too).
-"""
+"""Text in local files: ``.txt`` (one document each), or tables (.jsonl .json .csv .tsv .parquet), also compressed."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
 def looks_local(dataset: str) -> bool:
-    """Whether ``dataset`` is a path: something is there, or it could be no hub id."""
+    """Whether ``dataset`` is a path: it exists, or it cannot be the id of a hub dataset."""
     return (
         local_path(dataset) is not None
         or dataset[0] in "./~"
@@ -40,13 +38,13 @@ def looks_local(dataset: str) -> bool:
 
 
 def local_path(dataset: str) -> Path | None:
-    """The absolute path of ``dataset`` if there is such a file or folder."""
+    """The absolute path of ``dataset`` if there is such a file or folder, else None."""
     path = Path(dataset).expanduser()
     return path.resolve() if path.exists() else None
 
 
 def format_of(path: Path) -> str | None:
-    """``text``, or the name under which datasets reads the file; None for anything else."""
+    """``text``, or the format's name in the package datasets; None if the file cannot be read."""
     name = path.name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -57,8 +55,8 @@ def open_local(where: str | Path, source: TextSource) -> LocalText | LocalTable:
     """The documents of a file or folder.
 
     Raises:
-        TextError: nothing there, nothing readable in it, two formats in one folder, no such column or split, or no
-            text.
+        TextError: the path does not exist, it holds no readable file, files of two formats or no text, or there is no
+            such column or split.
 
     """
     if source.split != "train":
@@ -115,14 +113,14 @@ class LocalText:
 
     @property
     def revision(self) -> None:
-        """Local files have none."""
+        """None, since local files have no commit."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
     def fingerprint(self) -> str:
-        """Of every name and byte; a file that is no UTF-8 is found here, before anything is extracted."""
+        """Hash of all names and contents. All files are checked to be UTF-8 here, before anything is extracted."""
         for path in self.files:
             _read_text(path)
         return _fingerprint(self.files, self.folder)
@@ -150,7 +148,7 @@ def _read_text(path: Path) -> str:
 
 @dataclass
 class LocalTable:
-    """Rows of JSON, CSV or Parquet files, memory-mapped by datasets."""
+    """Rows of JSON, CSV or Parquet files, memory-mapped by the package datasets."""
 
     table: Any
     files: Sequence[Path]
@@ -160,14 +158,14 @@ class LocalTable:
 
     @property
     def revision(self) -> None:
-        """Local files have none."""
+        """None, since local files have no commit."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def fingerprint(self) -> str:
-        """Of every name and byte."""
+        """Hash of all names and contents."""
         return _fingerprint(self.files, self.folder)
 
     def read(self, start: int) -> Iterator[tuple[int, str]]:

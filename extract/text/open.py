@@ -1,4 +1,4 @@
-"""The text of an extraction: wherever it lies, opened, and named for the record."""
+"""Opening the text of an extraction, and describing it for the manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["is_held_out", "open_documents", "resolve_text"]
 def resolve_text(
     source: TextSource, model: LanguageModel | ModelOutline, documents: Documents | None = None
 ) -> TextIdentity:
-    """What is recorded about text and rows; ``documents`` spares opening them again.
+    """What the manifest records about text and rows; pass ``documents`` if they are already open.
 
     Raises:
         TextError: as :func:`open_documents`.
@@ -38,16 +38,16 @@ def resolve_text(
 
 
 def recorded_name(source: TextSource) -> str:
-    """The dataset's name as it is recorded: absolute for local files, so that evaluation finds them from anywhere."""
+    """The dataset's name in the manifest. Local files have their absolute path, so that evaluation finds them."""
     path = None if source.dataset == "demo" else local_path(source.dataset)
     return str(path) if path else source.dataset
 
 
 def open_documents(source: TextSource) -> Documents:
-    """The documents that ``source`` names, in the order its seed gives them.
+    """The documents that ``source`` names, in the order given by its seed.
 
     Raises:
-        TextError: nothing there, no such split or column, no text in it, or the hub is out of reach.
+        TextError: there is no such text, split or column, it is empty, or the hub cannot be reached.
 
     """
     if source.dataset == "demo":

@@ -1,4 +1,4 @@
-"""Rows made ahead on a background thread, and cut into batches that never straddle a shard."""
+"""Rows prepared ahead in a background thread and cut into batches; a batch never extends over two shards."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, Self
 from ...cache.format.layout import RowBlock
 from .rows import Row, gather
 
-_PIECE, _PIECES = 32, 16  # rows handed over at a time, and how many such pieces are made ahead
+_PIECE, _PIECES = 32, 16  # rows passed between the threads at a time; number of such pieces prepared ahead
 
 
 class RowFeed:
-    """Takes rows from an iterator that a thread of its own runs, so that tokenising never keeps a forward pass waiting.
+    """Runs an iterator of rows in a thread of its own, so that the forward passes do not wait for the tokenizer.
 
-    A context manager: leaving it ends the thread. What the iterator raises is raised by :meth:`take`.
+    A context manager: leaving it ends the thread. A failure of the iterator is raised by :meth:`take`.
     """
 
     def __init__(self, rows: Iterator[Row], special_token_ids: tuple[int, ...]):
@@ -32,11 +32,11 @@ class RowFeed:
         self._thread.start()
 
     def take(self, n: int) -> tuple[RowBlock, dict[str, Any]] | None:
-        """The next ``n`` rows (fewer at the text's end) and the cursor after them; None when there are no more.
+        """The next ``n`` rows (fewer at the end of the text) and the cursor after them; None if there are no more.
 
-        The cursor says ``end`` when nothing follows.
+        The cursor's field ``end`` is true if no row follows.
         """
-        while len(self._ready) <= n and not self._ended:  # one row more than asked, to know whether any follows
+        while len(self._ready) <= n and not self._ended:  # one row more than n, to know whether any follows
             self._receive()
         rows = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
         if not rows:
@@ -65,7 +65,7 @@ class RowFeed:
                     return
             self._put(piece)
             self._put(None)
-        except BaseException as failure:  # whatever it is, it belongs to the thread that takes
+        except BaseException as failure:  # raised in the thread that calls take()
             self._put(piece)
             self._put(failure)
 
@@ -80,12 +80,12 @@ class RowFeed:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(timeout=10)  # a stream that hangs on the network must not keep the process
+        self._thread.join(timeout=10)  # do not wait for ever for a stream that hangs on the network
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass; with a ``cursor`` they are the last of their shard."""
+    """Rows for one forward pass. The last batch of a shard also has a ``cursor``."""
 
     block: RowBlock
     first_row: int
@@ -93,10 +93,10 @@ class Batch:
 
 
 def batches(feed: RowFeed, first_row: int, planned_rows: int, shard_rows: int, batch_size: int) -> Iterator[Batch]:
-    """Batches from ``first_row`` on until the plan is full or the text ends.
+    """Batches from ``first_row`` until the plan is complete or the text ends.
 
-    Within a shard they begin at multiples of ``batch_size``, so that what a row is computed with depends on its place
-    alone.
+    Within a shard they begin at multiples of ``batch_size``. The batch in which a row is computed therefore depends
+    only on the row's number.
     """
     row = first_row
     while row < planned_rows:

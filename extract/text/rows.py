@@ -1,9 +1,13 @@
-"""Documents cut into rows of tokens: one row is one context, which begins with BOS and holds consecutive tokens.
+"""Cutting documents into rows of tokens. A row is one context of the model: BOS, then consecutive tokens.
 
-Shapes: B rows, T positions (the context). ``document`` packing cuts every document into rows of its own and drops the
-tail that does not fill one. ``concat`` packing joins documents into one stream of tokens and cuts that; the documents
-array tells them apart, and BOS still stands only where a row begins. Special tokens written out in a text are tokenised
-as the letters they consist of, so that a text cannot pretend to end.
+With ``document`` packing every document is cut into rows of its own, and the tail that does not fill a row is dropped.
+With ``concat`` packing documents are joined into one stream of tokens before cutting; the documents array tells which
+token belongs to which document, and BOS still appears only at the beginning of a row.
+
+Special tokens that are written out in a text are tokenised as ordinary characters, so that a text cannot contain a
+false end of text.
+
+Shapes: B rows, T positions (the context).
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ from ..model.load import LanguageModel, ModelOutline
 from .documents import Documents, is_held_out, text_hash
 from .open import open_documents
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 100_000  # tokenised at a time, whichever is reached first
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 100_000  # a batch to be tokenised ends when it reaches one of these
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where reading stands: token ``offset`` of document ``document`` is the next one; ``check`` is the hash of its
-    text.
+    """A position in the text: the next token is token ``offset`` of document ``document``.
+
+    ``check`` is the hash of that document's text.
     """
 
     document: int = 0
@@ -36,20 +41,20 @@ class Cursor:
     check: str = ""
     held_out_documents: int = 0
     short_documents: int = 0
-    """Documents without a single whole row (``document`` packing)."""
+    """Documents so far that are shorter than one row (``document`` packing)."""
     dropped_tokens: int = 0
-    """Tokens of tails that filled no row (``document`` packing)."""
+    """Tokens so far in tails that do not fill a row (``document`` packing)."""
     end: bool = False
-    """Whether the text ended here."""
+    """Whether the text ends here."""
 
     @classmethod
     def read(cls, record: dict[str, Any] | None) -> Cursor:
-        """A cursor from the JSON it was kept as; the beginning from None."""
+        """A cursor from its saved JSON; None gives the beginning of the text."""
         return cls(**record) if record else cls()
 
 
 class Tokenized(NamedTuple):
-    """One document as token ids, with where it stands."""
+    """One document as token ids, with its number and the hash of its text."""
 
     number: int
     ids: np.ndarray
@@ -57,7 +62,7 @@ class Tokenized(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row, and the cursor after it."""
+    """One row, with the cursor after it."""
 
     tokens_T: np.ndarray
     documents_T: np.ndarray
@@ -73,13 +78,13 @@ def row_blocks(
     rows_per_block: int = 64,
     documents: Documents | None = None,
 ) -> Iterator[tuple[RowBlock, dict[str, Any]]]:
-    """Blocks of ``rows_per_block`` rows (the last one shorter), each with the cursor after it.
+    """Blocks of ``rows_per_block`` rows (the last one may be shorter), each with the cursor after it.
 
-    ``held_out`` yields the rows of exactly the documents that are never extracted. ``cursor`` goes on behind an earlier
-    block; what lies before is skipped without being tokenised. ``documents`` spares opening the text again.
+    ``held_out`` yields only rows of the documents that are never extracted. ``cursor`` continues after an earlier
+    block; the text before it is skipped without being tokenised. Pass ``documents`` if they are already open.
 
     Raises:
-        TextError: nothing to read, no row in all of it, or a text that is not the one the cursor was taken from.
+        TextError: the text is missing or too short for a single row, or the cursor belongs to another text.
 
     """
     start = Cursor.read(cursor)
@@ -96,7 +101,7 @@ def read_rows(
     *,
     held_out: bool = False,
 ) -> Iterator[Row]:
-    """The rows behind :func:`row_blocks`, one by one."""
+    """The rows of :func:`row_blocks`, one by one."""
     tokenized = tokenize(documents, model.tokenizer, text.held_out, start, held_out=held_out)
     found = bool(start.check)
     for row in pack(tokenized, text.packing, text.context, model.bos_token_id, start):
@@ -109,9 +114,8 @@ def read_rows(
 def _nothing(text: TextSource, held_out: bool) -> str:
     if held_out:
         return (
-            f"{text.dataset} has no held-out document long enough for a row of {text.context} tokens "
-            "at a held-out share of "
-            f"{text.held_out:g}: extract with a larger --held-out, or evaluate on another --dataset"
+            f"{text.dataset} has no held-out document long enough for a row of {text.context} tokens at a held-out "
+            f"share of {text.held_out:g}: extract with a larger --held-out, or evaluate on another --dataset"
         )
     remedy = "use --packing concat or a smaller --context" if text.packing == "document" else "give more text"
     return f"{text.dataset} fills not a single row of {text.context} tokens: {remedy}"
@@ -120,10 +124,10 @@ def _nothing(text: TextSource, held_out: bool) -> str:
 def tokenize(
     documents: Documents, tokenizer: Any, share: float, start: Cursor, *, held_out: bool
 ) -> Iterator[tuple[Tokenized, int]]:
-    """Token ids of every document on the wanted side of the held-out share, with the number of documents passed over
-    before it.
+    """Token ids of the documents that are held out (or of those that are not).
 
-    Documents are tokenised in batches, which is faster and changes nothing.
+    Yields each document with the number of documents that were skipped before it. Documents are tokenised in batches
+    for speed; the result is the same as one by one.
     """
     batch: list[tuple[int, str, int]] = []
     characters = passed = 0
@@ -144,9 +148,8 @@ def tokenize(
 def _check_unchanged(text: str, start: Cursor) -> None:
     if f"{text_hash(text):016x}" != start.check:
         raise TextError(
-            f"document {start.document} is not the one this store was reading when it stopped: the "
-            "text or its order changed; "
-            "restore the text, or begin anew with --fresh"
+            f"document {start.document} is not the one this store was reading when it stopped: the text or its order "
+            "changed; restore the text, or begin anew with --fresh"
         )
 
 
@@ -169,7 +172,7 @@ def _tokenize_batch(batch: Sequence[tuple[int, str, int]], tokenizer: Any) -> It
 def pack(
     documents: Iterable[tuple[Tokenized, int]], packing: str, context: int, bos: int | None, start: Cursor | None = None
 ) -> Iterator[Row]:
-    """Rows of ``context`` tokens from tokenised documents, read from ``start`` on; see the top of this file."""
+    """Rows of ``context`` tokens from tokenised documents, from ``start`` on; the top of this file explains packing."""
     start = start or Cursor()
     body = context - (bos is not None)
     return (_by_document if packing == "document" else _joined)(documents, body, bos, start)
@@ -232,7 +235,7 @@ def _with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
 
 
 def gather(rows: Sequence[Row], special_token_ids: Sequence[int]) -> RowBlock:
-    """Rows stacked, their special tokens flagged."""
+    """Stack rows into a block and flag the special tokens."""
     tokens_BT = np.stack([row.tokens_T for row in rows])
     flags_BT = np.where(np.isin(tokens_BT, np.asarray(special_token_ids, np.int32)), SPECIAL, 0).astype(np.uint8)
     return RowBlock(tokens_BT, np.stack([row.documents_T for row in rows]), flags_BT)

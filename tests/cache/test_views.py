@@ -172,7 +172,7 @@ def test_every_row_with_a_usable_token_comes_once(rows, n_batches, seed):
 
 def test_rows_of_tiny_documents_are_refused():
     pool = random_pool(30, 12, 0, ends=0.5)
-    with pytest.raises(UsageError, match=r"a token has 0\.\d tokens of its document before it in its row on average"):
+    with pytest.raises(UsageError, match=r"a token has on average 0\.\d earlier tokens of its document in its row"):
         Rows().cut(pool, 2, 1, np.random.default_rng(0))
 
 

@@ -173,7 +173,7 @@ def test_rows_in_the_wrong_place_are_a_programming_error(tmp_path):
     block, layout = make_block(20, 16), LAYOUT
     bits = make_activations(block, 8)
     with StoreSetWriter.open({3: tmp_path / "l3.zarr"}, manifests((3,), 64)) as writer:
-        with pytest.raises(ValueError, match="straddle"):
+        with pytest.raises(ValueError, match="do not fit into the shard"):
             writer.append(block, {3: bits})
         writer.append(block.slice(0, 5), {3: bits[:5]})
         with pytest.raises(ValueError, match="before finish"):

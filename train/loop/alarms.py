@@ -1,5 +1,6 @@
-"""What should stop a run or wake its owner: numbers that are not finite, a loss that ran away, a
-dictionary that died.
+"""Alarms: numbers that are not finite, a diverging loss and a collapsed dictionary.
+
+The first two stop a run; the last one is reported.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from .member import Member, Update
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
 _DIVERGED, _COLLAPSED, _DEAD, _ALIKE = 100.0, 0.5, 0.9, 0.5
 _NAMED_ROWS = 5
-_REMEDY = "use a smaller --lr and begin anew with --fresh"  # a run goes on only as it was begun
+_REMEDY = "use a smaller --lr and begin anew with --fresh"  # resuming with another --lr is refused
 
 
 def check_finite(member: Member, update: Update, batch: TokenBatch) -> None:
-    """Stop a run whose loss or gradient is not finite: on a CPU before it reaches the weights.
+    """Stop a run whose loss or gradient is not finite; on a CPU this happens before the weights are changed.
 
     Raises:
-        RunError: naming run, step, term and, where the inputs are to blame, the rows of the store.
+        RunError: it names the run, the step, the term and, if the inputs are not finite, the rows of the store.
 
     """
     result = update.result
@@ -39,10 +40,12 @@ def check_finite(member: Member, update: Update, batch: TokenBatch) -> None:
 
 
 def check_weights(member: Member) -> None:
-    """Keep weights that are not finite out of the checkpoints: on CUDA losses are looked at only now and then.
+    """Stop a run whose weights are not finite, before they are saved in a checkpoint.
+
+    It is needed on CUDA, where losses are checked only from time to time.
 
     Raises:
-        RunError: naming run and step.
+        RunError: it names the run and the step.
 
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in member.sae.parameters()):
@@ -51,15 +54,15 @@ def check_weights(member: Member) -> None:
 
 
 def check_divergence(member: Member, reconstruction: float, spread: float) -> None:
-    """Stop a run whose error is many times what predicting the mean would leave.
+    """Stop a run whose error is many times the error of predicting the mean.
 
     Args:
-        member: after its step.
+        member: the member after its step.
         reconstruction: mean squared error per token.
         spread: mean squared distance of a token from the mean.
 
     Raises:
-        RunError: it diverged.
+        RunError: the run diverged.
 
     """
     if member.step > 100 and spread > 0 and reconstruction > _DIVERGED * spread:
@@ -68,7 +71,7 @@ def check_divergence(member: Member, reconstruction: float, spread: float) -> No
 
 
 def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | None:
-    """A sentence about a dictionary that does nothing any more, or always the same, or None."""
+    """A sentence if almost no feature is active, most features are dead, or most are near-duplicates; else None."""
     dead, alike, l0 = metrics.get("dead_share") or 0.0, metrics.get("near_duplicates") or 0.0, metrics.get("l0")
     if l0 is not None and l0 < _COLLAPSED:
         return f"collapse at step {step}: {l0:.2g} features are active per token; λ1 or λ2 is too large"

@@ -1,4 +1,4 @@
-"""What is worth knowing of an SAE in training beside its loss, from one batch of the stream.
+"""Metrics of an SAE in training beside its loss, from one batch of the stream.
 
 Shapes: N windows, W positions, D model width, F features.
 """
@@ -29,20 +29,22 @@ def diagnose(
     share: float = 1.0,
     rows: RowTokens | None = None,
 ) -> Metrics:
-    """All metrics of one logged step: of the whole batch as it was in the step, of time from its first few windows
-    after it.
+    """All metrics of one logged step.
+
+    Losses, L0 and explained variance are of the whole batch, as computed in the step; metrics of time are of the first
+    few windows, encoded after the step.
 
     Args:
-        member: after the step.
-        update: what the step returned.
-        x_NWD: its scaled inputs.
+        member: the member after the step.
+        update: the result of the step.
+        x_NWD: the scaled inputs of the step.
         mean_D: the global mean of the scaled inputs, for the explained variance.
-        share: part of the batch's windows that this process has.
-        rows: which tokens count, where these are whole rows.
+        share: share of the batch's windows that this process has.
+        rows: which tokens count, if the inputs are whole rows.
 
     Returns:
         Loss terms and their weighted shares of the total, gradient norm, learning rate, L0, dead share, explained
-        variance, near-duplicate share, temporal variation and lag correlations; None where undefined.
+        variance, near-duplicate share, temporal variation and lag correlations; None if undefined.
 
     """
     result = update.result
@@ -64,7 +66,7 @@ def diagnose(
 
 
 def _timed_codes(member: Member, x_NWD: Tensor, rows: RowTokens | None) -> Tensor:
-    """Codes [N, W, F] of consecutive tokens of one document; W is 1 where a code is of a whole window."""
+    """Codes [N, W, F] of consecutive tokens of one document; W is 1 if a code belongs to a whole window."""
     if rows is None:
         z = member.sae.encode(x_NWD[:_TIMED_WINDOWS])
         return z.unsqueeze(1) if member.sae.sees == "window" else z
@@ -77,7 +79,7 @@ def _timed_codes(member: Member, x_NWD: Tensor, rows: RowTokens | None) -> Tenso
 
 
 def loss_terms(update: Update) -> Metrics:
-    """The terms as they were before the step, and each one's weighted share of the total."""
+    """The terms before the step changed the weights, and the weighted share of each in the total."""
     result, objective = update.result, update.objective
     total = float(result.total)
     weighted = {
@@ -93,7 +95,7 @@ def loss_terms(update: Update) -> Metrics:
 
 
 def temporal_variation(z_NWF: Tensor) -> float | None:
-    """Σ ‖z_t − z_{t+1}‖² / Σ ½ (‖z_t‖² + ‖z_{t+1}‖²) over neighbours: 0 if nothing changes, 2 if nothing is shared."""
+    """Σ ‖z_t − z_{t+1}‖² / Σ ½ (‖z_t‖² + ‖z_{t+1}‖²): 0 if codes never change, 2 if neighbours share no feature."""
     before, after = z_NWF[:, :-1], z_NWF[:, 1:]
     energy = before.pow(2).sum() / 2 + after.pow(2).sum() / 2
     return float((after - before).pow(2).sum() / energy) if energy > 0 else None
@@ -112,7 +114,7 @@ def lag_correlations(z_NWF: Tensor) -> Metrics:
 
 
 def near_duplicates(W_dec: Tensor) -> float:
-    """Share of (an evenly spaced sample of) decoder rows that have another row within a cosine of 0.95."""
+    """Share of decoder rows (of an evenly spaced sample) that have a cosine above 0.95 with another row."""
     rows_FD = torch.nn.functional.normalize(W_dec, dim=-1)
     sampled = torch.linspace(0, len(rows_FD) - 1, min(_SAMPLED_ROWS, len(rows_FD)), device=W_dec.device).long()
     cosines = rows_FD[sampled] @ rows_FD.T

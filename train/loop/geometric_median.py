@@ -1,5 +1,6 @@
-"""The geometric median of a store's tokens, the point of least mean distance: a centre that outlying tokens hardly
-move.
+"""The geometric median of a store's tokens: the point with the smallest mean distance to them.
+
+Unlike the mean, it hardly moves if a few tokens are far away.
 
 Shapes: N tokens, D model width.
 """
@@ -16,19 +17,21 @@ from ...cache.store import ActivationStore
 
 SAMPLE_CHUNKS, SAMPLE_TOKENS = 128, 8192
 _MOST_STEPS = 1000
-_NEAR = 1e-2  # of the mean distance: so close to a token it is worth asking whether that token is the median
+_NEAR = 1e-2  # within this share of the mean distance from a token, check whether that token is the median
 
 
 def sample_tokens(store: ActivationStore, rows: int, norm_limit: float | None) -> Tensor:
-    """At most 8192 of the tokens that count, evenly spaced in each of 128 evenly spaced chunks: float32 [N, D], raw.
+    """A sample of at most 8192 counted tokens, float32 [N, D], not scaled.
+
+    They are evenly spaced within each of 128 evenly spaced chunks.
 
     Args:
-        store: finished rows.
-        rows: only the first so many.
-        norm_limit: raw norm beyond which tokens do not count.
+        store: the store to read.
+        rows: number of rows used, from the beginning of the store.
+        norm_limit: tokens with a larger raw norm do not count.
 
     Raises:
-        StoreError: damage.
+        StoreError: the store is damaged.
 
     """
     chunks = store.layout.chunks_for(rows)
@@ -48,12 +51,13 @@ def sample_tokens(store: ActivationStore, rows: int, norm_limit: float | None) -
 
 @torch.no_grad()
 def geometric_median(x_ND: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """The point m that minimises Σ_n ‖x_n − m‖, float32 [D], by Weiszfeld's iteration from the mean.
+    """The point m that minimises Σ_n ‖x_n − m‖, float32 [D], by Weiszfeld's iteration, starting at the mean.
 
-    At a token the iteration is that of Vardi and Zhang (PNAS 97, 2000), which does not get stuck there. It ends when
-    the mean of the unit vectors from m to the tokens is shorter than ``tolerance``; as the objective is convex, its
-    value is then within 2 · ``tolerance`` of the smallest, relatively. It ends at a token whose own pull outweighs all
-    others together, which is the median exactly, and after 1000 steps.
+    At a token the step is that of Vardi and Zhang (PNAS 97, 2000), since Weiszfeld's iteration would stay there. The
+    iteration ends when the mean of the unit vectors from m to the tokens is shorter than ``tolerance``; as the
+    objective is convex, its value is then at most a relative 2 · ``tolerance`` above the minimum. It also ends at a
+    token that is the exact median (where the sum of the unit vectors to all other tokens is no longer than the number
+    of tokens at that point), and after 1000 steps.
 
     Args:
         x_ND: at least one token.
@@ -65,24 +69,22 @@ def geometric_median(x_ND: Tensor, tolerance: float = 1e-6) -> Tensor:
     for _ in range(_MOST_STEPS):
         distance_N = torch.linalg.vector_norm(x_ND - median_D, dim=1)
         nearest = int(distance_N.argmin())
-        if 0 < distance_N[nearest] < _NEAR * distance_N.mean() and _pull(x_ND, x_ND[nearest])[1] == 0:
+        if 0 < distance_N[nearest] < _NEAR * distance_N.mean() and _direction(x_ND, x_ND[nearest])[1] == 0:
             return x_ND[nearest].float()
-        pull_D, length = _pull(x_ND, median_D)
+        sum_D, length = _direction(x_ND, median_D)
         if length <= tolerance * len(x_ND):
             break
-        # Away from tokens a step is R / Σ 1/‖x − m‖, R the sum of unit vectors; η tokens at m itself hold it back by η
-        # / ‖R‖.
+        # Between tokens the step is R / Σ 1/‖x − m‖, where R is the sum of unit vectors. If η tokens lie at m itself,
+        # the step is multiplied by 1 − η / ‖R‖.
         apart = distance_N > 0
-        median_D = median_D + pull_D * (length / pull_D.norm()) / distance_N[apart].reciprocal().sum()
+        median_D = median_D + sum_D * (length / sum_D.norm()) / distance_N[apart].reciprocal().sum()
     return median_D.float()
 
 
-def _pull(x_ND: Tensor, at_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum R [D] of the unit vectors from a point to the tokens elsewhere, and what is left of ‖R‖ beside the tokens
-    there.
-    """
+def _direction(x_ND: Tensor, at_D: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum R [D] of the unit vectors from ``at_D`` to the tokens, and max(0, ‖R‖ − number of tokens at ``at_D``)."""
     away_ND = x_ND - at_D
     distance_N = torch.linalg.vector_norm(away_ND, dim=1)
     apart = distance_N > 0
-    pull_D = (away_ND[apart] / distance_N[apart, None]).sum(0)
-    return pull_D, (pull_D.norm() - (~apart).sum()).clamp(min=0)
+    sum_D = (away_ND[apart] / distance_N[apart, None]).sum(0)
+    return sum_D, (sum_D.norm() - (~apart).sum()).clamp(min=0)

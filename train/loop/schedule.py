@@ -1,6 +1,4 @@
-"""Learning rate and warm-ups as pure functions of the step, so that nothing of them needs to be kept in a
-checkpoint.
-"""
+"""Learning rate and warm-ups as pure functions of the step; a checkpoint therefore needs no state of a schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +11,11 @@ from ..config import OptimiserConfig, TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, flat, decay over the last share."""
+    """The rate of step ``step`` (from 0) of ``steps``.
+
+    Linear warm-up, then constant, then linear or cosine decay to ``final_lr`` times the rate over the last
+    ``decay_share`` of the steps.
+    """
     warmup = min(config.warmup, int(config.warmup_share * steps))
     decay = int(config.decay_share * steps)
     rising = (step + 1) / warmup if step < warmup else 1.0
@@ -24,13 +26,16 @@ def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
 
 
 def warmup_factor(step: int, steps: int, share: float) -> float:
-    """Factor of a weight that grows linearly from zero to one over the first ``share`` of the run."""
+    """A factor that grows linearly from zero to one over the first ``share`` of the run."""
     length = int(share * steps)
     return min(1.0, step / length) if length else 1.0
 
 
 def set_rate(optimisers: Iterable[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
-    """Give optimisers the rate of a step; a group's own factor ``times`` applies. Returns the rate without it."""
+    """Set the learning rate of a step in all optimisers and return it.
+
+    A parameter group's own factor ``times`` is applied to the group's rate, but not to the returned one.
+    """
     lr = learning_rate(step, config.run.steps, config.optimiser)
     for optimiser in optimisers:
         for group in optimiser.param_groups:

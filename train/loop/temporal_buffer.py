@@ -1,7 +1,8 @@
-"""The circular temporal buffer: lag correlations of every feature, kept incrementally while tokens stream by.
+"""The circular temporal buffer: lag correlations of every feature, updated while tokens arrive.
 
-It holds the last T code vectors and, per feature and lag, one running sum of products and its two running sums; O(kT)
-memory however long the stream, as the TC-SAE paper describes. Several streams may run side by side.
+It holds the last T code vectors and, per feature and lag, the sum of products and the two sums over the same pairs. The
+memory is O(FT) however many tokens arrive, as the TC-SAE paper describes. Several streams can be processed side by
+side.
 
 Shapes: B streams side by side, F features, T length of the buffer; lags 1 … T−1.
 """
@@ -18,11 +19,11 @@ class TemporalBuffer:
     Args:
         n_features: F.
         length: T, at least 2.
-        streams: B, tokens that arrive together, one of each stream.
+        streams: B, the number of tokens that arrive together, one per stream.
         device: where the sums are kept, in float64.
 
     Raises:
-        ValueError: a length that has no lags.
+        ValueError: the length is below 2, so that there are no lags.
 
     """
 
@@ -31,7 +32,9 @@ class TemporalBuffer:
             raise ValueError(f"a buffer of {length} has no lags: its length must be at least 2")
         self.length = length
         self._last_TBF = torch.zeros(length, streams, n_features, device=device)
-        self._run_B = torch.zeros(streams, dtype=torch.int64, device=device)  # consecutive tokens held of each stream
+        self._run_B = torch.zeros(
+            streams, dtype=torch.int64, device=device
+        )  # consecutive tokens in the buffer, per stream
         self._head = 0
         lags = (length - 1, n_features)
         self.products_LF = torch.zeros(lags, dtype=torch.float64, device=device)  # Σ z_t z_{t−τ}
@@ -44,11 +47,11 @@ class TemporalBuffer:
 
     @torch.no_grad()
     def push(self, z_BF: Tensor, fresh_B: Tensor | None = None) -> None:
-        """Take the next token of every stream.
+        """Add the next token of every stream.
 
         Args:
-            z_BF: its codes.
-            fresh_B: bool; true where this token does not follow on the stream's last one (a new window or document).
+            z_BF: the codes of the tokens.
+            fresh_B: bool; true where a new window or document begins, so that the token does not follow the last one.
 
         """
         if fresh_B is not None:
@@ -69,10 +72,10 @@ class TemporalBuffer:
         self.tokens += len(z_BF)
 
     def correlations(self, *, centred: bool = True) -> Tensor:
-        """Autocorrelation [T−1, F] at lags 1 … T−1; NaN where a feature never varied (or fired) or a lag has no pair.
+        """Autocorrelation [T−1, F] at lags 1 … T−1; NaN if a feature never varied (or fired), or a lag has no pair.
 
-        Centred: covariance of the pairs about the feature's overall mean, over its variance. Uncentred: E[z_t z_{t−τ}]
-            / E[z²].
+        Centred: the covariance of the pairs about the feature's overall mean, divided by its variance. Uncentred: E[z_t
+        z_{t−τ}] / E[z²].
         """
         pairs_L1 = self.pairs_L[:, None].double()
         product_LF = self.products_LF / pairs_L1
@@ -82,5 +85,5 @@ class TemporalBuffer:
         mean_F = self.sum_F / max(self.tokens, 1)
         variance_F = second_F - mean_F.pow(2)
         covariance_LF = product_LF - mean_F * (self.leading_LF + self.trailing_LF) / pairs_L1 + mean_F.pow(2)
-        # A variance below the rounding of its two parts is none.
+        # A variance smaller than the rounding errors of its two parts counts as zero.
         return torch.where(variance_F > 1e-12 * second_F, covariance_LF / variance_F, torch.nan)

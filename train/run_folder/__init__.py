@@ -1,1 +1,1 @@
-"""What a training run leaves on disk."""
+"""The folder of a training run: who may write it, its record, its checkpoints and its metrics."""

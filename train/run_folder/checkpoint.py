@@ -1,11 +1,12 @@
-"""Checkpoints of a run: written whole or not at all, two kept, checked before they are believed.
+"""Checkpoints of a run: written atomically, the last two kept, and checked before they are used.
 
-Beside each ``step-N.pt`` lies ``step-N.pt.xxh3`` with the hash of its bytes; damage means going on from the one before.
-One without it (of an earlier version, or of a process killed between the two files) is held to its archive's own sums.
-They are read without unpickling code.
+Beside each ``step-N.pt`` lies ``step-N.pt.xxh3`` with the hash of its bytes. If a checkpoint is damaged, the previous
+one is used. A checkpoint without a hash file (of an earlier version, or of a process killed between the two files) is
+checked with the checksums inside its zip archive. Checkpoints are read without executing pickled code.
 
-Members of one pass are checkpointed at the same steps; a process killed between two members' files leaves them a step
-apart, which is why each keeps the one before, and :func:`latest_common` finds the newest step that all of them have.
+All members of a sweep write checkpoints at the same steps. A process that is killed between two members' files leaves
+them one checkpoint apart. Therefore each member keeps two, and :func:`latest_common` finds the newest step of which all
+members have a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HASH = ".xxh3"
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the state after ``step`` steps into ``run``, then drop all but the two newest.
+    """Write the state after ``step`` steps into ``run``, then delete all but the two newest checkpoints.
 
     Raises:
         RunError: the folder cannot be written.
@@ -42,13 +43,13 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
 
     def write(file: BinaryIO) -> None:
         nonlocal found
-        hashing: Any = HashingFile(file)  # all that torch.save asks of a file
+        hashing: Any = HashingFile(file)  # it has the methods that torch.save needs
         torch.save(state, hashing)
         found = hashing.hash()
 
     path = _file(run, step)
     try:
-        _hash_file(path).unlink(missing_ok=True)  # of the same step, before the run was stopped and went on
+        _hash_file(path).unlink(missing_ok=True)  # may exist from an earlier attempt at the same step
         write_file(path, write)
         write_file(_hash_file(path), found + "\n")
     except ResourceError as failure:
@@ -60,17 +61,17 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def checkpoints(run: Path) -> list[int]:
-    """Steps that ``run`` has checkpoints of, ascending; whether they are sound only :func:`latest_common` looks."""
+    """The steps of the checkpoints in ``run``, ascending; :func:`latest_common` checks whether they are undamaged."""
     steps = [file.stem.removeprefix("step-") for file in (run / FOLDER).glob("step-*.pt")]
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def latest_common(runs: Sequence[Path], *, remove_damaged: bool = False) -> int | None:
-    """The newest step that every run has a sound checkpoint of; None where there is none.
+    """The newest step of which every run has an undamaged checkpoint; None if there is none.
 
     Args:
-        runs: folders of the members of one pass.
-        remove_damaged: remove what is damaged, with a warning; only for the one process that writes.
+        runs: folders of the members that are trained together.
+        remove_damaged: remove damaged checkpoints, with a warning; only for the one process that writes.
 
     """
     common = set.intersection(*(set(checkpoints(run)) for run in runs)) if runs else set()
@@ -85,7 +86,7 @@ def latest_common(runs: Sequence[Path], *, remove_damaged: bool = False) -> int 
 
 
 def load_checkpoint(run: Path, step: int) -> dict[str, Any]:
-    """The state after ``step`` steps, which :func:`latest_common` found sound.
+    """The state after ``step`` steps, a step that :func:`latest_common` has returned.
 
     Raises:
         RunError: it cannot be read.
@@ -99,7 +100,7 @@ def load_checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 
 def drop_checkpoints(run: Path) -> None:
-    """Remove the checkpoints of a finished run, and what a killed process left half written."""
+    """Remove the checkpoints of a finished run, and partial files of a killed process."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
     remove_partials(run)
 
@@ -111,7 +112,7 @@ def _is_sound(path: Path) -> bool:
             return file_hash(path) == said
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except Exception:  # damaged archives raise errors of many kinds, and each means the same here
+    except Exception:  # a damaged archive can raise many kinds of errors
         return False
 
 

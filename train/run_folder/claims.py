@@ -1,6 +1,4 @@
-"""Who may write into which run folder: new ones freely, finished ones never by accident, unfinished ones to go on
-exactly.
-"""
+"""Which run folders may be written: new ones, unfinished ones of the same run, and finished ones never by accident."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from .checkpoint import checkpoints, drop_checkpoints
 from .metrics_log import METRICS, read_metrics
 from .record import RECORD, SAE_CONFIG, SAE_WEIGHTS, RunRecord, load_run
 
-# What may differ when a run goes on: where and how it is written, not what it computes.
+# Fields that may differ when a run is resumed: where and how it is written, not what it computes.
 _FREE = {
     "run.out",
     "run.name",
@@ -36,15 +34,16 @@ _FREE = {
     "run.plugins",
     "data.store",
 }
-
-
-_LEFT = {"tensorboard", "wandb"}  # kept when a run begins anew
-_LONGEST_NAME = 200  # bytes; file systems take 255, and the longest name inside is made of it
+_LEFT = {"tensorboard", "wandb"}  # folders that are kept when a run starts again
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files are made from it
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A member and what is known of its folder: ``done`` if finished, ``record`` if it was begun, both empty if new."""
+    """A member and the state of its folder.
+
+    ``done``: the run is finished. ``record``: the record of an existing run, finished or not; None for a new one.
+    """
 
     plan: MemberPlan
     folder: Path
@@ -53,26 +52,26 @@ class Claim:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a step to go on from."""
+        """Whether the run can be resumed from a checkpoint."""
         return self.record is not None and bool(checkpoints(self.folder))
 
 
 def claim(
     plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool, default_length: bool = False
 ) -> list[Claim]:
-    """Decide for every member whether it begins, goes on or is done; changes nothing.
+    """Decide for every member whether it starts, continues or is finished; changes nothing.
 
     Args:
         plans: the members.
-        store: where their windows come from.
-        fresh: replace what is there.
-        default_length: nobody asked for a number of steps, so that a run keeps its own even if the store has grown
-            since.
+        store: the store they are trained on.
+        fresh: replace existing runs.
+        default_length: the user gave no number of steps; an existing run then keeps its number, even if the store has
+            grown since.
 
     Raises:
-        RunError: a run of that name was begun with another configuration or another store, and ``fresh`` was not said;
-            the folder holds something else; it is finished and its files are damaged.
-        UsageError: its name is no name of a folder.
+        RunError: without ``fresh``: a run of that name exists with another configuration or store, or is finished but
+            damaged. In any case: the folder holds other files.
+        UsageError: the name cannot be the name of a folder.
 
     """
     return [_claim(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
@@ -80,13 +79,13 @@ def claim(
 
 @contextmanager
 def held(claims: Sequence[Claim]) -> Iterator[None]:
-    """The run folders that will be written, kept from any other process for the block; the kernel lets go if this one
-    dies.
+    """Lock the run folders that will be written, for the duration of the block.
 
-    Folders of members that begin anew are emptied of what a run writes, once all of them are held.
+    The kernel releases the locks if this process dies. Once all folders are locked, those of members that start again
+    are emptied of the files of a run.
 
     Raises:
-        RunError: another process trains one of them, or it cannot be made.
+        RunError: another process trains in one of them, or a folder cannot be created.
 
     """
     with ExitStack() as open_folders:
@@ -109,7 +108,7 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
         for each in claims:
             if each.record is None:
                 _clear(each.folder)
-            elif each.done:  # a process that was killed while it dropped them has left some
+            elif each.done:  # a process that was killed while deleting checkpoints may have left some
                 drop_checkpoints(each.folder)
         yield
 
@@ -123,9 +122,7 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
         return Claim(plan, folder)
     record = load_run(folder)
     if not record.finished and not checkpoints(folder) and not read_metrics(folder):
-        return Claim(
-            plan, folder
-        )  # it failed before its first line of metrics: there is nothing to go on with or to lose
+        return Claim(plan, folder)  # it failed before the first line of metrics, so there is nothing to resume
     if default_length:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     _same(plan.config, record, store, folder)
@@ -135,7 +132,7 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
 
 
 def _folder(plan: MemberPlan) -> Path:
-    """The run's folder, which lies directly in ``run.out``."""
+    """The run's folder, directly inside ``run.out``."""
     name = plan.name
     if name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
         raise UsageError(f"--name {shown(name)} is no name of a folder: '/' and '..' belong into --out")
@@ -145,7 +142,7 @@ def _folder(plan: MemberPlan) -> Path:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder without a record may hold what a run that was cut short has left, and nothing else."""
+    """Refuse a folder without a record, unless it holds only what an interrupted run leaves."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -171,9 +168,9 @@ def _same(config: TrainConfig, record: RunRecord, store: ActivationStore, folder
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field in which two configurations would compute something else, as words.
+    """The first field in which two configurations would compute something different, in words.
 
-    A field that the old one does not have yet had its default.
+    A field that the old configuration does not have yet counts as its default.
     """
     defaults = TrainConfig().model_dump(mode="json")
     for group, fields in new.items():
@@ -187,7 +184,10 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a run; its record last, and only when the rest is gone for good: what has no record is no run."""
+    """Remove a run.
+
+    Its record is removed last, after the other removals are durable: a folder without a record does not count as a run.
+    """
     with plain_errors(f"empty {folder}"):
         drop_checkpoints(folder)
         for name in (METRICS, SAE_CONFIG, SAE_WEIGHTS):

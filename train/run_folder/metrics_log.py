@@ -1,8 +1,8 @@
-"""Where metrics go: always ``metrics.jsonl``, and TensorBoard or Weights & Biases where asked for and installed.
+"""The metrics of a run: always ``metrics.jsonl``; on request also TensorBoard or Weights & Biases.
 
-One JSON object per line and logged step; undefined numbers are null. A resumed run goes on with the same curves and has
-no step twice: lines and TensorBoard events past its checkpoint are dropped, what Weights & Biases was sent already is
-not sent again.
+``metrics.jsonl`` has one JSON object per line and logged step; undefined numbers are null. A resumed run continues the
+same curves and has no step twice: lines and TensorBoard events after the checkpoint are dropped, and steps that were
+already sent to Weights & Biases are not sent again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _Sink(Protocol):
 
 
 class Journal:
-    """The metrics of one run.
+    """Writes the metrics of one run.
 
     Args:
         run: the run's folder.
         kinds: jsonl, tensorboard, wandb.
-        from_step: lines past this step are dropped (0: all of them).
+        from_step: lines after this step are dropped (0: all lines).
         config: shown by Weights & Biases.
 
     Raises:
@@ -54,10 +54,10 @@ class Journal:
             raise
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Log the metrics of ``step``; flushed at once, so that a killed run has them.
+        """Log the metrics of ``step``; they are flushed at once, so that a killed run has them.
 
         Raises:
-            RunError: the file cannot be written any more.
+            RunError: the file can no longer be written.
 
         """
         self._line({"step": step, **metrics})
@@ -65,7 +65,7 @@ class Journal:
             sink.write(step, metrics)
 
     def alarm(self, step: int, message: str) -> None:
-        """Log an alarm beside the metrics."""
+        """Log an alarm among the metrics."""
         self._line({"step": step, "alarm": message})
 
     def _line(self, entry: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Journal:
             self._file.flush()
 
     def close(self) -> None:
-        """Close every sink."""
+        """Close all outputs."""
         try:
             with plain_errors(f"write {self._path}"):
                 self._file.close()
@@ -84,10 +84,10 @@ class Journal:
 
 
 def check_loggers(kinds: Sequence[str]) -> None:
-    """Fail before anything is begun.
+    """Check, before training starts, that the packages of these loggers are installed.
 
     Raises:
-        UsageError: a logger whose package is not installed.
+        UsageError: the package of a logger is not installed.
 
     """
     for kind in kinds:
@@ -98,7 +98,7 @@ def check_loggers(kinds: Sequence[str]) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics, alarms left out."""
+    """All complete lines of a run's metrics, without alarms."""
     return [entry for line in _lines(run / METRICS) if (entry := _parsed(line)) and "alarm" not in entry]
 
 
@@ -110,12 +110,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except ValueError:
-        return None  # torn by a kill
+        return None  # incomplete, since the process was killed
     return entry if isinstance(entry, dict) else None
 
 
 def _truncate(path: Path, step: int) -> int:
-    """Drop what lies past ``step``; the last step that was there."""
+    """Drop the lines after ``step``; returns the last step that was in the file."""
     if not path.exists():
         return 0
     lines = {line: entry["step"] for line in _lines(path) if (entry := _parsed(line))}
@@ -139,14 +139,15 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """Its runs only ever grow: a resumed one keeps its id and sends nothing twice, one that begins anew gets another
-    id.
+    """Output to Weights & Biases, where a run can only grow.
+
+    A resumed run keeps its id and sends nothing twice; a run that starts again gets a new id.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], from_step: int, sent: int):
         import wandb  # pyright: ignore[reportMissingImports] - optional
 
-        # Names repeat between folders and after --fresh, the ids of Weights & Biases must not.
+        # A run's name may occur in several folders and again after --fresh; ids of Weights & Biases must be unique.
         file = run / "wandb" / "id"
         goes_on = from_step > 0 and file.exists()
         if not goes_on:
@@ -155,7 +156,7 @@ class _WeightsAndBiases:
         try:
             self._run = wandb.init(
                 project="tcsae", name=run.name, id=file.read_text(), dir=str(run), config=config, resume="allow",
-                reinit="create_new",  # the members of a pass are so many runs of one process
+                reinit="create_new",  # one process has a run for each member of a sweep
                 settings=wandb.Settings(console="off"),
             )  # fmt: skip
         except wandb.Error as failure:

@@ -1,7 +1,7 @@
-"""What a run folder says of itself: ``train.json`` beside the weights.
+"""The record of a run: ``train.json`` beside the weights.
 
-A run is finished when its record says so, and only then do other stages see it. The record of a finished run vouches
-for the SAE's files with their hashes, and for itself with one over everything else in it.
+A run is finished if its record says so; evaluation and other commands use only finished runs. The record of a finished
+run holds the hashes of the SAE's files, and a hash of all the rest of the record.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ...sites import Location, location_of
 from ...untrusted_files import read_json, shown
 
 RECORD = "train.json"
-SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the SAE's files, which SAELens opens
+SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the SAE's files, in the format of SAELens
 
 
 class RunRecord(BaseModel):
-    """Everything needed to say what a run is, to repeat it, and to find the text it never saw."""
+    """Everything needed to identify a run, to repeat it, and to find the held-out text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,9 +30,9 @@ class RunRecord(BaseModel):
     name: str
     """Name of the run's folder."""
     role: Literal["tc", "twin"]
-    """``tc``: has a temporal term, or stands alone. ``twin``: the same configuration with λ2 = 0."""
+    """``tc``: has a temporal term, or has no twin. ``twin``: the same configuration with λ2 = 0."""
     twin: str | None
-    """Folder name of the other one of the pair, in the same parent folder; None where there is none."""
+    """Folder name of the other run of the pair, in the same parent folder; None if there is none."""
     layer: int
     """Layer of the language model, counted from 0."""
     store: str
@@ -40,13 +40,13 @@ class RunRecord(BaseModel):
     store_fingerprint: str
     """Fingerprint of the rows used."""
     store_rows: int
-    """Rows used: the first so many of the store."""
+    """Number of rows used, from the beginning of the store."""
     store_manifest: dict[str, Any]
     """Copy of the store's manifest: model, text, tokenizer, held-out share."""
     config: dict[str, Any]
     """The full resolved training configuration of this SAE."""
     input_scale: float
-    """Factor between raw activations and what the SAE was trained on; already folded into the saved weights."""
+    """Factor by which raw activations were multiplied for training; the saved weights already include it."""
     seed: int
     steps: int
     """Optimiser steps taken so far."""
@@ -57,25 +57,23 @@ class RunRecord(BaseModel):
     metrics: dict[str, float | None]
     """The last metrics of the training stream (names as in ``metrics.jsonl``); None where undefined."""
     step: str = ""
-    """fast: by the step that was derived by hand; autograd: by autograd. Empty: by hand, before this was kept."""
+    """fast: with hand-written gradients; autograd: with autograd. Empty: hand-written, before this was recorded."""
     plugins: dict[str, str] = {}
-    """Plug-ins it was trained with: name of the file → SHA-256 of its bytes."""
+    """Plug-ins used in training: name of the file → SHA-256 of its bytes."""
     versions: dict[str, str]
     created: str
-    """When the run began, ISO 8601, UTC."""
+    """When the run started, ISO 8601, UTC."""
     hashes: dict[str, str] = {}
-    """Of the SAE's files, once it is finished: bytes, a colon and their XXH3 (128 bits). In the file also of the record
-    itself, the hash alone.
-    """
+    """File → ``BYTES:XXH3-128`` for the SAE's files of a finished run; ``train.json`` also holds its own hash."""
 
     @property
     def location(self) -> Location:
-        """The layer and the hook point whose tensor the SAE reconstructs."""
+        """The layer and the hook point of the tensor that the SAE reconstructs."""
         hook_name = self.store_manifest.get("hook_name")
         return Location(self.layer) if hook_name is None else location_of(hook_name)
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/train.json`` whole and durably, if finished with the hashes of the SAE's files there.
+        """Write ``folder/train.json`` atomically and durably; for a finished run with the hashes of the SAE's files.
 
         Raises:
             RunError, ResourceError: the folder cannot be written.
@@ -90,10 +88,10 @@ class RunRecord(BaseModel):
         return {file.name: f"{file.stat().st_size}:{file_hash(file)}" for file in files if file.exists()}
 
     def check_files(self, folder: Path) -> None:
-        """Compare the SAE's files with what the record says of them; one of a version without hashes says nothing.
+        """Compare the SAE's files with the recorded hashes; a record of an earlier version has no hashes to compare.
 
         Raises:
-            RunError: a file is missing or not the one that was written.
+            RunError: a file is missing or differs from the one that was written.
 
         """
         for name, expected in self.hashes.items():
@@ -108,10 +106,10 @@ class RunRecord(BaseModel):
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """The record of the run in folder ``path``, finished or not.
+    """Read the record of the run in folder ``path``, finished or not.
 
     Raises:
-        RunError: no run there, or its record is damaged or of a newer version.
+        RunError: there is no run, or its record is damaged or of a newer version.
 
     """
     file = Path(path) / RECORD
@@ -135,7 +133,7 @@ _REMEDY = "restore it, or train the run again with --fresh"
 
 
 def _check_itself(file: Path, raw: dict[str, Any]) -> None:
-    """Compare a record with the hash it has of itself, and take that out."""
+    """Compare the record with its own hash, and remove that hash from it."""
     hashes = raw.get("hashes")
     if not isinstance(hashes, dict):
         return
@@ -147,9 +145,9 @@ def _check_itself(file: Path, raw: dict[str, Any]) -> None:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """The finished runs directly inside ``folder``, by name; empty where there are none.
+    """The finished runs directly inside ``folder``, sorted by name.
 
-    One whose record is damaged is among them, so that opening it says so instead of it being passed over.
+    Runs with a damaged record are included, so that opening them reports the damage instead of ignoring the run.
     """
     records = sorted(Path(folder).glob(f"*/{RECORD}"))
     return [file.parent for file in records if _finished_or_damaged(file.parent)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcsae.cache.format.layout import HOLE, RowBlock, StoreLayout, from_bits, plan_layout, to_bits
+from tcsae.cache.format.layout import FILL, RowBlock, StoreLayout, from_bits, plan_layout, to_bits
 from tcsae.errors import UsageError
 
 sizes = st.integers(1, 5000)
@@ -63,7 +63,7 @@ def test_bits_round_to_nearest_even_and_come_back_without_a_copy():
     view = from_bits(bits)
     view[0] = 2
     assert bits[0] == 0x4000
-    assert torch.isnan(from_bits(np.array([HOLE], np.uint16))).all()
+    assert torch.isnan(from_bits(np.array([FILL], np.uint16))).all()
 
 
 def test_a_block_of_rows_is_one_shape_and_the_right_types():
