@@ -20,7 +20,7 @@ def plain_errors(doing: str) -> Iterator[None]:
 
     Raises:
         ResourceError: no space, quota used up, or the file would be larger than allowed.
-        StoreError: no permission, a read-only file system, or a file where a folder should be.
+        StoreError: no permission, a read-only file system, a file where a folder should be, or a name too long.
 
     """
     try:
@@ -38,4 +38,6 @@ def plain_errors(doing: str) -> Iterator[None]:
             ) from problem
         if problem.errno in _NO_FOLDER:
             raise StoreError(f"cannot {doing}: a file lies where a folder should be; choose another place") from problem
+        if problem.errno == errno.ENAMETOOLONG:
+            raise StoreError(f"cannot {doing}: {problem.strerror}; choose a shorter name") from problem
         raise
