@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import summary, warn
-from .errors import RunError, StoreError
+from .errors import StoreError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,15 +69,10 @@ def inspect(
     summary(str(path), facts if json_output else readable(facts), as_json=json_output)
 
 
-def _load(document: Path) -> dict[str, Any]:
-    try:
-        return json.loads(document.read_text())
-    except (OSError, ValueError) as problem:
-        raise RunError(f"{document} cannot be read ({problem}): write it anew with the command that made it") from None
-
-
 def _run_facts(document: Path) -> dict[str, Any]:
-    record = _load(document)
+    from .train.run_folder.record import load_run
+
+    record = load_run(document.parent).model_dump(mode="json")
     shown = (
         "name",
         "role",
@@ -98,7 +92,9 @@ def _run_facts(document: Path) -> dict[str, Any]:
 
 
 def _report_facts(document: Path) -> dict[str, Any]:
-    record = _load(document)
+    from .evaluate.results import read_results
+
+    record = read_results(document).model_dump(mode="json", exclude={"checksum"})
     facts: dict[str, Any] = {"report": str(document.parent)}
     for name, value in record.items():
         if isinstance(value, list | dict):

@@ -61,7 +61,10 @@ def parse_count(text: str | int) -> int:
     match = _COUNT.match(str(text).strip())
     if not match:
         raise UsageError(f"'{text}' is not a count: write a number such as 200000, 200k, 10M or 1B")
-    return round(float(match[1].replace("_", "")) * 10 ** _POWERS[match[2].lower()])
+    count = round(float(match[1].replace("_", "")) * 10 ** _POWERS[match[2].lower()])
+    if count >= 1 << 63:
+        raise UsageError(f"'{str(text)[:30]}' is more than 64 bits can count: write a smaller number")
+    return count
 
 
 def format_count(n: float) -> str:

@@ -22,6 +22,7 @@ from .evaluate import command as evaluate_command
 from .extract import command as extract_command
 from .stop_signals import stop_signals
 from .train import command as train_command
+from .untrusted_files import reason, shown
 
 # Typer ≥ 0.26 carries its own copy of click, earlier ones import it: this is the base of either's usage errors.
 _Misuse: type[Exception] = typer.BadParameter.__bases__[0]
@@ -161,8 +162,14 @@ def _status(args: list[str], *, debug: bool) -> int:
     except TcsaeError as failure:
         if debug:
             raise
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {shown(failure, 10_000)}", file=sys.stderr)
         return failure.exit_code
+    except OSError as failure:
+        if debug or failure.filename is None:
+            raise
+        why = f"{reason(failure)}; check the path, or choose another"
+        print(f"error: cannot use {shown(failure.filename)}: {why}", file=sys.stderr)
+        return 1
 
 
 def _last_words(stopped: BaseException) -> str:

@@ -15,8 +15,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from .errors import TcsaeError, UsageError
+from .errors import RunError, TcsaeError, UsageError
 from .registry import Registry
+from .untrusted_files import read_bytes
 
 _loaded: dict[str, str] = {}  # resolved path → hash of what was loaded from it
 
@@ -34,9 +35,11 @@ def load_plugins(files: Iterable[str | Path]) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for file in map(Path, files):
         try:
-            source = file.read_bytes()
-        except OSError as failure:
-            raise UsageError(f"the plug-in {file} cannot be read: {failure.strerror or failure}") from failure
+            source = read_bytes(
+                file, most=1 << 24, missing=f"there is no plug-in {file}", remedy="name a Python file with --plugin"
+            )
+        except RunError as failure:
+            raise UsageError(f"{failure}") from failure
         digest = hashlib.sha256(source).hexdigest()
         if hashes.setdefault(file.name, digest) != digest:
             raise UsageError(f"two different plug-ins are called {file.name}: rename one of them")

@@ -1,4 +1,4 @@
-"""Files that others wrote, or that may be damaged: read within bounds, or refused in one sentence.
+"""Files and names from others, or that may be damaged: taken within bounds, or refused in one sentence.
 
 Opening a FIFO would wait for ever and a device never ends, so only regular files are opened; JSON nested without end,
 numbers beyond 64 bits or not finite, and files larger than anything meaningful are refused before they cost anything.
@@ -13,9 +13,10 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import RunError
+from .errors import RunError, UsageError
 
 MOST_JSON = 1 << 28  # bytes; reports of many SAEs are the largest JSON files there are
+_LONGEST_NAME = 200  # bytes; file systems take 255, and names inside are made of it
 DEEPEST_JSON = 64  # no file of ours or of any format read here comes near
 
 
@@ -90,6 +91,32 @@ def shown(value: object, most: int = 100) -> str:
     """A name or value from outside as part of a sentence: one line, printable, cut where it is very long."""
     words = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(value))
     return words if len(words) <= most else f"{words[: most // 2]}…{words[-most // 2 :]}"
+
+
+def folder_name(name: str, option: str) -> str:
+    """``name``, if one folder can be called so: what is made of it stays inside the folder it is meant for.
+
+    Raises:
+        UsageError: it has a separator or control characters in it, is ``.`` or ``..``, or is too long.
+
+    """
+    if name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
+        raise UsageError(f"{option} {shown(name)} is no name of a folder: '/' and '..' belong into --out")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UsageError(f"{option} {shown(name)} is too long for a folder: give at most {_LONGEST_NAME} characters")
+    return name
+
+
+def seed_number(seed: int, option: str = "--seed") -> int:
+    """``seed``, if every generator takes it.
+
+    Raises:
+        UsageError: it is negative or has more than 63 bits.
+
+    """
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"{option} {shown(seed, 24)} is no seed: use a number from 0 to 2^63 − 1")
+    return seed
 
 
 def reason(failure: BaseException) -> str:

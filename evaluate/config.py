@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack
 
 from .. import options
 from ..errors import UsageError
+from ..untrusted_files import folder_name, seed_number
 
 REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae")
 QUICK_BATCHES = 10
@@ -74,6 +75,11 @@ class EvaluateConfig:
                     f"--{option} was given {len(given)} times for {len(self.saes)} SAEs: give one for each --sae, or "
                     "one for all"
                 )
+        if self.rows >= 1 << 40:
+            raise UsageError(f"{self.batches} batches of {self.batch_rows} rows are more than any text: use fewer")
+        seed_number(self.seed)
+        if self.name:
+            folder_name(self.name, "--name")
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:
             raise UsageError(f"there is no reference '{unknown[0]}': choose among {', '.join(REFERENCES)}")

@@ -13,6 +13,7 @@ from ..console import parse_count
 from ..errors import UsageError
 from ..plugins import load_plugins
 from ..sites import HOOK_POINTS, RESIDUAL, Location
+from ..untrusted_files import seed_number
 
 if TYPE_CHECKING:
     from ..cache.format.manifest import ModelIdentity, TextIdentity
@@ -72,8 +73,7 @@ class TextSource:
             raise UsageError(f"--context {self.context} leaves no room for a token after the first: use at least 2")
         if not 0 <= self.held_out < 1:
             raise UsageError(f"--held-out {self.held_out} is no share: use a number from 0 up to, not including, 1")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative: use 0 or more")
+        seed_number(self.seed)
 
 
 @dataclass(frozen=True)

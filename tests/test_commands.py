@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from clusters import cluster_elsewhere
+from mutations import corpus
 from stores import make_manifest, make_store
+from synthetic import synthetic_report
 from tcsae import commands
 from tcsae.cache import cluster
 from tcsae.cache.statistics import STATISTICS
 from tcsae.cache.store import ActivationStore
+from tcsae.evaluate.results import write_results
 from tcsae.pipeline import main
 from tiny import tiny_corpus
 
@@ -71,12 +74,18 @@ def test_inspect_an_unfinished_store_without_statistics(tmp_path, capsys):
 
 
 def test_inspect_runs_and_reports(tmp_path, capsys):
-    (tmp_path / "train.json").write_text(json.dumps({"name": "r", "layer": 12, "steps": 5, "metrics": {"mse": 0.5}}))
-    status, out, _ = ask(capsys, "inspect", tmp_path, "--json")
-    assert (status, json.loads(out)["metric_mse"], json.loads(out)["layer"]) == (0, 0.5, 12)
-    (tmp_path / "train.json").rename(tmp_path / "results.json")
-    status, out, _ = ask(capsys, "inspect", tmp_path, "--json")
-    assert (status, json.loads(out)["layer"]) == (0, 12)
+    report = tmp_path / "report"
+    corpus(tmp_path)
+    status, out, _ = ask(capsys, "inspect", tmp_path / "run", "--json")
+    assert (status, json.loads(out)["metric_l0"], json.loads(out)["layer"]) == (0, 3.0, 3)
+    write_results(synthetic_report(layers=(5,), features=2), report)
+    status, out, _ = ask(capsys, "inspect", report, "--json")
+    assert (status, json.loads(out)["name"]) == (0, "synthetic")
+    for file in (tmp_path / "run/train.json", report / "results.json"):
+        file.write_text(file.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), encoding="utf-8")
+        status, _, err = ask(capsys, "inspect", file.parent)
+        assert status == 1
+        assert "is damaged or was changed" in err
 
 
 def test_inspect_nothing(tmp_path, capsys):

@@ -20,7 +20,7 @@ _output = partial(typer.Option, rich_help_panel="Output")
 def train(
     store: str | None = _main(None, "--store", help="Activation store of one layer, such as cache/l12.zarr."),
     sweep: list[str] = _main([], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."),
-    width: str | None = _main(None, "--width", help="Features; default 8 × d_model, rounded to a power of two."),
+    width: str | None = _main(None, "--width", help="Features; auto: 8 × d_model, rounded to a power of two."),
     preset: str | None = _main(None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."),
     config: str | None = _main(None, "--config", help="TOML file with any field; --show-config prints one."),
     baseline: bool | None = _main(
@@ -44,8 +44,8 @@ def train(
     temporal_scope: float | None = _temporal(
         None, "--temporal-scope", help="First fraction of the dictionary it sees."
     ),
-    steps: str | None = _optimiser(None, "--steps", help="Optimiser steps."),
-    tokens: str | None = _optimiser(None, "--tokens", help="Tokens to train on: 200k, 10M; default: the store once."),
+    steps: str | None = _optimiser(None, "--steps", help="Optimiser steps; auto: as many as --tokens says."),
+    tokens: str | None = _optimiser(None, "--tokens", help="Tokens to train on: 200k, 10M; auto: the store once."),
     lr: float | None = _optimiser(None, "--lr", help="Peak learning rate."),
     warmup: int | None = _optimiser(None, "--warmup", help="Steps of learning-rate warm-up."),
     device: str | None = _optimiser(None, "--device", help="auto, cpu, cuda or cuda:1."),

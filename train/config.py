@@ -42,7 +42,7 @@ class DataConfig(_Group):
     """Tokens per step; what is left over after whole windows is dropped (2048 tokens are 409 windows of 5)."""
     pool: int = Field(default=0, ge=0)
     """Tokens of the pool that windows are shuffled in; 0: sized by memory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
     siblings: bool = False
     """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it.
@@ -226,7 +226,7 @@ class RunConfig(_Group):
     """Optimiser steps; 0: as many as tokens says."""
     tokens: int = Field(default=0, ge=0)
     """Tokens to train on; 0: each counted token of the store once."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights."""
     out: str = "runs"
     """Folder of the run folders."""

@@ -62,6 +62,11 @@ OPTIONS = {
     "checkpoint-every": "run.checkpoint_every",
 }
 _COUNTS = {"sae.width", "run.steps", "run.tokens", "data.batch_size", "data.pool", "sae.k"}
+_AUTOMATIC = {  # what 0 stands for in a configuration, and auto on the command line
+    "sae.width": "8 × d_model",
+    "run.steps": "as many as there are tokens for",
+    "run.tokens": "each token of the store once",
+}
 _NAMED = {"sae.architecture", "sae.activation", "sae.k", "loss.l1", "run.seed"}  # always part of a run's name
 _SWEPT_GROUPS = ("data", "sae", "loss", "temporal", "optimiser")
 _NOT_SWEPT = {"data.store"}
@@ -112,8 +117,23 @@ def parse_sweep(settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def as_count(field: str, value: Any) -> Any:
-    """``200k`` as 200000 where the field counts something; any other value as it is."""
-    return parse_count(value) if field in _COUNTS and isinstance(value, str) else value
+    """``200k`` as 200000 where the field counts something; any other value as it is.
+
+    The configuration writes 0 for what is worked out from the store; who says it, says ``auto``.
+
+    Raises:
+        UsageError: no such count, or none at all where something must be counted.
+
+    """
+    if field not in _COUNTS:
+        return value
+    if field in _AUTOMATIC and str(value).strip() == "auto":
+        return 0
+    count = parse_count(value) if isinstance(value, str) else value
+    if field in _AUTOMATIC and count == 0:
+        name = next(option for option, of in OPTIONS.items() if of == field)
+        raise UsageError(f"--{name} 0 is nothing to train: give a number, or auto for {_AUTOMATIC[field]}")
+    return count
 
 
 def plan_members(

@@ -14,10 +14,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..plugins import load_plugins
+from ..untrusted_files import read_bytes, reason
 from .config import TrainConfig
 from .loss.registry import PARTNERS, TERMS
+
+_REMEDY = "name a TOML file with --config"
 
 PAPER: dict[str, Any] = {
     "data.pool": 2048,
@@ -143,11 +146,15 @@ def read_toml(file: str | Path) -> dict[str, Any]:
 
     """
     try:
-        return tomllib.loads(Path(file).read_text())
-    except OSError as failure:
-        raise UsageError(f"the configuration {file} cannot be read: {failure.strerror}") from failure
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
-        raise UsageError(f"the configuration {file} is no TOML: {failure}") from failure
+        return tomllib.loads(
+            read_bytes(file, most=1 << 20, missing=f"{file} is missing: {_REMEDY}", remedy=_REMEDY).decode()
+        )
+    except RunError as failure:
+        raise UsageError(f"the configuration {failure}") from failure
+    except RecursionError:
+        raise UsageError(f"the configuration {file} is nested too deeply: write groups of fields") from None
+    except ValueError as failure:
+        raise UsageError(f"the configuration {file} is no TOML: {reason(failure)}") from failure
 
 
 def show_toml(config: TrainConfig) -> str:

@@ -18,8 +18,9 @@ def plain_errors(doing: str) -> Iterator[None]:
     """Replace the OSErrors that a user can resolve by ours; others (a missing file, for example) pass unchanged.
 
     Raises:
-        ResourceError: the disk or quota is full, or the file would be larger than allowed.
-        StoreError: permission is missing, the file system is read-only, or a file is where a folder should be.
+            ResourceError: the disk or quota is full, or the file would be larger than allowed.
+        StoreError: permission is missing, the file system is read-only, a file is where a folder should be, or a name
+            is too long.
 
     """
     try:
@@ -36,4 +37,6 @@ def plain_errors(doing: str) -> Iterator[None]:
             ) from problem
         if problem.errno in _NO_FOLDER:
             raise StoreError(f"cannot {doing}: a file lies where a folder should be; choose another place") from problem
+        if problem.errno == errno.ENAMETOOLONG:
+            raise StoreError(f"cannot {doing}: {problem.strerror}; choose a shorter name") from problem
         raise

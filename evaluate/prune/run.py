@@ -6,6 +6,7 @@ on; the evaluation of the new run beside the old one then uses held-out text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,8 +22,9 @@ from ...cache.store import ActivationStore
 from ...console import progress
 from ...device import resolve_device
 from ...errors import RunError, UsageError
-from ...train.run_folder.record import RunRecord, load_run
+from ...train.run_folder.record import RECORD, RunRecord, load_run
 from ...train.sae.temporal_sae import TemporalSAE
+from ...untrusted_files import seed_number
 from ..metrics.active_entries import ActiveEntries
 from ..metrics.position import FALSE_DISCOVERY_RATE, LOCKED, PositionStatistics
 from ..metrics.redundancy import NEAR_DUPLICATE
@@ -70,6 +72,9 @@ class PruneConfig:
             )
         if self.tokens < 1:
             raise UsageError(f"--tokens {self.tokens} is no text: use 200k, say")
+        if math.isnan(self.min_cosine + self.min_eta_squared) or not 0 <= self.false_discovery_rate <= 1:
+            raise UsageError("thresholds are numbers, and a false discovery rate lies between 0 and 1: see --help")
+        seed_number(self.seed)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def prune_run(config: PruneConfig) -> PruneSummary:
             "first"
         )
     out = Path(config.out) if config.out else folder.with_name(folder.name + "-pruned")
-    if out.exists():
+    if out.exists() and ((out / RECORD).exists() or not (out / PRUNE_RECORD).exists()):  # else it was cut short
         raise RunError(f"{out} exists already: remove it or choose another folder with --out")
     sae = TemporalSAE.load(folder).to(resolve_device(config.device))
     batches = _Batches(_open(config, record, sae), config.tokens, sae.W_dec.device)
@@ -241,13 +246,13 @@ def _names(plan: Elimination) -> tuple[dict[int, list[int]], list[int]]:
 
 
 def _write(new: TemporalSAE, record: RunRecord, config: PruneConfig, summary: PruneSummary, out: Path) -> None:
-    """Weights, then what was done, then the record that makes it a finished run."""
+    """What was done, which says whose folder this is, then weights, then the record that makes it a finished run."""
     # The record describes the new SAE: what reads it (a model card, a report) must not find the old width.
     sizes = {"width": new.n_features} | ({} if new.activation.k is None else {"k": new.activation.k})
     settings = {**record.config, "sae": {**record.config["sae"], **sizes}}
     new.metadata = {**new.metadata, "tcsae_run": out.name, "pruned_from": record.name}
-    new.cpu().save(out)
     write_json(out / PRUNE_RECORD, {"config": asdict(config), **asdict(summary)}, indent=1)
+    new.cpu().save(out)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     record.model_copy(
         update={"name": out.name, "twin": None, "config": settings, "metrics": {}, "created": created}

@@ -92,6 +92,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
         ('preset = "old"', r"preset 'old' is unknown"),
         ("sae = 3", r"'sae' is no table"),
         ("sae = ", r"is no TOML"),
+        ("a = " + "[" * 100_000, r"is nested too deeply"),
+        ("[run]\nseed = " + "9" * 5000, r"is no TOML"),
+        ("[run]\nseed = -1", r"run.seed"),
+        ("[optimiser]\nlr = nan", r"optimiser.lr: Input should be a finite number"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path, text, sentence):
@@ -99,7 +103,7 @@ def test_bad_files_are_one_sentence(tmp_path, text, sentence):
     with pytest.raises(UsageError, match=sentence) as caught:
         build_config(None, tmp_path / "my.toml")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is missing: name a TOML file"):
         build_config(None, tmp_path / "none.toml")
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ...console import format_bytes
 from ...errors import ResourceError
+from ...free_memory import free_memory
 from ..loss.objective import objective_of
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..sae.registry import ARCHITECTURES
@@ -117,21 +116,4 @@ def available_bytes(device: torch.device) -> int:
     """Memory that members may take on ``device``."""
     if device.type == "cuda":
         return int(_USABLE * torch.cuda.mem_get_info(device)[0])
-    return int(_USABLE * min(_free_memory(), _container_free()))
-
-
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _container_free() -> int:
-    """What a control group leaves, where there is one (version 2)."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return 1 << 62
+    return int(_USABLE * free_memory())

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...atomic_files import PARTIAL, make_folder, plain_errors, sync_folder
 from ...cache.store import ActivationStore
-from ...errors import RunError, UsageError
+from ...errors import RunError
 from ...plugins import changed_plugin, load_plugins
-from ...untrusted_files import shown
+from ...untrusted_files import folder_name, shown
 from ..config import TrainConfig
 from ..plan import MemberPlan
 from ..presets import changed
@@ -34,8 +34,9 @@ _FREE = {
     "run.plugins",
     "data.store",
 }
+
+
 _LEFT = {"tensorboard", "wandb"}  # folders that are kept when a run starts again
-_LONGEST_NAME = 200  # bytes; file systems allow 255, and names of files are made from it
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
 
 def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> Claim:
     folder = _folder(plan)
-    if not (folder / RECORD).exists():
-        _refuse_foreign(folder)
+    with plain_errors(f"look into {folder}"):
+        begun = (folder / RECORD).exists()
+        if not begun:
+            _refuse_foreign(folder)
+    if not begun:
         return Claim(plan, folder)
     if fresh:
         return Claim(plan, folder)
@@ -132,13 +136,8 @@ def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_len
 
 
 def _folder(plan: MemberPlan) -> Path:
-    """The run's folder, directly inside ``run.out``."""
-    name = plan.name
-    if name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
-        raise UsageError(f"--name {shown(name)} is no name of a folder: '/' and '..' belong into --out")
-    if len(os.fsencode(name)) > _LONGEST_NAME:
-        raise UsageError(f"--name {shown(name)} is too long for a folder: give at most {_LONGEST_NAME} characters")
-    return Path(plan.config.run.out) / name
+    """The run's folder, which lies directly in ``run.out``."""
+    return Path(plan.config.run.out) / folder_name(plan.name, "--name")
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from ...atomic_files import make_folder, plain_errors, write_file
 from ...errors import RunError, UsageError
+from ...untrusted_files import read_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -103,7 +104,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return read_bytes(path, most=1 << 30).decode(errors="replace").splitlines() if path.exists() else []
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

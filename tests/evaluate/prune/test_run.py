@@ -210,6 +210,9 @@ def test_the_command_prints_what_it_did(redundant, capsys):
     assert told["after"]["n_features"] == 3
     assert main(["prune", str(redundant), "--device", "cpu"]) == 1
     assert "exists already: remove it or choose another folder with --out" in capsys.readouterr().err
+    (Path(told["folder"]) / "train.json").unlink()  # killed before it was finished: the same command goes on
+    assert main(["prune", str(redundant), "--device", "cpu"]) == 0
+    capsys.readouterr()
     assert (
         main(["prune", str(redundant), "--out", str(redundant) + "2", "--min-eta-squared", "2", "--device", "cpu"]) == 0
     )

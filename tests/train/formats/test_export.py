@@ -10,7 +10,7 @@ from saes import random_sae
 from stores import make_store
 from tcsae.errors import RunError, UsageError
 from tcsae.pipeline import main
-from tcsae.train.formats.export import export
+from tcsae.train.formats.export import export, model_card
 from tcsae.train.formats.registry import FORMATS
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
@@ -119,6 +119,36 @@ def test_unfinished_runs_and_unknown_formats_are_refused(run, tmp_path):
         export(tmp_path, "saelens")
     with pytest.raises(RunError, match="is no training run"):
         export(tmp_path / "nothing", "saelens")
+
+
+def test_only_an_earlier_export_of_the_run_is_overwritten(run, tmp_path):
+    before = (run / "train.json").read_bytes(), (run / "cfg.json").read_bytes()
+    for out in (run, run.parent):
+        with pytest.raises(RunError, match=r"is not overwritten: name another folder with --out"):
+            export(run, "saelens", out)
+    assert before == ((run / "train.json").read_bytes(), (run / "cfg.json").read_bytes())
+    folder = export(run, "saelens", tmp_path / "out")
+    (folder / "cfg.json").unlink()  # as if it had been cut short
+    assert export(run, "saelens", folder) == folder
+    TemporalSAE.load(folder)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace(f"# {load_run(run).name}", "# another"))
+    with pytest.raises(RunError, match=r"holds the model card of another SAE, README.md and is not overwritten"):
+        export(run, "saelens", folder)
+    random_sae().save(tmp_path / "theirs")
+    with pytest.raises(RunError, match="holds other files and is not overwritten"):
+        export(run, "saelens", tmp_path / "theirs")
+
+
+def test_a_card_shows_what_it_quotes_and_does_not_understand_it(run):
+    record = load_run(run)
+    text = record.store_manifest["text"] | {"dataset": "a | b\n# <img src=x> [here](http://x) `c`"}
+    model = record.store_manifest["model"] | {"id": "x\n---\nlicense: mine"}
+    changed = record.model_copy(update={"store_manifest": record.store_manifest | {"text": text, "model": model}})
+    card = model_card(changed, "saelens")
+    assert "| text | a \\| b\\\\x0a\\# \\<img src=x\\> \\[here\\](http://x) \\`c\\`, rows" in card
+    assert card.count("\n---\n") == model_card(record, "saelens").count("\n---\n")
+    assert 'base_model: "x\\n---\\nlicense: mine"' in card
 
 
 def test_uploading_makes_the_repository_and_sends_the_folder(run, tmp_path, monkeypatch):
