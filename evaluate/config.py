@@ -10,7 +10,9 @@ from typing import TypedDict, Unpack
 from .. import options
 from ..errors import UsageError
 
-REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae")
+UNTRAINED_TWINS = "untrained_twins"
+"""A reference row for every architecture among the runs: untrained:topk, untrained:txc …"""
+REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae", UNTRAINED_TWINS)
 QUICK_BATCHES = 10
 
 

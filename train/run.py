@@ -268,6 +268,7 @@ def finish(member: Member, record: RunRecord, folder: Path, work: Pass) -> None:
     sae.metadata = metadata_of(record)
     sae.save(folder)
     done = {"steps": member.step, "tokens": member.step * tokens_per_step(member.config), "finished": True}
+    done["cost"] = work.cost(member)
     record.model_copy(update=done | {"metrics": work.last_metrics.get(record.name, {})}).save(folder)
     drop_checkpoints(folder)
 

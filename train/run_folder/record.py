@@ -60,6 +60,8 @@ class RunRecord(BaseModel):
     """fast: by the step that was derived by hand; autograd: by autograd. Empty: by hand, before this was kept."""
     plugins: dict[str, str] = {}
     """Plug-ins it was trained with: name of the file → SHA-256 of its bytes."""
+    cost: dict[str, float] = {}
+    """seconds: of this SAE's steps. peak_memory_bytes: of the process or its GPU. members: SAEs that trained beside."""
     versions: dict[str, str]
     created: str
     """When the run began, ISO 8601, UTC."""
