@@ -1,9 +1,15 @@
-"""How much memory is free: on the machine, and in the container that this process runs in."""
+"""How much memory is free, on the machine and in the container that this process runs in, and how much was held."""
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_memory() -> int:
@@ -28,3 +34,13 @@ def _container() -> int:
         return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + given_up
     except (OSError, ValueError, StopIteration):
         return 1 << 62
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on the GPU where there is one, else by the process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

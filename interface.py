@@ -51,6 +51,7 @@ def train(
     config: TrainConfig | str | Path | None = None,
     *,
     sweep: Mapping[str, Iterable[Any]] | Iterable[str] = (),
+    rivals: bool = False,
     fresh: bool = False,
     progress: bool = False,
     **options: Unpack[TrainOptions],
@@ -63,6 +64,7 @@ def train(
         config: everything at once, or a TOML file that the options are laid over; or
         options: by name, as on the command line (:class:`~tcsae.train.options.TrainOptions`).
         sweep: option or dotted field → values, or ``["seed=0,1"]``; every combination is trained, on one stream.
+        rivals: plain, TC-SAE, T-SAE, TFA and a crosscoder instead of one kind, of one width and k, on one pass.
         fresh: replace runs that are there.
         progress: whether notes and progress are shown.
 
@@ -76,7 +78,7 @@ def train(
     with speaking(progress):
         file = config if isinstance(config, str | Path) else None
         chosen = _either(None if file else config, options, lambda: train_config(file, **options))
-        return run(chosen, sweep=sweep_grid(sweep), fresh=fresh)
+        return run(chosen, sweep=sweep_grid(sweep), rivals=rivals, fresh=fresh)
 
 
 def evaluate(

@@ -14,6 +14,8 @@ from ..cache.format.manifest import TextIdentity
 from ..errors import TcsaeError
 from ..sites import Location
 from ..train.run_folder.metrics_log import read_metrics
+from .cost import DEFINITIONS as COST
+from .cost import cost_metrics
 from .intervals.bootstrap import Resampler
 from .intervals.jackknife import Jackknifed
 from .metrics.fidelity import OUTLIERS
@@ -37,7 +39,7 @@ def compose(
     """The report of these rows, all measured on ``text``; ``facts`` are its remaining fields."""
     resampler = Resampler.of(text.unit_documents, seed)
     records = [record_of(row, rows, resampler) for row in rows]
-    known: dict[str, Definition] = fidelity_definitions()
+    known: dict[str, Definition] = fidelity_definitions() | COST
     for row in rows:
         known |= row.definitions
     used = {metric.definition for record in records for metric in record.metrics.values()}
@@ -101,6 +103,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         pair=row.pair,
         sae=row.facts,
         metrics=metrics
+        | (cost_metrics(row.facts.settings) if row.facts else {})
         | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
         curves=row.curves,
         saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),

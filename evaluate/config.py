@@ -11,7 +11,9 @@ from .. import options
 from ..errors import UsageError
 from ..untrusted_files import folder_name, seed_number
 
-REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae")
+UNTRAINED_TWINS = "untrained_twins"
+"""A reference row for every architecture among the runs: untrained:topk, untrained:txc …"""
+REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae", UNTRAINED_TWINS)
 QUICK_BATCHES = 10
 
 

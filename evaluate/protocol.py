@@ -77,24 +77,6 @@ def plain_metric(definitions: Mapping[str, Definition], key: str, value: float |
     return Metric(value=value, unit=definitions[key].unit, n=n, definition=key)
 
 
-class SparseCoder(Protocol):
-    """What is asked of an SAE here, whoever trained it: works in float32 on raw activations, any leading dimensions."""
-
-    W_enc: Tensor  # [D, F]
-    W_dec: Tensor  # [F, D]
-    b_dec: Tensor  # [D]
-    d_model: int
-    n_features: int
-
-    def encode(self, x: Tensor, /) -> Tensor:
-        """[.., D] → [.., F]."""
-        ...
-
-    def decode(self, z: Tensor, /) -> Tensor:
-        """[.., F] → [.., D]."""
-        ...
-
-
 class Accumulator(Protocol):
     """Measures something of one SAE over the whole text, a batch at a time, in memory that does not grow with it."""
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from ..errors import UsageError
 from ..registry import Registry
 from ..sites import Location
+from .config import UNTRAINED_TWINS
 from .metrics.registry import METRICS
-from .subjects import Subject
+from .subjects import Subject, UntrainedTwin, untrained_twins
 from .table_row import MeasuredRow
 
 MEASURING = (
@@ -86,9 +87,11 @@ class RowCache:
         fresh: bool,
     ):
         self._folder = folder / "rows" / sha256(repr(tuple(facts)).encode()).hexdigest()[:12]
-        self.wanted: dict[str, tuple[Location, str | Subject]] = {
-            f"{at.short}-{name}.npz": (at, name) for at in locations for name in references
+        self.wanted: dict[str, tuple[Location, str | Subject | UntrainedTwin]] = {
+            f"{at.short}-{name}.npz": (at, name) for at in locations for name in references if name != UNTRAINED_TWINS
         }
+        for twin in untrained_twins(subjects) if UNTRAINED_TWINS in references else ():
+            self.wanted[f"{twin.at.short}-{slug(twin.name)}-{twin.fingerprint[:8]}.npz"] = (twin.at, twin)
         for subject in subjects:
             split = "" if subject.scope == 1 else f"-split{subject.scope:g}"
             key = f"{subject.at.short}-{slug(subject.name)[:100]}-{subject.fingerprint[:8]}{split}.npz"
@@ -101,7 +104,7 @@ class RowCache:
     def _refreshed(self, key: str, row: MeasuredRow) -> MeasuredRow:
         """A kept row, with what may have changed around unchanged weights: its path, name, pair and notes."""
         what = self.wanted[key][1]
-        return row if isinstance(what, str) else row.described_by(what)
+        return row.described_by(what) if isinstance(what, Subject) else row
 
     def put(self, key: str, row: MeasuredRow) -> None:
         """Keep a finished row."""
@@ -124,7 +127,7 @@ class RowCache:
         held = 0.0
         for key in self.missing:
             what = self.wanted[key][1]
-            size = 0.0 if isinstance(what, str) else 8.0 * what.facts.d_model * what.facts.n_features
+            size = 0.0 if isinstance(what, str) else float(what.n_bytes)
             if part and size and held + size > limit_bytes:
                 yield part
                 part, held = [], 0.0

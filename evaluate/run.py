@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +26,15 @@ from ..extract.model.hooks import module_path
 from ..extract.model.load import LanguageModel, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
+from ..free_memory import peak_memory
 from ..plugins import load_plugins
 from ..sites import Location
 from .assemble import compose
 from .config import EvaluateConfig
 from .features.collect import FeatureBrowser
 from .metrics.all import AllMetrics, families, probes
-from .metrics.by_scope import ByScope
+from .metrics.by_scope import ByScope, BySummand
+from .metrics.windows import WindowMetrics
 from .model.heldout_text import HeldOutText, Survey, survey
 from .model.probes import ProbeContext, ProbedModel
 from .model.reference_rows import untrained_sae, zero_sae
@@ -43,7 +43,7 @@ from .one_pass import Measurement
 from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row_cache import RowCache, measuring_code, slug
-from .subjects import Group, Subject, gather_subjects
+from .subjects import Group, Subject, UntrainedTwin, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
 
 PASS_BYTES = 4e9
@@ -271,7 +271,9 @@ class _Evaluation:
     def _candidate(self, key: str, surveys: dict[Location, Survey]) -> Candidate | None:
         at, what = self.rows.wanted[key]
         sae: Any = None
-        if isinstance(what, str):
+        if isinstance(what, UntrainedTwin):
+            row, sae = MeasuredRow(what.name, "reference", at.layer, site=at.site), what.load(surveys[at].mean_D)
+        elif isinstance(what, str):
             row = MeasuredRow(what, "reference", at.layer, site=at.site)
             if what == "untrained":
                 sae = untrained_sae(self.lm.d_model, self.config.seed)
@@ -286,11 +288,12 @@ class _Evaluation:
                 self.failures.append(Failure(path=what.facts.path, message=str(failure)))
                 return None
         if sae is not None:
-            sae = sae.to(self.lm.device, torch.float32)
-        scope = 1.0 if isinstance(what, str) else what.scope
-        return Candidate(row, sae, surveys[at], self._accumulators(row, sae, scope), key)
+            sae = sae.to(self.lm.device, torch.float32).token_coder()
+        scope = what.scope if isinstance(what, Subject) else 1.0
+        accumulators = self._accumulators(row, sae, scope, surveys[at])
+        return Candidate(row, sae, surveys[at], accumulators, key)
 
-    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float) -> dict[str, Any]:
+    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
         if sae is None or row.name == "zero_sae":
             return {}
         common = {"context": self.text.context, "seed": self.config.seed}
@@ -298,6 +301,10 @@ class _Evaluation:
         inside = max(1, round(scope * sae.n_features))
         if inside < sae.n_features:
             found["by_scope"] = ByScope(sae, self.families, **common, inside=inside)
+        if sae.summands:
+            found["by_summand"] = BySummand(sae, self.families, **common)
+        if sae.sees == "window":
+            found["windows"] = WindowMetrics(seen.mean_D)
         if row.kind == "sae" and not self.config.quick:
             cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
             found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=cards)
@@ -313,7 +320,8 @@ class _Evaluation:
             at = candidate.row.location
             per_feature = candidate.finish()
             if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
-                context = ProbeContext(probed, candidate.sae, at, self.config.seed, per_feature)
+                facts = (at, self.config.seed, per_feature, candidate.survey.norm_limit)
+                context = ProbeContext(probed, candidate.sae, *facts)
                 candidate.row.take(probes(context, self.families))
                 for family in self.families.values():
                     candidate.row.definitions |= family.definitions
@@ -381,11 +389,3 @@ def describe_machine(device: torch.device) -> dict[str, str | int | float | None
 def versions() -> dict[str, str]:
     """Of Python and the packages that shape the numbers."""
     return {"python": platform.python_version(), **installed_versions()}
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: on the GPU where there is one, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

@@ -4,7 +4,7 @@ model is loaded once. Whatever cannot be loaded becomes a failure with its sente
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from ..cache.format.manifest import StoreManifest
 from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
 from ..sites import Location, named_module
+from ..train.config import SAEConfig
 from ..train.formats.locate import load_external
 from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
-from ..train.sae.protocol import SparseAutoencoder
+from ..train.sae.protocol import RowTokens, SparseAutoencoder
 from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
 from ..untrusted_files import reason, shown
 from .config import EvaluateConfig
+from .cost import cost_settings
 from .results import Failure, Role, SAEFacts
 
 
@@ -50,6 +53,22 @@ class Subject:
     """The module whose output it says it reads, where its files name one."""
     notes: tuple[str, ...] = ()
     """What a reader must know of it beforehand."""
+    n_bytes: int = 0
+    """Of its weights in float32."""
+    untrained: UntrainedTwin | None = None
+    """Of a run: the same architecture as its training began."""
+
+
+@dataclass(frozen=True)
+class UntrainedTwin:
+    """A reference row: an architecture before its training. What it shows of time was not learned."""
+
+    name: str
+    at: Location
+    load: Callable[[Tensor], SparseAutoencoder]
+    """From the mean [D] of the activations."""
+    fingerprint: str
+    n_bytes: int
 
 
 @dataclass
@@ -142,16 +161,16 @@ def _check_computes(path: str, sae: SparseAutoencoder) -> None:
         RunError: it does not compute, or not codes [.., F] and a reconstruction [.., D].
 
     """
-    x_NWD = torch.ones(1, 4, sae.d_model)
+    x_NTD, coder = torch.ones(1, 4, sae.d_model), sae.token_coder()
     try:
-        z_NWF = sae.encode(x_NWD)
-        shapes = list(z_NWF.shape), list(sae.decode(z_NWF).shape)
+        out = coder.on_rows(x_NTD, RowTokens.whole(x_NTD))
+        shapes = list(out.features.shape), list(coder.decode(out.features).shape)
     except Exception as failure:  # of a plug-in, say
         raise RunError(f"{path} does not compute ({type(failure).__name__}: {reason(failure)})") from failure
     if shapes != ([1, 4, sae.n_features], [1, 4, sae.d_model]):
         raise RunError(
             f"{path} makes codes of shape {shapes[0]} and a reconstruction of shape {shapes[1]} from activations of "
-            f"shape {list(x_NWD.shape)} with {sae.n_features} features: it cannot be measured"
+            f"shape {list(x_NTD.shape)} with {sae.n_features} features: it cannot be measured"
         )
 
 
@@ -201,6 +220,8 @@ def _add_run(
             pair=original or record.twin,
             scope=1.0 if original else scope,
             notes=notes,
+            n_bytes=_n_bytes(sae),
+            untrained=None if original else _untrained(path, record, sae),
         )
     )
 
@@ -255,7 +276,9 @@ def _add_external(
                 architecture=found.sae.label,
                 d_model=found.sae.d_model,
                 n_features=found.sae.n_features,
+                settings=cost_settings(found.sae, group.text.context),
             ),
+            n_bytes=_n_bytes(found.sae),
             load=lambda: load_external(path, **said).sae,  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
             scope=found.sae.prefix_sizes[0] / found.sae.n_features,
@@ -314,8 +337,43 @@ def _facts_of_run(path: str, record: RunRecord, sae: SparseAutoencoder, more: di
         architecture=sae.label,
         d_model=sae.d_model,
         n_features=sae.n_features,
-        settings=_flat(record.config) | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens} | more,
+        settings=_flat(record.config)
+        | {"seed": record.seed, "steps": record.steps, "tokens": record.tokens}
+        | more
+        | cost_settings(sae, record.store_manifest["text"]["context"], record),
     )
+
+
+def _n_bytes(sae: SparseAutoencoder) -> int:
+    return 4 * sum(value.numel() for value in sae.state_dict().values())
+
+
+def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> UntrainedTwin:
+    try:
+        chosen = SAEConfig.model_validate(record.config.get("sae", {}) | {"width": sae.n_features})
+    except (ValidationError, TypeError) as failure:
+        raise RunError(
+            f"{path}: its record does not say what its SAE is ({reason(failure)}): train it again"
+        ) from failure
+    kind = chosen.activation if chosen.architecture == "sae" else chosen.architecture
+
+    def load(mean_D: Tensor) -> SparseAutoencoder:
+        twin = ARCHITECTURES.get(chosen.architecture).build(chosen, sae.d_model)
+        twin.initialise(chosen, record.seed, mean_D.cpu().float() * record.input_scale)
+        return twin.rescaled(record.input_scale).eval()
+
+    facts = (chosen.model_dump_json(), record.seed, record.input_scale)
+    digest = sha256(repr(facts).encode()).hexdigest()[:16]
+    return UntrainedTwin(f"untrained:{kind}", record.location, load, digest, _n_bytes(sae))
+
+
+def untrained_twins(subjects: Iterable[Subject]) -> list[UntrainedTwin]:
+    """One for every architecture and layer, that of the first run."""
+    found: dict[tuple[Location, str], UntrainedTwin] = {}
+    for subject in subjects:
+        if subject.untrained is not None:
+            found.setdefault((subject.at, subject.untrained.name), subject.untrained)
+    return list(found.values())
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:

@@ -21,6 +21,7 @@ from ..atomic_files import write_file
 from ..checksums import content_hash
 from ..console import warn
 from ..sites import RESIDUAL, Location
+from ..train.sae.protocol import RowTokens, SparseCoder
 from ..untrusted_files import open_regular, reason
 from .intervals.jackknife import Jackknifed
 from .metrics.active_entries import ActiveEntries
@@ -28,7 +29,7 @@ from .metrics.fidelity import Fidelity
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import Survey
 from .model.reference_rows import replacement
-from .protocol import Accumulator, Findings, SparseCoder, TokenBatch, UnitSums
+from .protocol import Accumulator, Findings, TokenBatch, UnitSums
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
 from .subjects import Subject
 
@@ -162,14 +163,15 @@ class Candidate:
     def observe(self, batch: TokenBatch) -> Tensor:
         """Take a batch in; returns the reconstruction [B, T, D] in float32."""
         if self.sae is None:
-            z_BTF, x_hat_BTD = None, replacement(self.row.name, batch, self.survey.mean_D)
+            z_BTF, x_hat_BTD, parts = None, replacement(self.row.name, batch, self.survey.mean_D), {}
         else:
-            z_BTF = self.sae.encode(batch.x_BTD)
-            x_hat_BTD = self.sae.decode(z_BTF)
+            # Windows and rows hold what training saw: no special tokens, no outliers, one document.
+            out = self.sae.on_rows(batch.x_BTD, RowTokens.of(batch.valid_BT, batch.documents_BT))
+            z_BTF, x_hat_BTD, parts = out.features, out.reconstruction, out.parts
         self.fidelity.add_reconstruction(batch, x_hat_BTD, z_BTF)
         self.compat.add_reconstruction(batch, x_hat_BTD, z_BTF)
         if z_BTF is not None and self.accumulators:
-            active = ActiveEntries.from_dense(z_BTF, batch.valid_BT)
+            active = ActiveEntries.from_dense(z_BTF, batch.valid_BT, parts)
             for accumulator in self.accumulators.values():
                 accumulator.update(batch, active, x_hat_BTD)
         return x_hat_BTD

@@ -11,6 +11,7 @@ from tcsae.extract.model.load import identify_model, outline_model
 from tcsae.extract.text.open import resolve_text
 from tcsae.train.run_folder.record import RunRecord
 from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.protocol import SparseAutoencoder
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 CONTEXT = 16
@@ -49,7 +50,8 @@ def make_run(
     name: str,
     manifest: StoreManifest,
     *,
-    sae: TemporalSAE | None = None,
+    sae: SparseAutoencoder | None = None,
+    sae_config: dict | None = None,
     role="tc",
     twin=None,
     seed=0,
@@ -57,11 +59,12 @@ def make_run(
 ) -> Path:
     sae = sae or random_sae(manifest.d_model, 32, Activation("topk", k=6), seed)
     folder = runs / name
+    sae_config = sae_config or {"activation": sae.activation.kind, "k": sae.activation.k or 1}
     sae.save(folder)
     RunRecord(
         name=name, role=role, twin=twin, layer=manifest.layer, store="cache/gone.zarr", store_fingerprint="f",
         store_rows=8,
-        store_manifest=manifest.model_dump(mode="json"), config={"sae": {"activation": sae.activation.kind}},
+        store_manifest=manifest.model_dump(mode="json"), config={"sae": sae_config},
         input_scale=1.0,
         seed=seed, steps=10, planned_steps=10, tokens=1000, finished=finished, metrics={}, versions={},
         created="2026-01-01",

@@ -20,8 +20,15 @@ _output = partial(typer.Option, rich_help_panel="Output")
 def train(
     store: str | None = _main(None, "--store", help="Activation store of one layer, such as cache/l12.zarr."),
     sweep: list[str] = _main([], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."),
+    rivals: bool = _main(
+        False, "--rivals", help="Plain, TC-SAE, T-SAE, TFA and a crosscoder, of one width and k, on one pass."
+    ),
     width: str | None = _main(None, "--width", help="Features; auto: 8 × d_model, rounded to a power of two."),
-    preset: str | None = _main(None, "--preset", help="modern (the default) or paper (the TC-SAE paper, literally)."),
+    preset: str | None = _main(
+        None,
+        "--preset",
+        help="modern (the default), paper (the TC-SAE paper) or tfa (Temporal Feature Analysis), as published.",
+    ),
     config: str | None = _main(None, "--config", help="TOML file with any field; --show-config prints one."),
     baseline: bool | None = _main(
         None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream; done unless you say no."
@@ -74,6 +81,8 @@ def train(
 
         pipeline train --store cache/l12.zarr --sweep temporal-weight=0,0.01,0.03,0.1 --sweep seed=0,1,2
 
+        pipeline train --store cache/l12.zarr --rivals --k 32 --sweep seed=0,1,2
+
         pipeline train --show-config > my.toml
 
     """
@@ -124,7 +133,7 @@ def train(
     from .run import train as run
 
     with keeping_freed_memory():
-        done = run(chosen, sweep=grid, fresh=not resume)
+        done = run(chosen, sweep=grid, rivals=rivals, fresh=not resume)
     if not speaks():
         return
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"

@@ -44,7 +44,7 @@ class TrainOptions(TypedDict, total=False):
     scale: Literal["rms", "none"] | None
     norm_filter: float | None
     data_seed: int | None
-    preset: Literal["modern", "paper"] | None
+    preset: Literal["modern", "paper", "tfa"] | None
     step: Literal["auto", "autograd", "fast"] | None
     plugin: str | Path | Sequence[str | Path] | None
     device: str | None

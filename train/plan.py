@@ -21,7 +21,7 @@ from ..sites import RESIDUAL, Location
 from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
 from .loss.registry import PARTNERS, TERMS
-from .presets import changed
+from .presets import RIVALS, changed
 from .sae.registry import ARCHITECTURES
 
 # What `--sweep` and the flags call the fields of the configuration.
@@ -173,6 +173,20 @@ def plan_members(
         _add(members, MemberPlan(name, point, "tc", twin, d_model))
         if twin:
             _add(members, MemberPlan(twin, temporal, "twin", name, d_model))
+    return list(members.values())
+
+
+def plan_rivals(config: TrainConfig, grid: Mapping[str, Sequence[str]], **about: Any) -> list[MemberPlan]:
+    """The members of every rival (:data:`.presets.RIVALS`) at every point of the grid; see :func:`plan_members`.
+
+    Raises:
+        UsageError: as there.
+
+    """
+    members: dict[str, MemberPlan] = {}
+    for changes in RIVALS.values():
+        for plan in plan_members(changed(config, changes), grid, **about):
+            _add(members, plan)
     return list(members.values())
 
 

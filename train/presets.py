@@ -64,6 +64,34 @@ TFA: dict[str, Any] = {  # Priors in Time (arXiv 2511.01836), the configuration 
     "optimiser.final_lr": 0.9,
 }
 PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER, "tfa": TFA}
+_SIZES = {"data.batch_size", "data.norm_filter", "sae.k", "sae.expansion", "sae.round_width", "optimiser.warmup_share"}
+
+
+def _method(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """What a preset says of its method, without the sizes that members to be compared must share."""
+    return {field: value for field, value in preset.items() if field not in _SIZES}
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "plain": {"temporal.form": "none"},
+    "TC-SAE": {},
+    "T-SAE": {
+        "sae.activation": "batchtopk",
+        "sae.groups": (0.2, 1.0),
+        "sae.group_weights": (0.2, 0.8),
+        "temporal.form": "contrastive",
+        "temporal.partner": "earlier",
+        "temporal.weight": 0.1,
+        "temporal.scope": 0.2,
+        "temporal.similarity": "dot",
+        "temporal.temperature": 1.0,
+    },
+    "TFA": _method(TFA),
+    "TXC": {"sae.architecture": "txc", "sae.k_of": "window", "temporal.form": "none"},
+}
+"""What ``--rivals`` trains, each as changes to the configuration: dictionaries that use time, and a plain one. A
+crosscoder's k is of a window's code, so that a token's code has as many active features as everybody's.
+"""
 
 
 def build_config(

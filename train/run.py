@@ -32,7 +32,7 @@ from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, needs_siblings
 from .loss.objective import group_sizes
-from .plan import MemberPlan, plan_members, tokens_per_step, view_of
+from .plan import MemberPlan, plan_members, plan_rivals, tokens_per_step, view_of
 from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .run_folder.claims import Claim, claim, held
@@ -64,7 +64,11 @@ class TrainSummary:
 
 
 def train(
-    config: TrainConfig, *, sweep: Mapping[str, Sequence[str]] | None = None, fresh: bool = False
+    config: TrainConfig,
+    *,
+    sweep: Mapping[str, Sequence[str]] | None = None,
+    rivals: bool = False,
+    fresh: bool = False,
 ) -> TrainSummary:
     """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is
     finished.
@@ -72,6 +76,8 @@ def train(
     Args:
         config: the base configuration; ``data.store`` names the store.
         sweep: dotted field → values; every combination is trained.
+        rivals: train every published way to use time (:data:`.presets.RIVALS`) instead of the configured one, all of
+            one width and k.
         fresh: replace what is there.
 
     Raises:
@@ -89,7 +95,8 @@ def train(
     store = ActivationStore.open(config.data.store)
     statistics = store.statistics()
     about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
-    members = plan_members(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
+    plan = plan_rivals if rivals else plan_members
+    members = plan(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
     members = _with_siblings(members)
     with joined(device) as world, ExitStack() as mine:
         claims = claim(members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens))
@@ -268,6 +275,7 @@ def finish(member: Member, record: RunRecord, folder: Path, work: Pass) -> None:
     sae.metadata = metadata_of(record)
     sae.save(folder)
     done = {"steps": member.step, "tokens": member.step * tokens_per_step(member.config), "finished": True}
+    done["cost"] = work.cost(member)
     record.model_copy(update=done | {"metrics": work.last_metrics.get(record.name, {})}).save(folder)
     drop_checkpoints(folder)
 

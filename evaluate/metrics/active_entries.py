@@ -9,7 +9,8 @@ nothing has to be kept from batch to batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,10 +31,11 @@ class ActiveEntries:
     feature_E: Tensor  # int64, ascending
     token_E: Tensor  # int64, ascending within a feature
     value_E: Tensor  # float64
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # what else the architecture says of every position
 
     @classmethod
-    def from_dense(cls, z_BTF: Tensor, valid_BT: Tensor) -> ActiveEntries:
-        """Take the nonzero entries out of dense features.
+    def from_dense(cls, z_BTF: Tensor, valid_BT: Tensor, parts: Mapping[str, Tensor] | None = None) -> ActiveEntries:
+        """Take the nonzero entries out of dense features; ``parts`` are passed on.
 
         Raises:
             RunError: a feature is NaN or infinite at a token that counts; the message says where.
@@ -53,7 +55,8 @@ class ActiveEntries:
                 f"feature {int(feature[first])} is {float(value[first])} at {where}: the SAE or its input is damaged"
             )
         order = torch.argsort(feature, stable=True)
-        return cls(z_BTF, n_rows, context, n_features, valid_N, feature[order], token[order], value[order])
+        entries = feature[order], token[order], value[order]
+        return cls(z_BTF, n_rows, context, n_features, valid_N, *entries, parts or {})
 
     @property
     def n_tokens(self) -> int:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...plugins import plugin_at_work
-from ..protocol import Findings, SparseCoder, TokenBatch
+from ...train.sae.protocol import SparseCoder
+from .. import cost
+from ..protocol import Findings, TokenBatch
 from ..results import Definition
 from . import fidelity
 from .active_entries import ActiveEntries
@@ -41,7 +43,7 @@ def definitions(plugins: Collection[str] = ()) -> dict[str, Definition]:
     found = fidelity.definitions()
     for family in families(plugins).values():
         found |= family.definitions
-    return found
+    return found | cost.DEFINITIONS
 
 
 class AllMetrics:

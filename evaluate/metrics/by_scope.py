@@ -1,22 +1,24 @@
-"""Where the temporal term sees only the first part of the dictionary: the same metrics for that part and for the rest.
+"""The same metrics for parts of a code: the features that the temporal term sees and the others, or the summands of
+the code.
 
 Temporal SAE (arXiv 2511.05541) calls the two high-level and low-level features; its Table 1 gives S of the high ones
 alone. A twin is split where its TC-SAE is, so that their difference is that of the same feature numbers from the same
-start.
+start. Of an architecture whose code is a sum (Temporal Feature Analysis: predicted + novel) every summand is a part.
 
 Shapes: B rows, T positions, D model width, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..protocol import Findings, SparseCoder, TokenBatch
+from ...train.sae.protocol import SparseCoder
+from ..protocol import Findings, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries
 from .all import AllMetrics
@@ -33,8 +35,14 @@ PARTS = {
 _FIDELITY = ("explained_variance", "cosine", "l0", "l1")
 
 
+SUMMANDS = {
+    "predicted": "of the part of the code that is predicted from the tokens before",
+    "novel": "of the part of the code that is not predicted",
+}
+
+
 @dataclass(frozen=True)
-class _Part:
+class _Some:
     """Some of an SAE's features, in what the metrics ask of an SAE."""
 
     W_enc: Tensor
@@ -44,48 +52,75 @@ class _Part:
     n_features: int
 
 
-class ByScope:
-    """The metrics of the first ``inside`` features and of the others, each under its own name.
+@dataclass(frozen=True)
+class Part:
+    """One part of a code.
+
+    Attributes:
+        text: what it is, for definitions.
+        seen_as: the SAE as the metrics of this part see it.
+        codes: its codes [B, T, features of ``seen_as``].
+        alone: these codes as codes of the whole dictionary, zero elsewhere.
+
+    """
+
+    text: str
+    seen_as: Any
+    codes: Callable[[ActiveEntries], Tensor]
+    alone: Callable[[ActiveEntries], Tensor]
+
+
+class ByPart:
+    """The metrics of every part, each under its own name.
 
     Args:
         sae: all of it.
         chosen: the families of which parts are measured; each says which of its metrics.
+        parts: by the suffix of their metrics.
         context: positions of a row.
         seed: of samples and nulls.
-        inside: how many features, from the first, the temporal term sees.
+        note: what a reader must know of the suffixes.
 
     """
 
-    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int, inside: int):
-        self._sae = sae
-        self._slices = {"high": slice(0, inside), "low": slice(inside, sae.n_features)}
+    def __init__(
+        self,
+        sae: SparseCoder,
+        chosen: Mapping[str, MetricFamily],
+        parts: Mapping[str, Part],
+        *,
+        context: int,
+        seed: int,
+        note: str,
+    ):
+        self._sae, self._parts, self._note = sae, dict(parts), note
         families = {name: family for name, family in chosen.items() if family.by_part}
         self._keys = [*_FIDELITY, *(key for family in families.values() for key in family.by_part)]
         self._metrics: dict[str, AllMetrics] = {}
         self._fidelity: dict[str, Fidelity] = {}
-        for name, part in self._slices.items():
-            rows = sae.W_dec[part]
-            view: Any = _Part(sae.W_enc[:, part], rows, sae.b_dec, sae.d_model, len(rows))
-            self._metrics[name] = AllMetrics(view, families, context=context, seed=seed)
-            self._fidelity[name] = Fidelity(sae.b_dec.detach().float(), rows.detach().norm(dim=1))
-        known = fidelity_definitions() | self._metrics["high"].definitions
-        self.definitions = {f"{key}_{name}": _of_part(known[key], name) for key in self._keys for name in PARTS}
+        known = dict(fidelity_definitions())
+        for name, part in parts.items():
+            self._metrics[name] = AllMetrics(part.seen_as, families, context=context, seed=seed)
+            norms_F = part.seen_as.W_dec.detach().norm(dim=1)
+            self._fidelity[name] = Fidelity(sae.b_dec.detach().float(), norms_F)
+            known |= self._metrics[name].definitions
+        self.definitions = {
+            f"{key}_{name}": _of_part(known[key], name, part.text) for key in self._keys for name, part in parts.items()
+        }
 
     @torch.no_grad()
     def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
         """Take one batch in. Each part's reconstruction is what its features alone, and the bias, would give."""
-        for name, part in self._slices.items():
-            alone_BTF = torch.zeros_like(active.z_BTF)
-            alone_BTF[..., part] = active.z_BTF[..., part]
-            x_part_BTD = self._sae.decode(alone_BTF)
-            z_part_BTF = active.z_BTF[..., part].contiguous()
+        for name, part in self._parts.items():
+            x_part_BTD = self._sae.decode(part.alone(active))
+            z_part_BTF = part.codes(active)
             self._fidelity[name].add_reconstruction(batch, x_part_BTD, z_part_BTF)
             self._metrics[name].update(batch, ActiveEntries.from_dense(z_part_BTF, batch.valid_BT), x_part_BTD)
 
     def result(self) -> Findings:
-        """The chosen metrics of both parts; no curves and nothing per feature, which the whole has."""
-        found = Findings()
-        for name in PARTS:
+        """The chosen metrics of all parts; no curves and nothing per feature, which the whole has."""
+        found = Findings(notes=[self._note])
+        for name in self._parts:
             measured = self._metrics[name].result()
             sums = self._fidelity[name].sums() | measured.sums
             for key in self._keys:
@@ -94,14 +129,49 @@ class ByScope:
                     found.sums[new] = replace(sums[key], definition=new)
                 elif key in measured.metrics:
                     found.metrics[new] = measured.metrics[key].model_copy(update={"definition": new})
-        inside = self._slices["high"].stop
-        found.notes.append(
-            f"metrics ending in _high are of its first {inside:,} features, in _low of the other "
-            f"{self._sae.n_features - inside:,}"
-        )
         return found
 
 
-def _of_part(whole: Definition, name: str) -> Definition:
+class ByScope(ByPart):
+    """The metrics of the first ``inside`` features, which the temporal term sees, and of the others."""
+
+    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int, inside: int):
+        parts = {"high": slice(0, inside), "low": slice(inside, sae.n_features)}
+        note = (
+            f"metrics ending in _high are of its first {inside:,} features, in _low of the other "
+            f"{sae.n_features - inside:,}"
+        )
+        found = {name: self._part(sae, name, columns) for name, columns in parts.items()}
+        super().__init__(sae, chosen, found, context=context, seed=seed, note=note)
+
+    @staticmethod
+    def _part(sae: SparseCoder, name: str, columns: slice) -> Part:
+        rows = sae.W_dec[columns]
+
+        def alone(active: ActiveEntries) -> Tensor:
+            z_BTF = torch.zeros_like(active.z_BTF)
+            z_BTF[..., columns] = active.z_BTF[..., columns]
+            return z_BTF
+
+        view = _Some(sae.W_enc[:, columns], rows, sae.b_dec, sae.d_model, len(rows))
+        return Part(PARTS[name], view, lambda active: active.z_BTF[..., columns].contiguous(), alone)
+
+
+class BySummand(ByPart):
+    """The metrics of every summand of an SAE's code."""
+
+    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int):
+        texts = {name: SUMMANDS.get(name, f"of the part of the code called {name}") for name in sae.summands}
+        found = {name: self._part(sae, name, text) for name, text in texts.items()}
+        endings = " and ".join(f"_{name}" for name in texts)
+        note = f"its code is a sum: metrics ending in {endings} are of the summands"
+        super().__init__(sae, chosen, found, context=context, seed=seed, note=note)
+
+    @staticmethod
+    def _part(sae: SparseCoder, name: str, text: str) -> Part:
+        return Part(text, sae, lambda active: active.parts[name], lambda active: active.parts[name])
+
+
+def _of_part(whole: Definition, name: str, text: str) -> Definition:
     label = f"{whole.label}, {name}" if whole.label else ""
-    return whole.model_copy(update={"text": f"{whole.text}; {PARTS[name]} alone", "label": label, "group": ""})
+    return whole.model_copy(update={"text": f"{whole.text}; {text} alone", "label": label, "group": ""})

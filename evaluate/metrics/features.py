@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife
-from ..protocol import Findings, Ledger, SparseCoder, TokenBatch, plain_metric
+from ..protocol import Findings, Ledger, TokenBatch, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .active_entries import ActiveEntries
 from .registry import metric

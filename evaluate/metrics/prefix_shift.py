@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ...cache.format.layout import RowBlock
+from ...train.sae.protocol import RowTokens, SparseCoder
 from ..intervals.jackknife import GROUPS, jackknife
-from ..protocol import Findings, SparseCoder
+from ..protocol import Findings
 from ..results import Curve, Definition, Metric
 from .registry import metric
 
@@ -146,10 +147,10 @@ def prefix_shift(context: ShiftContext) -> Findings:
 
 @torch.no_grad()
 def _passages(context: ShiftContext, tokens_RT: np.ndarray, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Activations [R, M, D] and features [R, M, F] of the passages."""
+    """Activations [R, M, D] and features [R, M, F] of the passages; no code looks before its passage."""
     x_RTD = context.run_rows(torch.from_numpy(tokens_RT.astype(np.int64)))
     x_RMD = x_RTD[:, start : start + length].float()
-    return x_RMD, context.sae.encode(x_RMD)
+    return x_RMD, context.sae.on_rows(x_RMD, RowTokens.whole(x_RMD)).features
 
 
 def _mean_cosine(one_RMX: Tensor, other_RMX: Tensor, key: str) -> Metric:

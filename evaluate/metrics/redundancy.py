@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..protocol import Findings, SparseCoder, TokenBatch, plain_metric
+from ...train.sae.protocol import SparseCoder
+from ..protocol import Findings, TokenBatch, plain_metric
 from ..results import NO_INTERVAL, Definition
 from .active_entries import ActiveEntries
 from .registry import metric

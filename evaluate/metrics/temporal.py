@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band
-from ..protocol import Findings, Ledger, SparseCoder, TokenBatch, UnitSums, plain_metric
+from ..protocol import Findings, Ledger, TokenBatch, UnitSums, plain_metric
 from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition
 from .active_entries import ActiveEntries, Matches, matches, pair_masks
 from .gain_refit import refit_gains

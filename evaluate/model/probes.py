@@ -5,6 +5,7 @@ Shapes: n rows asked for, T positions, D model width, F features, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...cache.format.layout import RowBlock
 from ...sites import Location
-from ..protocol import SparseCoder
+from ...train.sae.protocol import RowTokens, SparseCoder
 from .heldout_text import HeldOutText
 from .splice import Head, SplicedModel
 
@@ -71,6 +72,8 @@ class ProbeContext:
     at: Location
     seed: int
     per_feature: Mapping[str, np.ndarray]
+    norm_limit: float = math.inf
+    """Norm beyond which a token does not count."""
 
     @property
     def n_tokens(self) -> int:
@@ -105,7 +108,12 @@ class ProbeContext:
     @torch.no_grad()
     def encode_rows(self, rows: Sequence[int]) -> Tensor:
         """Features [n, T, F]."""
-        return self.sae.encode(self.probed.rows(rows, self.at))
+        x_nTD, text = self.probed.rows(rows, self.at), self.probed.text
+        real_nT, documents_nT = (
+            torch.from_numpy(each[list(rows)]).to(x_nTD.device) for each in (text.real_RT, text.documents_RT)
+        )
+        valid_nT = real_nT & (x_nTD.norm(dim=-1) <= self.norm_limit)
+        return self.sae.on_rows(x_nTD, RowTokens.of(valid_nT, documents_nT)).features
 
     def token_text(self, token: int) -> str:
         """A token as readers see it, its leading space kept."""

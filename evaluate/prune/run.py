@@ -23,12 +23,13 @@ from ...console import progress
 from ...device import resolve_device
 from ...errors import RunError, UsageError
 from ...train.run_folder.record import RECORD, RunRecord, load_run
+from ...train.sae.protocol import SparseCoder
 from ...train.sae.temporal_sae import TemporalSAE
 from ...untrusted_files import seed_number
 from ..metrics.active_entries import ActiveEntries
 from ..metrics.position import FALSE_DISCOVERY_RATE, LOCKED, PositionStatistics
 from ..metrics.redundancy import NEAR_DUPLICATE
-from ..protocol import SparseCoder, TokenBatch
+from ..protocol import TokenBatch
 from .elimination import Elimination, GainFit, eliminate, plan_elimination
 
 PRUNE_RECORD = "prune.json"

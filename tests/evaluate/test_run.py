@@ -6,7 +6,7 @@ import pytest
 import torch
 from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
-from tcsae.evaluate.config import REFERENCES, EvaluateConfig
+from tcsae.evaluate.config import REFERENCES, UNTRAINED_TWINS, EvaluateConfig
 from tcsae.evaluate.one_pass import Measurement
 from tcsae.evaluate.results import read_results
 from tcsae.evaluate.run import within_memory
@@ -15,6 +15,7 @@ from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
 from tiny_runs import make_manifest, make_run, random_sae
 
+PLAIN = set(REFERENCES) - {UNTRAINED_TWINS}
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 
@@ -57,7 +58,8 @@ def report(place):
 
 def test_every_finished_run_and_every_reference_has_a_row(place, report):
     names = {(record.layer, record.name) for record in report.records}
-    assert names == {(layer, name) for layer in (1, 3) for name in REFERENCES} | {(1, "tc"), (1, "twin"), (3, "deep")}
+    rows = {(layer, name) for layer in (1, 3) for name in PLAIN} | {(1, "tc"), (1, "twin"), (3, "deep")}
+    assert names == rows | {(1, "untrained:topk"), (3, "untrained:relu")}
     assert report.layers == [1, 3]
     assert not report.failures
     assert read_results(place / "reports" / "model") == report
@@ -240,7 +242,7 @@ def test_a_device_without_memory_is_one_sentence_and_what_is_finished_is_kept(pl
         assert main(command) == 1
     assert len(passes[0]) == len(REFERENCES) + 2
     kept = {part[0] for part in passes if len(part) == 1} - {"tc"}
-    assert kept == {*REFERENCES, "twin"}
+    assert kept == {*PLAIN, "untrained:topk", "twin"}
     seen = []
     monkeypatch.setattr(
         Measurement, "run", lambda self, *a: (seen.append([c.row.name for c in self.candidates]), real(self, *a))[1]

@@ -65,7 +65,7 @@ def test_stores_and_runs_say_their_site(place):
 def test_rows_at_two_sites_of_a_layer_are_never_mixed(place, report):
     assert report.layers == [1]
     assert report.sites == list(SITES)
-    assert len(report.records) == 2 * len(report.of_site("mlp_out").records) == 2 * (7 + 2)
+    assert len(report.records) == 2 * len(report.of_site("mlp_out").records) == 2 * (7 + 2 + 1)
     assert {pair.site for pair in report.paired} == set(SITES)
     assert all("l1.mlp_out" in pair.first for pair in report.paired if pair.site == "mlp_out")
     ce = {site: report.record("mean", 1, site).metrics["ce"].value for site in SITES}

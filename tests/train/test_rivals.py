@@ -160,3 +160,30 @@ def test_memory_counts_the_attention_and_is_said_before_the_start(store, tmp_pat
 def test_a_store_that_does_not_fit_is_one_sentence(store, tmp_path, changes, sentence):
     with pytest.raises(UsageError, match=sentence):
         run.train(config_for(store, tmp_path, changes))
+
+
+def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, monkeypatch):
+    path = make_store(tmp_path, rows=64, documents=12)
+    ActivationStore.open(path).statistics()
+    read, real = [], ActivationStore.read_chunks
+
+    def counted(self, chunks, *rest):
+        read.append(len(chunks))
+        return real(self, chunks, *rest)
+
+    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    config = config_for(path, tmp_path / "runs", {"temporal.form": "pairwise", "data.pool": 0})
+    done = run.train(config, rivals=True, sweep={"run.seed": ["0", "1"]})
+    names = [path.name.removeprefix("l3-").rsplit("-", 1)[0] for path in done.runs]
+    assert sorted(set(names)) == sorted([
+        "topk4-none", "topk4-pairwise0.03-w5", "tfa4-none", "txc4-none-w5",
+        "batchtopk4-groups0.2-1-contrastive0.1-earlier-scope0.2", "batchtopk4-groups0.2-1-none-pairs",
+    ])  # fmt: skip
+    assert len(names) == 12
+    assert len(read) == 1
+    for folder in done.runs:
+        record = load_run(folder)
+        assert (record.config["sae"]["k"], record.config["sae"]["width"], record.steps) == (4, 32, 20)
+        assert record.metrics["l0"] == pytest.approx(4, rel=0.2)
+    plain, tc = (load_run(tmp_path / "runs" / f"l3-{name}-s0") for name in ("topk4-none", "topk4-pairwise0.03-w5"))
+    assert (plain.role, plain.twin, tc.twin) == ("twin", tc.name, plain.name)

@@ -20,6 +20,7 @@ import torch
 from ...cache.store import ActivationStore
 from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
+from ...free_memory import peak_memory
 from ...progress_bar import Table
 from ...stop_signals import stop_signals
 from ..loss.partners import Batch, draw_partners, generator_of, neighbours_in_rows
@@ -73,6 +74,7 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
 
 
 _CALIBRATION_BATCHES = 16
+_EVENTS_KEPT = 256
 _CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
 
 
@@ -122,15 +124,21 @@ class Pass:
         self.step, self.steps = 0, self.config.run.steps
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
-        self._rate = _Rate()
+        self._rate, self._clock = _Rate(), _Clock(device)
 
     def restore(self, step: int) -> None:
         """Go to the checkpoint of ``step`` that every member has."""
         for member in self.members:
             state = load_checkpoint(self.folder(member), step)
             member.load_state_dict(state["member"])
+            self._clock.begin_at(member, state.get("seconds", 0.0))
             self.feed.load_state_dict(json.loads(state["stream"]), view_of(member.config.data))
         self.step = step
+
+    def cost(self, member: Member) -> dict[str, float]:
+        """What the training of a member took, for its record."""
+        seconds, memory = self._clock.seconds(member), peak_memory(self.device)
+        return {"seconds": seconds, "peak_memory_bytes": float(memory), "members": float(len(self.members))}
 
     def folder(self, member: Member) -> Path:
         """Run folder of a member."""
@@ -171,7 +179,8 @@ class Pass:
         for stack in self.stacks:
             mine = seen[view_of(stack.members[0].config.data)]
             of_members = [partners[member.plan.name] for member in stack.members]
-            updates = stack.train_step(mine.x_NWD, of_members, share=mine.share, rows=mine.rows)
+            with self._clock.running(stack.members):
+                updates = stack.train_step(mine.x_NWD, of_members, share=mine.share, rows=mine.rows)
             for member, update in zip(stack.members, updates, strict=True):
                 if checked:
                     check_finite(member, update, mine.batch)
@@ -266,6 +275,7 @@ class Pass:
             "member": member.state_dict(),
             "stream": json.dumps(self.feed.state_dict(view_of(member.config.data))),
             "inputs": self.inputs.state_dict(),
+            "seconds": self._clock.seconds(member),
         }
 
     def _open_journals(self) -> dict[str, Journal]:
@@ -300,6 +310,48 @@ class _Rate:
             }
             self._now, self._step, self._waited = now, step, waited
         return self.last
+
+
+class _Clock:
+    """Seconds that the steps of every member took; members that step together share them equally."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[list[str], torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, members: Sequence[Member]) -> Iterator[None]:
+        names = [member.plan.name for member in members]
+        if self._on_gpu:  # which works on while the next calls are made
+            begins, ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begins.record()
+            yield
+            ends.record()
+            self._events.append((names, begins, ends))
+            if len(self._events) >= _EVENTS_KEPT:
+                self._read_events()
+            return
+        began = time.perf_counter()
+        yield
+        self._add(names, time.perf_counter() - began)
+
+    def _add(self, names: Sequence[str], seconds: float) -> None:
+        for name in names:
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds / len(names)
+
+    def _read_events(self) -> None:
+        for names, begins, ends in self._events:
+            ends.synchronize()
+            self._add(names, begins.elapsed_time(ends) / 1000)
+        self._events.clear()
+
+    def seconds(self, member: Member) -> float:
+        self._read_events()
+        return self._seconds.get(member.plan.name, 0.0)
+
+    def begin_at(self, member: Member, seconds: float) -> None:
+        self._seconds[member.plan.name] = seconds
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class RunRecord(BaseModel):
     """fast: with hand-written gradients; autograd: with autograd. Empty: hand-written, before this was recorded."""
     plugins: dict[str, str] = {}
     """Plug-ins used in training: name of the file → SHA-256 of its bytes."""
+    cost: dict[str, float] = {}
+    """seconds: of this SAE's steps. peak_memory_bytes: of the process or its GPU. members: SAEs that trained beside."""
     versions: dict[str, str]
     created: str
     """When the run started, ISO 8601, UTC."""

@@ -96,7 +96,7 @@ class RowTokens:
         return RowTokens.of(self.valid_NT[rows], self.documents_NT[rows])
 
 
-class TokenCoder(Protocol):
+class SparseCoder(Protocol):
     """An SAE as something that gives every token of a row its own code and reconstruction, on raw activations."""
 
     @property
@@ -124,6 +124,16 @@ class TokenCoder(Protocol):
         """F."""
         ...
 
+    @property
+    def sees(self) -> Literal["token", "window", "row"]:
+        """What a code is computed from."""
+        ...
+
+    @property
+    def summands(self) -> tuple[str, ...]:
+        """The names of those of its parts whose sum its codes are; empty where they are none."""
+        ...
+
     def decode(self, z: Tensor, /) -> Tensor:
         """Codes [.., F] → reconstruction [.., D]."""
         ...
@@ -148,10 +158,13 @@ class SparseAutoencoder(nn.Module):
 
     architecture: ClassVar[str]
     """The name it is registered under."""
-    sees: ClassVar[Literal["token", "window", "row"]] = "token"
+    sees: Literal["token", "window", "row"] = "token"
     """What a code is computed from. token: one activation [.., D]. window: ``sae.window`` of them [N, W, D], with one
     code [N, F] for all. row: those before it in its row: :meth:`forward` takes rows [N, T, D] and a :class:`RowTokens`.
     """
+
+    summands: tuple[str, ...] = ()
+    """The names of those of an output's parts whose sum its codes are."""
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
@@ -229,13 +242,17 @@ class SparseAutoencoder(nn.Module):
         """Everything about activations ``x`` [.., D]; ``rows`` are given to architectures that see rows."""
         raise NotImplementedError
 
-    def token_coder(self) -> TokenCoder:
+    def token_coder(self) -> SparseCoder:
         """The SAE as what gives every token of a row its own code; itself, unless a code is of several tokens."""
         return self
 
     def on_rows(self, x_NTD: Tensor, rows: RowTokens) -> SAEOutput:
-        """See :class:`TokenCoder`."""
+        """See :class:`SparseCoder`."""
         return self(x_NTD, rows) if self.sees == "row" else self(x_NTD)
+
+    def forward_flops(self, context: int) -> float:
+        """Floating-point operations per token, as :meth:`token_coder` in rows of ``context`` positions; dense."""
+        return 2 * (self.W_enc.numel() + self.W_dec.numel())
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [.., D] → codes [.., F]."""

@@ -52,6 +52,7 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
     """
 
     sees = "row"
+    summands = ("predicted", "novel")
 
     def __init__(
         self,
@@ -183,6 +184,13 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
     def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
         """Mean over tokens of ‖z_novel‖₂."""
         return at_least_float32(out.parts["novel"]).norm(dim=-1).mean()
+
+    def forward_flops(self, context: int) -> float:
+        """See :class:`SparseAutoencoder`: encoder and decoder twice, four projections, scores and their mean."""
+        projections = 2 * sum(layer.weight.numel() for layer in (self.keys, self.queries, self.values, self.output))
+        mean_past = (context + 1) / 2
+        attention = 2 * mean_past * (self.keys.out_features + self.n_features)
+        return 2 * super().forward_flops(context) + projections + attention
 
     def settings(self) -> dict[str, Any]:
         """See :class:`SparseAutoencoder`."""

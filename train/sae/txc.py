@@ -9,7 +9,7 @@ Shapes: N windows, W positions, D model width, F features, B rows, T positions o
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..loss import terms
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
 from .initialise import unit_rows
-from .protocol import RowTokens, SAEOutput, SparseAutoencoder, TokenCoder
+from .protocol import RowTokens, SAEOutput, SparseAutoencoder, SparseCoder
 from .registry import architecture
 
 
@@ -110,7 +110,7 @@ class TemporalCrosscoder(SparseAutoencoder):
         pre_NF = at_least_float32(out.pre_activations)
         return terms.aux_k(residual_NX, pre_NF, self.W_dec, dead_F, objective.aux_k) / self.window
 
-    def token_coder(self) -> TokenCoder:
+    def token_coder(self) -> SparseCoder:
         """The code of the window that ends at a token, and the reconstruction of its last position."""
         return LastPosition(self)
 
@@ -130,6 +130,8 @@ class LastPosition:
         self.crosscoder = crosscoder
         self.d_model, self.n_features = crosscoder.d_model, crosscoder.n_features
         last = slice(-crosscoder.d_model, None)
+        self.sees: Literal["token", "window", "row"] = "window"
+        self.summands: tuple[str, ...] = ()
         self.W_enc, self.W_dec = crosscoder.W_enc[last], crosscoder.W_dec[:, last]
         self.b_dec = crosscoder.b_dec[last]
 
@@ -138,16 +140,15 @@ class LastPosition:
         return z @ self.W_dec + self.b_dec
 
     def on_rows(self, x_BTD: Tensor, rows: RowTokens) -> SAEOutput:
-        """See :class:`~tcsae.train.sae.protocol.TokenCoder`.
+        """See :class:`~tcsae.train.sae.protocol.SparseCoder`.
 
-        ``parts``: ``windows`` [B, T, W, D], the reconstruction of all positions; ``complete`` [B, T], whether the
-        window is.
+        ``parts``: ``windows`` and ``inputs`` [B, T, W, D], the reconstruction of all positions and what it is of;
+        ``complete`` [B, T], whether the window is.
         """
         w, (b, t) = self.crosscoder.window, x_BTD.shape[:2]
         filled_WD = self.crosscoder.b_dec.unflatten(0, (w, -1))
         windows_BTWD = x_BTD.new_empty(b, t, w, self.d_model)
-        complete_BT = torch.ones(b, t, dtype=torch.bool, device=x_BTD.device)
-        there_BT = complete_BT  # of the positions from p to the token, all are there
+        there_BT = torch.ones(b, t, dtype=torch.bool, device=x_BTD.device)  # all positions up to here are
         windows_BTWD[:, :, -1] = x_BTD
         for back in range(1, w):
             follows_BT = torch.zeros_like(there_BT)
@@ -157,5 +158,5 @@ class LastPosition:
             earlier_BTD = x_BTD.roll(back, dims=1)
             windows_BTWD[:, :, -1 - back] = torch.where(there_BT[..., None], earlier_BTD, filled_WD[-1 - back])
         out = self.crosscoder(windows_BTWD)
-        parts = {"windows": out.reconstruction, "complete": there_BT if w > 1 else complete_BT}
+        parts = {"windows": out.reconstruction, "inputs": windows_BTWD, "complete": there_BT}
         return SAEOutput(out.reconstruction[:, :, -1], out.features, out.pre_activations, parts)

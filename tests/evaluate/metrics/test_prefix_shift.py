@@ -56,7 +56,11 @@ def fake_context(position_weight: float, past_weight: float = 0.0):
         past = own.cumsum(1) / torch.arange(1, 25)[:, None]
         return own + position_weight * of_position + past_weight * past
 
-    sae = SimpleNamespace(encode=lambda x: torch.cat([x, -x], -1).relu())
+    def on_rows(x, rows):
+        assert rows.n_tokens == x.shape[0] * x.shape[1]
+        return SimpleNamespace(features=torch.cat([x, -x], -1).relu())
+
+    sae = SimpleNamespace(on_rows=on_rows)
     return SimpleNamespace(rows=[block()], seed=0, run_rows=run_rows, sae=sae)
 
 

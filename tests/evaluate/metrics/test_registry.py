@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tcsae.errors import RunError, UsageError
+from tcsae.evaluate import cost
 from tcsae.evaluate.intervals.bootstrap import Resampler
 from tcsae.evaluate.metrics import fidelity
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
@@ -94,7 +95,7 @@ def test_every_metric_works_where_no_pair_counts(name, alternate):
 
 
 def test_no_two_metrics_share_a_name():
-    parts = [fidelity.definitions(), *(family.definitions for family in families().values())]
+    parts = [fidelity.definitions(), cost.DEFINITIONS, *(family.definitions for family in families().values())]
     assert len(definitions()) == sum(len(part) for part in parts)
 
 
