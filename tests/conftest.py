@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from tiny import KINDS, tiny_corpus, tiny_model
 # The same examples in every run: what is found by chance belongs into a test of its own.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+# Under nohup, the processes that tests start would inherit that SIGHUP is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 _connect = socket.socket.connect
 
 
