@@ -25,6 +25,8 @@ import pytest
 import torch
 from hypothesis import settings
 from tcsae import plugins
+from tcsae.cache.store import ActivationStore
+from tcsae.cache.stream import TokenStream
 from tiny import KINDS, tiny_corpus, tiny_model
 
 # The same examples in every run: what is found by chance belongs into a test of its own.
@@ -130,3 +132,26 @@ def memory() -> Iterator[str]:
 
     yield "memory://bucket/stores"
     fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def chunks_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of chunks of every read of a store from now on.
+
+    A stream reads one pool ahead. Whether that read has begun when the stream is closed is left to chance, so here it
+    always has: what is counted is what a run would read at most.
+    """
+    read: list[int] = []
+    real = ActivationStore.read_chunks
+
+    def counted(self: ActivationStore, chunks: Any, *rest: Any) -> Any:
+        read.append(len(chunks))
+        return real(self, chunks, *rest)
+
+    def close(self: TokenStream) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=False)
+
+    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    monkeypatch.setattr(TokenStream, "close", close)
+    return read

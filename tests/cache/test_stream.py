@@ -68,26 +68,19 @@ def test_windows_hold_usable_tokens_of_one_document_each_once_before_the_pool_is
 
 
 @pytest.mark.parametrize("view", EVERY_VIEW, ids=lambda view: view.name)
-def test_company_changes_nothing_and_the_store_is_read_once(tmp_path, monkeypatch, view):
+def test_company_changes_nothing_and_the_store_is_read_once(tmp_path, chunks_read, view):
     store = ActivationStore.open(make_store(tmp_path, rows=48, packing="concat", documents=20))
     options = {"tokens_per_batch": 40, "pool_tokens": 200, "seed": 7}
-    size, read = store.chunk_rows * store.context * store.d_model * 2, []
-    real = ActivationStore.read_chunks
-
-    def counted(self, chunks, *rest):
-        read.append(len(chunks))
-        return real(self, chunks, *rest)
-
-    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    size = store.chunk_rows * store.context * store.d_model * 2
     with TokenStream(store, [view], prefetch=False, **options) as alone:
         own = batches(alone, 30)
-    bytes_alone = sum(read) * size
+    bytes_alone = sum(chunks_read) * size
     assert bytes_alone >= store.n_tokens * store.d_model * 2  # more than an epoch
-    read.clear()
+    chunks_read.clear()
     with TokenStream(store, EVERY_VIEW, prefetch=False, **options) as shared:
         at = EVERY_VIEW.index(view)
         assert all(same(mine, shared.next_batches()[at]) for mine in own)
-    assert sum(read) * size == bytes_alone
+    assert sum(chunks_read) * size == bytes_alone
 
 
 @pytest.mark.parametrize("view", EVERY_VIEW, ids=lambda view: view.name)

@@ -76,24 +76,17 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, mo
         assert [entry["loss"] for entry in read_metrics(a)] == [entry["loss"] for entry in read_metrics(b)]
 
 
-def test_all_kinds_share_one_read_and_are_what_they_are_alone(store, tmp_path, monkeypatch):
-    read, real = [], ActivationStore.read_chunks
-
-    def counted(self, chunks, *rest):
-        read.append(len(chunks))
-        return real(self, chunks, *rest)
-
-    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+def test_all_kinds_share_one_read_and_are_what_they_are_alone(store, tmp_path, chunks_read):
     grid = {"sae.architecture": ["sae", "txc", "tfa"]}
     shared = run.train(config_for(store, tmp_path / "shared", {"sae.decoder": "free"}), sweep=grid).runs
     assert len(shared) == 3
-    chunks = sum(read)
+    chunks = sum(chunks_read)
     for path in shared:
-        read.clear()
+        chunks_read.clear()
         kind = load_run(path).config["sae"]["architecture"]
         alone = run.train(config_for(store, tmp_path / "alone", {"sae.decoder": "free", "sae.architecture": kind}))
         assert weights(alone.runs[0]) == weights(path)
-        assert sum(read) == chunks
+        assert sum(chunks_read) == chunks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,16 +155,10 @@ def test_a_store_that_does_not_fit_is_one_sentence(store, tmp_path, changes, sen
         run.train(config_for(store, tmp_path, changes))
 
 
-def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, monkeypatch):
+def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, chunks_read):
     path = make_store(tmp_path, rows=64, documents=12)
     ActivationStore.open(path).statistics()
-    read, real = [], ActivationStore.read_chunks
-
-    def counted(self, chunks, *rest):
-        read.append(len(chunks))
-        return real(self, chunks, *rest)
-
-    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    chunks_read.clear()
     config = config_for(path, tmp_path / "runs", {"temporal.form": "pairwise", "data.pool": 0})
     done = run.train(config, rivals=True, sweep={"run.seed": ["0", "1"]})
     names = [path.name.removeprefix("l3-").rsplit("-", 1)[0] for path in done.runs]
@@ -180,7 +167,7 @@ def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, monkeypatch):
         "batchtopk4-groups0.2-1-contrastive0.1-earlier-scope0.2", "batchtopk4-groups0.2-1-none-pairs",
     ])  # fmt: skip
     assert len(names) == 12
-    assert len(read) == 1
+    assert len(chunks_read) == 1
     for folder in done.runs:
         record = load_run(folder)
         assert (record.config["sae"]["k"], record.config["sae"]["width"], record.steps) == (4, 32, 20)

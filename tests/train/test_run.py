@@ -117,24 +117,18 @@ def test_the_first_of_nested_groups_learns_to_reconstruct_by_itself(store, tmp_p
     assert found[0] < 0.85 * found[1]
 
 
-def test_members_with_other_views_share_the_read_and_are_what_they_are_alone(store, tmp_path, monkeypatch):
+def test_members_with_other_views_share_the_read_and_are_what_they_are_alone(store, tmp_path, chunks_read):
     ActivationStore.open(store).statistics()  # which reads it, too, the first time
-    read, real = [], ActivationStore.read_chunks
-
-    def counted(self, chunks, *rest):
-        read.append(len(chunks))
-        return real(self, chunks, *rest)
-
-    monkeypatch.setattr(ActivationStore, "read_chunks", counted)
+    chunks_read.clear()
     grid = {"temporal.partner": ["next", "earlier"], "data.window": ["3", "5"]}
     shared = run.train(config_for(store, tmp_path / "shared", run__baseline=False), sweep=grid)
     assert len(shared.runs) == 3  # windows of 3, of 5, and pairs, which know no window
-    chunks_shared = sum(read)
+    chunks_shared = sum(chunks_read)
     for change in ({"data__window": 3}, {"data__window": 5}, {"temporal__partner": "earlier"}):
-        read.clear()
+        chunks_read.clear()
         (alone,) = run.train(config_for(store, tmp_path / "alone", run__baseline=False, **change)).runs
         assert weights(tmp_path / "shared" / alone.name) == weights(alone)
-        assert sum(read) == chunks_shared
+        assert sum(chunks_read) == chunks_shared
 
 
 def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
