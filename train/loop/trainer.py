@@ -35,7 +35,7 @@ from .diagnostics import Metrics, diagnose
 from .distributed import World
 from .inputs import Inputs
 from .member import Member, Update
-from .memory_plan import stacks, step_of
+from .memory_plan import alone, stacks
 from .single import Single
 from .stack import Stack
 
@@ -117,8 +117,8 @@ class Pass:
         self.stacks: list[Stack | Single] = []
         for part in stacks(plans, device.type):
             members = [by_name[plan.name] for plan in part]
-            step, _ = step_of(part[0], device.type)
-            self.stacks.append(Stack(members) if step == "fast" else Single(members[0]))
+            step = alone(part[0], device.type)
+            self.stacks.append(Single(members[0], step) if step else Stack(members))
         self.mean_D = inputs.mean_D.to(device)
         self.feed = open_feed(store, [plan.config.data for plan in plans], inputs, device)
         self.step, self.steps = 0, self.config.run.steps
