@@ -47,7 +47,7 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
         metadata: where it belongs; saved with it.
 
     Raises:
-        UsageError: heads and bottleneck do not divide the features.
+        UsageError: heads and bottleneck do not divide the features, or k is none of them.
 
     """
 
@@ -67,6 +67,8 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__(d_model, n_features, metadata=metadata)
+        if k is not None and not 1 <= k <= n_features:
+            raise UsageError(f"a novel part of k = {k} active features does not fit {n_features} features")
         if n_features % (heads * bottleneck):
             parts = f"{heads} heads with a bottleneck of {bottleneck}"
             raise UsageError(f"{n_features} features cannot be shared by {parts}: give a --width that they divide")
