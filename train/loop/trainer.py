@@ -20,6 +20,7 @@ import torch
 from ...cache.store import ActivationStore
 from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
+from ...errors import UsageError
 from ...free_memory import peak_memory
 from ...progress_bar import Table
 from ...stop_signals import stop_signals
@@ -192,6 +193,10 @@ class Pass:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
 
     def _own_share(self, view: View, batch: TokenBatch) -> _Seen:
+        n, processes = len(batch.x_NWD) // view.together, self.world.size
+        if n < processes:
+            what = f"a batch holds {n} {view.name} for {processes} processes"
+            raise UsageError(f"{what}: give a larger --batch-size, or start fewer processes")
         part, rows = batch.part(self.world.share(len(batch.x_NWD), together=view.together)), None
         if part.valid_NW is not None and part.documents_NW is not None:
             rows = RowTokens.of(part.valid_NW, part.documents_NW, self.device)
