@@ -142,8 +142,9 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
 
     @classmethod
     def step_bytes(cls, config: SAEConfig, d_model: int, n_tokens: int) -> int:
-        """Codes, keys, queries, values, both parts, what lies between them, and the gradients of all."""
-        return n_tokens * 4 * (22 * config.width + 10 * d_model)
+        """What autograd keeps (9 F per token), gradients on their way, and bfloat16 copies of the weights."""
+        weights = 2 * config.width**2 * (1 + 1 / config.bottleneck)
+        return n_tokens * 4 * (16 * config.width + 10 * d_model) + round(2 * weights)
 
     def forward(self, x: Tensor, rows: RowTokens | None = None) -> SAEOutput:
         """Everything about rows ``x`` [N, T, D]; without ``rows``, all of a row's tokens count and are one document.
