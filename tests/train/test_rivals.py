@@ -130,6 +130,18 @@ def test_several_processes_share_rows_by_their_tokens(store, tmp_path):
         )  # fmt: skip
 
 
+def test_more_processes_than_rows_are_one_sentence(store, tmp_path):
+    config = config_for(store, tmp_path, KINDS["tfa"])
+    opened = ActivationStore.open(store)
+    inputs = Inputs.of(config.data, opened.statistics())
+    plans = plan_members(config, {}, layer=3, d_model=8, n_tokens=900)
+    work = Pass(plans, opened, inputs, torch.device("cpu"), torch.float32, World(0, 5))
+    ((view, batch),) = work.feed.next_batches().items()
+    with pytest.raises(UsageError, match="a batch holds 4 rows for 5 processes: give a larger --batch-size"):
+        work._own_share(view, batch)
+    work.feed.close()
+
+
 def test_memory_counts_the_attention_and_is_said_before_the_start(store, tmp_path, capsys):
     config = config_for(store, tmp_path, {**KINDS["tfa"], "run.steps": 2})
     (plan,) = plan_members(config, {}, layer=3, d_model=8, n_tokens=900)

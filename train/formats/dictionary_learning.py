@@ -17,13 +17,17 @@ from ...atomic_files import write_file, write_json
 from ...errors import RunError
 from ...untrusted_files import read_json, shown
 from ..sae.activation import Activation
-from ..sae.protocol import SparseAutoencoder
+from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
 from .from_weights import count, gated_sae, place_of, plain_sae
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_torch
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+_BATCH_TOP_K = (
+    *("BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
+    *("TemporalBatchTopKSAE", "TemporalMatryoshkaBatchTopKSAE"),  # Temporal SAE's (arXiv 2511.05541)
+)
 _CLASSES = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
 # Their names (and, for the linear layers, transposition) of our four weights.
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -59,13 +63,14 @@ class DictionaryLearning(SAEFormat):
             return plain_sae(file, named, Activation("relu"), metadata=metadata)
         if kind == "AutoEncoderTopK":
             return plain_sae(file, named, Activation("topk", k=_k(file, weights)), metadata=metadata)
-        if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-            return plain_sae(file, named, Activation("jumprelu"), metadata=metadata)
+        if kind in _BATCH_TOP_K:
+            groups = _groups(file, weights)
+            return plain_sae(file, named, Activation("jumprelu"), metadata=metadata | groups)
         if kind == "JumpReluAutoEncoder":
             return plain_sae(file, named, Activation("jumprelu"), subtract_b_dec=False, metadata=metadata)
         if kind == "GatedAutoEncoder":
             return gated_sae(file, named, metadata=metadata)
-        known = "AutoEncoder, TopK, BatchTopK, Matryoshka, JumpRelu and Gated"
+        known = "AutoEncoder, TopK, BatchTopK, Matryoshka, Temporal, JumpRelu and Gated"
         raise RunError(f"{shown(file)} is a dictionary of class '{shown(kind)}'; {known} can be read")
 
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:
@@ -120,6 +125,16 @@ def _k(file: Path, weights: Mapping[str, Tensor]) -> int:
     if found is not None and (found.numel() != 1 or found.is_floating_point()):
         raise RunError(f"{shown(file)}: 'k' is no whole number: it is not an SAE of a kind known here")
     return count(file, {} if found is None else {"k": int(found)}, "k")
+
+
+def _groups(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The nested groups of a Matryoshka SAE: the widths of its prefixes, from the sizes of its groups."""
+    sizes = weights.get("group_sizes")
+    if sizes is None:
+        return {}
+    if sizes.is_floating_point() or sizes.ndim != 1 or not len(sizes) or bool((sizes < 1).any()):
+        raise RunError(f"{shown(file)}: 'group_sizes' are no sizes of groups: it is not an SAE of a kind known here")
+    return place_of(file, {PREFIX_SIZES: sizes.cumsum(0).tolist()})
 
 
 def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,14 +6,14 @@ Shapes: D model width, F features.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...errors import RunError, TcsaeError
+from ...errors import RunError, TcsaeError, UsageError
 from ...untrusted_files import shown
 from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
@@ -22,6 +22,7 @@ from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
 
 MOST_FEATURES = 1 << 31
+S = TypeVar("S", bound=SparseAutoencoder)
 
 
 def plain_sae(source: Path, weights: Mapping[str, Tensor], activation: Activation, **common: Any) -> TemporalSAE:
@@ -97,6 +98,23 @@ def registered_sae(
     return sae.eval()
 
 
+def filled(source: Path, build: Callable[[], S], weights: Mapping[str, Tensor]) -> S:
+    """What ``build`` makes, its state taken from ``weights``; it is made without memory, so that sizes can be absurd.
+
+    Raises:
+        RunError: as :func:`plain_sae`.
+
+    """
+    try:
+        with torch.device("meta"):
+            sae = build()
+    except UsageError as failure:
+        raise RunError(f"{shown(source)} describes no SAE: {failure}") from failure
+    wanted = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    sae.load_state_dict(_checked(source, weights, wanted), assign=True)
+    return sae.eval()
+
+
 def shape_of(source: Path, weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """D and F of the encoder matrix.
 
@@ -141,7 +159,7 @@ def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         RunError: one of them is neither missing nor what it should be.
 
     """
-    for name in ("model_name", "hook_name"):
+    for name in ("model_name", "hook_name", "hf_hook_point_in"):
         value = metadata.get(name)
         if value is not None and not isinstance(value, str):
             raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a name was expected")

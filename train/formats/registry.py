@@ -60,9 +60,11 @@ class SAEFormat:
 FORMATS: Registry[SAEFormat] = Registry(
     "SAE file format",
     {
+        "sparsify": "train.formats.sparsify",  # before saelens, whose cfg.json it has, too
         "saelens": "train.formats.saelens",
         "gemma-scope": "train.formats.gemma_scope",
         "dictionary-learning": "train.formats.dictionary_learning",
+        "temporal-feature-analysis": "train.formats.temporal_feature_analysis",
     },
 )
 Kind = TypeVar("Kind", bound=SAEFormat)

@@ -95,8 +95,12 @@ def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, kind
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
+def read_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     """All tensors of a state dict that ``torch.save`` wrote (torch 1.6 or later); what is no tensor is left out.
+
+    Args:
+        path: the file.
+        inside: the entry that the state dict is, if there is such a one: of a checkpoint that holds more.
 
     Raises:
         RunError: missing, damaged, no such file, or one that holds more than tensors and plain values.
@@ -117,6 +121,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             if listing is None or listing.file_size > _MOST_HEADER:
                 raise ValueError("it has no list of tensors")
             state = _StateDict(archive.read(listing)).load()
+            nested = state.get(inside)
+            state = nested if isinstance(nested, dict) else state
             described = {str(name): entry for name, entry in state.items() if isinstance(entry, _Described)}
             _check_memory(path, sum(4 * math.prod(entry.shape) for entry in described.values()), len(described))
             for name, entry in described.items():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ...console import format_bytes
 from ...errors import ResourceError
 from ...free_memory import free_memory
-from ..loss.objective import objective_of
+from ..loss.objective import StepResult, objective_of
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..sae.registry import ARCHITECTURES
-from ..step.registry import Step, choose_step
+from ..step.autograd import autograd_step
+from ..step.registry import STEPS, Step, choose_step
 
 _USABLE = 0.8  # of what is free: the window pool, the allocator and the rest of the machine need some
 _STATES = 4  # weight, gradient and AdamW's two moments, float32
@@ -45,7 +46,7 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
             config.sae.bandwidth,
             config.sae.decoder,
         )
-        if step_of(plan, device)[0] == "autograd":
+        if alone(plan, device):
             found.append([plan])
             continue
         seen = view_of(config.data)
@@ -62,6 +63,12 @@ def step_of(plan: MemberPlan, device: str) -> tuple[Step, str]:
     """How a member steps on a kind of device, and why where that is not by hand."""
     objective = objective_of(plan.config, plan.d_model, plan.config.sae.width)
     return choose_step(plan.config, objective.temporal.form if objective.temporal.active else "none", device)
+
+
+def alone(plan: MemberPlan, device: str) -> Callable[..., StepResult] | None:
+    """What a member is stepped by that steps by itself; None where it steps in a stack."""
+    by_hand = step_of(plan, device)[0] == "fast"
+    return STEPS.get(plan.config.sae.architecture).step if by_hand else autograd_step
 
 
 def member_bytes(plan: MemberPlan) -> int:

@@ -1,13 +1,14 @@
-"""One member that steps by itself through autograd: any architecture, activation and temporal term."""
+"""One member that steps by itself: through autograd any architecture, activation and temporal term, or by hand."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..loss.objective import StepResult
 from ..sae.protocol import RowTokens
 from ..step.autograd import autograd_step
 from .member import Member, Update
@@ -19,11 +20,12 @@ class Single:
 
     Args:
         member: whose weights are changed in place.
+        step: what finds its gradients.
 
     """
 
-    def __init__(self, member: Member):
-        self.members = [member]
+    def __init__(self, member: Member, step: Callable[..., StepResult] = autograd_step):
+        self.members, self._step = [member], step
 
     def train_step(
         self,
@@ -42,7 +44,7 @@ class Single:
         sae, config, objective = member.sae, member.config, member.current_objective()
         lr = set_rate([member.optimiser], member.step, config)
         sae.zero_grad(set_to_none=True)
-        result = autograd_step(
+        result = self._step(
             sae,
             x_NWD,
             objective,

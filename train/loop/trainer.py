@@ -20,6 +20,7 @@ import torch
 from ...cache.store import ActivationStore
 from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
+from ...errors import UsageError
 from ...free_memory import peak_memory
 from ...progress_bar import Table
 from ...stop_signals import stop_signals
@@ -35,7 +36,7 @@ from .diagnostics import Metrics, diagnose
 from .distributed import World
 from .inputs import Inputs
 from .member import Member, Update
-from .memory_plan import stacks, step_of
+from .memory_plan import alone, stacks
 from .single import Single
 from .stack import Stack
 
@@ -117,8 +118,8 @@ class Pass:
         self.stacks: list[Stack | Single] = []
         for part in stacks(plans, device.type):
             members = [by_name[plan.name] for plan in part]
-            step, _ = step_of(part[0], device.type)
-            self.stacks.append(Stack(members) if step == "fast" else Single(members[0]))
+            step = alone(part[0], device.type)
+            self.stacks.append(Single(members[0], step) if step else Stack(members))
         self.mean_D = inputs.mean_D.to(device)
         self.feed = open_feed(store, [plan.config.data for plan in plans], inputs, device)
         self.step, self.steps = 0, self.config.run.steps
@@ -192,6 +193,10 @@ class Pass:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
 
     def _own_share(self, view: View, batch: TokenBatch) -> _Seen:
+        n, processes = len(batch.x_NWD) // view.together, self.world.size
+        if n < processes:
+            what = f"a batch holds {n} {view.name} for {processes} processes"
+            raise UsageError(f"{what}: give a larger --batch-size, or start fewer processes")
         part, rows = batch.part(self.world.share(len(batch.x_NWD), together=view.together)), None
         if part.valid_NW is not None and part.documents_NW is not None:
             rows = RowTokens.of(part.valid_NW, part.documents_NW, self.device)

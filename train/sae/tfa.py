@@ -47,7 +47,7 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
         metadata: where it belongs; saved with it.
 
     Raises:
-        UsageError: heads and bottleneck do not divide the features.
+        UsageError: heads and bottleneck do not divide the features, or k is none of them.
 
     """
 
@@ -67,6 +67,8 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__(d_model, n_features, metadata=metadata)
+        if k is not None and not 1 <= k <= n_features:
+            raise UsageError(f"a novel part of k = {k} active features does not fit {n_features} features")
         if n_features % (heads * bottleneck):
             parts = f"{heads} heads with a bottleneck of {bottleneck}"
             raise UsageError(f"{n_features} features cannot be shared by {parts}: give a --width that they divide")
@@ -140,8 +142,9 @@ class TemporalFeatureAnalysis(SparseAutoencoder):
 
     @classmethod
     def step_bytes(cls, config: SAEConfig, d_model: int, n_tokens: int) -> int:
-        """Codes, keys, queries, values, both parts, what lies between them, and the gradients of all."""
-        return n_tokens * 4 * (22 * config.width + 10 * d_model)
+        """What autograd keeps (9 F per token), gradients on their way, and bfloat16 copies of the weights."""
+        weights = 2 * config.width**2 * (1 + 1 / config.bottleneck)
+        return n_tokens * 4 * (16 * config.width + 10 * d_model) + round(2 * weights)
 
     def forward(self, x: Tensor, rows: RowTokens | None = None) -> SAEOutput:
         """Everything about rows ``x`` [N, T, D]; without ``rows``, all of a row's tokens count and are one document.

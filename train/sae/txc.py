@@ -19,6 +19,7 @@ from ..config import SAEConfig, TrainConfig
 from ..loss import terms
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
+from .activation import Activation
 from .initialise import unit_rows
 from .protocol import RowTokens, SAEOutput, SparseAutoencoder, SparseCoder
 from .registry import architecture
@@ -47,6 +48,8 @@ class TemporalCrosscoder(SparseAutoencoder):
         if not 1 <= k <= n_features:
             raise UsageError(f"a crosscoder's code of k = {k} active features does not fit {n_features} features")
         self.window, self.k = window, k
+        # What a plain SAE on whole windows would be, for its step by hand.
+        self.activation, self.subtract_b_dec, self.threshold = Activation("topk", k=k), False, None
         # Feature-major in memory: the step by hand writes its gradient one feature at a time.
         self.W_enc = nn.Parameter(torch.zeros(n_features, window * d_model).t())
         self.b_enc = nn.Parameter(torch.zeros(n_features))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
+    from ..loss.objective import StepResult
     from .temporal_gradient import Compared
 
     Gradient = Callable[[Compared, Tensor], Tensor]
@@ -31,9 +32,13 @@ class HandWritten:
 
     activations: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    step: Callable[..., StepResult] | None = None
+    """What members are stepped by, each by itself, called like ``autograd_step``; None: :mod:`..loop.stack` does."""
 
 
-STEPS: Registry[HandWritten] = Registry("hand-written step", {"sae": "train.step.by_hand"})
+STEPS: Registry[HandWritten] = Registry(
+    "hand-written step", {"sae": "train.step.by_hand", "txc": "train.step.crosscoder"}
+)
 GRADIENTS: Registry[Gradient] = Registry(
     "hand-written temporal gradient",
     dict.fromkeys(

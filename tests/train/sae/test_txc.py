@@ -15,6 +15,7 @@ from tcsae.train.presets import build_config
 from tcsae.train.sae.protocol import RowTokens, SparseAutoencoder
 from tcsae.train.sae.txc import TemporalCrosscoder
 from tcsae.train.step.autograd import autograd_step
+from tcsae.train.step.registry import STEPS
 
 D, F, W = 4, 10, 3
 
@@ -54,6 +55,25 @@ def test_loss_and_gradient_are_the_definition():
     assert float(result.total) == pytest.approx(loss.item())
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad)
+
+
+@pytest.mark.parametrize("dead", [(), (1, 4, 8, 9)])
+@pytest.mark.parametrize("groups", [(), ((4, 0.3), (F, 0.7))])
+def test_the_step_by_hand_is_that_of_autograd(dead, groups):
+    x, mask = windows(9), torch.zeros(F, dtype=torch.bool)
+    mask[list(dead)] = True
+    objective = Objective(aux_k=2, aux_weight=0.5, groups=groups)
+    found = []
+    for step in (autograd_step, STEPS.get("txc").step):
+        sae = crosscoder()
+        result = step(sae, x, objective, dead_F=mask)
+        found.append((result, {name: p.grad for name, p in sae.named_parameters()}))
+    (by_autograd, expected), (by_hand, mine) = found
+    for name in ("total", "reconstruction", "error", "auxiliary", "sparsity"):
+        torch.testing.assert_close(getattr(by_hand, name), getattr(by_autograd, name), msg=name)
+    assert torch.equal(by_hand.fired_F, by_autograd.fired_F)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(mine[name], gradient)
 
 
 def test_rows_of_the_decoder_have_norm_1_over_positions_and_width_together():
