@@ -147,8 +147,9 @@ class SplicedModel:
     @contextmanager
     def _noting_outputs(self) -> Iterator[None]:
         def note(_module: Any, _inputs: Any, output: Any) -> None:
-            shell = output[:1] if isinstance(output, tuple | list) else output
-            self._output = with_first(shell, torch.zeros(0))
+            # As many parts as the model unpacks, but nothing of this pass.
+            empty = type(output)([None] * len(output)) if isinstance(output, tuple | list) else output
+            self._output = with_first(empty, torch.zeros(0))
 
         handle = self.lm.blocks[0].register_forward_hook(note)
         try:
