@@ -14,8 +14,9 @@ from .errors import RunError, UsageError
 from .registry import Registry
 
 RESIDUAL = "resid_post"
-_BUILT_IN = (RESIDUAL, "resid_pre", "resid_mid", "mlp_out", "attn_out")
-HOOK_POINTS: Registry[Any] = Registry("hook point", dict.fromkeys(_BUILT_IN, "extract.model.hooks"))
+# All of them are in the residual stream, or added to it as they are.
+BUILT_IN = (RESIDUAL, "resid_pre", "resid_mid", "mlp_out", "attn_out")
+HOOK_POINTS: Registry[Any] = Registry("hook point", dict.fromkeys(BUILT_IN, "extract.model.hooks"))
 
 
 class Location(NamedTuple):
@@ -40,7 +41,7 @@ class Location(NamedTuple):
 
 
 def _pattern(site: str) -> str:
-    added = site in HOOK_POINTS and site not in _BUILT_IN
+    added = site in HOOK_POINTS and site not in BUILT_IN
     return HOOK_POINTS.get(site).hook_name if added else f"blocks.{{layer}}.hook_{site}"
 
 
@@ -174,7 +175,7 @@ def _is_added(hook: str) -> bool:
         site = location_of(hook).site
     except RunError:
         return False
-    return site in HOOK_POINTS and site not in _BUILT_IN
+    return site in HOOK_POINTS and site not in BUILT_IN
 
 
 def _by_hook_name(hook: str, io: object) -> tuple[int | None, str] | None:

@@ -36,6 +36,7 @@ from .metrics.all import AllMetrics, families, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
 from .model.heldout_text import HeldOutText, Survey, survey
+from .model.logit_effects import LogitEffects
 from .model.probes import ProbeContext, ProbedModel
 from .model.reference_rows import untrained_sae, zero_sae
 from .model.splice import Head, SplicedModel
@@ -228,8 +229,10 @@ class _Evaluation:
             self._say(message)
         clean = self.model.clean(tokens[:1], self.locations)
         self.head.verify(tokens[:1], clean.final_BTD)
-        if self.head.note:
-            self._say(self.head.note)
+        self.effects = LogitEffects(self.lm, self.head)
+        for message in (self.head.note, None if config.quick else self.effects.note):
+            if message:
+                self._say(message)
         uniform = frozenset(
             at
             for at, x_BTD in clean.at.items()
@@ -312,7 +315,7 @@ class _Evaluation:
 
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
-        probed = ProbedModel.of(self.model, self.head, self.text)
+        probed = ProbedModel.of(self.model, self.effects, self.text)
         at = None
         for candidate in sorted(candidates, key=lambda one: one.row.location):
             if candidate.row.location != at:

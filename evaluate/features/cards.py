@@ -57,8 +57,8 @@ class CardSource(Protocol):
         """The token as text."""
         ...
 
-    def logit_effects(self, directions_ND: Tensor) -> Tensor:
-        """What adding each direction to the residual stream does to the logits, [n, V]."""
+    def logit_effects(self, directions_ND: Tensor) -> Tensor | None:
+        """What adding each direction to the residual stream does to the logits, [n, V]; None where that is unknown."""
         ...
 
 
@@ -90,8 +90,8 @@ def describe(
             position_profile=_profile(known, feature),
             lag_curve=_lags(known, feature),
             neighbours=_neighbour(known, feature),
-            raises=raises[feature],
-            lowers=lowers[feature],
+            raises=raises.get(feature, []),
+            lowers=lowers.get(feature, []),
         )
         for feature in sorted(chosen)
     ]
@@ -214,6 +214,8 @@ def _effects(source: CardSource, w_dec_FD: Tensor, features: Sequence[int]) -> t
     for start in range(0, len(features), 64):
         part = list(features[start : start + 64])
         effects_CV = source.logit_effects(w_dec_FD[part].detach())
+        if effects_CV is None:
+            return {}, {}
         for side, sign in ((raises, 1.0), (lowers, -1.0)):
             best, ids = (sign * effects_CV).topk(min(EFFECTS, effects_CV.shape[1]), dim=1)
             for i, feature in enumerate(part):

@@ -8,7 +8,7 @@ Shapes: R rows of the text, B rows of a batch, T positions, D model width, U uni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ...cache.format.layout import PADDING, SPECIAL, RowBlock
+from ...console import progress
 from ...errors import TextError
 from ...sites import Location
 from ..protocol import TokenBatch
 from .splice import SplicedModel
 
 UNIT_TOKENS = 1000
-SURVEY_BATCHES = 8
 OUTLIER_FACTOR = 10.0
 ENOUGH_DOCUMENTS = 64
 READ_AHEAD_ROWS = 4096
@@ -149,7 +149,7 @@ def number_units(documents_RT: np.ndarray, real_RT: np.ndarray) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first look at a location finds: the mean that ablation uses, and where outliers begin."""
+    """What a look at a location finds: the mean that ablation uses, and where outliers begin."""
 
     mean_D: Tensor  # float32, over tokens that are neither special, padding nor outlying
     norm_limit: float
@@ -160,26 +160,63 @@ class Survey:
 
 @torch.no_grad()
 def survey(
-    model: SplicedModel, text: HeldOutText, locations: list[Location], batch_rows: int
+    model: SplicedModel, text: HeldOutText, locations: Sequence[Location], batch_rows: int
 ) -> dict[Location, Survey]:
-    """Look at the first few batches: the median norm on the first one, the mean on all of them."""
-    device = model.lm.device
-    limits: dict[Location, float] = {}
-    sums: dict[Location, Tensor] = {}
-    counts = {at: [0, 0] for at in locations}
-    for rows in text.batches(batch_rows, SURVEY_BATCHES):
-        seen = model.activations(text.tokens(rows, device), locations)
-        real_BT = torch.from_numpy(text.real_RT[rows]).to(device)
-        for at, x_BTD in seen.items():
-            x_ND = x_BTD.float()[real_BT]
-            norms_N = x_ND.norm(dim=-1)
-            if at not in limits:
-                limits[at] = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
-            inlier_N = norms_N <= limits[at]
-            sums[at] = sums.get(at, 0) + x_ND[inlier_N].double().sum(0)
-            counts[at][0] += int(inlier_N.sum())
-            counts[at][1] += len(inlier_N)
-    return {
-        at: Survey((sums[at] / max(1, kept)).float(), limits[at], total - kept, total)
-        for at, (kept, total) in counts.items()
-    }
+    """Look at the whole text in a pass that ends at the deepest location.
+
+    Nothing of what is found depends on how the text is cut into batches, but for the rounding of the forward passes.
+    """
+    looks = {at: _Look() for at in locations}
+    while open_ := [at for at, look in looks.items() if look.found is None]:
+        with progress("looking at the text", len(text) * text.context) as bar:
+            for rows in text.batches(batch_rows):
+                real_BT = torch.from_numpy(text.real_RT[rows]).to(model.lm.device)
+                for at, x_BTD in model.activations(text.tokens(rows, model.lm.device), open_).items():
+                    looks[at].add(x_BTD.float()[real_BT])
+                bar.advance((rows.stop - rows.start) * text.context)
+        for at in open_:
+            looks[at].conclude()
+    return {at: look.found for at, look in looks.items() if look.found is not None}
+
+
+class _Look:
+    """The mean within ten times the median norm, which is known only at the end: what may lie beyond it is kept apart.
+
+    Apart are tokens beyond half the limit that the first batch suggests. Should the limit be lower still, the text is
+    looked at once more.
+    """
+
+    def __init__(self) -> None:
+        self.found: Survey | None = None
+        self._apart: float | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._norms: list[Tensor] = []
+        self._far: list[Tensor] = []
+        self._sum_D: Tensor | None = None
+
+    def add(self, x_ND: Tensor) -> None:
+        """Take the tokens of a batch in, special ones and padding left out."""
+        norms_N = x_ND.norm(dim=-1)
+        if self._apart is None:
+            self._apart = OUTLIER_FACTOR / 2 * float(norms_N.median()) if len(norms_N) else float("inf")
+        far_N = norms_N > self._apart
+        self._norms.append(norms_N.cpu())
+        self._far.append(x_ND[far_N].cpu())
+        near_D = x_ND[~far_N].double().sum(0)
+        self._sum_D = near_D if self._sum_D is None else self._sum_D + near_D
+
+    def conclude(self) -> None:
+        """After the last batch: what was found, if what was kept apart suffices to say it."""
+        norms_N, far_ND = torch.cat(self._norms), torch.cat(self._far)
+        limit = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
+        if self._apart is not None and limit < self._apart:
+            self._apart = limit
+            self._begin()
+            return
+        assert self._sum_D is not None  # noqa: S101 - a text has at least one row
+        inlying = int((norms_N <= limit).sum())
+        near_D = far_ND[far_ND.norm(dim=-1) <= limit].double().sum(0).to(self._sum_D.device)
+        mean_D = (self._sum_D + near_D) / max(1, inlying)
+        self.found = Survey(mean_D.float(), limit, len(norms_N) - inlying, len(norms_N))

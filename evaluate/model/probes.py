@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...cache.format.layout import RowBlock
-from ...sites import Location
+from ...sites import BUILT_IN, Location
 from ...train.sae.protocol import RowTokens, SparseCoder
 from .heldout_text import HeldOutText
-from .splice import Head, SplicedModel
+from .logit_effects import LogitEffects
+from .splice import SplicedModel
 
 PROBE_ROWS = 256
 
@@ -28,15 +29,15 @@ class ProbedModel:
     """The model and the text, shared by all probes; keeps the activations of rows asked for more than once."""
 
     model: SplicedModel
-    head: Head
     text: HeldOutText
+    effects: LogitEffects
     _kept: dict[tuple[Location, int], Tensor]
     _altered: dict[tuple[Location, bytes], Tensor]
 
     @classmethod
-    def of(cls, model: SplicedModel, head: Head, text: HeldOutText) -> ProbedModel:
+    def of(cls, model: SplicedModel, effects: LogitEffects, text: HeldOutText) -> ProbedModel:
         """With nothing kept yet."""
-        return cls(model, head, text, {}, {})
+        return cls(model, text, effects, {}, {})
 
     def run(self, tokens_BT: Tensor, at: Location) -> Tensor:
         """The tensor [B, T, D] at ``at`` for any tokens, in float32."""
@@ -123,6 +124,11 @@ class ProbeContext:
         # Some tokenizers drop the space that begins a sequence; the piece itself knows of it.
         return " " + text if isinstance(piece, str) and piece[:1] in "▁Ġ" and not text.startswith(" ") else text
 
-    def logit_effects(self, directions_nD: Tensor) -> Tensor:
-        """What adding each direction to the residual stream does to the logits [n, V]."""
-        return self.probed.head.effects(directions_nD.to(self.probed.model.lm.device))
+    def logit_effects(self, directions_nD: Tensor) -> Tensor | None:
+        """What adding each direction to the residual stream does to the logits [n, V].
+
+        None where that is unknown, and where the SAE's directions are none of the residual stream.
+        """
+        if self.at.site not in BUILT_IN:
+            return None
+        return self.probed.effects(directions_nD.to(self.probed.model.lm.device))

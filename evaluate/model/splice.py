@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 # themselves.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
-
 
 @dataclass(frozen=True)
 class CleanPass:
@@ -147,8 +145,9 @@ class SplicedModel:
     @contextmanager
     def _noting_outputs(self) -> Iterator[None]:
         def note(_module: Any, _inputs: Any, output: Any) -> None:
-            shell = output[:1] if isinstance(output, tuple | list) else output
-            self._output = with_first(shell, torch.zeros(0))
+            # As many parts as the model unpacks, but nothing of this pass.
+            empty = type(output)([None] * len(output)) if isinstance(output, tuple | list) else output
+            self._output = with_first(empty, torch.zeros(0))
 
         handle = self.lm.blocks[0].register_forward_hook(note)
         try:
@@ -209,6 +208,11 @@ class Head:
         return self._W_VD.shape[0]
 
     @property
+    def is_product(self) -> bool:
+        """Whether the logits are a product with a matrix, up to a scale and a softcap."""
+        return not self._own
+
+    @property
     def uniform_at_zero(self) -> bool:
         """Whether a zero state gives equal logits: true without a bias."""
         return self._b_V is None and not self._own
@@ -238,24 +242,9 @@ class Head:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits
 
-    @torch.no_grad()
-    def effects(self, directions_ND: Tensor) -> Tensor:
-        """What adding each direction to the residual stream does to the logits [N, V], up to the norm's scale and the
-        softcap.
-
-        The final norm's gain is applied (and a LayerNorm's mean removed): norm(d) − norm(0) is linear in d up to its
-        length.
-        """
-        directions_ND = directions_ND.float()
-        norm = next((getattr(self.lm.decoder, name) for name in FINAL_NORMS if hasattr(self.lm.decoder, name)), None)
-        if isinstance(norm, nn.Module):
-            length_N1 = directions_ND.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            unit_ND = directions_ND / length_N1 * 1e3  # far above the norm's epsilon
-            origin_D = norm(torch.zeros_like(unit_ND[:1], dtype=self.lm.dtype)).float()
-            directions_ND = (
-                (norm(unit_ND.to(self.lm.dtype)).float() - origin_D) * length_N1 / directions_ND.shape[-1] ** 0.5
-            )
-        return directions_ND @ self._W_VD.T
+    def product(self, states_ND: Tensor) -> Tensor:
+        """The matrix product alone [N, V]."""
+        return states_ND @ self._W_VD.T
 
     def _own_logits(self, final_ND: Tensor) -> Tensor:
         """The model's own forward with a base that answers these states at once."""

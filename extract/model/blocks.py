@@ -5,6 +5,7 @@ Shapes: B rows, T positions, D model width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ def verified_blocks(model: nn.Module, n_layers: int, d_model: int) -> Blocks:
     # From the middle of the vocabulary: the first tokens are padding and the like, which XLM sets to zero.
     tokens_BT = (vocabulary // 2 + torch.arange(_ROWS * _POSITIONS, device=device)).reshape(_ROWS, -1) % vocabulary
     for decoder, name in found:
-        outputs, inputs, states = _watch(decoder, getattr(decoder, name), tokens_BT)
+        outputs, inputs, calls, states = _watch(decoder, getattr(decoder, name), tokens_BT)
         shape = (*tokens_BT.shape, d_model)
-        if len(outputs) < n_layers or any(getattr(x, "shape", None) != shape for x in outputs.values()):
+        # One tensor each, in one call: a block that runs several times in a pass has no output of its own.
+        if any(getattr(outputs.get(at), "shape", None) != shape or calls[at] != 1 for at in range(n_layers)):
             continue
         upper = range(1, n_layers)
         reported = len(states) == n_layers + 1 and all(_equal(outputs[at - 1], states[at]) for at in upper)
@@ -87,7 +89,7 @@ def cut_above(found: Blocks, deepest: int) -> None:
     whole = found.blocks
     setattr(found.decoder, found.name, nn.ModuleList(list(whole)[: deepest + 1]))
     try:
-        outputs, _, _ = _watch(found.decoder, found.blocks, found.tokens_BT)
+        outputs, *_ = _watch(found.decoder, found.blocks, found.tokens_BT)
         reason = None if _equal(found.outputs[deepest], outputs.get(deepest)) else "the others then give other numbers"
     except Exception as failure:
         reason = f"{type(failure).__name__}: {failure}"
@@ -99,16 +101,19 @@ def cut_above(found: Blocks, deepest: int) -> None:
 @torch.no_grad()
 def _watch(
     decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor
-) -> tuple[dict[int, Tensor], dict[int, Tensor], tuple[Tensor, ...]]:
-    """What each block puts out and reads, and the hidden states that the model reports; for one pass."""
+) -> tuple[dict[int, Tensor], dict[int, Tensor], Counter[int], tuple[Tensor, ...]]:
+    """What each block puts out and reads, how often it is called, and the hidden states that the model reports."""
     outputs: dict[int, Any] = {}
     inputs: dict[int, Any] = {}
+    calls: Counter[int] = Counter()
     with ExitStack() as hooks:
         for at, block in enumerate(blocks):
             hooks.enter_context(Tap(block).keep(outputs, at))
             hooks.enter_context(Tap(block, "input").keep(inputs, at))
+            counting = block.register_forward_hook(lambda *_, at=at: calls.update([at]))
+            hooks.callback(counting.remove)
         answer = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=True)
-    return outputs, inputs, getattr(answer, "hidden_states", None) or ()
+    return outputs, inputs, calls, getattr(answer, "hidden_states", None) or ()
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -306,3 +306,32 @@ def test_config_refuses_nonsense():
     ):
         with pytest.raises(UsageError):
             EvaluateConfig(**wrong)
+
+
+def test_no_number_depends_on_how_many_rows_go_through_the_model_at_a_time(place, tmp_path):
+    """The same 12 rows of text in batches of 1, 3 and 12: only rounding may differ."""
+
+    def measured(rows):
+        config = EvaluateConfig(
+            runs_folder=str(place / "runs"), out=str(tmp_path / str(rows)), batches=12 // rows, batch_rows=rows,
+            device="cpu", dtype="float32",
+        )  # fmt: skip
+        return run_module.evaluate(config)[0].report
+
+    def numbers(record):
+        found = {key: (metric.value, metric.n) for key, metric in record.metrics.items()}
+        found |= {key: tuple(curve.y) for key, curve in record.curves.items()}
+        return {(key, at): value for key, values in found.items() for at, value in enumerate(values)}
+
+    one, *others = (measured(rows) for rows in (1, 3, 12))
+    for other in others:
+        for ours, theirs in zip(one.records, other.records, strict=True):
+            here, there = numbers(ours), numbers(theirs)
+            assert here.keys() == there.keys()
+            assert {key for key in here if here[key] is None} == {key for key in there if there[key] is None}
+            apart = {
+                key: (value, there[key])
+                for key, value in here.items()
+                if value is not None and value != pytest.approx(there[key], rel=1e-4, abs=1e-6)
+            }
+            assert not apart, ours.name
