@@ -142,7 +142,14 @@ class LossConfig(_Group):
     """Sparsity and dead features."""
 
     l1: float = Field(default=-1.0, ge=-1)
-    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 1.5 for relu, 0.3 for jumprelu. Unused by topk and batchtopk."""
+    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 1.5 for relu, 0.3 for jumprelu, 1 for its quadratic penalty. Unused by
+    topk and batchtopk.
+    """
+    target_l0: float = Field(default=0.0, ge=0)
+    """Active features per token that training ends at, by a controller on λ1 that begins at l1; 0: l1 stays as it is.
+    """
+    l0_penalty: Literal["linear", "quadratic"] = "linear"
+    """jumprelu: λ1 weighs L0, or 2/L0* (L0 − L0*)² of every token, with the target for L0* (Gemma Scope 2)."""
     decoder_norms: bool = True
     """Whether Σ z weighs every feature with its decoder row's norm (only matters where rows are free)."""
     l1_warmup: float = Field(default=0.05, ge=0, le=1)
@@ -174,6 +181,10 @@ class TemporalConfig(_Group):
     """The first fraction of the dictionary that the term sees."""
     warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of the run over which λ2 grows from zero."""
+    per_feature: Literal["none", "autocorrelation", "density"] = "none"
+    """Whether λ2 differs between features, by each one's own lag-1 correlation or density; the mean over active entries
+    is λ2.
+    """
     similarity: Literal["cosine", "dot"] = "cosine"
     """contrastive: how codes are compared."""
     temperature: float = Field(default=0.1, gt=0)

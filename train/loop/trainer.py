@@ -166,6 +166,7 @@ class Pass:
                     if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
                         self.checkpoint()
                 self.calibrate()
+                self._say_missed_targets()
         finally:
             self.feed.close()
             for journal in journals.values():
@@ -235,6 +236,12 @@ class Pass:
             self._alarmed.add(member.plan.name)
             journal.alarm(step, message)
             warn(f"{member.plan.name}: {message}")
+
+    def _say_missed_targets(self) -> None:
+        for member in self.members if self.world.writes else ():
+            missed = None if member.target is None else member.target.missed()
+            if missed:
+                warn(f"{member.plan.name}: {missed}")
 
     @torch.no_grad()
     def calibrate(self) -> None:

@@ -30,6 +30,7 @@ class TemporalForm:
     whole_windows: bool = False
     least_window: int = 2
     mean_over_windows: bool = True
+    degree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ PARTNERS: Registry[Partner] = Registry(
 
 
 def temporal_term(
-    name: str, *, whole_windows: bool = False, least_window: int = 2, mean_over_windows: bool = True
+    name: str,
+    *,
+    whole_windows: bool = False,
+    least_window: int = 2,
+    mean_over_windows: bool = True,
+    degree: int | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function ``(z_NWF, pairs) → scalar`` as the temporal term ``name``.
 
@@ -72,11 +78,13 @@ def temporal_term(
         least_window: the shortest window it can be computed on.
         mean_over_windows: it is a mean over windows (or pairs), so that several processes can each take a share of a
             batch. Where it is not, such a run says that its result is not exactly that of one process.
+        degree: where it is a sum over features of something homogeneous of this degree in the feature's codes (2 for
+            squares, 1 for absolute values). Only then can λ2 differ between features (``temporal.per_feature``).
 
     """
 
     def add(function: Function) -> Function:
-        TERMS.add(name, TemporalForm(function, whole_windows, least_window, mean_over_windows))
+        TERMS.add(name, TemporalForm(function, whole_windows, least_window, mean_over_windows, degree))
         return function
 
     return add
