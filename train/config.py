@@ -44,8 +44,9 @@ class DataConfig(_Group):
     """Tokens of the pool that windows are shuffled in; 0: sized by memory."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
-    siblings: bool = False
-    """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it.
+    siblings: int = Field(default=0, ge=0)
+    """Windows of one row and document that are side by side in a batch; 0 or 1: none are. Chosen by itself for the
+    partners same_document (2) and shuffled (8, or as many as a row holds).
     """
     view: Literal["windows", "pairs", "rows"] = "windows"
     """windows: of consecutive tokens. pairs: an earlier token of the document and a token; chosen by itself for the
@@ -58,6 +59,11 @@ class DataConfig(_Group):
     """
     norm_filter: float = Field(default=10.0, ge=0)
     """Tokens with a norm above so many times the median are left out; 0: none are."""
+
+    @field_validator("siblings", mode="before")
+    @classmethod
+    def _were_two_or_none(cls, value: Any) -> Any:
+        return 2 * value if isinstance(value, bool) else value  # as records of before have it
 
 
 class SAEConfig(_Group):

@@ -302,7 +302,7 @@ def _check_term_on_rows(config: TrainConfig) -> None:
 def view_of(data: DataConfig) -> View:
     """What a data configuration shows of the store."""
     if data.view == "windows":
-        return Windows(data.window, 2 if data.siblings else 1)
+        return Windows(data.window, max(1, data.siblings))
     return Pairs(data.pair_draw) if data.view == "pairs" else Rows()
 
 

@@ -60,7 +60,8 @@ def test_who_compares_with_an_earlier_token_sees_pairs_and_so_does_its_twin():
 
 def test_2048_tokens_in_windows_of_5_are_409_windows():
     assert tokens_per_step(build_config()) == 409 * 5
-    assert tokens_per_step(build_config(None, None, {"data.siblings": True})) == 408 * 5
+    assert tokens_per_step(build_config(None, None, {"data.siblings": True})) == 408 * 5  # as records of before say it
+    assert tokens_per_step(build_config(None, None, {"data.siblings": 8})) == 51 * 8 * 5
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -38,7 +38,7 @@ class Partner:
     """A registered partner; see :func:`partner` for its fields."""
 
     draw: Draw
-    siblings: bool = False
+    siblings: int = 0
     drawn: bool = True
     form: str | None = None
     pairs: bool = False
@@ -91,7 +91,7 @@ def temporal_term(
 
 
 def partner(
-    name: str, *, siblings: bool = False, drawn: bool = True, form: str | None = None, pairs: bool = False
+    name: str, *, siblings: int = 0, drawn: bool = True, form: str | None = None, pairs: bool = False
 ) -> Callable[[Draw], Draw]:
     """Register a function that draws partners: ``(batch) → index_NP``, or None for the next token.
 
@@ -101,7 +101,8 @@ def partner(
 
     Args:
         name: as ``--temporal-partner`` takes it.
-        siblings: windows 2i and 2i + 1 of a batch must come from one document and row.
+        siblings: so many windows of one row and document are to be side by side in a batch, where a row holds them;
+            ``batch.siblings`` says how many there are, at least two.
         drawn: partners are drawn from the batch, so that several processes that share it draw others than one.
         form: the term that takes the place of ``pairwise``; other terms are then refused.
         pairs: batches hold pairs of an earlier token and a token instead of windows (W = 2, the earlier one first).
@@ -109,7 +110,7 @@ def partner(
     """
 
     def add(draw: Draw) -> Draw:
-        PARTNERS.add(name, Partner(draw, siblings, drawn, form, pairs))
+        PARTNERS.add(name, Partner(draw, int(siblings), drawn, form, pairs))
         return draw
 
     return add

@@ -54,8 +54,8 @@ def batch(seed: int) -> torch.Tensor:
 def partners_of(members: list[Member], step: int) -> list[torch.Tensor | None]:
     documents = torch.arange(WINDOWS) // 2
     terms = [member.objective.temporal for member in members]
-    rows = starts = torch.zeros(WINDOWS, dtype=torch.int64)
-    batches = [Batch(documents, rows, starts, W, generator_of(0, step)) for _ in terms]
+    rows, starts = torch.arange(WINDOWS) // 2, torch.arange(WINDOWS) % 2 * W
+    batches = [Batch(documents, rows, starts, W, generator_of(0, step), siblings=2) for _ in terms]
     pairs = zip(terms, batches, strict=True)
     return [draw_partners(t.partner, batch) if t.active else None for t, batch in pairs]
 
