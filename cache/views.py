@@ -161,9 +161,12 @@ class Windows(View):
 
         at = _repeat_until(once, n_batches * size)
         if at is None:
+            what = f"{self.window} consecutive tokens"
+            if self.together > 1:
+                what = f"{self.together} windows of {what} in one row"
             raise UsageError(
-                f"a pool of the store holds no {self.window * self.together} consecutive tokens of one document, "
-                "without special ones and those over the norm limit: give a smaller --window"
+                f"a pool of the store holds no {what} of one document, without special ones and those over the norm "
+                "limit: give a smaller --window"
             )
         return Cut(*np.divmod(at, pool.context), np.arange(self.window)[None], np.arange(n_batches + 1) * size)
 

@@ -16,8 +16,38 @@ def loss_pairs(n: int, w: int, lag: int = 1, partner=None) -> list[tuple[tuple[i
     return [((i, t), divmod(int(partner[i][t]), w)) for i in range(n) for t in range(w - 1) if partner[i][t] >= 0]
 
 
-def loss_temporal(form: str, z, pairs, *, temperature: float = 0.1, similarity: str = "cosine", group=None) -> float:
-    """L_temp of codes ``z`` [windows, positions, features], one Python number at a time."""
+def feature_weights(z, fired, tokens: int, rule: str) -> list[float]:
+    """a_i of METHOD.md from codes ``z`` [windows, positions, features] and on how many of ``tokens`` each fired."""
+    density, wanted, known = [count / tokens for count in fired], [], []
+    for i, count in enumerate(fired):
+        if rule == "density":
+            wanted.append(density[i] ** -0.5 if count else 0.0)
+            known.append(count >= 20)
+            continue
+        before = [float(window[t][i]) for window in z for t in range(len(window) - 1)]
+        after = [float(window[t + 1][i]) for window in z for t in range(len(window) - 1)]
+        means = sum(before) / len(before), sum(after) / len(after)
+        top = sum((a - means[0]) * (b - means[1]) for a, b in zip(before, after, strict=True))
+        bottom = sum((a - means[0]) ** 2 for a in before) * sum((b - means[1]) ** 2 for b in after)
+        wanted.append(max(0.0, top / math.sqrt(bottom)) if bottom > 0 else 0.0)
+        known.append(sum(v > 0 for v in before + after) >= 20 and bottom > 0)
+    shares = [p if k else 0.0 for p, k in zip(density, known, strict=True)]
+    mean = sum(p * w for p, w in zip(shares, wanted, strict=True)) / max(sum(shares), 1e-12)
+    if mean <= 0:
+        return [1.0] * len(fired)
+    return [min(10.0, max(0.1, w / mean)) if k else 1.0 for w, k in zip(wanted, known, strict=True)]
+
+
+def loss_temporal(
+    form: str, z, pairs, *, temperature: float = 0.1, similarity: str = "cosine", group=None, weights=None
+) -> float:
+    """L_temp of codes ``z`` [windows, positions, features], one Python number at a time.
+
+    ``weights``: λ2 of every feature in units of the term's, for terms that are sums over features.
+    """
+    if weights is not None:
+        alone = (loss_temporal(form, z[..., i : i + 1], pairs) for i in range(z.shape[-1]))
+        return sum(float(weight) * loss for weight, loss in zip(weights, alone, strict=True))
     z = z.double().tolist()
     windows, positions = len(z), len(z[0])
 
@@ -118,10 +148,18 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
             terms["reconstruction"] = terms["reconstruction"] + weight * ((x - prefix) ** 2).sum() / (n * w)
     norms = (weights["W_dec"] ** 2).sum(1).sqrt() if objective.decoder_norms else 1.0
     terms["sparsity"] = (z > 0).sum().double() / (n * w) if jumps else (z * norms).sum() / (n * w)
+    l0, aim = (z > 0).sum(-1).flatten().tolist(), objective.l0_aim
+    if jumps and aim:
+        terms["sparsity"] = z.new_tensor(sum(2 / aim * (count - aim) ** 2 for count in l0) / (n * w))
     term = objective.temporal
     if term.active:
         pairs = [((a, b), (c, d)) for (a, b), (c, d) in loss_pairs(n, w, term.lag, partner)]
-        terms["temporal"] = _step_temporal(z[..., : term.n_features], term, pairs)
+        seen, weights_of = range(term.n_features), term.feature_weights
+        if weights_of is None:
+            terms["temporal"] = _step_temporal(z[..., : term.n_features], term, pairs)
+        else:
+            alone = [_step_temporal(z[..., i : i + 1], term, pairs) for i in seen]
+            terms["temporal"] = sum(weights_of[i] * alone[i] for i in seen)
     if objective.aux_weight > 0 and dead is not None and dead.any():
         columns = [f for f in range(len(dead)) if dead[f]]
         strongest = pre[..., columns].topk(min(objective.aux_k, len(columns)), dim=-1)
@@ -133,20 +171,22 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
     found = torch.autograd.grad(total, [*weights.values(), z], allow_unused=True)
     gradients = dict(zip(weights, found[:-1], strict=True))
     if jumps:
-        gradients["threshold"] = _to_thresholds(
-            sae, pre.detach().flatten(0, 1), found[-1].flatten(0, 1), objective.sparsity_weight
-        )
+        pulls = [objective.sparsity_weight * (4 / aim * (count - aim) if aim else 1.0) for count in l0]
+        gradients["threshold"] = _to_thresholds(sae, pre.detach().flatten(0, 1), found[-1].flatten(0, 1), pulls)
     return terms | {"total": total}, gradients, (z > 0).sum((0, 1))
 
 
-def _to_thresholds(sae, pre, to_z, l1):
-    """JumpReLU, arXiv 2407.14435, eq 11 and 12: the rectangle of width ε in the place of the step's derivative."""
+def _to_thresholds(sae, pre, to_z, pulls):
+    """JumpReLU, arXiv 2407.14435, eq 11 and 12: the rectangle of width ε in the place of the step's derivative.
+
+    ``pulls``: the slope of the penalty in the L0 of every token.
+    """
     n_tokens, width, gradient = len(pre), sae.activation.bandwidth, torch.zeros(sae.n_features, dtype=torch.float64)
     for token in range(n_tokens):
         for feature in range(sae.n_features):
             threshold = float(sae.threshold.detach()[feature])
             if abs(float(pre[token, feature]) - threshold) < width / 2:
-                gradient[feature] -= (threshold * float(to_z[token, feature]) + l1 / n_tokens) / width
+                gradient[feature] -= (threshold * float(to_z[token, feature]) + pulls[token] / n_tokens) / width
     return gradient
 
 

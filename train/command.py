@@ -42,6 +42,9 @@ def train(
         None, "--groups", help="Nested groups (Matryoshka), fractions of the dictionary rising to 1: 0.2,1."
     ),
     l1: float | None = _sparsity(None, "--l1", help="λ1, weight of Σ z (relu) or of L0 (jumprelu)."),
+    target_l0: float | None = _sparsity(
+        None, "--target-l0", help="Active features per token to end at (relu, jumprelu, gated); λ1 follows."
+    ),
     temporal: str | None = _temporal(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
     temporal_weight: float | None = _temporal(None, "--temporal-weight", help="λ2."),
     temporal_partner: str | None = _temporal(
@@ -50,6 +53,9 @@ def train(
     temporal_lag: int | None = _temporal(None, "--temporal-lag", help="Distance for partner lag."),
     temporal_scope: float | None = _temporal(
         None, "--temporal-scope", help="First fraction of the dictionary it sees."
+    ),
+    temporal_per_feature: str | None = _temporal(
+        None, "--temporal-per-feature", help="λ2 by each feature's own: none, autocorrelation or density."
     ),
     steps: str | None = _optimiser(None, "--steps", help="Optimiser steps; auto: as many as --tokens says."),
     tokens: str | None = _optimiser(None, "--tokens", help="Tokens to train on: 200k, 10M; auto: the store once."),
@@ -103,11 +109,13 @@ def train(
         k=k,
         groups=groups,
         l1=l1,
+        target_l0=target_l0,
         temporal=temporal,
         temporal_weight=temporal_weight,
         temporal_partner=temporal_partner,
         temporal_lag=temporal_lag,
         temporal_scope=temporal_scope,
+        temporal_per_feature=temporal_per_feature,  # pyright: ignore[reportArgumentType] - the configuration checks it
         steps=steps,
         tokens=tokens,
         lr=lr,

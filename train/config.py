@@ -44,8 +44,9 @@ class DataConfig(_Group):
     """Tokens of the pool that windows are shuffled in; 0: sized by memory."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Order of the windows. Apart from run.seed, so that seeds of a sweep share one stream."""
-    siblings: bool = False
-    """Whether batches hold windows in pairs from one row and document; the partners same_document and shuffled need it.
+    siblings: int = Field(default=0, ge=0)
+    """Windows of one row and document that are side by side in a batch; 0 or 1: none are. Chosen by itself for the
+    partners same_document (2) and shuffled (8, or as many as a row holds).
     """
     view: Literal["windows", "pairs", "rows"] = "windows"
     """windows: of consecutive tokens. pairs: an earlier token of the document and a token; chosen by itself for the
@@ -58,6 +59,11 @@ class DataConfig(_Group):
     """
     norm_filter: float = Field(default=10.0, ge=0)
     """Tokens with a norm above so many times the median are left out; 0: none are."""
+
+    @field_validator("siblings", mode="before")
+    @classmethod
+    def _were_two_or_none(cls, value: Any) -> Any:
+        return 2 * value if isinstance(value, bool) else value  # as records of before have it
 
 
 class SAEConfig(_Group):
@@ -142,7 +148,14 @@ class LossConfig(_Group):
     """Sparsity and dead features."""
 
     l1: float = Field(default=-1.0, ge=-1)
-    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 1.5 for relu, 0.3 for jumprelu. Unused by topk and batchtopk."""
+    """λ1 on Σ z (relu) or on L0 (jumprelu); −1: 1.5 for relu, 0.3 for jumprelu, 1 for its quadratic penalty. Unused by
+    topk and batchtopk.
+    """
+    target_l0: float = Field(default=0.0, ge=0)
+    """Active features per token that training ends at, by a controller on λ1 that begins at l1; 0: l1 stays as it is.
+    """
+    l0_penalty: Literal["linear", "quadratic"] = "linear"
+    """jumprelu: λ1 weighs L0, or 2/L0* (L0 − L0*)² of every token, with the target for L0* (Gemma Scope 2)."""
     decoder_norms: bool = True
     """Whether Σ z weighs every feature with its decoder row's norm (only matters where rows are free)."""
     l1_warmup: float = Field(default=0.05, ge=0, le=1)
@@ -174,6 +187,10 @@ class TemporalConfig(_Group):
     """The first fraction of the dictionary that the term sees."""
     warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of the run over which λ2 grows from zero."""
+    per_feature: Literal["none", "autocorrelation", "density"] = "none"
+    """Whether λ2 differs between features, by each one's own lag-1 correlation or density; the mean over active entries
+    is λ2.
+    """
     similarity: Literal["cosine", "dot"] = "cosine"
     """contrastive: how codes are compared."""
     temperature: float = Field(default=0.1, gt=0)

@@ -27,11 +27,13 @@ class TrainOptions(TypedDict, total=False):
     """Nested groups: fractions of the dictionary rising to 1, ``[0.2, 1]`` or ``0.2,1``."""
     decoder: Literal["unit", "free"] | None
     l1: float | None
+    target_l0: float | None
     temporal: str | None
     temporal_weight: float | None
     temporal_partner: str | None
     temporal_lag: int | None
     temporal_scope: float | None
+    temporal_per_feature: Literal["none", "autocorrelation", "density"] | None
     window: int | None
     steps: int | str | None
     tokens: int | str | None

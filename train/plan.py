@@ -22,7 +22,7 @@ from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
 from .loss.registry import PARTNERS, TERMS
 from .presets import RIVALS, changed
-from .sae.registry import ARCHITECTURES
+from .sae.registry import ACTIVATIONS, ARCHITECTURES
 
 # What `--sweep` and the flags call the fields of the configuration.
 OPTIONS = {
@@ -40,11 +40,13 @@ OPTIONS = {
     "groups": "sae.groups",
     "decoder": "sae.decoder",
     "l1": "loss.l1",
+    "target-l0": "loss.target_l0",
     "temporal": "temporal.form",
     "temporal-weight": "temporal.weight",
     "temporal-partner": "temporal.partner",
     "temporal-lag": "temporal.lag",
     "temporal-scope": "temporal.scope",
+    "temporal-per-feature": "temporal.per_feature",
     "steps": "run.steps",
     "tokens": "run.tokens",
     "lr": "optimiser.lr",
@@ -194,7 +196,7 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     """The same configuration with width and steps as numbers.
 
     Raises:
-        UsageError: a batch smaller than a window, or k larger than the dictionary.
+        UsageError: a batch smaller than a window, k larger than the dictionary, or an L0 that cannot be steered.
 
     """
     width = config.sae.width or default_width(config.sae, d_model)
@@ -203,6 +205,8 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     if kind.sees == "window":
         config = changed(config, {"sae.window": config.data.window})
     kind.check(config)
+    _check_sparsity(config)
+    _check_feature_weights(config)
     if kind.fixes_sparsity(config.sae) and (active := kind.active_features(config.sae)) > width:
         per_window = f" per window of {config.data.window}" if kind.sees == "window" else ""
         sizes = f"k is {active}{per_window}, the dictionary has {width} features"
@@ -219,6 +223,48 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // config.data.batch_size)
     window = 2 if config.data.view == "pairs" else config.data.window
     return changed(config, {"sae.width": width, "run.steps": steps, "data.window": window})
+
+
+def _check_sparsity(config: TrainConfig) -> None:
+    """Whether the activation can have what is asked of L0.
+
+    Raises:
+        UsageError: no.
+
+    """
+    loss, sae = config.loss, config.sae
+    if loss.l0_penalty == "quadratic":
+        if not loss.target_l0:
+            raise UsageError("loss.l0_penalty is quadratic around loss.target_l0, which is 0: give --target-l0")
+        if sae.architecture != "sae" or ACTIVATIONS.get(sae.activation).threshold != "per_feature":
+            what = f"moves jumprelu's thresholds, activation '{sae.activation}' of architecture '{sae.architecture}'"
+            raise UsageError(f"loss.l0_penalty quadratic {what} has none: use linear")
+    if loss.target_l0 and ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae):
+        kind = sae.activation if sae.architecture == "sae" else f"architecture {sae.architecture}"
+        raise UsageError(f"{kind} has L0 = k by itself: give --k {loss.target_l0:.0f} instead of --target-l0")
+    if loss.target_l0 and loss.l1 == 0:
+        raise UsageError("a target for L0 is reached by changing λ1, and loss.l1 is 0: leave --l1 out")
+
+
+def _check_feature_weights(config: TrainConfig) -> None:
+    """Whether λ2 can differ between features.
+
+    Raises:
+        UsageError: the term is no sum over features, or no neighbours are seen whose correlation could be measured.
+
+    """
+    term = config.temporal
+    if term.per_feature == "none" or term.form == "none":
+        return
+    form = PARTNERS.get(term.partner).form or term.form
+    if TERMS.get(form).degree is None:
+        sums = ", ".join(name for name in TERMS if TERMS.get(name).degree is not None)
+        raise UsageError(
+            f"λ2 per feature needs a term that is a sum over features, '{form}' is none: choose one of {sums}"
+        )
+    if term.per_feature == "autocorrelation" and config.data.view != "windows":
+        seen = f"{config.data.view} are seen, no windows of neighbours"
+        raise UsageError(f"the lag-1 correlation of a feature cannot be measured where {seen}: use density")
 
 
 def _view_needed(config: TrainConfig) -> str:
@@ -256,7 +302,7 @@ def _check_term_on_rows(config: TrainConfig) -> None:
 def view_of(data: DataConfig) -> View:
     """What a data configuration shows of the store."""
     if data.view == "windows":
-        return Windows(data.window, 2 if data.siblings else 1)
+        return Windows(data.window, max(1, data.siblings))
     return Pairs(data.pair_draw) if data.view == "pairs" else Rows()
 
 
@@ -295,8 +341,13 @@ def _name(config: TrainConfig, at: Location, grid: Mapping[str, Sequence[str]], 
     temporal, sae = config.temporal, config.sae
     kind = sae.activation if sae.architecture == "sae" else sae.architecture
     fixed = ARCHITECTURES.get(sae.architecture).fixes_sparsity(sae)
-    parts = [at.short, f"{kind}{sae.k}" if fixed else f"{kind}{objective_of(config, 1, 1).sparsity_weight:g}"]
-    shown, pairs = {*_NAMED, "sae.groups"}, config.data.view == "pairs"
+    objective = objective_of(config, 1, 1)
+    sparsity = f"{objective.sparsity_weight:g}"
+    if config.loss.target_l0:
+        sparsity = f"-l0-{config.loss.target_l0:g}" + ("-quadratic" if objective.l0_aim else "")
+    parts = [at.short, f"{kind}{sae.k}" if fixed else f"{kind}{sparsity}"]
+    shown = {*_NAMED, "sae.groups", "loss.target_l0", "loss.l0_penalty"}
+    pairs = config.data.view == "pairs"
     parts += [f"groups{_value(config, 'sae.groups')}"] if len(sae.groups) > 1 else []
     if temporal.form == "none":
         windows = [f"w{config.data.window}"] if ARCHITECTURES.get(sae.architecture).sees == "window" else []
@@ -312,6 +363,7 @@ def _name(config: TrainConfig, at: Location, grid: Mapping[str, Sequence[str]], 
             "temporal.partner",
             "temporal.lag",
             "temporal.scope",
+            "temporal.per_feature",
             "data.window",
         }
     parts += [f"{field.split('.')[1]}{_value(config, field)}" for field in grid if field not in shown]
@@ -326,7 +378,8 @@ def _name(config: TrainConfig, at: Location, grid: Mapping[str, Sequence[str]], 
 def _variant(config: TrainConfig) -> list[str]:
     temporal = config.temporal
     partner = {"next": [], "lag": [f"lag{temporal.lag}"]}.get(temporal.partner, [temporal.partner])
-    return partner + ([f"scope{temporal.scope:g}"] if temporal.scope < 1 else [])
+    partner += [f"scope{temporal.scope:g}"] if temporal.scope < 1 else []
+    return partner + ([f"per-{temporal.per_feature}"] if temporal.per_feature != "none" else [])
 
 
 def _value(config: TrainConfig, field: str) -> str:

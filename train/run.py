@@ -25,12 +25,13 @@ from ..device import DTYPES, resolve_device, resolve_dtype
 from ..errors import ResourceError, UsageError
 from ..plugins import load_plugins
 from .config import TrainConfig
+from .loop.compared_inputs import Facts, in_words
 from .loop.diagnostics import Metrics
 from .loop.distributed import World, joined, seen_by_share
 from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
-from .loop.trainer import Pass, needs_siblings
+from .loop.trainer import Pass, siblings_wanted
 from .loss.objective import group_sizes
 from .plan import MemberPlan, plan_members, plan_rivals, tokens_per_step, view_of
 from .presets import changed
@@ -97,7 +98,7 @@ def train(
     about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
     plan = plan_rivals if rivals else plan_members
     members = plan(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
-    members = _with_siblings(members)
+    members = _with_siblings(members, store.context)
     with joined(device) as world, ExitStack() as mine:
         claims = claim(members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens))
         metrics: dict[str, Metrics] = {}
@@ -150,12 +151,39 @@ def _in_words(metrics: Metrics | None) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, key in shown.items() if (value := metrics.get(key)) is not None)
 
 
-def _with_siblings(members: list[MemberPlan]) -> list[MemberPlan]:
-    """Give all members the same stream where one of them needs windows in pairs, so that they stay comparable."""
-    if not any(map(needs_siblings, members)) or all(plan.config.data.siblings for plan in members):
+def _with_siblings(members: list[MemberPlan], context: int) -> list[MemberPlan]:
+    """Give all members that see windows the same ones, where one of them needs several of a row side by side.
+
+    Raises:
+        UsageError: a row of ``context`` positions does not hold two of them.
+
+    """
+    wanted = max(map(siblings_wanted, members), default=0)
+    if not wanted:
         return members
-    note("batches hold windows in pairs of one document (data.siblings), for the partners that were asked for")
-    return [replace(plan, config=changed(plan.config, {"data.siblings": True})) for plan in members]
+    found, said = [], set()
+    for plan in members:
+        data = plan.config.data
+        if data.view != "windows" or data.siblings > 1:
+            found.append(plan)
+            continue
+        held = max((context - 1) // data.window, min(2, context // data.window))  # one position may be a BOS
+        held = min(held, data.batch_size // data.window)
+        if held < 2:
+            if siblings_wanted(plan):
+                what = f"partner {plan.config.temporal.partner} takes tokens of several windows of a row"
+                sizes = (
+                    f"rows of {context} positions and batches of {data.batch_size} tokens hold {held} of {data.window}"
+                )
+                raise UsageError(f"{what}, and {sizes}: give a smaller --window")
+            found.append(plan)
+            continue
+        said.add(min(wanted, held))
+        found.append(replace(plan, config=changed(plan.config, {"data.siblings": min(wanted, held)})))
+    for siblings in sorted(said):
+        what = f"batches hold {siblings} windows of one row and document side by side (data.siblings)"
+        note(f"{what}, for the partners that were asked for; what is left of a document is not used")
+    return found
 
 
 def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
@@ -199,9 +227,20 @@ def _train_pass(
     if world.writes:
         for each in claims:
             records[each.plan.name].save(each.folder)
+
+    def tell_pairs(found: dict[str, Facts]) -> None:
+        said = {in_words(plan.config.temporal.partner, found[plan.name]) for plan in plans if plan.name in found}
+        for line in sorted(said):
+            note(line)
+        for each in claims:
+            if each.plan.name in found:
+                kept_now = records[each.plan.name].model_copy(update={"pairs": found[each.plan.name]})
+                records[each.plan.name] = kept_now
+                kept_now.save(each.folder)
+
     total, done = (n * tokens_per_step(config) for n in (work.steps, work.step))
     with progress(f"training {len(plans)} SAE{'s' if len(plans) > 1 else ''}", total, done=done) as bar:
-        work.run(bar)
+        work.run(bar, tell_pairs)
     if world.writes:
         for member, each in zip(work.members, claims, strict=True):
             finish(member, records[each.plan.name], each.folder, work)

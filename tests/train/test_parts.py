@@ -144,41 +144,60 @@ def test_the_buffers_memory_does_not_grow_and_known_correlations_come_out():
         TemporalBuffer(2, 1)
 
 
-def drawn(kind, documents, window, step):
-    rows = starts = torch.zeros(len(documents), dtype=torch.int64)
-    return draw_partners(kind, Batch(documents, rows, starts, window, generator_of(0, step)))
+def drawn(kind, documents, window, step, siblings=1, starts=None):
+    """Partners in a batch whose windows are, stretch by stretch, of one row; by default side by side in it."""
+    n = len(documents)
+    starts = torch.arange(n) % siblings * window if starts is None else starts
+    batch = Batch(documents, torch.arange(n) // siblings, starts, window, generator_of(0, step), siblings)
+    return draw_partners(kind, batch)
 
 
 @examples
-@given(n=st.integers(1, 9), window=st.integers(2, 5), step=st.integers(0, 50))
-def test_partners_are_whom_their_name_says(n, window, step):
-    documents = torch.arange(n) // 2 % 3  # siblings share one
-    other = drawn("other_document", documents, window, step)
-    same = drawn("same_document", documents, window, step)
-    shuffled = drawn("shuffled", documents, window, step)
+@given(n=st.integers(1, 17), window=st.integers(2, 5), step=st.integers(0, 50), siblings=st.integers(2, 4))
+def test_partners_are_whom_their_name_says(n, window, step, siblings):
+    documents = torch.arange(n) // siblings % 3
+    other, same, shuffled = (
+        drawn(kind, documents, window, step, siblings) for kind in ("other_document", "same_document", "shuffled")
+    )
     own = torch.arange(n)[:, None].expand(n, window - 1)
     for partners in (other, same, shuffled):
         assert partners.shape == (n, window - 1)
         assert ((partners >= -1) & (partners < n * window)).all()
     found = other >= 0
     assert (documents[(other // window)[found]] != documents[own[found]]).all()
-    if n > 2:
-        assert found.float().mean() > 0.5
-    whole = (own ^ 1) < n
-    assert torch.equal(same[whole] // window, own[whole] ^ 1)
-    assert (same[~whole] == -1).all()
-    assert torch.equal((shuffled[whole] // window) // 2, own[whole] // 2)
-    assert (shuffled[whole] != (own * window + torch.arange(window - 1))[whole]).all()
-    assert torch.equal(shuffled, drawn("shuffled", documents, window, step))
+    if n > siblings:
+        assert found.float().mean() > 0.3
+    whole = own < n // siblings * siblings
+    assert ((same >= 0) == whole).all()
+    assert (same[whole] // window != own[whole]).all()
+    assert torch.equal(same[whole] // window // siblings, own[whole] // siblings)
+    found = shuffled >= 0
+    assert (found <= whole).all()
+    assert torch.equal((shuffled // window // siblings)[found], (own // siblings)[found])
+    # the windows of a stretch lie one after the other, so that flat indices at distance 1 are true neighbours
+    assert ((shuffled - (own * window + torch.arange(window - 1))).abs()[found] > 1).all()
+    assert torch.equal(shuffled, drawn("shuffled", documents, window, step, siblings))
     assert drawn("next", documents, window, step) is None
 
 
-def test_shuffled_partners_are_as_often_before_as_after():
-    found = torch.stack([drawn("shuffled", torch.zeros(2), 5, step)[0] for step in range(400)])
-    places = torch.bincount(found.flatten(), minlength=10).double() / found.numel()
-    assert places.tolist() == pytest.approx([0.1] * 10, abs=0.03)
-    neighbours = (found == torch.arange(1, 5)).double().mean()
-    assert neighbours == pytest.approx(1 / 9, abs=0.04)
+def test_shuffled_partners_come_from_the_whole_stretch_and_never_from_next_door():
+    found = torch.stack([drawn("shuffled", torch.zeros(8), 5, step, 8)[3] for step in range(500)])  # tokens 15 … 18
+    assert (found >= 0).all()
+    for token, partners in zip(range(15, 19), found.T, strict=True):
+        places = torch.bincount(partners, minlength=40)
+        assert places[token - 1 : token + 2].tolist() == [0, 0, 0]
+        assert (places > 0).sum() == 37
+    far = ((found - torch.arange(15, 19)).abs() > 4).double().mean()
+    assert far == pytest.approx(1 - 6 / 37, abs=0.05)
+
+
+def test_shuffled_partners_that_are_next_door_elsewhere_in_the_row_are_found_by_position():
+    starts = torch.tensor([20, 5, 10, 15])  # the second window begins where the third would follow, and so on
+    position = (starts[:, None] + torch.arange(5)).flatten()
+    for step in range(50):
+        shuffled = drawn("shuffled", torch.zeros(4), 5, step, 4, starts)
+        own = position.view(4, 5)[:, :-1]
+        assert ((position[shuffled] - own).abs() > 1).all()
 
 
 def test_siblings_come_from_one_row_and_document(tmp_path):

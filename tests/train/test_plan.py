@@ -60,7 +60,8 @@ def test_who_compares_with_an_earlier_token_sees_pairs_and_so_does_its_twin():
 
 def test_2048_tokens_in_windows_of_5_are_409_windows():
     assert tokens_per_step(build_config()) == 409 * 5
-    assert tokens_per_step(build_config(None, None, {"data.siblings": True})) == 408 * 5
+    assert tokens_per_step(build_config(None, None, {"data.siblings": True})) == 408 * 5  # as records of before say it
+    assert tokens_per_step(build_config(None, None, {"data.siblings": 8})) == 51 * 8 * 5
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -121,6 +122,9 @@ def test_names_say_what_a_run_is():
     assert names(grid=parse_sweep(["groups=1,0.2:1"]), **{"temporal.form": "none"}) == [
         "l12-topk64-none-s0", "l12-topk64-groups0.2-1-none-s0",
     ]  # fmt: skip
+    jump = {"sae.activation": "jumprelu", "temporal.form": "none", "loss.target_l0": 32}
+    assert names(**jump) == ["l12-jumprelu-l0-32-none-s0"]
+    assert names(**jump, **{"loss.l0_penalty": "quadratic"}) == ["l12-jumprelu-l0-32-quadratic-none-s0"]
     assert names(**{"run.name": "mine"}) == ["mine", "mine-twin"]
     assert names(**{"run.name": "mine", "temporal.form": "none"}) == ["mine"]
 
@@ -170,6 +174,35 @@ def test_sizes_that_cannot_be_are_refused_naming_both():
         resolve(build_config(None, None, {"data.batch_size": 4}), d_model=64, n_tokens=100)
     with pytest.raises(UsageError, match=r"groups 0.01, 0.02, 1 of 64 features are prefixes of 1, 1, 64: give groups"):
         resolve(build_config(None, None, {"sae.width": 64, "sae.groups": "0.01,0.02,1"}), d_model=64, n_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss.target_l0": 32}, r"topk has L0 = k by itself: give --k 32 instead of --target-l0"),
+        ({"loss.l0_penalty": "quadratic"}, r"quadratic around loss.target_l0, which is 0: give --target-l0"),
+        (
+            {"sae.activation": "relu", "loss.l0_penalty": "quadratic", "loss.target_l0": 3},
+            r"moves jumprelu's thresholds, activation 'relu' of architecture 'sae' has none: use linear",
+        ),
+        ({"sae.activation": "relu", "loss.target_l0": 3, "loss.l1": 0}, r"loss.l1 is 0: leave --l1 out"),
+        (
+            {"temporal.form": "cosine", "temporal.per_feature": "density"},
+            r"a sum over features, 'cosine' is none: choose one of pairwise, window_mean, l1, squared_norms",
+        ),
+        (
+            {"temporal.partner": "earlier", "temporal.per_feature": "autocorrelation"},
+            r"cannot be measured where pairs are seen, no windows of neighbours: use density",
+        ),
+    ],
+)
+def test_what_cannot_be_steered_is_refused(changes, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        resolve(build_config(None, None, changes), d_model=64, n_tokens=100)
+
+
+def test_what_cannot_be_steered_may_stand_where_a_sweep_does_not_ask_for_it():
+    assert len(names(grid=parse_sweep(["activation=relu,jumprelu"]), **{"loss.target_l0": 32})) == 4
 
 
 def test_counts_may_be_written_short():

@@ -131,6 +131,29 @@ def test_members_with_other_views_share_the_read_and_are_what_they_are_alone(sto
         assert sum(chunks_read) == chunks_shared
 
 
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "jumprelu quadratic", "gated"])
+def test_l0_lands_where_it_is_told(store, tmp_path, kind):
+    activation, _, penalty = kind.partition(" ")
+    about = {"sae__architecture": "gated"} if kind == "gated" else {"sae__activation": activation}
+    about |= {"loss__l0_penalty": penalty} if penalty else {}
+    about |= {"loss__target_l0": 5, "run__steps": 800, "run__log_every": 5, "optimiser__lr": 1e-3}
+    about |= {"data__batch_size": 240, "data__pool": 1024, "temporal__weight": 0.1}
+    for path in run.train(config_for(store, tmp_path, **about)).runs:  # the twin too
+        last = [entry["l0"] for entry in read_metrics(path)[-10:]]
+        assert sum(last) / len(last) == pytest.approx(5, rel=0.03)
+        moved = {entry.get("l0_aim", entry["sparsity_weight"]) for entry in read_metrics(path)}
+        assert len(moved) > 100
+        assert kind.replace("quadratic", "-l0-5-quadratic").replace(" ", "") in path.name or "-l0-5" in path.name
+
+
+def test_a_target_that_was_missed_is_said(store, tmp_path, capsys):
+    about = {"sae__activation": "relu", "loss__target_l0": 4, "run__baseline": False}
+    run.train(config_for(store, tmp_path / "a", **about))
+    assert "% from the target 4: train for more steps, or begin at another --l1" in capsys.readouterr().err
+    run.train(config_for(store, tmp_path / "b", run__steps=4, **about))
+    assert "the run is too short to bring L0 to the target 4" in capsys.readouterr().err
+
+
 def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
     counted = ActivationStore.open(store).statistics().n_tokens
     done = run.train(config_for(store, tmp_path / "a", run__steps=0, run__baseline=False))
@@ -147,9 +170,26 @@ def test_default_length_is_the_store_once_and_tokens_set_it(store, tmp_path):
         {"sae__activation": "jumprelu", "temporal__form": "cosine"},
         {"sae__activation": "relu", "loss__l1": 0.1, "optimiser__name": "adam", "temporal__partner": "shuffled"},
         {"sae__activation": "batchtopk", "sae__groups": "0.2,1", "loss__dead_after": 300},
+        {"sae__activation": "relu", "loss__target_l0": 4},
+        {"temporal__per_feature": "autocorrelation"},
+        {"temporal__per_feature": "density", "temporal__form": "l1", "sae__activation": "batchtopk"},
+        {"sae__activation": "jumprelu", "loss__target_l0": 4, "loss__l0_penalty": "quadratic"},
+        {"sae__architecture": "gated", "loss__target_l0": 4},
         {"preset": "paper"},
     ],
-    ids=["topk-aux", "batchtopk", "jumprelu", "relu-adam", "nested", "paper"],
+    ids=[
+        "topk-aux",
+        "batchtopk",
+        "jumprelu",
+        "relu-adam",
+        "nested",
+        "l0",
+        "autocorrelation",
+        "density",
+        "l0-jumprelu",
+        "l0-gated",
+        "paper",
+    ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, monkeypatch, changes):
     whole = run.train(config_for(store, tmp_path / "whole", **changes))

@@ -43,8 +43,8 @@ def diagnose(
         rows: which tokens count, if the inputs are whole rows.
 
     Returns:
-        Loss terms and their weighted shares of the total, gradient norm, learning rate, L0, dead share, explained
-        variance, near-duplicate share, temporal variation and lag correlations; None if undefined.
+        Loss terms and their weighted shares of the total, λ1, gradient norm, learning rate, L0, dead share,
+        explained variance, near-duplicate share, temporal variation and lag correlations; None if undefined.
 
     """
     result = update.result
@@ -91,6 +91,9 @@ def loss_terms(update: Update) -> Metrics:
     metrics: Metrics = {"loss": total}
     metrics |= {name: float(getattr(result, name)) for name in weighted}
     metrics |= {f"{name}_share": value / total if total else None for name, value in weighted.items()}
+    metrics["sparsity_weight"] = objective.sparsity_weight
+    if objective.l0_aim:
+        metrics["l0_aim"] = objective.l0_aim
     return metrics | {"grad_norm": float(update.grad_norm), "lr": update.lr}
 
 

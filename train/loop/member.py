@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from ..plan import MemberPlan, tokens_per_step
 from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from .distributed import World
+from .feature_weights import EVERY, WINDOWS, FeatureWeights, neighbour_sums
 from .schedule import warmup_factor
+from .sparsity_target import SparsityTarget
 
 _MOST_DEAD_AFTER, _FEWEST_DEAD_STEPS, _DEAD_SHARE = 10_000_000, 20, 0.05
 
@@ -70,6 +72,11 @@ class Member:
             self.sae.n_features, dtype=torch.int64, device=device
         )  # tokens since each feature fired
         self.dead_after = dead_after(self.config)
+        target = self.config.loss.target_l0
+        self.target = SparsityTarget(target, device) if target else None
+        rule = self.config.temporal.per_feature
+        weighs = rule != "none" and self.objective.temporal.active
+        self.feature_weights = FeatureWeights(rule, self.sae.n_features, device) if weighs else None
         self.step = 0
 
     @property
@@ -80,15 +87,52 @@ class Member:
     def current_objective(self) -> Objective:
         """The terms of this step and their weights, warm-ups included."""
         config, steps = self.config, self.config.run.steps
-        return self.objective.warmed(
+        warmed = self.objective.warmed(
             warmup_factor(self.step, steps, config.loss.l1_warmup),
             warmup_factor(self.step, steps, config.temporal.warmup),
         )
+        if self.feature_weights is not None:
+            term = replace(warmed.temporal, feature_weights=self.feature_weights.value_F)
+            warmed = replace(warmed, temporal=term)
+        return warmed if self.target is None else warmed.steered(self.target.factor)
+
+    def after_step(self, result: StepResult, x_NWD: Tensor, n_tokens: int, share: float) -> None:
+        """What follows from a step that changed the weights.
+
+        Args:
+            result: of the whole batch.
+            x_NWD: this process's share of it.
+            n_tokens: of the whole batch.
+            share: of its tokens that this process has.
+
+        """
+        if self.feature_weights is not None:
+            self._look_at_features(self.feature_weights, result, x_NWD, n_tokens, share)
+        warm = warmup_factor(self.step, self.config.run.steps, self.config.loss.l1_warmup) == 1.0
+        if self.target is not None and warm:
+            self.target.observe(result.fired_F, n_tokens)
+        self.step += 1
+
+    @torch.no_grad()
+    def _look_at_features(
+        self, weights: FeatureWeights, result: StepResult, x_NWD: Tensor, n_tokens: int, share: float
+    ) -> None:
+        weights.count(result.fired_F, n_tokens)
+        if self.step % EVERY:
+            return
+        if weights.rule == "autocorrelation":
+            sums_SF = neighbour_sums(self.sae.encode(x_NWD[:WINDOWS]))
+            weights.compare(self.world.mean(sums_SF, share))
+        weights.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed member needs to go on bit for bit."""
         weights = {name: _alone(tensor) for name, tensor in self.sae.state_dict().items()}
         state = {"sae": weights, "optimiser": self.optimiser.state_dict(), "idle": _alone(self.idle_F)}
+        if self.target is not None:
+            state["target"] = self.target.state_dict()
+        if self.feature_weights is not None:
+            state["feature_weights"] = self.feature_weights.state_dict()
         return state | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,6 +140,10 @@ class Member:
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.idle_F.copy_(state["idle"])
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        if self.feature_weights is not None:
+            self.feature_weights.load_state_dict(state["feature_weights"])
         self.step = state["step"]
 
 

@@ -37,7 +37,7 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
     found: list[list[MemberPlan]] = []
     for plan in members:
         config, objective = plan.config, objective_of(plan.config, plan.d_model, plan.config.sae.width)
-        terms = (objective.decoder_norms, objective.groups, objective.aux_k, objective.aux_weight)
+        terms = (objective.decoder_norms, objective.groups, objective.l0_aim > 0, objective.aux_k, objective.aux_weight)
         shape = (
             plan.d_model,
             config.sae.width,

@@ -67,7 +67,8 @@ class Single:
         for parameter in sae.fast_parameters():
             parameter.data.clamp_(min=0)
         n_tokens = x_NWD.shape[0] * x_NWD.shape[1] if rows is None else rows.n_tokens
-        member.idle_F += round(n_tokens / share)
+        n_tokens = round(n_tokens / share)
+        member.idle_F += n_tokens
         member.idle_F.masked_fill_(result.fired_F > 0, 0)
-        member.step += 1
+        member.after_step(result, x_NWD, n_tokens, share)
         return [update]

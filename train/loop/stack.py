@@ -85,10 +85,11 @@ class Stack:
         if x_NWD.device.type == "cpu" and not all(update.is_finite for update in updates):
             return updates
         self._descend()
-        self._idle_MF += round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        n_tokens = round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        self._idle_MF += n_tokens
         self._idle_MF.masked_fill_(torch.stack([result.fired_F for result in results]) > 0, 0)
-        for member in self.members:
-            member.step += 1
+        for member, result in zip(self.members, results, strict=True):
+            member.after_step(result, x_NWD, n_tokens, share)
         return updates
 
     def _gradients(

@@ -32,6 +32,7 @@ from ..run_folder.metrics_log import Journal
 from ..sae.protocol import RowTokens
 from .alarms import check_divergence, check_finite, check_weights, collapse
 from .batches import open_feed
+from .compared_inputs import Facts, compared_inputs
 from .diagnostics import Metrics, diagnose
 from .distributed import World
 from .inputs import Inputs
@@ -145,8 +146,12 @@ class Pass:
         """Run folder of a member."""
         return Path(self.config.run.out) / member.plan.name
 
-    def run(self, bar: Progress) -> None:
+    def run(self, bar: Progress, tell_pairs: Callable[[dict[str, Facts]], None] | None = None) -> None:
         """Train to the last step.
+
+        Args:
+            bar: what is advanced.
+            tell_pairs: called once in a run, before its first step, with what is compared with what, by member.
 
         Raises:
             RunError: a number that is not finite, or divergence.
@@ -158,7 +163,7 @@ class Pass:
         try:
             with interruptible() as stop:
                 while self.step < self.steps:
-                    self._train_batch(journals, bar)
+                    self._train_batch(journals, bar, tell_pairs if self.step == 0 else None)
                     if self.world.any(stop.is_set()):
                         self.checkpoint()
                         raise KeyboardInterrupt(
@@ -167,16 +172,21 @@ class Pass:
                     if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
                         self.checkpoint()
                 self.calibrate()
+                self._say_missed_targets()
         finally:
             self.feed.close()
             for journal in journals.values():
                 journal.close()
 
-    def _train_batch(self, journals: dict[str, Journal], bar: Progress) -> None:
+    def _train_batch(
+        self, journals: dict[str, Journal], bar: Progress, tell_pairs: Callable[[dict[str, Facts]], None] | None
+    ) -> None:
         seen = {view: self._own_share(view, batch) for view, batch in self.feed.next_batches().items()}
         logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
         checked = self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged
         partners = self._partners(seen)
+        if tell_pairs is not None and self.world.writes:
+            tell_pairs(self._compared(seen, partners))
         for stack in self.stacks:
             mine = seen[view_of(stack.members[0].config.data)]
             of_members = [partners[member.plan.name] for member in stack.members]
@@ -191,6 +201,20 @@ class Pass:
         bar.advance(tokens_per_step(self.config))
         if logged:
             bar.show(board(self.last_metrics, self._rate.last, self.step))
+
+    def _compared(self, seen: Mapping[View, _Seen], partners: Mapping[str, torch.Tensor | None]) -> dict[str, Facts]:
+        """What each member with a temporal term compares, by name; members with the same pairs share the facts."""
+        known: dict[tuple[View, str, int], Facts] = {}
+        found = {}
+        for member in self.members:
+            term, view, name = member.objective.temporal, view_of(member.config.data), member.plan.name
+            if not term.active:
+                continue
+            key, mine = (view, term.partner, term.lag), seen[view]
+            if key not in known:
+                known[key] = compared_inputs(mine.batch, mine.x_NWD, self.mean_D, partners[name], term.lag)
+            found[name] = known[key]
+        return found
 
     def _own_share(self, view: View, batch: TokenBatch) -> _Seen:
         n, processes = len(batch.x_NWD) // view.together, self.world.size
@@ -218,7 +242,7 @@ class Pass:
             if term.active and (view, term.partner) not in drawn:
                 batch, generator = seen[view].batch, generator_of(self.config.data.seed, self.step)
                 starts_N, window = batch.positions_NW[:, 0], batch.positions_NW.shape[1]
-                known = Batch(batch.documents_N, batch.rows_N, starts_N, window, generator)
+                known = Batch(batch.documents_N, batch.rows_N, starts_N, window, generator, view.together)
                 found = draw_partners(term.partner, known)
                 drawn[view, term.partner] = None if found is None else found.to(self.device)
             of_members[member.plan.name] = drawn[view, term.partner] if term.active else None
@@ -240,6 +264,12 @@ class Pass:
             self._alarmed.add(member.plan.name)
             journal.alarm(step, message)
             warn(f"{member.plan.name}: {message}")
+
+    def _say_missed_targets(self) -> None:
+        for member in self.members if self.world.writes else ():
+            missed = None if member.target is None else member.target.missed()
+            if missed:
+                warn(f"{member.plan.name}: {missed}")
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -293,10 +323,10 @@ class Pass:
         }
 
 
-def needs_siblings(plan: MemberPlan) -> bool:
-    """Whether a member's partners come from another window of the same document."""
+def siblings_wanted(plan: MemberPlan) -> int:
+    """How many windows of one row and document a member's partners are best drawn from; 0 where it does not matter."""
     term = plan.config.temporal
-    return term.form != "none" and PARTNERS.get(term.partner).siblings
+    return 0 if term.form == "none" else PARTNERS.get(term.partner).siblings
 
 
 class _Rate:

@@ -25,6 +25,8 @@ class TemporalTerm:
     n_features: int = 0
     similarity: str = "cosine"
     temperature: float = 0.1
+    feature_weights: Tensor | None = field(default=None, compare=False, repr=False)
+    """λ2 of every feature [F], in units of ``weight``; None: 1 each."""
 
     @property
     def active(self) -> bool:
@@ -38,6 +40,7 @@ class Objective:
 
     ``decoder_norms``: Σ z_i ‖W_dec,i‖ instead of Σ z_i. ``aux_k``: dead features per token in AuxK. ``groups``: size
     and weight of every prefix of the dictionary that reconstructs by itself; empty: the whole, with weight 1.
+    ``l0_aim``: jumprelu's penalty is 2/aim (L0 − aim)² of every token; 0: it is L0.
     """
 
     sparsity_weight: float = 0.0
@@ -46,6 +49,7 @@ class Objective:
     aux_k: int = 0
     aux_weight: float = 0.0
     groups: tuple[tuple[int, float], ...] = ()
+    l0_aim: float = 0.0
 
     def warmed(self, sparsity: float, temporal: float) -> Objective:
         """The same with λ1 and λ2 multiplied by their warm-up's factors."""
@@ -53,6 +57,12 @@ class Objective:
             return self
         term = replace(self.temporal, weight=self.temporal.weight * temporal)
         return replace(self, sparsity_weight=self.sparsity_weight * sparsity, temporal=term)
+
+    def steered(self, factor: float) -> Objective:
+        """The same with sparsity ``factor`` times as strict: λ1 times that, or the aim for L0 divided by it."""
+        if self.l0_aim:
+            return replace(self, l0_aim=self.l0_aim / factor)
+        return replace(self, sparsity_weight=self.sparsity_weight * factor)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objectiv
     sae, loss = config.sae, config.loss
     kind = ARCHITECTURES.get(sae.architecture)
     fixed = kind.fixes_sparsity(sae)
-    l1 = kind.default_l1(sae) if loss.l1 < 0 else loss.l1
+    aim = loss.target_l0 if loss.l0_penalty == "quadratic" else 0.0
+    l1 = (1.0 if aim else kind.default_l1(sae)) if loss.l1 < 0 else loss.l1
     return Objective(
         sparsity_weight=0.0 if fixed else l1,
         decoder_norms=loss.decoder_norms and sae.decoder == "free" and not fixed,
@@ -87,6 +98,7 @@ def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objectiv
         aux_k=(loss.aux_k or max(1, d_model // 2)) if fixed else 0,
         aux_weight=kind.auxiliary_weight(sae, loss.aux_weight),
         groups=_groups_of(sae, n_features),
+        l0_aim=aim,
     )
 
 

@@ -1,8 +1,8 @@
 """Whom the controls compare a token with: flat indices into the batch, drawn anew for every step from its number alone.
 
 The pairing differs from the real one in one thing only. ``other_document``: everything about the text.
-``same_document``: only the distance. ``shuffled``: the order of the tokens of a stretch of one document. The latter two
-need windows 2i and 2i + 1 of a batch to be siblings, from one document and row.
+``same_document``: only the distance. ``shuffled``: the order of the tokens of a row. The latter two need windows of one
+row and document side by side (siblings): windows K·i … K·i + K − 1 of a batch are a stretch.
 
 Shapes: N windows, W positions; P = W − 1 pairs per window, as many as there are neighbours.
 """
@@ -28,6 +28,7 @@ class Batch:
     starts_N: Tensor  # position of its first token in that row
     window: int  # W
     generator: torch.Generator
+    siblings: int = 1  # K, windows of a stretch
 
 
 def draw_partners(kind: str, batch: Batch) -> Tensor | None:
@@ -83,23 +84,32 @@ def _other_document(batch: Batch) -> Tensor:
     return torch.where(chosen >= 0, chosen * batch.window + position, -1)
 
 
-@partner("same_document", siblings=True)
+@partner("same_document", siblings=2)
 def _same_document(batch: Batch) -> Tensor:
-    """A token of the sibling window."""
-    n, w = len(batch.documents_N), batch.window
-    sibling_N = torch.arange(n) ^ 1
+    """A token of another window of the stretch."""
+    n, w, k = len(batch.documents_N), batch.window, batch.siblings
+    place_N = torch.arange(n) % k
+    another = torch.randint(k - 1, (n, w - 1), generator=batch.generator)
+    another += another >= place_N[:, None]
     position = torch.randint(w, (n, w - 1), generator=batch.generator)
-    return torch.where(sibling_N[:, None] < n, sibling_N[:, None] * w + position, -1)
+    window = (torch.arange(n) - place_N)[:, None] + another
+    return torch.where(torch.arange(n)[:, None] < n // k * k, window * w + position, -1)
 
 
-@partner("shuffled", siblings=True)
+@partner("shuffled", siblings=8)
 def _shuffled(batch: Batch) -> Tensor:
-    """The next token in a random order of the 2W tokens of a window and its sibling."""
-    n, w = len(batch.documents_N), batch.window
-    stretch, pairs = 2 * w, n // 2
-    order = torch.rand(pairs, stretch, generator=batch.generator).argsort(dim=-1)
+    """The next token in a random order of the K·W tokens of a stretch; one that is a true neighbour is drawn anew."""
+    n, w, k = len(batch.documents_N), batch.window, batch.siblings
+    stretches, stretch = n // k, k * w
+    order = torch.rand(stretches, stretch, generator=batch.generator).argsort(dim=-1)
     following = torch.empty_like(order).scatter(1, order, order.roll(-1, dims=1))
-    flat = following + torch.arange(pairs)[:, None] * stretch
+    position = (batch.starts_N[: stretches * k, None] + torch.arange(w)).view(stretches, stretch)
+    for _ in range(_TRIES):
+        bad = (position.gather(1, following) - position).abs() <= 1
+        again = torch.randint(stretch, bad.shape, generator=batch.generator)
+        following = torch.where(bad, again, following)
+    bad = (position.gather(1, following) - position).abs() <= 1
+    flat = torch.where(bad, -1, following + torch.arange(stretches)[:, None] * stretch)
     whole = torch.full((n, w), -1)
-    whole[: 2 * pairs] = flat.reshape(2 * pairs, w)
+    whole[: stretches * k] = flat.view(-1, w)
     return whole[:, :-1]

@@ -30,6 +30,7 @@ class TemporalForm:
     whole_windows: bool = False
     least_window: int = 2
     mean_over_windows: bool = True
+    degree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Partner:
     """A registered partner; see :func:`partner` for its fields."""
 
     draw: Draw
-    siblings: bool = False
+    siblings: int = 0
     drawn: bool = True
     form: str | None = None
     pairs: bool = False
@@ -58,7 +59,12 @@ PARTNERS: Registry[Partner] = Registry(
 
 
 def temporal_term(
-    name: str, *, whole_windows: bool = False, least_window: int = 2, mean_over_windows: bool = True
+    name: str,
+    *,
+    whole_windows: bool = False,
+    least_window: int = 2,
+    mean_over_windows: bool = True,
+    degree: int | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function ``(z_NWF, pairs) → scalar`` as the temporal term ``name``.
 
@@ -72,18 +78,20 @@ def temporal_term(
         least_window: the shortest window it can be computed on.
         mean_over_windows: it is a mean over windows (or pairs), so that several processes can each take a share of a
             batch. Where it is not, such a run says that its result is not exactly that of one process.
+        degree: where it is a sum over features of something homogeneous of this degree in the feature's codes (2 for
+            squares, 1 for absolute values). Only then can λ2 differ between features (``temporal.per_feature``).
 
     """
 
     def add(function: Function) -> Function:
-        TERMS.add(name, TemporalForm(function, whole_windows, least_window, mean_over_windows))
+        TERMS.add(name, TemporalForm(function, whole_windows, least_window, mean_over_windows, degree))
         return function
 
     return add
 
 
 def partner(
-    name: str, *, siblings: bool = False, drawn: bool = True, form: str | None = None, pairs: bool = False
+    name: str, *, siblings: int = 0, drawn: bool = True, form: str | None = None, pairs: bool = False
 ) -> Callable[[Draw], Draw]:
     """Register a function that draws partners: ``(batch) → index_NP``, or None for the next token.
 
@@ -93,7 +101,8 @@ def partner(
 
     Args:
         name: as ``--temporal-partner`` takes it.
-        siblings: windows 2i and 2i + 1 of a batch must come from one document and row.
+        siblings: so many windows of one row and document are to be side by side in a batch, where a row holds them;
+            ``batch.siblings`` says how many there are, at least two.
         drawn: partners are drawn from the batch, so that several processes that share it draw others than one.
         form: the term that takes the place of ``pairwise``; other terms are then refused.
         pairs: batches hold pairs of an earlier token and a token instead of windows (W = 2, the earlier one first).
@@ -101,7 +110,7 @@ def partner(
     """
 
     def add(draw: Draw) -> Draw:
-        PARTNERS.add(name, Partner(draw, siblings, drawn, form, pairs))
+        PARTNERS.add(name, Partner(draw, int(siblings), drawn, form, pairs))
         return draw
 
     return add

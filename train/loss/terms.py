@@ -73,6 +73,10 @@ def temporal(
     Zero where the batch has no pair.
     """
     z_NWF = z_NWF[..., : term.n_features]
+    if term.feature_weights is not None:
+        degree = TERMS.get(term.form).degree
+        assert degree is not None  # noqa: S101 - checked with the configuration
+        z_NWF = z_NWF * term.feature_weights[: term.n_features].pow(1 / degree).to(z_NWF.dtype)
     form, pairs = TERMS.get(term.form), Pairs(term.lag, partner_NP, x_NWD, term.similarity, term.temperature)
     has_pairs = z_NWF.shape[1] > term.lag if partner_NP is None else bool((partner_NP >= 0).any())
     if not (form.whole_windows or has_pairs):
@@ -80,14 +84,14 @@ def temporal(
     return form.function(z_NWF, pairs)
 
 
-@temporal_term("pairwise")
+@temporal_term("pairwise", degree=2)
 def pairwise(z_NWF: Tensor, pairs: Pairs) -> Tensor:
     """Mean over pairs of Σ_i (a − b)² (paper, eq 2 = eq 6)."""
     a_PF, b_PF = pairs.of(z_NWF)
     return (a_PF - b_PF).pow(2).sum(-1).mean()
 
 
-@temporal_term("window_mean", whole_windows=True, least_window=1)
+@temporal_term("window_mean", whole_windows=True, least_window=1, degree=2)
 def window_mean(z_NWF: Tensor, pairs: Pairs) -> Tensor:  # noqa: ARG001 - a window is compared with its own mean
     """Mean over tokens of Σ_i (z_t − z̄)², z̄ the window's mean, gradient through z̄ (paper, text of section 4.2)."""
     return (z_NWF - z_NWF.mean(1, keepdim=True)).pow(2).sum(-1).mean()
@@ -106,14 +110,14 @@ def cosine(z_NWF: Tensor, pairs: Pairs) -> Tensor:
     return 1 - (_unit(a_PF) * _unit(b_PF)).sum(-1).mean()
 
 
-@temporal_term("l1")
+@temporal_term("l1", degree=1)
 def absolute(z_NWF: Tensor, pairs: Pairs) -> Tensor:
     """Mean over pairs of Σ_i |a − b|."""
     a_PF, b_PF = pairs.of(z_NWF)
     return (a_PF - b_PF).abs().sum(-1).mean()
 
 
-@temporal_term("squared_norms")
+@temporal_term("squared_norms", degree=2)
 def squared_norms(z_NWF: Tensor, pairs: Pairs) -> Tensor:
     """Mean over pairs of ‖a‖² + ‖b‖²: pairwise without its cross term. The partner ``l2``, a control for shrinkage."""
     a_PF, b_PF = pairs.of(z_NWF)

@@ -15,7 +15,7 @@ from ...cache.store import ActivationStore
 from ...errors import RunError
 from ...plugins import changed_plugin, load_plugins
 from ...untrusted_files import folder_name, shown
-from ..config import TrainConfig
+from ..config import DataConfig, TrainConfig
 from ..plan import MemberPlan
 from ..presets import changed
 from .checkpoint import checkpoints, drop_checkpoints
@@ -172,6 +172,8 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     A field that the old configuration does not have yet counts as its default.
     """
     defaults = TrainConfig().model_dump(mode="json")
+    if "data" in old:  # whose siblings were true or false
+        old = old | {"data": DataConfig.model_validate(old["data"]).model_dump(mode="json")}
     for group, fields in new.items():
         if not isinstance(fields, dict):
             continue

@@ -58,6 +58,11 @@ class RunRecord(BaseModel):
     """The last metrics of the training stream (names as in ``metrics.jsonl``); None where undefined."""
     step: str = ""
     """fast: with hand-written gradients; autograd: with autograd. Empty: hand-written, before this was recorded."""
+    pairs: dict[str, float | None] = {}
+    """Of the pairs that the temporal term compared in the first batch: how many, the share of true neighbours, and the
+    mean cosine of the paired inputs and of true neighbours (``pairs``, ``neighbours``, ``cosine``,
+    ``neighbours_cosine``). Empty: there is no term, or before this was kept.
+    """
     plugins: dict[str, str] = {}
     """Plug-ins used in training: name of the file → SHA-256 of its bytes."""
     cost: dict[str, float] = {}

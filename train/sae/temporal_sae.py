@@ -14,7 +14,7 @@ from ...errors import RunError
 from ..config import SAEConfig
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
-from .activation import Activation
+from .activation import Activation, step_function
 from .initialise import kaiming_uniform, orthogonal, unit_rows
 from .protocol import SAEOutput, SparseAutoencoder
 from .registry import ACTIVATIONS, architecture
@@ -138,7 +138,11 @@ class TemporalSAE(SparseAutoencoder):
         return SAEOutput(self.decode(z), z, pre)
 
     def sparsity_loss(self, out: SAEOutput, objective: Objective) -> Tensor:
-        """Σ z of relu (also reported, without weight, where k is fixed), L0 of jumprelu."""
+        """Σ z of relu (also reported, without weight, where k is fixed), L0 of jumprelu or its distance from an aim."""
+        if objective.l0_aim and self.threshold is not None:
+            pre = at_least_float32(out.pre_activations)
+            l0 = step_function(pre, self.threshold, self.activation.bandwidth).sum(-1)
+            return (2 / objective.l0_aim * (l0 - objective.l0_aim).square()).mean()
         own = self.activation.function.sparsity(
             at_least_float32(out.pre_activations), at_least_float32(out.features), self
         )

@@ -38,7 +38,7 @@ from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .active_entries import Codes, codes_of
 from .fused_relu import FusedCodes, can_fuse, fused_codes
-from .jumprelu import Jumps, jump_codes, to_thresholds
+from .jumprelu import Jumps, jump_codes, l0_penalty, to_thresholds
 from .matmul import product
 from .registry import STEPS, HandWritten
 from .temporal_gradient import add_temporal
@@ -125,7 +125,8 @@ def stacked_step(
         weights: of the SAEs.
         saes: all of one activation, which they and their running thresholds are asked for.
         x_NWD: what all of them see.
-        objectives: of one ``decoder_norms``, ``groups``, ``aux_k`` and ``aux_weight``, otherwise each its own.
+        objectives: of one ``decoder_norms``, ``groups``, ``aux_k`` and ``aux_weight``, and all of them with an aim for
+            L0 or none; otherwise each its own.
         partners: each its own.
         dead_MF: bool [M, F].
         compute_dtype: see there.
@@ -152,8 +153,9 @@ def stacked_step(
         to_codes = codes.sampled_groups(to_reconstruction, W_dec_CD, sizes)
         more = _add_own_terms(to_codes, codes, objectives, norms_C, windows, partners)
         if isinstance(codes, Jumps) and weights.threshold is not None:
-            pulls = [each.sparsity_weight / n_tokens for each in objectives]
-            to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, pulls)
+            aims, l1 = zip(*((each.l0_aim, each.sparsity_weight) for each in objectives), strict=True)
+            more["sparsity"], pull_R = l0_penalty(codes, aims, l1)  # it pulls at the thresholds alone
+            to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, pull_R)
         to_codes = codes.restricted(to_codes)
         to_b_enc = codes.column_sums(to_codes)
     gradients = Stacked(
@@ -233,12 +235,10 @@ def _add_own_terms(
     partners: Sequence[Tensor | None],
 ) -> dict[str, Tensor]:
     """The terms of the loss that codes have to themselves [M]; their part of ∂L/∂z is added to ``to_codes``."""
-    n_tokens = windows[0] * windows[1]
-    shares = [each.sparsity_weight / n_tokens for each in objectives]
-    if isinstance(codes, Jumps):  # their L0 pulls at the thresholds alone
-        terms = {"sparsity": codes.totals(codes.active) / n_tokens}
-    else:
-        terms = {"sparsity": codes.penalise(to_codes, shares, norms_C) / n_tokens}
+    n_tokens, terms = windows[0] * windows[1], {}
+    if not isinstance(codes, Jumps):
+        shares = [each.sparsity_weight / n_tokens for each in objectives]
+        terms["sparsity"] = codes.penalise(to_codes, shares, norms_C) / n_tokens
     if any(each.temporal.active for each in objectives):
         terms["temporal"] = add_temporal(to_codes, codes, [each.temporal for each in objectives], windows, partners)
     return terms

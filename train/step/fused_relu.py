@@ -81,12 +81,14 @@ class FusedCodes(DenseCodes):
         return self.sums.new_tensor(per_member).repeat_interleave(self.shape[1], output_size=len(self.sums))
 
     def _seen(self, terms: Sequence[TemporalTerm]) -> Tensor | int:
-        """1 for the features that their member's term sees, else 0."""
+        """The weight in their member's term of the features that it sees, 0 for others."""
         n_features = self.shape[1]
-        if all(term.active and term.n_features >= n_features for term in terms):
+        if all(term.active and term.n_features >= n_features and term.feature_weights is None for term in terms):
             return 1
         number_F = torch.arange(n_features, device=self.sums.device)
-        return torch.cat([number_F < (term.n_features if term.active else 0) for term in terms])
+        seen = [(number_F < (term.n_features if term.active else 0)).to(self.sums) for term in terms]
+        weights = [term.feature_weights for term in terms]
+        return torch.cat([one if a is None else one * a for one, a in zip(seen, weights, strict=True)])
 
 
 def can_fuse(pre_RF: Tensor, objective: Objective) -> bool:

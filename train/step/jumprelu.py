@@ -58,6 +58,14 @@ class DenseJumps(DenseCodes):
         super().__init__(pre_RF, active_RF, compute_dtype, n_members)
         self.raw, self.active = pre_RF, active_RF
 
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Σ_f of ``values`` [R]."""
+        return values.sum(1)
+
+    def of_rows(self, per_token_R: Tensor) -> Tensor:
+        """A number per token, to be multiplied with ``value``."""
+        return per_token_R.unsqueeze(1)
+
     def sampled(self, a_RD: Tensor, W_CD: Tensor) -> Tensor:
         """(a·Wᵀ), whole: what is not active is needed too until :meth:`restricted`."""
         return self.product(a_RD, W_CD)
@@ -95,9 +103,7 @@ def jump_codes(
     return SparseJumps(pre_RF, active_RF, true_positions(held_RF, held), n_members)
 
 
-def to_thresholds(
-    codes: Jumps, slope: Tensor, threshold_MF: Tensor, bandwidth: float, shares: Sequence[float]
-) -> Tensor:
+def to_thresholds(codes: Jumps, slope: Tensor, threshold_MF: Tensor, bandwidth: float, pull_R: Tensor) -> Tensor:
     """∂L/∂θ [M, F] from ∂L/∂z at every entry the codes hold.
 
     Args:
@@ -105,10 +111,29 @@ def to_thresholds(
         slope: ∂L/∂z, not yet restricted to active entries; like the codes' ``value``.
         threshold_MF: θ.
         bandwidth: ε.
-        shares: λ1/N of every member.
+        pull_R: λ1/N times the slope of a token's penalty in its L0.
 
     """
     near = (codes.raw - codes.of_columns(threshold_MF.flatten())).abs_() < bandwidth / 2
     pulled_MF = codes.column_sums(slope * near).view(threshold_MF.shape) * threshold_MF
-    crossed_MF = codes.column_sums(near.to(slope.dtype)).view(threshold_MF.shape)
-    return (pulled_MF + crossed_MF * slope.new_tensor(shares).unsqueeze(1)).div_(-bandwidth)
+    crossed_MF = codes.column_sums(near * codes.of_rows(pull_R)).view(threshold_MF.shape)
+    return (pulled_MF + crossed_MF).div_(-bandwidth)
+
+
+def l0_penalty(codes: Jumps, aims: Sequence[float], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The penalty on L0 of every member [M], and λ1/N times its slope in the L0 of every token [R].
+
+    Args:
+        codes: of N tokens of every member.
+        aims: the L0 that a member's tokens should have, 0 for none: then L0 itself is the penalty.
+        weights: λ1 of every member.
+
+    """
+    l0_MT = codes.row_sums(codes.active.to(codes.value.dtype)).view(len(weights), -1)
+    n_tokens = l0_MT.shape[1]
+    weight_M1 = l0_MT.new_tensor(weights).unsqueeze(1) / n_tokens
+    if not any(aims):
+        return l0_MT.sum(1) / n_tokens, weight_M1.expand_as(l0_MT).flatten()
+    aim_M1 = l0_MT.new_tensor(aims).unsqueeze(1)
+    over_MT = l0_MT - aim_M1
+    return (2 / aim_M1 * over_MT.square()).mean(1), (weight_M1 * 4 / aim_M1 * over_MT).flatten()

@@ -91,7 +91,7 @@ class Compared:
         own_P = torch.cat([own_P + m * self.n_tokens for m, (own_P, _) in pairs.items()])
         other_P = torch.cat([other_P + m * self.n_tokens for m, (_, other_P) in pairs.items()])
         self.rows_KR, self.meets_KR = _neighbours(own_P, other_P, codes.shape[0])
-        self.scope = _scope(codes, terms)
+        self.scope, self.weight = _scope(codes, terms), _feature_weights(codes, terms)
         self.value = codes.value if self.scope is None else codes.value * self.scope
 
     def others(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,6 +99,10 @@ class Compared:
         for rows_R in self.rows_KR:
             other = self.codes.at_rows(rows_R)
             yield rows_R, other if self.scope is None else other.mul_(self.scope)
+
+    def weighed(self, values: Tensor) -> Tensor:
+        """``values``, in place, each times its feature's weight."""
+        return values if self.weight is None else values.mul_(self.weight)
 
 
 @temporal_gradient("window_mean")
@@ -108,7 +112,7 @@ def squares(compared: Compared, slope: Tensor, factor: Sequence[float] | None = 
     pull = [2 * p * f for p, f in zip(compared.pull, factor or [1.0] * len(compared.pull), strict=True)]
     loss_M = slope.new_zeros(len(pull))
     for _, other in compared.others():
-        difference = torch.sub(compared.value, other, out=other)
+        difference = compared.weighed(torch.sub(compared.value, other, out=other))
         compared.codes.add(slope, difference, pull)
         loss_M += compared.codes.dots(compared.value, difference)
     return loss_M.mul_(loss_M.new_tensor(compared.share))
@@ -119,7 +123,7 @@ def absolute(compared: Compared, slope: Tensor) -> Tensor:
     """Mean over pairs of Σ |a − b|."""
     loss_M = slope.new_zeros(len(compared.pull))
     for _, other in compared.others():
-        sign = torch.sub(compared.value, other, out=other).sign_()
+        sign = compared.weighed(torch.sub(compared.value, other, out=other).sign_())
         compared.codes.add(slope, sign, compared.pull)
         loss_M += compared.codes.dots(compared.value, sign)
     return loss_M.mul_(loss_M.new_tensor(compared.share))
@@ -142,7 +146,7 @@ def normalised(compared: Compared, slope: Tensor) -> Tensor:
 def norms(compared: Compared, slope: Tensor) -> Tensor:
     """Mean over pairs of ‖a‖² + ‖b‖²."""
     times_R = compared.meets_KR.sum(0).to(compared.value.dtype)
-    gradient = compared.value * compared.codes.of_rows(times_R)
+    gradient = compared.weighed(compared.value * compared.codes.of_rows(times_R))
     compared.codes.add(slope, gradient, [2 * p for p in compared.pull])
     return compared.codes.dots(gradient, compared.value).mul_(times_R.new_tensor(compared.share))
 
@@ -179,6 +183,15 @@ def _scope(codes: SparseCodes, terms: Sequence[TemporalTerm]) -> Tensor | None:
         return None
     number_F = torch.arange(n_features, device=codes.value.device)
     return codes.of_columns(torch.cat([number_F < term.n_features for term in terms]).to(codes.value.dtype))
+
+
+def _feature_weights(codes: SparseCodes, terms: Sequence[TemporalTerm]) -> Tensor | None:
+    """λ2 of the entries' features in units of their member's; None where it is the same for all."""
+    if all(term.feature_weights is None for term in terms):
+        return None
+    ones_F = codes.value.new_ones(codes.shape[1])
+    weights = [ones_F if term.feature_weights is None else term.feature_weights.to(ones_F) for term in terms]
+    return codes.of_columns(torch.cat(weights))
 
 
 def _pairs(
@@ -243,6 +256,9 @@ def _pairwise(slope_NWF: Tensor, z_NWF: Tensor, term: TemporalTerm) -> Tensor:
     w, lag, inside = z_NWF.shape[1], term.lag, slice(0, term.n_features)
     difference = z_NWF[:, : max(0, w - lag), inside] - z_NWF[:, lag:, inside]
     n_pairs = max(1, difference.shape[0] * difference.shape[1])
-    slope_NWF[:, : max(0, w - lag), inside].add_(difference, alpha=2 * term.weight / n_pairs)
-    slope_NWF[:, lag:, inside].sub_(difference, alpha=2 * term.weight / n_pairs)
-    return torch.dot(difference.view(-1), difference.view(-1)) / n_pairs
+    weighed = difference
+    if term.feature_weights is not None:
+        weighed = difference * term.feature_weights[inside].to(difference.dtype)
+    slope_NWF[:, : max(0, w - lag), inside].add_(weighed, alpha=2 * term.weight / n_pairs)
+    slope_NWF[:, lag:, inside].sub_(weighed, alpha=2 * term.weight / n_pairs)
+    return torch.dot(difference.view(-1), weighed.view(-1)) / n_pairs

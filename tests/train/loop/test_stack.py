@@ -54,8 +54,8 @@ def batch(seed: int) -> torch.Tensor:
 def partners_of(members: list[Member], step: int) -> list[torch.Tensor | None]:
     documents = torch.arange(WINDOWS) // 2
     terms = [member.objective.temporal for member in members]
-    rows = starts = torch.zeros(WINDOWS, dtype=torch.int64)
-    batches = [Batch(documents, rows, starts, W, generator_of(0, step)) for _ in terms]
+    rows, starts = torch.arange(WINDOWS) // 2, torch.arange(WINDOWS) % 2 * W
+    batches = [Batch(documents, rows, starts, W, generator_of(0, step), siblings=2) for _ in terms]
     pairs = zip(terms, batches, strict=True)
     return [draw_partners(t.partner, batch) if t.active else None for t, batch in pairs]
 
@@ -112,6 +112,24 @@ def test_forms_partners_scopes_and_lags_may_differ() -> None:
         {"temporal.weight": 0.3, "temporal.partner": "lag", "temporal.lag": 2}, {"temporal.scope": ("0.3", "1")}
     )
     check_alike(plans)
+
+
+@pytest.mark.usefixtures("kind_of_codes")
+@pytest.mark.parametrize("form", ["pairwise", "window_mean", "l1"])
+def test_weights_of_features_may_differ(form: str) -> None:
+    rules = ("none", "density", "autocorrelation")
+    plans = plans_of({"temporal.form": form}, {"temporal.weight": ("0.1", "0.4"), "temporal.per_feature": rules})
+    check_alike(plans, steps=12)
+
+
+@pytest.mark.usefixtures("kind_of_codes")
+@pytest.mark.parametrize("changes", [
+    {"sae.activation": "relu"}, {"sae.activation": "jumprelu"},
+    {"sae.activation": "jumprelu", "loss.l0_penalty": "quadratic"},
+])  # fmt: skip
+def test_targets_for_l0_may_differ(changes: dict[str, Any]) -> None:
+    plans = plans_of(changes | {"loss.l1_warmup": 0.0}, {"loss.target_l0": ("2", "3.5"), "run.seed": ("0", "1")})
+    check_alike(plans, steps=12)
 
 
 @pytest.mark.usefixtures("kind_of_codes")
@@ -259,6 +277,11 @@ def test_only_what_is_alike_is_stacked_and_only_so_many() -> None:
     }.items():  # fmt: skip
         assert [len(stack) for stack in stacks(plans_of({}, {field: values}), "cpu")] == [1, 1]
     assert [len(stack) for stack in stacks(plans_of({}, {"temporal.form": FORMS}), "cpu")] == [len(FORMS)]
+    aimed = {"sae.activation": "jumprelu", "loss.target_l0": 3}
+    for field, values, sizes in (
+        ("loss.l0_penalty", ("linear", "quadratic"), [1, 1]), ("loss.target_l0", ("0", "2", "3"), [3]),
+    ):  # fmt: skip
+        assert [len(stack) for stack in stacks(plans_of(aimed, {field: values}), "cpu")] == sizes
 
 
 def test_large_members_step_alone_and_memory_counts_whole_stacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,19 @@ def test_partners_are_taken_from_where_the_index_says(seed, form):
     )
 
 
+@examples
+@given(seed=st.integers(0, 99), form=st.sampled_from([form for form in FORMS if TERMS.get(form).degree is not None]))
+def test_features_may_have_weights_of_their_own(seed, form):
+    z = codes(3, 4, 5, seed)
+    weights = torch.rand(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = reference.loss_temporal(form, z, reference.loss_pairs(3, 4), weights=weights)
+    found = terms.temporal(z, term(form, 5, feature_weights=weights)).item()
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert terms.temporal(z, term(form, 3, feature_weights=weights)).item() == pytest.approx(
+        reference.loss_temporal(form, z[..., :3], reference.loss_pairs(3, 4), weights=weights[:3]), rel=1e-6, abs=1e-9
+    )
+
+
 def test_a_batch_without_pairs_costs_nothing_and_has_a_gradient():
     z = codes(2, 3, 4, 0).requires_grad_()
     loss = terms.temporal(z, term("pairwise", 4, partner="same_document"), torch.full((2, 2), -1))

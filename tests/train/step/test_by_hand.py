@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import step_terms_and_gradients
 from tcsae.train.loss.objective import Objective, TemporalTerm
+from tcsae.train.loss.registry import TERMS as TERMS_OF
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
 from tcsae.train.step.autograd import autograd_step
@@ -94,6 +96,7 @@ GROUPS = ((), ((24, 0.7),), ((5, 0.1), (24, 0.4)), ((1, 0.0), (2, 0.5), (11, 1.0
     activation=st.sampled_from(ACTIVATIONS),
     term=st.sampled_from(TERMS),
     groups=st.sampled_from(GROUPS),
+    aim=st.sampled_from([0.0, 0.7, 6.0]),
     n=st.integers(1, 6),
     w=st.integers(1, 5),
     bias=st.sampled_from([-50.0, -1.5, 0.0, 50.0]),
@@ -107,6 +110,7 @@ def test_step_equals_autograd(
     activation: Activation,
     term: dict,
     groups: tuple,
+    aim: float,
     n: int,
     w: int,
     bias: float,
@@ -118,8 +122,25 @@ def test_step_equals_autograd(
 ) -> None:
     sae = random_sae(activation, bias=bias, unit=unit, seed=seed, subtract_b_dec=centred)
     temporal = TemporalTerm(weight=0.3, n_features=scope, **term)
-    objective = Objective(sparsity_weight=0.2, decoder_norms=decoder_norms, temporal=temporal, groups=groups)
+    objective = Objective(0.2, decoder_norms, temporal, groups=groups, l0_aim=aim if activation is JUMPS else 0.0)
     check(sae, windows(n, w, seed=seed), objective)
+
+
+@pytest.mark.parametrize("form", [form for form in GRADIENTS if TERMS_OF.get(form).degree is not None])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scope", [24, 7])
+def test_features_may_have_weights_of_their_own(activation: Activation, form: str, scope: int) -> None:
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
+    weights[4] = 0.0
+    temporal = TemporalTerm(form=form, weight=0.5, n_features=scope, feature_weights=weights)
+    check(random_sae(activation, bias=0.5), windows(5, 4), Objective(0.1, False, temporal))
+    sae, x = random_sae(activation), windows(6, 5)
+    found = [
+        step(sae, x, Objective(temporal=replace(temporal, feature_weights=each))).temporal
+        for step in (autograd_step, sparse_step)
+        for each in (None, torch.ones(24), 2 * torch.ones(24))
+    ]
+    torch.testing.assert_close(found, [found[0], found[0], 2 * found[0]] * 2)
 
 
 @pytest.mark.parametrize("form", list(GRADIENTS))
@@ -224,19 +245,20 @@ def test_nan_reaches_the_loss(above: float, where: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 5.0])
 @pytest.mark.parametrize("bandwidth", [0.05, 1.0])
-def test_thresholds_learn_what_the_autograd_step_teaches_them(threshold: float, bandwidth: float) -> None:
+@pytest.mark.parametrize("aim", [0.0, 3.0])
+def test_thresholds_learn_what_the_autograd_step_teaches_them(threshold: float, bandwidth: float, aim: float) -> None:
     sae = random_sae(Activation("jumprelu", bandwidth=bandwidth)).float()
     with torch.no_grad():
         sae.threshold.fill_(threshold)  # type: ignore[union-attr]
     x, temporal = windows(20, 5).float(), TemporalTerm(form="pairwise", weight=0.3, n_features=24)
-    found = []
+    objective, found = Objective(0.4, False, temporal, l0_aim=aim), []
     for step, options in (
         (autograd_step, {}),
         (sparse_step, {"dense_above": SPARSE}),
         (sparse_step, {"dense_above": DENSE}),
     ):
         sae.zero_grad(set_to_none=True)
-        result = step(sae, x, Objective(0.4, False, temporal), **options)
+        result = step(sae, x, objective, **options)
         found.append([result.total, result.sparsity, *(parameter.grad for parameter in sae.parameters())])
     assert found[0][-1].count_nonzero() > 0 or threshold == 5.0
     for mine in found[1:]:
