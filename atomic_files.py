@@ -12,6 +12,7 @@ import io
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,11 +95,18 @@ def sync_folder(folder: str | Path) -> None:
         os.close(handle)
 
 
-def remove_partials(folder: str | Path) -> None:
-    """Remove what a killed process left half written; only for who alone writes into the folder."""
+def remove_partials(folder: str | Path, *, older_than: float = 0.0) -> None:
+    """Remove what a killed process left half written.
+
+    Args:
+        folder: where to look; not inside its folders.
+        older_than: seconds since they were written to; above 0 where another process may just be writing one.
+
+    """
     for partial in Path(folder).glob(f"*{PARTIAL}"):
         with suppress(OSError):
-            partial.unlink()
+            if time.time() - partial.stat().st_mtime >= older_than:
+                partial.unlink()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ they run, so that ``pipeline --help`` answers at once. This file holds what they
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__, demo
 from . import commands as cache_command
+from .atomic_files import FULL
 from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
@@ -141,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; the console script ``pipeline`` calls this."""
     # Asked for anywhere on the line, since that is where people type them: `pipeline extract … --debug`.
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
     args = shared + [arg for arg in args if arg not in shared]
     with speaking(True, off_terminals=False):
@@ -165,11 +169,28 @@ def _status(args: list[str], *, debug: bool) -> int:
         print(f"error: {shown(failure, 10_000)}", file=sys.stderr)
         return failure.exit_code
     except OSError as failure:
-        if debug or failure.filename is None:
+        if debug or (failure.filename is None and failure.errno not in FULL):
             raise
+        if failure.filename is None:  # standard output goes to a file that cannot grow
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python may flush what is left when it ends
+            print(f"error: cannot print: {reason(failure)}; free some space", file=sys.stderr)
+            return 1
         why = f"{reason(failure)}; check the path, or choose another"
         print(f"error: cannot use {shown(failure.filename)}: {why}", file=sys.stderr)
         return 1
+
+
+def _open_standard_streams() -> None:
+    """Closed ones lead nowhere, so that no file of ours gets their number; what an encoding lacks becomes a ``?``."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 def _last_words(stopped: BaseException) -> str:

@@ -76,14 +76,27 @@ def read_json(
     """
     raw = read_bytes(path, most=most, missing=missing, remedy=remedy)
     try:
-        found = json.loads(raw.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+        found = parse_json(raw)
         if not isinstance(found, dict):
             raise ValueError("it holds no JSON object")
-        _check_depth(found)
-    except RecursionError:
-        raise RunError(f"{shown(path)} cannot be read (it is nested too deeply): {remedy}") from None
     except ValueError as failure:
         raise RunError(f"{shown(path)} cannot be read ({reason(failure)}): {remedy}") from failure
+    return found
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON from elsewhere, as UTF-8.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or holds a number that is not finite or has more than 64 bits.
+
+    """
+    try:
+        found = json.loads(raw.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if isinstance(found, dict | list):
+        _check_depth(found)
     return found
 
 
@@ -139,7 +152,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _check_depth(found: dict[str, Any]) -> None:
+def _check_depth(found: dict[str, Any] | list[Any]) -> None:
     level: list[Any] = [found]
     for _ in range(DEEPEST_JSON):
         level = [

@@ -21,6 +21,7 @@ import torch
 
 from ..console import note, progress
 from ..errors import StoreError, TcsaeError
+from ..untrusted_files import parse_json
 from .cluster import connected
 from .format.codecs import CRC_BYTES, check, checksum_bytes
 from .format.layout import PADDING, SPECIAL
@@ -230,7 +231,7 @@ def store_statistics(store: ActivationStore, *, scheduler: str = "threads") -> S
 def cached_statistics(store: ActivationStore) -> StoreStatistics | None:
     """The saved statistics, if they are undamaged and cover exactly the present rows; else None."""
     try:
-        record = json.loads(store.place.read(STATISTICS))
+        record = parse_json(store.place.read(STATISTICS))
         sound = record.pop("check") == checksum(record) and record["fingerprint"] == store.fingerprint()
         return StoreStatistics.from_json(record["statistics"]) if sound else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ import xxhash
 
 from ..console import progress
 from ..errors import StoreError, UsageError
+from ..untrusted_files import parse_json
 from .format.codecs import CRC_BYTES, DamageError, check
 from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
 from .format.layout import PADDING, RowBlock
@@ -106,7 +107,7 @@ def verify(
 
 
 def _documents(place: Place, manifest: StoreManifest) -> Iterator[Finding]:
-    if json.loads(place.read("zarr.json")) != json.loads(json.dumps(group_document(manifest))):
+    if parse_json(place.read("zarr.json")) != json.loads(json.dumps(group_document(manifest))):
         yield Finding("zarr.json", "says other things than its manifest implies")
 
 
@@ -126,7 +127,7 @@ def _log(manifest: StoreManifest, commits: list[Commit], sound: bool) -> Iterato
 def _arrays(place: Place, manifest: StoreManifest, rows: int) -> Iterator[Finding]:
     for name in ARRAYS:
         try:
-            found = json.loads(place.read(f"{name}/zarr.json"))
+            found = parse_json(place.read(f"{name}/zarr.json"))
         except FileNotFoundError:
             yield Finding(f"{name}/zarr.json", "is missing")
             continue
@@ -152,7 +153,7 @@ def _side_files(place: Place) -> Iterator[Finding]:
     """Check the saved statistics. A store may lack them, but those that exist must be undamaged."""
     if place.exists(STATISTICS):
         try:
-            record = json.loads(place.read(STATISTICS))
+            record = parse_json(place.read(STATISTICS))
             sound = record.pop("check") == checksum(record)
         except (ValueError, KeyError, AttributeError, TypeError):
             sound = False

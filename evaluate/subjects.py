@@ -355,6 +355,9 @@ def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> Untraine
         raise RunError(
             f"{path}: its record does not say what its SAE is ({reason(failure)}): train it again"
         ) from failure
+    if chosen.architecture == "sae" and chosen.activation == "topk" and chosen.k > sae.n_features:
+        said = f"its record says that {chosen.k} features are active, it has {sae.n_features}"
+        raise RunError(f"{path}: {said}: its files belong to different runs, train it again")
     kind = chosen.activation if chosen.architecture == "sae" else chosen.architecture
 
     def load(mean_D: Tensor) -> SparseAutoencoder:

@@ -74,5 +74,7 @@ def test_what_cannot_be_written_is_one_sentence_with_a_remedy(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "file.0a1b2c3d.partial").write_text("half")
     (tmp_path / "file").write_text("whole")
+    remove_partials(tmp_path, older_than=1000)
+    assert len(list(tmp_path.iterdir())) == 2
     remove_partials(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -131,3 +131,24 @@ def test_completion_takes_one_line_of_help(capsys):
     shown = capsys.readouterr().out
     assert "--install-completion" in shown
     assert "--show-completion" not in shown
+
+
+def in_a_shell(command, **environment):
+    """A command line with redirections; ``pipeline`` in it is this program."""
+    line = command.replace("pipeline", f"{sys.executable} -m tcsae.pipeline")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_help_is_printed_in_any_encoding_and_width():
+    done = in_a_shell("pipeline train --help", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0", COLUMNS="20")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout  # the × of 8 × d_model
+
+
+def test_closed_and_full_streams_are_no_bugs(tmp_path):
+    done = in_a_shell(f"pipeline inspect {tmp_path}/none >&- 2>&- <&-")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    done = in_a_shell("pipeline --help > /dev/full")
+    assert (done.returncode, done.stderr) == (1, "error: cannot print: No space left on device; free some space\n")
+    done = in_a_shell("set -o pipefail; pipeline train --help | head -c 1", HOME="")
+    assert "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from ...sites import Location
+from ...untrusted_files import parse_json
 from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 
@@ -93,7 +94,7 @@ def parse_log(raw: bytes) -> tuple[list[Commit], int]:
 
 def _parse_line(line: bytes) -> Commit | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         check = record.pop("check")
         if check != checksum(record):
             return None

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...errors import StoreError
 from ...sites import Location, location_of
+from ...untrusted_files import parse_json, reason
 from ..storage.open_place import place_of
 from ..storage.places import Place
 from .layout import StoreLayout
@@ -188,10 +189,10 @@ def manifest_at(place: Place) -> StoreManifest:
             raise StoreError(f"there is no store at {place}: `pipeline extract` writes one") from None
         raise StoreError(f"{place} is not an activation store: it has no zarr.json") from None
     try:
-        document = json.loads(raw)
-    except ValueError:
-        raise StoreError(f"{place}/zarr.json is damaged (no JSON): restore it or extract anew with --fresh") from None
-    return _parsed(document, place)
+        return _parsed(parse_json(raw), place)
+    except ValueError as wrong:
+        what = f"{place}/zarr.json is damaged (no JSON: {reason(wrong)})"
+        raise StoreError(f"{what}: restore it or extract anew with --fresh") from None
 
 
 def _parsed(document: Any, place: Place) -> StoreManifest:

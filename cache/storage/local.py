@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import threading
 import uuid
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic_files import sync_folder
+from ...errors import StoreError
 from .os_errors import plain_errors
 
+_MOST_BYTES = 1 << 32  # of a file that is read at once
 PARTIAL = ".partial"  # suffix of an unfinished file
 
 
@@ -46,8 +49,11 @@ class LocalPlace:
             return self.path(key).stat().st_size
 
     def read(self, key: str) -> bytes:  # noqa: D102
-        with plain_errors(f"read {self}/{key}"):
-            return self.path(key).read_bytes()
+        with plain_errors(f"read {self}/{key}"), os.fdopen(open_regular(self.path(key)), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise StoreError(f"{self}/{key} has {size:,} bytes, more than it can have: restore it")
+            return file.read()
 
     def read_into(self, key: str, offset: int, buffers: Sequence[Any]) -> int:  # noqa: D102
         with plain_errors(f"read {self}/{key}"), open_readonly(self.path(key)) as fd:
@@ -143,7 +149,7 @@ class LocalFiles:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-            file = self._open[key] = _OpenFile(os.open(self._place.path(key), os.O_RDONLY))
+            file = self._open[key] = _OpenFile(open_regular(self._place.path(key)))
             if len(self._open) > self._KEEP:
                 self._open.popitem(last=False)
             return file
@@ -204,10 +210,25 @@ class LocalSink:
             os.close(fd)
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file. Opening a FIFO, say, would wait for ever; so it does not wait, and is refused.
+
+    Raises:
+        OSError: there is none, or it may not be read.
+        StoreError: it is something else.
+
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise StoreError(f"{path} is no regular file: restore it, or extract anew with --fresh")
+
+
 @contextmanager
 def open_readonly(path: Path) -> Iterator[int]:
     """Open a file for reading and yield its descriptor."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = open_regular(path)
     try:
         yield fd
     finally:

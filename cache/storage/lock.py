@@ -21,6 +21,7 @@ import uuid
 from typing import Any, Protocol
 
 from ...errors import StaleRunError, StoreError
+from ...untrusted_files import parse_json
 from .local import LocalPlace
 from .os_errors import plain_errors
 from .places import Place
@@ -78,7 +79,7 @@ def confirm_owner(place: Place, owner: str) -> None:
 def _holder(place: Place) -> dict[str, Any]:
     """The content of the lock's file; empty if there is none or it is being written."""
     try:
-        holder = json.loads(place.read(LOCK))
+        holder = parse_json(place.read(LOCK))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
@@ -86,7 +87,7 @@ def _holder(place: Place) -> dict[str, Any]:
 
 def _refuse(place: Place, holder: bytes, remark: str = "") -> StoreError:
     try:
-        who = json.loads(holder)
+        who = parse_json(holder)
         named = f" (process {who['pid']} on {who['host']})"
     except (ValueError, KeyError, TypeError):
         named = ""

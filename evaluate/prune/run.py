@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...atomic_files import write_json
+from ...atomic_files import remove_partials, write_json
 from ...cache.store import ActivationStore
 from ...console import progress
 from ...device import resolve_device
@@ -258,3 +258,4 @@ def _write(new: TemporalSAE, record: RunRecord, config: PruneConfig, summary: Pr
     record.model_copy(
         update={"name": out.name, "twin": None, "config": settings, "metrics": {}, "created": created}
     ).save(out)
+    remove_partials(out)

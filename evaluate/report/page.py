@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...atomic_files import write_file
+from ...atomic_files import remove_partials, write_file
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
 from .chart import DARK, LIGHT, ROLES, STYLES, Panel
@@ -27,6 +27,7 @@ from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, proven
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
+_ABANDONED = 3600.0  # seconds after which a file in the making is nobody's any more
 _GROUNDS = {  # background, text, muted text, thin lines, shaded areas
     "light": (LIGHT, "#1b1d21", "#5c5f66", "#dedbd3", "#f1efe9"),
     "dark": (DARK, "#e8e6e1", "#a4a8b0", "#34373d", "#22252a"),
@@ -44,7 +45,10 @@ def write_report(report: EvaluationReport, folder: Path) -> Path:
     report = in_reading_order(report)
     panels = sections(report)
     write_figures([panel for group in panels.values() for panel in group], folder / "figures")
-    return write_file(folder / PAGE, render_page(report, panels))
+    page = write_file(folder / PAGE, render_page(report, panels))
+    for each in (folder, folder / "figures", *folder.glob("rows/*")):
+        remove_partials(each, older_than=_ABANDONED)
+    return page
 
 
 def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None = None) -> str:

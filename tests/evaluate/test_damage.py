@@ -89,6 +89,7 @@ BAD_RECORDS = {
     "config": ({"config": {"temporal": []}}, "has \\[\\] for its 'temporal' settings"),
     "scope": ({"config": {"temporal": {"scope": "all"}}}, "temporal scope of 'all'"),
     "manifest": ({"store_manifest": {"layer": 1}}, "what its record says of the store is not valid at"),
+    "k": ({"config": {"sae": {"activation": "topk", "k": 64}}}, "says that 64 features are active, it has 32"),
     "layer": ({"layer": 3}, "its files belong to different runs"),
 }
 

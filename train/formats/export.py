@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from ...atomic_files import PARTIAL, plain_errors, write_file
+from ...atomic_files import PARTIAL, plain_errors, remove_partials, write_file
 from ...errors import RunError
 from ...untrusted_files import read_bytes, reason, shown
 from ..run_folder.record import RunRecord, load_run
@@ -51,6 +51,7 @@ def export(run: str | Path, format_name: str, out: str | Path | None = None, *, 
     sae = read_sae(run)[1]
     write_file(folder / CARD, card)  # first: it says whose folder this is
     FORMATS.get(format_name).write(sae, folder)
+    remove_partials(folder)
     if push_to_hub:
         _upload(folder, push_to_hub)
     return folder
