@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .extract.config import ModelSource as ModelSource
     from .extract.config import TextSource as TextSource
     from .extract.model.hooks import hook_point as hook_point
-    from .extract.model.tap import Tap as Tap
+    from .extract.model.module_hook import ModuleHook as ModuleHook
     from .extract.summary import ExtractSummary as ExtractSummary
     from .interface import evaluate as evaluate
     from .interface import extract as extract
@@ -80,7 +80,7 @@ _HOMES = {
     "ActivationFunction": "train.sae.activation",
     "SAEFormat": "train.formats.registry",
     "SparseAutoencoder": "train.sae.protocol",
-    "Tap": "extract.model.tap",
+    "ModuleHook": "extract.model.module_hook",
     "activation": "train.sae.registry",
     "architecture": "train.sae.registry",
     "hook_point": "extract.model.hooks",

@@ -182,7 +182,7 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
     def recompute(block: RowBlock, execution: Execution) -> np.ndarray:
         torch.set_num_threads(execution.threads)
         passes = ForwardPass(lm, (at,), execution.batch_size)
-        return passes.launch(block).land()[at]
+        return passes.launch(block).result()[at]
 
     return recompute
 

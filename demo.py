@@ -94,7 +94,7 @@ def run_demo(config: DemoConfig) -> Outcome:
 
 
 def _train(config: DemoConfig, store: str) -> list[Path]:
-    from .allocator import keeping_freed_memory
+    from .system.allocator import keeping_freed_memory
     from .train.config import TrainConfig
     from .train.presets import changed
     from .train.run import train

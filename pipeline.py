@@ -18,14 +18,14 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__, demo
 from . import commands as cache_command
-from .atomic_files import FULL
 from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
 from .extract import command as extract_command
-from .stop_signals import stop_signals
+from .system.atomic_files import FULL
+from .system.stop_signals import stop_signals
+from .system.untrusted_files import reason, shown
 from .train import command as train_command
-from .untrusted_files import reason, shown
 
 # Typer ≥ 0.26 carries its own copy of click, earlier ones import it: this is the base of either's usage errors.
 _Misuse: type[Exception] = typer.BadParameter.__bases__[0]

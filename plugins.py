@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import RunError, TcsaeError, UsageError
 from .registry import Registry
-from .untrusted_files import read_bytes
+from .system.untrusted_files import read_bytes
 
 _loaded: dict[str, str] = {}  # resolved path → hash of what was loaded from it
 

@@ -62,8 +62,8 @@ def small(options: argparse.Namespace) -> Case:
     flags = np.where(tokens < 2, SPECIAL, 0).astype(np.uint8)
     lm = SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device("cpu"), dtype=torch.float32,
-        identity=SimpleNamespace(architecture=type(model).__name__, id="small"), d_model=64, n_layers=6, taps={},
-        block_calls={},
+        identity=SimpleNamespace(architecture=type(model).__name__, id="small"), d_model=64, n_layers=6,
+        module_hooks={}, block_calls={},
     )  # fmt: skip
     return Case(
         lm,

@@ -55,7 +55,7 @@ def random_model(shape: str, device: str) -> Any:
     return SimpleNamespace(
         model=model, decoder=model.model, blocks=model.model.layers, device=torch.device(device), dtype=torch.float32,
         identity=SimpleNamespace(architecture="LlamaForCausalLM", id=shape), d_model=s["d_model"],
-        vocab_size=s["vocabulary"], n_layers=s["layers"], taps={}, block_calls={},
+        vocab_size=s["vocabulary"], n_layers=s["layers"], module_hooks={}, block_calls={},
     )  # fmt: skip
 
 

@@ -32,8 +32,8 @@ from tcsae.extract.model.forward import choose_batch_size
 from tcsae.extract.model.hooks import deepest_block
 from tcsae.extract.model.load import LanguageModel, identify_model, load_language_model
 from tcsae.extract.plan import Plan, describe_execution, make_plan, resolve_execution
-from tcsae.extract.run import Filling
-from tcsae.extract.text.row_batches import RowFeed, batches
+from tcsae.extract.run import StoreSetRun
+from tcsae.extract.text.row_batches import RowReader, batches
 from tcsae.extract.text.rows import Cursor, read_rows
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -72,7 +72,7 @@ def random_gemma2(folder: Path, tokens: int) -> tuple[str, str]:
 def bare(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, float]:
     """Elapsed and processor seconds of the truncated forward passes alone, over the rows that extraction stores."""
     rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor())
-    with RowFeed(rows, plan.outline.special_token_ids) as feed:
+    with RowReader(rows, plan.outline.special_token_ids) as feed:
         made = list(batches(feed, 0, plan.config.rows, plan.layout.shard_rows, batch_size))
     tokens = [torch.as_tensor(batch.block.tokens_BT, dtype=torch.long).to(lm.device) for batch in made]
     _wait(lm)
@@ -90,7 +90,7 @@ def whole(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, float,
     _wait(lm)
     began, worked = time.perf_counter(), time.process_time()
     with StoreSetWriter.open(plan.config.paths, plan.manifests(lm.identity, execution), fresh=True) as writer:
-        Filling(plan, lm, writer).run(execution)
+        StoreSetRun(plan, lm, writer).run(execution)
         writer.finish()
     return time.perf_counter() - began, time.process_time() - worked, writer.bytes_written, writer.seconds_blocked
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tcsae.allocator import keeping_freed_memory
 from tcsae.cache.store import ActivationStore
+from tcsae.system.allocator import keeping_freed_memory
 from tcsae.train.config import TrainConfig
 from tcsae.train.loop.batches import open_stream
 from tcsae.train.loop.inputs import Inputs

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from limits import floor, most_of_the_time
 from peers_train import PEERS, Step, compiled, installed
-from tcsae.allocator import keeping_freed_memory
+from tcsae.system.allocator import keeping_freed_memory
 from tcsae.train.config import (
     DataConfig,
     LossConfig,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic_files import write_file
 from ..console import format_bytes, format_count
 from ..errors import needs
+from ..system.atomic_files import write_file
 from .format.layout import PADDING, SPECIAL
 from .statistics import StoreStatistics, cached_statistics, token_norms
 from .store import ActivationStore

@@ -21,7 +21,7 @@ import torch
 
 from ..console import note, progress
 from ..errors import StoreError, TcsaeError
-from ..untrusted_files import parse_json
+from ..system.untrusted_files import parse_json
 from .cluster import connected
 from .format.codecs import CRC_BYTES, check, checksum_bytes
 from .format.layout import PADDING, SPECIAL

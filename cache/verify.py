@@ -17,7 +17,7 @@ import xxhash
 
 from ..console import progress
 from ..errors import StoreError, UsageError
-from ..untrusted_files import parse_json
+from ..system.untrusted_files import parse_json
 from .format.codecs import CRC_BYTES, DamageError, check
 from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
 from .format.layout import PADDING, RowBlock

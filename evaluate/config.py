@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 
 from .. import options
 from ..errors import UsageError
-from ..untrusted_files import folder_name, seed_number
+from ..system.untrusted_files import folder_name, seed_number
 
 UNTRAINED_TWINS = "untrained_twins"
 """A reference row for every architecture among the runs: untrained:topk, untrained:txc …"""

@@ -94,7 +94,7 @@ class Accumulator(Protocol):
         ...
 
 
-class Ledger:
+class SumsByUnit:
     """Named float64 sums per unit, growing as units appear."""
 
     def __init__(self) -> None:

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..atomic_files import write_json
-from ..checksums import content_hash
 from ..errors import RunError
 from ..sites import RESIDUAL, Location
-from ..untrusted_files import read_json
+from ..system.atomic_files import write_json
+from ..system.checksums import content_hash
+from ..system.untrusted_files import read_json
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"

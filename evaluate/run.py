@@ -26,9 +26,9 @@ from ..extract.model.hooks import module_path
 from ..extract.model.load import LanguageModel, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
-from ..free_memory import peak_memory
 from ..plugins import load_plugins
 from ..sites import Location
+from ..system.free_memory import peak_memory
 from .assemble import compose
 from .config import EvaluateConfig
 from .features.collect import FeatureBrowser

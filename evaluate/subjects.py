@@ -20,13 +20,13 @@ from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
 from ..extract.config import ModelSource, TextSource
 from ..sites import Location, named_module
+from ..system.untrusted_files import reason, shown
 from ..train.config import SAEConfig
 from ..train.formats.locate import load_external
 from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
 from ..train.sae.protocol import RowTokens, SparseAutoencoder
 from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
-from ..untrusted_files import reason, shown
 from .config import EvaluateConfig
 from .cost import cost_settings
 from .results import Failure, Role, SAEFacts

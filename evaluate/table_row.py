@@ -17,12 +17,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..atomic_files import write_file
-from ..checksums import content_hash
 from ..console import warn
 from ..sites import RESIDUAL, Location
+from ..system.atomic_files import write_file
+from ..system.checksums import content_hash
+from ..system.untrusted_files import open_regular, reason
 from ..train.sae.protocol import RowTokens, SparseCoder
-from ..untrusted_files import open_regular, reason
 from .intervals.jackknife import Jackknifed
 from .metrics.active_entries import ActiveEntries
 from .metrics.fidelity import Fidelity

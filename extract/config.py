@@ -13,7 +13,7 @@ from ..console import parse_count
 from ..errors import UsageError
 from ..plugins import load_plugins
 from ..sites import HOOK_POINTS, RESIDUAL, Location
-from ..untrusted_files import seed_number
+from ..system.untrusted_files import seed_number
 
 if TYPE_CHECKING:
     from ..cache.format.manifest import ModelIdentity, TextIdentity

@@ -32,17 +32,17 @@ from ..cache.format.manifest import Execution, ModelIdentity, identity_differenc
 from ..cache.format.shard_writer import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
-from ..device import resolve_device, resolve_dtype
 from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError, needs
 from ..plugins import load_plugins
 from ..sites import HOOK_POINTS, Location
+from ..system.device import resolve_device, resolve_dtype
 from .config import ExtractConfig, ModelSource
 from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
 from .model.hooks import deepest_block
 from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, describe_execution, make_plan
 from .summary import ExtractSummary, already_complete, record_execution, summarise
-from .text.row_batches import RowFeed
+from .text.row_batches import RowReader
 from .text.rows import Cursor, read_rows
 
 _SHARDS_PER_THREAD = 2  # shards assigned in advance to each thread, so that a worker never waits for text
@@ -189,7 +189,7 @@ class _Coordinator:
         shard, at, kept = writer.next_shard, writer.rows_committed, writer.kept_rows
         began = time.perf_counter()
         try:
-            with RowFeed(rows, plan.outline.special_token_ids) as feed:
+            with RowReader(rows, plan.outline.special_token_ids) as feed:
                 while at < config.rows and (taken := feed.take(min(job.layout.shard_rows, config.rows - at))):
                     block, cursor = taken
                     pending.append((self._submit(job, shard, block, kept), cursor))
@@ -271,8 +271,8 @@ def _passes(
         part = None if start is None else block.slice(start, start + forward.batch_size)
         launched = None if part is None else (part, forward.launch(part), first_row + (start or 0))
         if ahead is not None:
-            rows, flight, row = ahead
-            bits = flight.land()
+            rows, pending, row = ahead
+            bits = pending.result()
             check_finite(bits, rows, row, lm)
             yield rows, bits
         ahead = launched

@@ -394,7 +394,7 @@ def _time_batch(plan: Plan, lm: LanguageModel, batch_size: int) -> tuple[float, 
     tokens_BT = np.random.default_rng(0).integers(0, lm.vocab_size, shape).astype(np.int32)
     block = RowBlock(tokens_BT, np.zeros(shape, np.int32), np.zeros(shape, np.uint8))
     forward = ForwardPass(lm, plan.config.locations, batch_size)
-    forward.launch(block).land()
+    forward.launch(block).result()
     began = time.perf_counter()
-    forward.launch(block).land()
+    forward.launch(block).result()
     return tokens_BT.size / (time.perf_counter() - began), batch_size

@@ -16,14 +16,14 @@ from ..cache.format.manifest import Execution
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, format_duration, note, progress
 from ..errors import TcsaeError
-from ..stop_signals import stop_signals
+from ..system.stop_signals import stop_signals
 from .config import ExtractConfig, command_line
-from .model.forward import Flight, ForwardPass, check_finite, choose_batch_size, until_it_fits
+from .model.forward import ForwardPass, PendingBatch, check_finite, choose_batch_size, until_it_fits
 from .model.hooks import deepest_block
 from .model.load import LanguageModel, identify_model, load_language_model
 from .plan import Plan, look, make_plan, resolve_execution
 from .summary import ExtractSummary, already_complete, record_execution, summarise
-from .text.row_batches import Batch, RowFeed, batches
+from .text.row_batches import Batch, RowReader, batches
 from .text.rows import Cursor, read_rows
 
 _ESTIMATE_AFTER = 5.0  # seconds of extraction after which the first time estimate is printed
@@ -64,12 +64,12 @@ def _extract_here(plan: Plan) -> ExtractSummary:
     writer = StoreSetWriter.open(config.paths, plan.manifests(identity, execution), fresh=config.fresh)
     start, began = writer.rows_stored, time.perf_counter()
     with writer:
-        Filling(plan, lm, writer).run(execution)
+        StoreSetRun(plan, lm, writer).run(execution)
         writer.finish()
     return summarise(plan, writer, start, time.perf_counter() - began)
 
 
-class Filling:
+class StoreSetRun:
     """The loop of one process: a batch is computed while the previous one is copied to the CPU and written."""
 
     def __init__(self, plan: Plan, lm: LanguageModel, writer: StoreSetWriter):
@@ -93,8 +93,8 @@ class Filling:
         bar.advance(-self._uncommitted)
         self._uncommitted = 0
         rows = read_rows(plan.config.text, plan.outline, plan.documents, Cursor.read(writer.cursor))
-        with RowFeed(rows, plan.outline.special_token_ids) as feed:
-            ahead: tuple[Batch, Flight] | None = None
+        with RowReader(rows, plan.outline.special_token_ids) as feed:
+            ahead: tuple[Batch, PendingBatch] | None = None
             for batch in batches(feed, writer.rows_committed, plan.config.rows, writer.layout.shard_rows, batch_size):
                 launched = forward.launch(batch.block)
                 if ahead:
@@ -104,8 +104,8 @@ class Filling:
                 self._deliver(*ahead, bar)
             writer.drain()
 
-    def _deliver(self, batch: Batch, flight: Flight, bar: Progress) -> None:
-        bits = flight.land()
+    def _deliver(self, batch: Batch, pending: PendingBatch, bar: Progress) -> None:
+        bits = pending.result()
         check_finite(bits, batch.block, batch.first_row, self.lm)
         self.writer.append(batch.block, bits)
         tokens = len(batch.block) * self.plan.config.text.context

@@ -201,7 +201,7 @@ def _hold_to_sums(caught: dict[Location, torch.Tensor], n_layers: int) -> None:
 def _hold_to_truncation(lm: LanguageModel, x_BTD: torch.Tensor, given: torch.Tensor) -> None:
     found = verified_blocks(lm.model, lm.n_layers, lm.d_model)
     cut_above(found, 1)
-    lm.decoder, lm.blocks, lm.taps = found.decoder, found.blocks, {}
+    lm.decoder, lm.blocks, lm.module_hooks = found.decoder, found.blocks, {}
     assert torch.equal(capture(lm, given, [Location(1)])[Location(1)], x_BTD)
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("cache", "extract", "train", "evaluate")
+FOLDERS = ("system", "cache", "extract", "train", "evaluate")
 # Who may import whom: only what stands on a lower level. Root files that nothing else needs stand highest.
-LEVEL = dict.fromkeys(("errors", "progress_bar", "allocator", "free_memory", "stop_signals"), 0)
-LEVEL |= dict.fromkeys(("console", "registry", "atomic_files", "untrusted_files"), 1)
-LEVEL |= dict.fromkeys(("device", "options", "callable_package"), 1)
-LEVEL |= {"plugins": 2, "checksums": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5}
+LEVEL = {"errors": 0, "progress_bar": 0} | dict.fromkeys(
+    ("system", "console", "registry", "options", "callable_package"), 1
+)
+LEVEL |= {"plugins": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5}
 LEVEL |= {"interface": 6, "demo": 7, "commands": 7, "pipeline": 8, "__main__": 9}
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from stores import make_store
 from tcsae import console
 from tcsae.progress_bar import Bar, Table, fitted
-from tcsae.train.loop.trainer import board
+from tcsae.train.loop.trainer import live_table
 
 
 def table_of(n, name="run"):
@@ -57,11 +57,11 @@ def test_the_board_has_a_row_per_member_and_a_dash_for_what_is_undefined():
         },
         "twin": {"loss": 10.0, "explained_variance": None},
     }
-    shown = board(members, {"tokens_per_second": 12_345.0, "seconds_waiting": 0.25}, 50)
+    shown = live_table(members, {"tokens_per_second": 12_345.0, "seconds_waiting": 0.25}, 50)
     assert shown.rows[0] == ("tc", ["12.35", "0.877", "63.9", "1.2%", "15.0%", "—"])
     assert shown.rows[1] == ("twin", ["10", "—", "—", "—", "—", "—"])
     assert shown.foot == "step 50, 12.3k tokens/s, 0.2 s waiting for the disk"
-    assert board({}, {}, 3).foot == "step 3"
+    assert live_table({}, {}, 3).foot == "step 3"
     lines = drawn(fitted(shown, 100, 20))
     for head in ("loss", "explained", "variance", "L0", "dead", "temporal", "variation"):
         assert any(head in line.split() for line in lines[:2])

@@ -136,7 +136,7 @@ def train(
     if show_config:
         print(show_toml(chosen), end="")
         return
-    from ..allocator import keeping_freed_memory
+    from ..system.allocator import keeping_freed_memory
     from .loop.distributed import speaks
     from .run import train as run
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import RunError, UsageError
 from ..plugins import load_plugins
-from ..untrusted_files import read_bytes, reason
+from ..system.untrusted_files import read_bytes, reason
 from .config import TrainConfig
 from .loss.registry import PARTNERS, TERMS
 

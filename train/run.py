@@ -21,9 +21,9 @@ import torch
 from .. import __version__
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
-from ..device import DTYPES, resolve_device, resolve_dtype
 from ..errors import ResourceError, UsageError
 from ..plugins import load_plugins
+from ..system.device import DTYPES, resolve_device, resolve_dtype
 from .config import TrainConfig
 from .loop.compared_inputs import Facts, in_words
 from .loop.diagnostics import Metrics
@@ -36,7 +36,7 @@ from .loss.objective import group_sizes
 from .plan import MemberPlan, plan_members, plan_rivals, tokens_per_step, view_of
 from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
-from .run_folder.claims import Claim, claim, held
+from .run_folder.member_folders import MemberFolder, locked, member_folders
 from .run_folder.metrics_log import check_loggers
 from .run_folder.record import RunRecord
 from .sae.protocol import PREFIX_SIZES
@@ -100,13 +100,15 @@ def train(
     members = plan(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
     members = _with_siblings(members, store.context)
     with joined(device) as world, ExitStack() as mine:
-        claims = claim(members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens))
+        folders = member_folders(
+            members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens)
+        )
         metrics: dict[str, Metrics] = {}
-        mine.enter_context(held(claims if world.writes else []))
+        mine.enter_context(locked(folders if world.writes else []))
         world.wait()
         if world.writes and world.size > 1:
-            _say_what_differs([each.plan for each in claims if not each.done], world)
-        for group in _groups([each for each in claims if not each.done]):
+            _say_what_differs([each.plan for each in folders if not each.done], world)
+        for group in _groups([each for each in folders if not each.done]):
             for plans in split_passes([each.plan for each in group], available_bytes(device), device.type):
                 part = [each for each in group if each.plan in plans]
                 inputs = Inputs.of(group[0].plan.config.data, statistics)
@@ -114,10 +116,10 @@ def train(
                     metrics |= _train_pass(part, store, inputs, device, dtype, world)
                 except torch.OutOfMemoryError as failure:
                     raise _too_large(plans, device) from failure
-    first = claims[0].plan.config
+    first = folders[0].plan.config
     return TrainSummary(
-        runs=[each.folder for each in claims],
-        skipped=[each.folder for each in claims if each.done],
+        runs=[each.folder for each in folders],
+        skipped=[each.folder for each in folders if each.done],
         steps=first.run.steps,
         tokens=first.run.steps * tokens_per_step(first),
         seconds=time.perf_counter() - began,
@@ -186,10 +188,10 @@ def _with_siblings(members: list[MemberPlan], context: int) -> list[MemberPlan]:
     return found
 
 
-def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
+def _groups(folders: Sequence[MemberFolder]) -> list[list[MemberFolder]]:
     """Members that share a stream and a point of departure; what they see of the stream may differ."""
-    groups: dict[tuple[object, ...], list[Claim]] = {}
-    for each in claims:
+    groups: dict[tuple[object, ...], list[MemberFolder]] = {}
+    for each in folders:
         rows = each.record.store_rows if each.record and each.has_checkpoint else 0
         data = each.plan.config.data
         stream = (data.store, data.batch_size, data.pool, data.seed, data.scale, data.norm_filter)
@@ -198,22 +200,22 @@ def _groups(claims: Sequence[Claim]) -> list[list[Claim]]:
 
 
 def _train_pass(
-    claims: Sequence[Claim],
+    folders: Sequence[MemberFolder],
     store: ActivationStore,
     inputs: Inputs,
     device: torch.device,
     dtype: torch.dtype,
     world: World,
 ) -> dict[str, Metrics]:
-    folders = [each.folder for each in claims]
-    step = latest_common(folders, remove_damaged=world.writes) if claims[0].has_checkpoint else None
+    paths = [each.folder for each in folders]
+    step = latest_common(paths, remove_damaged=world.writes) if folders[0].has_checkpoint else None
     if step is None and world.writes:
-        for each in claims:
+        for each in folders:
             if each.record is not None:
                 note(f"{each.folder} was begun and has no sound checkpoint: it begins again")
     if step is not None:
-        inputs = Inputs.from_state_dict(load_checkpoint(folders[0], step)["inputs"])
-    plans = [_as_begun(each) for each in claims]
+        inputs = Inputs.from_state_dict(load_checkpoint(paths[0], step)["inputs"])
+    plans = [_as_begun(each) for each in folders]
     if step is None and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
         inputs = inputs.with_median(store)
     if world.writes:
@@ -222,17 +224,17 @@ def _train_pass(
     if step is not None:
         work.restore(step)
     config = plans[0].config
-    kept = {each.plan.name: each.record for each in claims if each.record and step is not None}
+    kept = {each.plan.name: each.record for each in folders if each.record and step is not None}
     records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs, device) for plan in plans}
     if world.writes:
-        for each in claims:
+        for each in folders:
             records[each.plan.name].save(each.folder)
 
     def tell_pairs(found: dict[str, Facts]) -> None:
         said = {in_words(plan.config.temporal.partner, found[plan.name]) for plan in plans if plan.name in found}
         for line in sorted(said):
             note(line)
-        for each in claims:
+        for each in folders:
             if each.plan.name in found:
                 kept_now = records[each.plan.name].model_copy(update={"pairs": found[each.plan.name]})
                 records[each.plan.name] = kept_now
@@ -242,13 +244,13 @@ def _train_pass(
     with progress(f"training {len(plans)} SAE{'s' if len(plans) > 1 else ''}", total, done=done) as bar:
         work.run(bar, tell_pairs)
     if world.writes:
-        for member, each in zip(work.members, claims, strict=True):
+        for member, each in zip(work.members, folders, strict=True):
             finish(member, records[each.plan.name], each.folder, work)
     world.wait()
-    return {each.plan.name: work.last_metrics.get(each.plan.name, {}) for each in claims}
+    return {each.plan.name: work.last_metrics.get(each.plan.name, {}) for each in folders}
 
 
-def _as_begun(begun: Claim) -> MemberPlan:
+def _as_begun(begun: MemberFolder) -> MemberPlan:
     """The plan with the step that a run was begun with: the two steps agree up to rounding, not bit for bit."""
     if begun.record is None or not begun.has_checkpoint:
         return begun.plan

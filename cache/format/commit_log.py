@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from ...sites import Location
-from ...untrusted_files import parse_json
+from ...system.untrusted_files import parse_json
 from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 

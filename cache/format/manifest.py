@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...errors import StoreError
 from ...sites import Location, location_of
-from ...untrusted_files import parse_json, reason
+from ...system.untrusted_files import parse_json, reason
 from ..storage.open_place import place_of
 from ..storage.places import Place
 from .layout import StoreLayout

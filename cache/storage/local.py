@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...atomic_files import sync_folder
 from ...errors import StoreError
+from ...system.atomic_files import sync_folder
 from .os_errors import plain_errors
 
 _MOST_BYTES = 1 << 32  # of a file that is read at once

@@ -21,7 +21,7 @@ import uuid
 from typing import Any, Protocol
 
 from ...errors import StaleRunError, StoreError
-from ...untrusted_files import parse_json
+from ...system.untrusted_files import parse_json
 from .local import LocalPlace
 from .os_errors import plain_errors
 from .places import Place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RunError, UsageError
-from ..protocol import Findings, Ledger, TokenBatch
+from ..protocol import Findings, SumsByUnit, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries, pair_masks
 
@@ -86,7 +86,7 @@ class Average:
     ):
         self.definitions = {name: definition}
         self._function, self._name, self._over = function, name, over
-        self._ledger = Ledger()
+        self._by_unit = SumsByUnit()
 
     def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:
         """Take one batch in; the function is not called where there is no token or pair that counts."""
@@ -99,13 +99,13 @@ class Average:
             return
         tokens = [Tokens(batch, active, x_hat_BTD, at_N + step) for step in steps]
         above_N, below_N = self._checked(self._function(*tokens), len(at_N))
-        self._ledger.add(tokens[0].unit, above=above_N, below=below_N, counted=below_N != 0)
+        self._by_unit.add(tokens[0].unit, above=above_N, below=below_N, counted=below_N != 0)
 
     def result(self) -> Findings:
         """The one metric; its n counts the tokens or pairs whose denominator is not zero."""
         ((name, definition),) = self.definitions.items()
-        sums = self._ledger.ratio("above", "below", definition.unit)
-        return Findings(sums={name: replace(sums, definition=name, n=round(self._ledger.total("counted")))})
+        sums = self._by_unit.ratio("above", "below", definition.unit)
+        return Findings(sums={name: replace(sums, definition=name, n=round(self._by_unit.total("counted")))})
 
     def _checked(self, values: Any, n: int) -> tuple[Tensor, Tensor]:
         """Numerators and denominators [N]; 0 and 0 where the function left a token or pair out."""

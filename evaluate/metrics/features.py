@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife
-from ..protocol import Findings, Ledger, TokenBatch, plain_metric
+from ..protocol import Findings, SumsByUnit, TokenBatch, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .active_entries import ActiveEntries
 from .registry import metric
@@ -80,7 +80,7 @@ class FeatureStatistics:
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self._active_GF = torch.zeros(GROUPS, size, dtype=torch.float64, device=device)
         self._sum_F = torch.zeros(size, dtype=torch.float64, device=device)
-        self._ledger = Ledger()
+        self._by_unit = SumsByUnit()
         self._max_F = torch.zeros(size, dtype=torch.float64, device=device)
         self._l0 = torch.zeros(size + 1, dtype=torch.float64, device=device)
         self._l1 = torch.zeros(
@@ -97,7 +97,7 @@ class FeatureStatistics:
         l0_N, l1_N = active.per_token(), active.per_token(active.value_E.abs() * self._norm_F[active.feature_E])
         self._l0 += torch.bincount(l0_N[active.valid_N].long(), minlength=len(self._l0))
         units_N = batch.units_BT.reshape(-1)[active.valid_N]
-        self._ledger.add(units_N, strength=l1_N[active.valid_N], entries=l0_N[active.valid_N])
+        self._by_unit.add(units_N, strength=l1_N[active.valid_N], entries=l0_N[active.valid_N])
         octave = l1_N[active.valid_N].clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
         bins = (octave * _BINS_PER_OCTAVE).long().clamp(max=len(self._l1) - 1)
         self._l1 += torch.bincount(bins, minlength=len(self._l1))
@@ -107,7 +107,7 @@ class FeatureStatistics:
         active_F, tokens = self._active_GF.sum(0), float(self._tokens_G.sum())
         density_F = (active_F / tokens if tokens else active_F * torch.nan).cpu().numpy()
         mean_F = (self._sum_F / active_F).cpu().numpy()
-        strength = replace(self._ledger.ratio("strength", "entries", "activation units"), definition="mean_activation")
+        strength = replace(self._by_unit.ratio("strength", "entries", "activation units"), definition="mean_activation")
         shares, alive = self._shares(), float((active_F > 0).double().mean())
         few = f"only {alive:.1%} of the features are ever active: nearly the whole dictionary is dead"
         return Findings(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.splice import Head
-from ..protocol import Ledger, TokenBatch, UnitSums
+from ..protocol import SumsByUnit, TokenBatch, UnitSums
 from ..results import Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
@@ -183,7 +183,7 @@ class Fidelity:
 
     def __init__(self, center_D: Tensor, decoder_norms_F: Tensor | None):
         self.center_D, self.decoder_norms_F = center_D, decoder_norms_F
-        self.ledger = Ledger()
+        self.by_unit = SumsByUnit()
         self._shift_D = {suffix: torch.zeros_like(center_D, dtype=torch.float64) for suffix in ("", OUTLIERS)}
 
     def add_losses(self, units_N: Tensor, inlier_N: Tensor, ce_clean_N: Tensor, ce_N: Tensor, kl_N: Tensor) -> None:
@@ -220,15 +220,15 @@ class Fidelity:
             self._shift_D[suffix] += rows.sum(0)
 
     def _add(self, units_N: Tensor, inlier_N: Tensor, values: Mapping[str, Tensor]) -> None:
-        self.ledger.add(units_N, **values)
-        self.ledger.add(units_N[inlier_N], **{name + OUTLIERS: value[inlier_N] for name, value in values.items()})
+        self.by_unit.add(units_N, **values)
+        self.by_unit.add(units_N[inlier_N], **{name + OUTLIERS: value[inlier_N] for name, value in values.items()})
 
     def sums(self) -> dict[str, UnitSums]:
         """Everything that needs no other record, with and without outliers."""
         return {name + suffix: one for suffix in ("", OUTLIERS) for name, one in self._sums(suffix).items()}
 
     def _sums(self, suffix: str) -> dict[str, UnitSums]:
-        tokens_U = self.ledger["tokens" + suffix]
+        tokens_U = self.by_unit["tokens" + suffix]
         tokens = round(float(tokens_U.sum()))
         ratios = {
             "ce": ("ce", "predictions"),
@@ -245,7 +245,7 @@ class Fidelity:
         }
         sums = {
             name: UnitSums(
-                self.ledger[above + suffix], self.ledger[below + suffix], DEFINITIONS[name].unit, name + suffix
+                self.by_unit[above + suffix], self.by_unit[below + suffix], DEFINITIONS[name].unit, name + suffix
             )
             for name, (above, below) in ratios.items()
         }
@@ -253,7 +253,7 @@ class Fidelity:
         sums["relative_reconstruction_bias"] = replace(sums["relative_reconstruction_bias"], n=tokens)
         # Σ‖x − μ‖² = Σ‖x − c‖² − n‖μ − c‖²: the shift from the centre to the text's own mean, shared out by tokens.
         shift = float((self._shift_D[suffix] / max(1, tokens)).square().sum())
-        spread_U = self.ledger["spread" + suffix] - tokens_U * shift
+        spread_U = self.by_unit["spread" + suffix] - tokens_U * shift
         sums["explained_variance"] = replace(
             sums["explained_variance"], denominator_U=spread_U, offset=1.0, scale=-1.0, n=tokens
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band
-from ..protocol import Findings, Ledger, TokenBatch, UnitSums, plain_metric
+from ..protocol import Findings, SumsByUnit, TokenBatch, UnitSums, plain_metric
 from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition
 from .active_entries import ActiveEntries, Matches, matches, pair_masks
 from .gain_refit import refit_gains
@@ -194,7 +194,7 @@ class TemporalStatistics:
         self._sums = LagSums(sae.n_features, self._lags, device)
         self._runs = RunCounts(sae.n_features, context, device)
         self._sample = TokenSample(SAMPLE_TOKENS, sae.d_model, seed, device)
-        self._ledger = Ledger()
+        self._by_unit = SumsByUnit()
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self._active_GF = torch.zeros(GROUPS, sae.n_features, dtype=torch.float64, device=device)
 
@@ -210,7 +210,7 @@ class TemporalStatistics:
         next_E, previous_E = followed(active, found)
         chances_N, ends_N = self._runs.update(active, masks, group_N, next_E, previous_E)
         units_N, first_N = batch.units_BT.reshape(-1), masks.earlier_LN[1]
-        self._ledger.add(units_N[first_N], run_chances=chances_N[first_N], run_ends=ends_N[first_N])
+        self._by_unit.add(units_N[first_N], run_chances=chances_N[first_N], run_ends=ends_N[first_N])
         self._record_pairs(units_N[first_N], first_N, batch, active, found, x_hat_BTD)
         x_ND = batch.x_BTD.reshape(active.n_tokens, -1)
         self._record_rows(batch, *smoothness(active, masks, found, next_E, x_ND))
@@ -226,7 +226,7 @@ class TemporalStatistics:
     ) -> None:
         """Everything that is an average over pairs of adjacent tokens."""
         pairs = AdjacentPairs.of(active, found, first_N)
-        self._ledger.add(units_P, variation=pairs.variation(), energy=pairs.energy())
+        self._by_unit.add(units_P, variation=pairs.variation(), energy=pairs.energy())
         for name, values in (
             ("cosine", pairs.cosine()),
             ("jaccard", pairs.jaccard()),
@@ -234,13 +234,15 @@ class TemporalStatistics:
             ("reconstruction_cosine", adjacent_cosine(x_hat_BTD, first_N)),
         ):
             defined = torch.isfinite(values)
-            self._ledger.add(units_P[defined], **{name: values[defined], f"{name}_n": torch.ones_like(values[defined])})
+            self._by_unit.add(
+                units_P[defined], **{name: values[defined], f"{name}_n": torch.ones_like(values[defined])}
+            )
 
     def _record_rows(self, batch: TokenBatch, change_B: Tensor, features_B: Tensor) -> None:
         """The smoothness of every row, counted for the unit of its first token that counts."""
         unit_B = batch.units_BT.gather(1, batch.valid_BT.int().argmax(1, keepdim=True)).squeeze(1)
         some = features_B > 0
-        self._ledger.add(unit_B[some], smoothness=change_B[some], smoothness_n=torch.ones_like(change_B[some]))
+        self._by_unit.add(unit_B[some], smoothness=change_B[some], smoothness_n=torch.ones_like(change_B[some]))
 
     def result(self) -> Findings:
         """All temporal metrics, the curves over the lag and over the run length, and the numbers of every feature."""
@@ -252,7 +254,7 @@ class TemporalStatistics:
         return findings
 
     def _plain_sums(self) -> dict[str, UnitSums]:
-        ratio = self._ledger.ratio
+        ratio = self._by_unit.ratio
         return {
             "temporal_variation": replace(
                 ratio("variation", "energy", "1"), definition="temporal_variation", n=self._pairs()
@@ -265,7 +267,7 @@ class TemporalStatistics:
 
     def _mean(self, name: str, definition: str, *, offset: float = 0.0, scale: float = 1.0) -> UnitSums:
         unit = DEFINITIONS[definition].unit
-        return replace(self._ledger.ratio(name, f"{name}_n", unit, offset=offset, scale=scale), definition=definition)
+        return replace(self._by_unit.ratio(name, f"{name}_n", unit, offset=offset, scale=scale), definition=definition)
 
     def _pairs(self) -> int:
         return int(self._sums.pairs_GL[:, 0].sum())

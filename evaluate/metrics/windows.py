@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..protocol import Findings, Ledger, TokenBatch
+from ..protocol import Findings, SumsByUnit, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries
 
@@ -43,7 +43,7 @@ class WindowMetrics:
 
     def __init__(self, center_D: Tensor):
         self._center_D = center_D
-        self._ledger = Ledger()
+        self._by_unit = SumsByUnit()
 
     @torch.no_grad()
     def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
@@ -51,13 +51,13 @@ class WindowMetrics:
         valid_BT, parts = batch.valid_BT, active.parts
         complete_BT = valid_BT & parts["complete"]
         x_NWD, x_hat_NWD = parts["inputs"][complete_BT], parts["windows"][complete_BT]
-        self._ledger.add(
+        self._by_unit.add(
             batch.units_BT[complete_BT],
             error=(x_NWD - x_hat_NWD).square().sum((1, 2)),
             spread=(x_NWD - self._center_D).square().sum((1, 2)),
         )
         incomplete_N = ~parts["complete"][valid_BT]
-        self._ledger.add(batch.units_BT[valid_BT], incomplete=incomplete_N, tokens=torch.ones_like(incomplete_N))
+        self._by_unit.add(batch.units_BT[valid_BT], incomplete=incomplete_N, tokens=torch.ones_like(incomplete_N))
 
     def result(self) -> Findings:
         """Both, as sums per unit."""
@@ -65,9 +65,9 @@ class WindowMetrics:
             "explained_variance_window": ("error", "spread", 1.0, -1.0),
             "incomplete_windows": ("incomplete", "tokens", 0.0, 1.0),
         }
-        tokens = round(self._ledger.total("tokens"))
+        tokens = round(self._by_unit.total("tokens"))
         found = Findings()
         for key, (above, below, offset, scale) in known.items():
-            sums = self._ledger.ratio(above, below, "share", offset=offset, scale=scale)
+            sums = self._by_unit.ratio(above, below, "share", offset=offset, scale=scale)
             found.sums[key] = replace(sums, definition=key, n=tokens)
         return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...extract.model.tap import Tap, first_tensor
+from ...extract.model.module_hook import ModuleHook, first_tensor
 from .splice import Head
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _after_blocks(lm: LanguageModel) -> tuple[Tensor, list[nn.Module] | None]:
             calls.append((module, given.clone(), made.clone()))
 
     with ExitStack() as hooks:
-        hooks.enter_context(Tap(lm.blocks[-1]).keep(kept, "last"))
+        hooks.enter_context(ModuleHook(lm.blocks[-1]).keep(kept, "last"))
         for module in lm.decoder.modules():
             if id(module) not in inside and module is not lm.decoder:
                 hooks.callback(module.register_forward_hook(watch, with_kwargs=True).remove)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...extract.model.hooks import tap_of
-from ...extract.model.tap import Tap, with_first
+from ...extract.model.hooks import hook_of
+from ...extract.model.module_hook import ModuleHook, with_first
 from ...sites import Location
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class SplicedModel:
         with ExitStack() as hooks:
             hooks.enter_context(self._noting_outputs())
             for at in locations:
-                hooks.enter_context(tap_of(self.lm, at).keep(kept, at))
+                hooks.enter_context(hook_of(self.lm, at).keep(kept, at))
             for layer in inside:
-                hooks.enter_context(Tap(self.lm.blocks[layer], "input").keep(before, layer))
+                hooks.enter_context(ModuleHook(self.lm.blocks[layer], "input").keep(before, layer))
             final_BTD = self._run(tokens_BT)
         return CleanPass({at: _shaped(x, final_BTD) for at, x in kept.items()}, before, final_BTD)
 
@@ -99,13 +99,13 @@ class SplicedModel:
                 if at.layer:
                     stack.enter_context(self._handing_on(range(at.layer - 1)))
                     stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
-                stack.enter_context(tap_of(self.lm, at).replace(x_BTD))
+                stack.enter_context(hook_of(self.lm, at).replace(x_BTD))
             return self._run(tokens_BT)
 
     @torch.no_grad()
     def spliced_by_hook(self, at: Location, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         """The same by running the whole model with a hook that replaces the tensor: slow, and right by construction."""
-        with tap_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)):
+        with hook_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)):
             return self._run(tokens_BT)
 
     def verify(self, tokens_BT: Tensor, locations: Sequence[Location]) -> list[str]:
@@ -138,7 +138,7 @@ class SplicedModel:
 
     def _after(self, at: Location) -> int | None:
         """The block whose output the tensor is; None where it lies inside one."""
-        tap = tap_of(self.lm, at)
+        tap = hook_of(self.lm, at)
         near = (at.layer - 1, at.layer) if at.layer else (0,)
         return next((n for n in near if tap.side == "output" and tap.module is self.lm.blocks[n]), None)
 

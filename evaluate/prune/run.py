@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...atomic_files import remove_partials, write_json
 from ...cache.store import ActivationStore
 from ...console import progress
-from ...device import resolve_device
 from ...errors import RunError, UsageError
+from ...system.atomic_files import remove_partials, write_json
+from ...system.device import resolve_device
+from ...system.untrusted_files import seed_number
 from ...train.run_folder.record import RECORD, RunRecord, load_run
 from ...train.sae.protocol import SparseCoder
 from ...train.sae.temporal_sae import TemporalSAE
-from ...untrusted_files import seed_number
 from ..metrics.active_entries import ActiveEntries
 from ..metrics.position import FALSE_DISCOVERY_RATE, LOCKED, PositionStatistics
 from ..metrics.redundancy import NEAR_DUPLICATE

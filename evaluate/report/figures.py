@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...atomic_files import plain_errors, write_file
 from ...errors import needs
+from ...system.atomic_files import plain_errors, write_file
 from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 from .panels.fidelity import plane_zoomed

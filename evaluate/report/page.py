@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...atomic_files import remove_partials, write_file
+from ...system.atomic_files import remove_partials, write_file
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
 from .chart import DARK, LIGHT, ROLES, STYLES, Panel

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...errors import ModelError
-from .tap import Tap, first_argument, first_tensor, with_first_argument
+from .module_hook import ModuleHook, first_argument, first_tensor, with_first_argument
 
 if TYPE_CHECKING:
     from .load import LanguageModel
@@ -48,7 +48,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Structure:
-    """The block's arithmetic: taps by the names of modules inside the block."""
+    """The block's arithmetic: module_hooks by the names of modules inside the block."""
 
     attention: tuple[str, float] | None
     """Module and factor; None where the branch that mixes tokens is something else."""
@@ -95,7 +95,7 @@ class Block:
         raise self._refusal(f"has no {' or '.join(names)}, only {there}")
 
     @property
-    def attention(self) -> Tap:
+    def attention(self) -> ModuleHook:
         """What attention adds to the residual stream.
 
         Raises:
@@ -105,10 +105,10 @@ class Block:
         found = self._structure.attention
         if found is None:
             raise self._refusal("mixes tokens by something else than attention, so that there is no attn_out")
-        return Tap(self.module.get_submodule(found[0]), "output", self._exact(found[1]))
+        return ModuleHook(self.module.get_submodule(found[0]), "output", self._exact(found[1]))
 
     @property
-    def mlp(self) -> Tap:
+    def mlp(self) -> ModuleHook:
         """What the MLP adds to the residual stream.
 
         Raises:
@@ -116,10 +116,10 @@ class Block:
 
         """
         name, scale = self._structure.mlp
-        return Tap(self.module.get_submodule(name), "output", self._exact(scale))
+        return ModuleHook(self.module.get_submodule(name), "output", self._exact(scale))
 
     @property
-    def middle(self) -> Tap:
+    def middle(self) -> ModuleHook:
         """The residual stream between attention and MLP.
 
         Raises:
@@ -130,7 +130,9 @@ class Block:
             raise self._refusal("lets attention and MLP read the same input, so that there is no resid_mid")
         name, side = self._structure.middle
         # Read by the norm (or the MLP), and added to again later: replaced for both.
-        return Tap(self.module.get_submodule(name), "input" if side == "input" else "output", in_place=side == "input")
+        return ModuleHook(
+            self.module.get_submodule(name), "input" if side == "input" else "output", in_place=side == "input"
+        )
 
     def _exact(self, scale: float) -> float:
         """The factor as the block has it (``residual_multiplier``), where it has one: ours is fitted in float32."""
@@ -217,7 +219,7 @@ class _Watched:
         return torch.randn(like.shape, generator=self.draw).to(like.device)
 
     @torch.no_grad()
-    def run(self, replaced: Tap | None = None, by: Tensor | None = None) -> _Run:
+    def run(self, replaced: ModuleHook | None = None, by: Tensor | None = None) -> _Run:
         """Run the copy, with one tensor replaced if wanted."""
         calls: list[_Call] = []
         shape, clock = self.x_BTD.shape, iter(range(10**9))
@@ -256,9 +258,9 @@ class _Watched:
             return True
         module = self.copy.get_submodule(where[0])
         if part == "middle":
-            tap = Tap(module, where[1], in_place=where[1] == "input")
+            tap = ModuleHook(module, where[1], in_place=where[1] == "input")
         else:
-            tap = Tap(module, "output", where[1])
+            tap = ModuleHook(module, "output", where[1])
         noise = self.noise(self.x_BTD)
         run = self.run(tap, noise)
         if found.normed:
@@ -323,13 +325,13 @@ def _told_apart(run: _Run, first: tuple[_Call, float], second: tuple[_Call, floa
     mixes = _comes_from(run, first[0], _ATTENTION)
     if _comes_from(run, second[0], _ATTENTION) or not (mixes or _comes_from(run, first[0], _MIXER)):
         return None
-    taps = [(call.name, 1.0 if abs(factor - 1) < _CLOSE else factor) for call, factor in (first, second)]
+    module_hooks = [(call.name, 1.0 if abs(factor - 1) < _CLOSE else factor) for call, factor in (first, second)]
     into = first[1] * _made(run, first[0].name)
     reads = [call for call in run.calls if call.given is not None and _close(call.given - run.before, into, 1e-2)]
     outer = min(reads, key=lambda one: (one.started, one.name.count(".")), default=None)
     return _Structure(
-        attention=taps[0] if mixes else None,
-        mlp=taps[1],
+        attention=module_hooks[0] if mixes else None,
+        mlp=module_hooks[1],
         middle=None if outer is None else (outer.name, "input"),
     )
 

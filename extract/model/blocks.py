@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...console import note
 from ...errors import ModelError
-from .tap import Tap
+from .module_hook import ModuleHook
 
 _ROWS, _POSITIONS = 2, 6
 
@@ -108,8 +108,8 @@ def _watch(
     calls: Counter[int] = Counter()
     with ExitStack() as hooks:
         for at, block in enumerate(blocks):
-            hooks.enter_context(Tap(block).keep(outputs, at))
-            hooks.enter_context(Tap(block, "input").keep(inputs, at))
+            hooks.enter_context(ModuleHook(block).keep(outputs, at))
+            hooks.enter_context(ModuleHook(block, "input").keep(inputs, at))
             counting = block.register_forward_hook(lambda *_, at=at: calls.update([at]))
             hooks.callback(counting.remove)
         answer = decoder(input_ids=tokens_BT, use_cache=False, output_hidden_states=True)

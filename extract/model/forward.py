@@ -27,14 +27,14 @@ _GPU_SHARE = 0.5  # of the free memory that a pass may fill
 
 
 @dataclass
-class Flight:
-    """A forward pass on its way: activations of ``rows`` rows that become readable with :meth:`land`."""
+class PendingBatch:
+    """A forward pass on its way: activations of ``rows`` rows that become readable with :meth:`result`."""
 
     rows: int
     tensors: dict[Location, torch.Tensor]
     event: Any = None
 
-    def land(self) -> dict[Location, np.ndarray]:
+    def result(self) -> dict[Location, np.ndarray]:
         """Location → bfloat16 bits [rows, T, D], when they are there."""
         if self.event is not None:
             self.event.synchronize()
@@ -48,7 +48,7 @@ class ForwardPass:
         self.lm, self.locations, self.batch_size = lm, tuple(locations), batch_size
         self._copies = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
 
-    def launch(self, block: RowBlock) -> Flight:
+    def launch(self, block: RowBlock) -> PendingBatch:
         """Begin the pass. On a GPU this returns while it runs; on a CPU when it is done.
 
         Raises:
@@ -68,8 +68,8 @@ class ForwardPass:
         caught = capture(self.lm, tokens_BT, self.locations)
         rounded = {at: x_BTD.to(torch.bfloat16) for at, x_BTD in caught.items()}
         if self._copies is None:
-            return Flight(len(block), {at: x_BTD.cpu() for at, x_BTD in rounded.items()})
-        return Flight(len(block), *_copy_out(rounded, self._copies))
+            return PendingBatch(len(block), {at: x_BTD.cpu() for at, x_BTD in rounded.items()})
+        return PendingBatch(len(block), *_copy_out(rounded, self._copies))
 
 
 def _copy_out(

@@ -1,9 +1,9 @@
 """Hook points: the tensors of a model that can be stored, and replaced by what an SAE makes of them.
 
-A hook point is a function from a :class:`~tcsae.extract.model.block.Block` to a :class:`Tap`. The built-in ones are
-found in the block's structure and verified by its arithmetic, never by the names of its parts alone. What lies inside
-a block (``mlp_out``, ``attn_out``) is what is *added* to the residual stream: after Gemma 2's post-norms and Granite's
-multiplier, as in TransformerLens.
+A hook point is a function from a :class:`~tcsae.extract.model.block.Block` to a :class:`ModuleHook`. The built-in
+ones are found in the block's structure and verified by its arithmetic, never by the names of its parts alone. What
+lies inside a block (``mlp_out``, ``attn_out``) is what is *added* to the residual stream: after Gemma 2's post-norms
+and Granite's multiplier, as in TransformerLens.
 
 Shapes: B rows, T positions, D model width.
 """
@@ -22,19 +22,19 @@ from torch import Tensor
 from ...errors import ModelError, UsageError
 from ...sites import HOOK_POINTS, Location
 from .block import Block
-from .tap import Tap
+from .module_hook import ModuleHook
 
 if TYPE_CHECKING:
     from .load import LanguageModel
 
-__all__ = ["HOOK_POINTS", "HookPoint", "capture", "hook_point", "module_path", "tap_of"]
+__all__ = ["HOOK_POINTS", "HookPoint", "capture", "hook_of", "hook_point", "module_path"]
 
 
 @dataclass(frozen=True)
 class HookPoint:
     """A registered hook point."""
 
-    find: Callable[[Block], Tap]
+    find: Callable[[Block], ModuleHook]
     """Where the tensor of one block is."""
     hook_name: str
     """Its name in TransformerLens and SAELens, with ``{layer}`` where the layer's number stands."""
@@ -44,7 +44,7 @@ class HookPoint:
 
 def hook_point(
     name: str, *, hook_name: str | None = None, deepest: Callable[[int], int] = lambda layer: layer
-) -> Callable[[Callable[[Block], Tap]], Callable[[Block], Tap]]:
+) -> Callable[[Callable[[Block], ModuleHook]], Callable[[Block], ModuleHook]]:
     """Register a function that finds a tensor [B, T, D] in a block, as a decorator.
 
     Args:
@@ -61,7 +61,7 @@ def hook_point(
     if hook_name.count("{layer}") != 1:
         raise UsageError(f"the hook name '{hook_name}' of '{name}' must hold '{{layer}}' once, for the layer's number")
 
-    def add(find: Callable[[Block], Tap]) -> Callable[[Block], Tap]:
+    def add(find: Callable[[Block], ModuleHook]) -> Callable[[Block], ModuleHook]:
         HOOK_POINTS.add(name, HookPoint(find, hook_name, deepest))
         return find
 
@@ -69,31 +69,31 @@ def hook_point(
 
 
 @hook_point("resid_post")
-def resid_post(block: Block) -> Tap:
+def resid_post(block: Block) -> ModuleHook:
     """The residual stream after the block."""
-    return Tap(block.module)
+    return ModuleHook(block.module)
 
 
 @hook_point("resid_pre", deepest=lambda layer: max(0, layer - 1))
-def resid_pre(block: Block) -> Tap:
+def resid_pre(block: Block) -> ModuleHook:
     """The residual stream before the block: the output of the block before it, where there is one."""
-    return Tap(block.module, "input") if block.previous is None else Tap(block.previous)
+    return ModuleHook(block.module, "input") if block.previous is None else ModuleHook(block.previous)
 
 
 @hook_point("resid_mid")
-def resid_mid(block: Block) -> Tap:
+def resid_mid(block: Block) -> ModuleHook:
     """The residual stream between attention and MLP."""
     return block.middle
 
 
 @hook_point("mlp_out")
-def mlp_out(block: Block) -> Tap:
+def mlp_out(block: Block) -> ModuleHook:
     """What the MLP adds to the residual stream."""
     return block.mlp
 
 
 @hook_point("attn_out")
-def attn_out(block: Block) -> Tap:
+def attn_out(block: Block) -> ModuleHook:
     """What attention adds to the residual stream."""
     return block.attention
 
@@ -103,7 +103,7 @@ def deepest_block(locations: Sequence[Location]) -> int:
     return max(HOOK_POINTS.get(at.site).deepest(at.layer) for at in locations)
 
 
-def tap_of(lm: LanguageModel, at: Location) -> Tap:
+def hook_of(lm: LanguageModel, at: Location) -> ModuleHook:
     """Where the tensor of that place is in a loaded model; looked for once per model.
 
     Raises:
@@ -111,17 +111,17 @@ def tap_of(lm: LanguageModel, at: Location) -> Tap:
         UsageError: no such hook point.
 
     """
-    if at not in lm.taps:
+    if at not in lm.module_hooks:
         point: HookPoint = HOOK_POINTS.get(at.site)
         if point.deepest(at.layer) >= len(lm.blocks) or at.layer >= lm.n_layers:
             raise ModelError(f"layer {at} cannot be tapped: {lm.identity.id} is loaded with {len(lm.blocks)} layers")
-        lm.taps[at] = point.find(Block.of(lm, at.layer))
-    return lm.taps[at]
+        lm.module_hooks[at] = point.find(Block.of(lm, at.layer))
+    return lm.module_hooks[at]
 
 
 def module_path(lm: LanguageModel, at: Location) -> str:
     """The path of the tapped module in the model that ``AutoModelForCausalLM`` loads: ``model.layers.3.mlp``."""
-    module = tap_of(lm, at).module
+    module = hook_of(lm, at).module
     return next(name for name, each in lm.model.named_modules() if each is module)
 
 
@@ -134,14 +134,14 @@ def capture(lm: LanguageModel, tokens_BT: Tensor | np.ndarray, locations: Sequen
     without padding.
 
     Raises:
-        ModelError: as :func:`tap_of`; or something that is not [B, T, D].
+        ModelError: as :func:`hook_of`; or something that is not [B, T, D].
 
     """
     tokens = torch.as_tensor(tokens_BT, dtype=torch.long).to(lm.device, non_blocking=True)
     caught: dict[Location, Tensor] = {}
     with ExitStack() as hooks:
         for at in locations:
-            hooks.enter_context(tap_of(lm, at).keep(caught, at))
+            hooks.enter_context(hook_of(lm, at).keep(caught, at))
         lm.decoder(input_ids=tokens, use_cache=False)
     shape = (*tokens.shape, lm.d_model)
     for at in locations:

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from ...cache.format.manifest import ModelIdentity
-from ...device import DTYPES, resolve_device, resolve_dtype
 from ...errors import ModelError, ResourceError, needs
 from ...sites import Location
+from ...system.device import DTYPES, resolve_device, resolve_dtype
 from ..config import ModelSource
 from .blocks import cut_above, verified_blocks
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
-from .tap import Tap
+from .module_hook import ModuleHook
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LanguageModel:
     vocab_size: int
     bos_token_id: int | None
     special_token_ids: tuple[int, ...]
-    taps: dict[Location, Tap] = field(default_factory=dict)
+    module_hooks: dict[Location, ModuleHook] = field(default_factory=dict)
     """Where the tensors of hook points are, as far as they were asked for."""
     block_calls: dict[int, Any] = field(default_factory=dict)
     """How the model calls each block, for looking into it."""

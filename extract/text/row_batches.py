@@ -16,7 +16,7 @@ from .rows import Row, gather
 _PIECE, _PIECES = 32, 16  # rows passed between the threads at a time; number of such pieces prepared ahead
 
 
-class RowFeed:
+class RowReader:
     """Runs an iterator of rows in a thread of its own, so that the forward passes do not wait for the tokenizer.
 
     A context manager: leaving it ends the thread. A failure of the iterator is raised by :meth:`take`.
@@ -92,7 +92,7 @@ class Batch:
     cursor: dict[str, Any] | None
 
 
-def batches(feed: RowFeed, first_row: int, planned_rows: int, shard_rows: int, batch_size: int) -> Iterator[Batch]:
+def batches(feed: RowReader, first_row: int, planned_rows: int, shard_rows: int, batch_size: int) -> Iterator[Batch]:
     """Batches from ``first_row`` until the plan is complete or the text ends.
 
     Within a shard they begin at multiples of ``batch_size``. The batch in which a row is computed therefore depends

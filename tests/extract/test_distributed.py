@@ -49,7 +49,7 @@ def test_a_workers_shard_is_run_in_the_same_batches(config, tiny_gemma2):
     job = Job(config.model, lm.identity, ((Location(2), ""),), StoreLayout(24, CONTEXT, 4, 8), EXECUTION, "run")
     parts = list(_passes(lm, [Location(2)], job, block, 0))
     assert [len(rows) for rows, _ in parts] == [4, 3]
-    alone = ForwardPass(lm, [Location(2)], 4).launch(block.slice(4, 7)).land()[Location(2)]
+    alone = ForwardPass(lm, [Location(2)], 4).launch(block.slice(4, 7)).result()[Location(2)]
     assert (parts[1][1][Location(2)] == alone).all()
 
 

@@ -246,10 +246,10 @@ def test_nan_stops_with_the_place_named(config, monkeypatch, value):
     real, count = ForwardPass.launch, iter(range(1000))
 
     def poisoned(self, block):
-        flight = real(self, block)
+        pending = real(self, block)
         if next(count) == 6:
-            flight.tensors[Location(2)][1, 3, 5] = value
-        return flight
+            pending.tensors[Location(2)][1, 3, 5] = value
+        return pending
 
     with monkeypatch.context() as patched:
         patched.setattr(ForwardPass, "launch", poisoned)

@@ -9,7 +9,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.console import speaking
 from tcsae.errors import UsageError
 from tcsae.train import run
-from tcsae.train.loop.batches import Feed
+from tcsae.train.loop.batches import BatchReader
 from tcsae.train.loop.distributed import World
 from tcsae.train.loop.inputs import Inputs
 from tcsae.train.loop.memory_plan import member_bytes, step_bytes
@@ -58,7 +58,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, mo
     whole = run.train(config_for(store, tmp_path / "whole", KINDS[kind]))
     halted = config_for(store, tmp_path / "parts", KINDS[kind])
     for after in (9, 10):
-        real, calls = Feed.next_batches, []
+        real, calls = BatchReader.next_batches, []
 
         def next_batches(self, real=real, calls=calls, after=after):
             calls.append(1)
@@ -67,7 +67,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, mo
             return real(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Feed, "next_batches", next_batches)
+            patch.setattr(BatchReader, "next_batches", next_batches)
             with pytest.raises(RuntimeError, match="pulled the plug"):
                 run.train(halted)
     resumed = run.train(halted)

@@ -17,7 +17,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
 from tcsae.train import run
 from tcsae.train.loop import memory_plan, trainer
-from tcsae.train.loop.batches import Feed
+from tcsae.train.loop.batches import BatchReader
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.checkpoint import checkpoints
 from tcsae.train.run_folder.metrics_log import read_metrics
@@ -206,7 +206,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(store, tmp_path, m
 
 def pull_the_plug(config, monkeypatch, *, after):
     """Train until so many batches were read, then fail as a power cut would: nothing is cleaned up or written."""
-    real, calls = Feed.next_batches, []
+    real, calls = BatchReader.next_batches, []
 
     def next_batches(self):
         calls.append(1)
@@ -215,7 +215,7 @@ def pull_the_plug(config, monkeypatch, *, after):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Feed, "next_batches", next_batches)
+        patch.setattr(BatchReader, "next_batches", next_batches)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run.train(config)
 
@@ -249,7 +249,7 @@ def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch, name):
-    real = Feed.next_batches
+    real = BatchReader.next_batches
     calls = []
 
     def next_batches(self):
@@ -258,7 +258,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_so(store, tmp_path, monkeypatch, na
             os.kill(os.getpid(), getattr(signal, name))
         return real(self)
 
-    monkeypatch.setattr(Feed, "next_batches", next_batches)
+    monkeypatch.setattr(BatchReader, "next_batches", next_batches)
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(KeyboardInterrupt, match="step 5; the same command goes on"):
         run.train(config_for(store, tmp_path))
@@ -401,7 +401,7 @@ def test_shares_are_of_the_loss_as_it_was_minimised_warm_ups_included(store, tmp
 
 
 def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, monkeypatch):
-    real = Feed.next_batches
+    real = BatchReader.next_batches
 
     def poisoned(self):
         batches = real(self)
@@ -410,7 +410,7 @@ def test_inputs_that_are_not_finite_are_blamed_on_their_rows(store, tmp_path, mo
         poisoned.row = int(batch.rows_N[3])
         return batches
 
-    monkeypatch.setattr(Feed, "next_batches", poisoned)
+    monkeypatch.setattr(BatchReader, "next_batches", poisoned)
     with pytest.raises(RunError, match=r"rows .* of the store hold NaN") as caught:
         run.train(config_for(store, tmp_path))
     assert f"rows {poisoned.row} of" in str(caught.value)

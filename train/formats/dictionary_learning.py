@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...atomic_files import write_file, write_json
 from ...errors import RunError
-from ...untrusted_files import read_json, shown
+from ...system.atomic_files import write_file, write_json
+from ...system.untrusted_files import read_json, shown
 from ..sae.activation import Activation
 from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from ...atomic_files import PARTIAL, plain_errors, remove_partials, write_file
 from ...errors import RunError
-from ...untrusted_files import read_bytes, reason, shown
+from ...system.atomic_files import PARTIAL, plain_errors, remove_partials, write_file
+from ...system.untrusted_files import read_bytes, reason, shown
 from ..run_folder.record import RunRecord, load_run
 from .locate import read_sae
 from .registry import FORMATS, writable_format

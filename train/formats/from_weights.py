@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RunError, TcsaeError, UsageError
-from ...untrusted_files import shown
+from ...system.untrusted_files import shown
 from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
 from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
-from ...untrusted_files import read_json, shown
+from ...system.untrusted_files import read_json, shown
 from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .from_weights import place_of, plain_sae

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import RunError
 from ...sites import Location, site_of
-from ...untrusted_files import reason, shown
+from ...system.untrusted_files import reason, shown
 from .registry import FORMATS, format_of
 
 if TYPE_CHECKING:  # the SAE classes reach this file, not the other way round

@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ... import __version__
-from ...atomic_files import write_file, write_json
 from ...errors import RunError
-from ...untrusted_files import read_json, shown
+from ...system.atomic_files import write_file, write_json
+from ...system.untrusted_files import read_json, shown
 from ..run_folder.record import RECORD, load_run
 from ..run_folder.record import SAE_CONFIG as CONFIG
 from ..run_folder.record import SAE_WEIGHTS as WEIGHTS
@@ -31,7 +31,7 @@ from .tensor_files import read_safetensors
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 _OWN = "tcsae:"  # an architecture, or an activation, that SAELens does not have
 _THRESHOLDS = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
-# SAELens drops the model's name, the hook and the context size of anything that claims to be older than 6.
+# SAELens drops the model's name, the hook and the context size of anything that folders to be older than 6.
 _SAE_LENS_FORMAT = "6.0.0"
 
 

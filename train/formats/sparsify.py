@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import RunError
-from ...untrusted_files import read_json, shown
+from ...system.untrusted_files import read_json, shown
 from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .from_weights import count, plain_sae

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ...errors import RunError
-from ...untrusted_files import read_bytes, shown
+from ...system.untrusted_files import read_bytes, shown
 from ..sae.tfa import TemporalFeatureAnalysis
 from .from_weights import count, filled
 from .registry import SAEFormat, sae_format

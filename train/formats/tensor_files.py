@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ...console import format_bytes
 from ...errors import ResourceError, RunError, TcsaeError
-from ...free_memory import free_memory
-from ...untrusted_files import open_regular, reason, shown
+from ...system.free_memory import free_memory
+from ...system.untrusted_files import open_regular, reason, shown
 
 _MOST_HEADER = 1 << 24
 _MOST_TENSORS = 10_000

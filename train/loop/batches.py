@@ -36,7 +36,7 @@ class _Ready:
     copied: torch.cuda.Event | None
 
 
-class Feed:
+class BatchReader:
     """The batches of a stream, on a device, in the stream's order. Single consumer; :meth:`close` it.
 
     Args:
@@ -143,6 +143,8 @@ def open_stream(
     )
 
 
-def open_feed(store: ActivationStore, data: Sequence[DataConfig], inputs: Inputs, device: torch.device) -> Feed:
+def open_batches(
+    store: ActivationStore, data: Sequence[DataConfig], inputs: Inputs, device: torch.device
+) -> BatchReader:
     """The same, on their way to a device."""
-    return Feed(open_stream(store, data, inputs, pin_memory=device.type == "cuda"), device)
+    return BatchReader(open_stream(store, data, inputs, pin_memory=device.type == "cuda"), device)

@@ -21,7 +21,8 @@ def compared_inputs(batch: TokenBatch, x_NWD: Tensor, mean_D: Tensor, partner_NP
         batch: what is compared.
         x_NWD: its activations, on any device.
         mean_D: mean of the activations, which is taken off before cosines: it is most of any two.
-        partner_NP, lag: see :class:`~tcsae.train.loss.terms.Pairs`.
+        partner_NP: partners, as in :class:`~tcsae.train.loss.terms.Pairs`.
+        lag: distance of the pairs where there are no partners.
 
     Returns:
         pairs: how many; neighbours: share of them that are at distance 1 in one row; cosine: mean over them of

@@ -10,7 +10,7 @@ import torch
 
 from ...console import format_bytes
 from ...errors import ResourceError
-from ...free_memory import free_memory
+from ...system.free_memory import free_memory
 from ..loss.objective import StepResult, objective_of
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..sae.registry import ARCHITECTURES

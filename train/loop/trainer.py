@@ -1,4 +1,4 @@
-"""One pass: a stream of batches, the members it feeds, their journals and checkpoints.
+"""One pass: a stream of batches, the members it feeds, their logs and checkpoints.
 
 The store is read once, and every member is given the view of it that it needs. All state that matters is in the
 checkpoints; whatever else there is can be thrown away at any moment.
@@ -21,17 +21,17 @@ from ...cache.store import ActivationStore
 from ...cache.views import TokenBatch, View
 from ...console import Progress, format_count, format_duration, warn
 from ...errors import UsageError
-from ...free_memory import peak_memory
 from ...progress_bar import Table
-from ...stop_signals import stop_signals
+from ...system.free_memory import peak_memory
+from ...system.stop_signals import stop_signals
 from ..loss.partners import Batch, draw_partners, generator_of, neighbours_in_rows
 from ..loss.registry import PARTNERS
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
-from ..run_folder.metrics_log import Journal
+from ..run_folder.metrics_log import MetricsLog
 from ..sae.protocol import RowTokens
 from .alarms import check_divergence, check_finite, check_weights, collapse
-from .batches import open_feed
+from .batches import open_batches
 from .compared_inputs import Facts, compared_inputs
 from .diagnostics import Metrics, diagnose
 from .distributed import World
@@ -51,7 +51,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def board(members: Mapping[str, Metrics], rate: Metrics, step: int) -> Table:
+def live_table(members: Mapping[str, Metrics], rate: Metrics, step: int) -> Table:
     """The table under the progress bar.
 
     Args:
@@ -122,7 +122,7 @@ class Pass:
             step = alone(part[0], device.type)
             self.stacks.append(Single(members[0], step) if step else Stack(members))
         self.mean_D = inputs.mean_D.to(device)
-        self.feed = open_feed(store, [plan.config.data for plan in plans], inputs, device)
+        self.feed = open_batches(store, [plan.config.data for plan in plans], inputs, device)
         self.step, self.steps = 0, self.config.run.steps
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
@@ -158,12 +158,12 @@ class Pass:
             KeyboardInterrupt: Ctrl-C, after a checkpoint.
 
         """
-        journals = self._open_journals()
+        logs = self._open_logs()
         self._rate.start(self.step, self.feed.seconds_waiting)
         try:
             with interruptible() as stop:
                 while self.step < self.steps:
-                    self._train_batch(journals, bar, tell_pairs if self.step == 0 else None)
+                    self._train_batch(logs, bar, tell_pairs if self.step == 0 else None)
                     if self.world.any(stop.is_set()):
                         self.checkpoint()
                         raise KeyboardInterrupt(
@@ -175,11 +175,11 @@ class Pass:
                 self._say_missed_targets()
         finally:
             self.feed.close()
-            for journal in journals.values():
-                journal.close()
+            for log in logs.values():
+                log.close()
 
     def _train_batch(
-        self, journals: dict[str, Journal], bar: Progress, tell_pairs: Callable[[dict[str, Facts]], None] | None
+        self, logs: dict[str, MetricsLog], bar: Progress, tell_pairs: Callable[[dict[str, Facts]], None] | None
     ) -> None:
         seen = {view: self._own_share(view, batch) for view, batch in self.feed.next_batches().items()}
         logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
@@ -196,11 +196,11 @@ class Pass:
                 if checked:
                     check_finite(member, update, mine.batch)
                 if logged:
-                    self._log(member, update, mine, journals)
+                    self._log(member, update, mine, logs)
         self.step += 1
         bar.advance(tokens_per_step(self.config))
         if logged:
-            bar.show(board(self.last_metrics, self._rate.last, self.step))
+            bar.show(live_table(self.last_metrics, self._rate.last, self.step))
 
     def _compared(self, seen: Mapping[View, _Seen], partners: Mapping[str, torch.Tensor | None]) -> dict[str, Facts]:
         """What each member with a temporal term compares, by name; members with the same pairs share the facts."""
@@ -248,7 +248,7 @@ class Pass:
             of_members[member.plan.name] = drawn[view, term.partner] if term.active else None
         return of_members
 
-    def _log(self, member: Member, update: Update, seen: _Seen, journals: dict[str, Journal]) -> None:
+    def _log(self, member: Member, update: Update, seen: _Seen, logs: dict[str, MetricsLog]) -> None:
         check_divergence(member, float(update.result.error), self.inputs.spread)
         metrics = diagnose(member, update, seen.x_NWD, self.mean_D, share=seen.share, rows=seen.rows)
         self.last_metrics[member.plan.name] = metrics
@@ -256,13 +256,13 @@ class Pass:
             return
         step = self.step + 1
         rate = self._rate.since(step, tokens_per_step(self.config), self.feed.seconds_waiting)
-        journal = journals[member.plan.name]
+        log = logs[member.plan.name]
         tokens = step * tokens_per_step(member.config)
-        journal.write(step, {"tokens": tokens, "epoch": self.feed.epoch, **metrics, **rate})
+        log.write(step, {"tokens": tokens, "epoch": self.feed.epoch, **metrics, **rate})
         message = collapse(metrics, self.steps, step)
         if message and member.plan.name not in self._alarmed:
             self._alarmed.add(member.plan.name)
-            journal.alarm(step, message)
+            log.alarm(step, message)
             warn(f"{member.plan.name}: {message}")
 
     def _say_missed_targets(self) -> None:
@@ -313,12 +313,12 @@ class Pass:
             "seconds": self._clock.seconds(member),
         }
 
-    def _open_journals(self) -> dict[str, Journal]:
+    def _open_logs(self) -> dict[str, MetricsLog]:
         if not self.world.writes:
             return {}
         kinds = self.config.run.log
         return {
-            m.plan.name: Journal(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
+            m.plan.name: MetricsLog(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
             for m in self.members
         }
 

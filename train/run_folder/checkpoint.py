@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ...atomic_files import remove_partials, write_file
-from ...checksums import HashingFile, file_hash
 from ...console import format_bytes, warn
 from ...errors import ResourceError, RunError
-from ...untrusted_files import open_regular, read_bytes
+from ...system.atomic_files import remove_partials, write_file
+from ...system.checksums import HashingFile, file_hash
+from ...system.untrusted_files import open_regular, read_bytes
 
 FOLDER = "checkpoint"
 _KEPT = 2

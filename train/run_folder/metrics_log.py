@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...atomic_files import make_folder, plain_errors, write_file
 from ...errors import RunError, UsageError
-from ...untrusted_files import read_bytes
+from ...system.atomic_files import make_folder, plain_errors, write_file
+from ...system.untrusted_files import read_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -27,7 +27,7 @@ class _Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Journal:
+class MetricsLog:
     """Writes the metrics of one run.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...atomic_files import write_json
-from ...checksums import content_hash, file_hash
 from ...errors import RunError
 from ...sites import Location, location_of
-from ...untrusted_files import read_json, shown
+from ...system.atomic_files import write_json
+from ...system.checksums import content_hash, file_hash
+from ...system.untrusted_files import read_json, shown
 
 RECORD = "train.json"
 SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the SAE's files, in the format of SAELens

@@ -38,7 +38,7 @@ from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .active_entries import Codes, codes_of
 from .fused_relu import FusedCodes, can_fuse, fused_codes
-from .jumprelu import Jumps, jump_codes, l0_penalty, to_thresholds
+from .jumprelu import JumpReLUCodes, jumprelu_codes, l0_penalty, to_thresholds
 from .matmul import product
 from .registry import STEPS, HandWritten
 from .temporal_gradient import add_temporal
@@ -152,7 +152,7 @@ def stacked_step(
     else:
         to_codes = codes.sampled_groups(to_reconstruction, W_dec_CD, sizes)
         more = _add_own_terms(to_codes, codes, objectives, norms_C, windows, partners)
-        if isinstance(codes, Jumps) and weights.threshold is not None:
+        if isinstance(codes, JumpReLUCodes) and weights.threshold is not None:
             aims, l1 = zip(*((each.l0_aim, each.sparsity_weight) for each in objectives), strict=True)
             more["sparsity"], pull_R = l0_penalty(codes, aims, l1)  # it pulls at the thresholds alone
             to_threshold = to_thresholds(codes, to_codes, weights.threshold, saes[0].activation.bandwidth, pull_R)
@@ -220,7 +220,7 @@ def _codes(
 ) -> Codes:
     activation = saes[0].activation
     if threshold_MF is not None:
-        return jump_codes(pre_RF, threshold_MF, activation.bandwidth, **options)
+        return jumprelu_codes(pre_RF, threshold_MF, activation.bandwidth, **options)
     if activation.kind == "relu" and all(can_fuse(pre_RF, each) for each in objectives):
         return fused_codes(pre_RF, w, **options, n_members=len(saes))
     return codes_of(pre_RF, activation, **options, n_members=len(saes))
@@ -236,7 +236,7 @@ def _add_own_terms(
 ) -> dict[str, Tensor]:
     """The terms of the loss that codes have to themselves [M]; their part of ∂L/∂z is added to ``to_codes``."""
     n_tokens, terms = windows[0] * windows[1], {}
-    if not isinstance(codes, Jumps):
+    if not isinstance(codes, JumpReLUCodes):
         shares = [each.sparsity_weight / n_tokens for each in objectives]
         terms["sparsity"] = codes.penalise(to_codes, shares, norms_C) / n_tokens
     if any(each.temporal.active for each in objectives):

@@ -23,7 +23,7 @@ from .active_entries import DenseCodes, SparseCodes, is_dense
 from .top_k import count_true, true_positions
 
 
-class SparseJumps(SparseCodes):
+class SparseJumpReLU(SparseCodes):
     """On entries.
 
     Args:
@@ -51,7 +51,7 @@ class SparseJumps(SparseCodes):
         return values.mul_(self.active)
 
 
-class DenseJumps(DenseCodes):
+class DenseJumpReLU(DenseCodes):
     """On whole matrices: ``raw`` and ``active`` are [R, F]."""
 
     def __init__(self, pre_RF: Tensor, active_RF: Tensor, compute_dtype: torch.dtype | None, n_members: int):
@@ -79,17 +79,17 @@ class DenseJumps(DenseCodes):
         return dense_NF
 
 
-Jumps = SparseJumps | DenseJumps
+JumpReLUCodes = SparseJumpReLU | DenseJumpReLU
 
 
-def jump_codes(
+def jumprelu_codes(
     pre_RF: Tensor,
     threshold_MF: Tensor,
     bandwidth: float,
     *,
     dense_above: float | None,
     compute_dtype: torch.dtype | None,
-) -> Jumps:
+) -> JumpReLUCodes:
     """The codes of contiguous pre-activations, of members who have a row of thresholds each; see
     :func:`.active_entries.codes_of`.
     """
@@ -99,11 +99,13 @@ def jump_codes(
     held_RF = (pre_MTF > threshold_M1F - bandwidth / 2).view(pre_RF.shape)
     held = count_true(held_RF)
     if is_dense(held, pre_RF, dense_above):
-        return DenseJumps(pre_RF, active_RF, compute_dtype, n_members)
-    return SparseJumps(pre_RF, active_RF, true_positions(held_RF, held), n_members)
+        return DenseJumpReLU(pre_RF, active_RF, compute_dtype, n_members)
+    return SparseJumpReLU(pre_RF, active_RF, true_positions(held_RF, held), n_members)
 
 
-def to_thresholds(codes: Jumps, slope: Tensor, threshold_MF: Tensor, bandwidth: float, pull_R: Tensor) -> Tensor:
+def to_thresholds(
+    codes: JumpReLUCodes, slope: Tensor, threshold_MF: Tensor, bandwidth: float, pull_R: Tensor
+) -> Tensor:
     """∂L/∂θ [M, F] from ∂L/∂z at every entry the codes hold.
 
     Args:
@@ -120,7 +122,7 @@ def to_thresholds(codes: Jumps, slope: Tensor, threshold_MF: Tensor, bandwidth: 
     return (pulled_MF + crossed_MF).div_(-bandwidth)
 
 
-def l0_penalty(codes: Jumps, aims: Sequence[float], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def l0_penalty(codes: JumpReLUCodes, aims: Sequence[float], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The penalty on L0 of every member [M], and λ1/N times its slope in the L0 of every token [R].
 
     Args:

@@ -8,7 +8,7 @@ from families import loaded
 from tcsae.evaluate.model.logit_effects import LogitEffects
 from tcsae.evaluate.model.splice import Head, SplicedModel
 from tcsae.extract.config import ModelSource
-from tcsae.extract.model.hooks import tap_of
+from tcsae.extract.model.hooks import hook_of
 from tcsae.extract.model.load import load_language_model
 from tcsae.sites import Location
 
@@ -35,14 +35,14 @@ def difference(lm, layer, direction):
     """What a small step along the direction, after the last block, does to the model's own logits."""
     tokens, at = families.tokens(), Location(layer)
     caught = {}
-    with tap_of(lm, at).keep(caught, at):
+    with hook_of(lm, at).keep(caught, at):
         lm.model(input_ids=tokens, use_cache=False)
     x = caught[at]
     basis, _ = torch.linalg.qr(torch.stack([x[0, -1], torch.ones(x.shape[-1])], dim=1))
     step = direction - basis @ (basis.T @ direction)  # a step along x itself, or along ones, norms take away
     logits = []
     for sign in (0.0, 1.0):
-        with tap_of(lm, at).replace(x + sign * 1e-2 * x[0, -1].norm() * step / step.norm()):
+        with hook_of(lm, at).replace(x + sign * 1e-2 * x[0, -1].norm() * step / step.norm()):
             logits.append(lm.model(input_ids=tokens, use_cache=False).logits[0, -1].double())
     return step, logits[1] - logits[0]
 

@@ -6,7 +6,7 @@ from reference import eval_losses
 from tcsae.evaluate.metrics.fidelity import LogitBuffers, token_losses
 from tcsae.evaluate.model.splice import Head, SplicedModel
 from tcsae.extract.config import ModelSource
-from tcsae.extract.model.hooks import tap_of
+from tcsae.extract.model.hooks import hook_of
 from tcsae.extract.model.load import load_language_model
 from tcsae.sites import HOOK_POINTS, Location
 from tiny import KINDS
@@ -205,7 +205,7 @@ def test_a_replaced_middle_reaches_the_mlp_and_the_stream_beside_it(loaded):
     block = lm.blocks[1]
     given = torch.randn(*tokens.shape, lm.d_model, generator=torch.Generator().manual_seed(3))
     caught = {}
-    with tap_of(lm, middle).replace(given), tap_of(lm, post).keep(caught, post):
+    with hook_of(lm, middle).replace(given), hook_of(lm, post).keep(caught, post):
         lm.decoder(input_ids=tokens, use_cache=False)
     mlp = block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(given)))
     assert torch.equal(caught[post], given + mlp)
@@ -216,7 +216,11 @@ def test_what_is_replaced_is_what_is_added(loaded):
     given = torch.randn(*tokens.shape, lm.d_model, generator=torch.Generator().manual_seed(3))
     for site, base in (("mlp_out", "resid_mid"), ("attn_out", "resid_pre")):
         caught, at, base, after = {}, Location(2, site), Location(2, base), Location(2)
-        with tap_of(lm, at).replace(given), tap_of(lm, base).keep(caught, base), tap_of(lm, after).keep(caught, after):
+        with (
+            hook_of(lm, at).replace(given),
+            hook_of(lm, base).keep(caught, base),
+            hook_of(lm, after).keep(caught, after),
+        ):
             lm.decoder(input_ids=tokens, use_cache=False)
         mlp = lm.blocks[2].mlp(lm.blocks[2].post_attention_layernorm(caught[base] + given))
         expected = caught[base] + given if site == "mlp_out" else caught[base] + given + mlp

@@ -9,9 +9,9 @@ from tcsae.errors import ModelError, UsageError
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.model.block import Block
 from tcsae.extract.model.blocks import verified_blocks
-from tcsae.extract.model.hooks import capture, deepest_block, module_path, tap_of
+from tcsae.extract.model.hooks import capture, deepest_block, hook_of, module_path
 from tcsae.extract.model.load import load_language_model
-from tcsae.extract.model.tap import Tap
+from tcsae.extract.model.module_hook import ModuleHook
 from tcsae.extract.run import extract
 from tcsae.sites import Location
 from tiny import KINDS
@@ -97,10 +97,10 @@ def test_blocks_may_answer_with_tuples_and_lists(kind):
             return kind((x + 1, None))
 
     block, caught = Block(), {}
-    with Tap(block).keep(caught, 1):
+    with ModuleHook(block).keep(caught, 1):
         block(torch.ones(1, 2, 3))
     assert torch.equal(caught[1], torch.full((1, 2, 3), 2.0))
-    with Tap(block).replace(torch.zeros(1, 2, 3)):
+    with ModuleHook(block).replace(torch.zeros(1, 2, 3)):
         answer = block(torch.ones(1, 2, 3))
     assert type(answer) is kind
     assert torch.equal(answer[0], torch.zeros(1, 2, 3))
@@ -177,9 +177,9 @@ def test_sites_are_what_the_block_adds_and_what_it_adds_it_to(kind, request):
 def test_what_a_block_does_not_have_is_refused_in_a_sentence(tiny_gpt_neox, tiny_llama):
     lm = load_language_model(ModelSource(str(tiny_gpt_neox)))
     with pytest.raises(ModelError, match=r"block 2 of GPTNeoX.* lets attention and MLP read the same input"):
-        tap_of(lm, Location(2, "resid_mid"))
+        hook_of(lm, Location(2, "resid_mid"))
     with pytest.raises(UsageError, match=r"there is no hook point 'hook_z': choose one of resid_post, resid_pre"):
-        tap_of(lm, Location(2, "hook_z"))
+        hook_of(lm, Location(2, "hook_z"))
     lm = load_language_model(ModelSource(str(tiny_llama)))
     with pytest.raises(ModelError, match=r"block 1 of Llama.* has no moe or experts, only self_attn, mlp"):
         Block.of(lm, 1).child("moe", "experts")

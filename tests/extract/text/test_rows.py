@@ -13,7 +13,7 @@ from tcsae.extract.config import ModelSource, TextSource
 from tcsae.extract.model.load import outline_model
 from tcsae.extract.text.documents import is_held_out, shuffled
 from tcsae.extract.text.open import open_documents
-from tcsae.extract.text.row_batches import RowFeed, batches
+from tcsae.extract.text.row_batches import RowReader, batches
 from tcsae.extract.text.rows import Cursor, Tokenized, gather, pack, row_blocks
 from tiny import tiny_corpus, tiny_text
 
@@ -66,7 +66,7 @@ def test_packing_goes_on_from_any_cursor(lengths, shape, at):
 def test_batches_never_straddle_a_shard_and_miss_no_row(lengths, shape, shard_rows, batch_size, planned):
     packing, context, bos = shape
     rows = list(pack(documents_of(lengths), packing, context, bos))
-    with RowFeed(iter(rows), (1,)) as feed:
+    with RowReader(iter(rows), (1,)) as feed:
         got = list(batches(feed, 0, planned, shard_rows, batch_size))
     assert sum(len(batch.block) for batch in got) == min(planned, len(rows))
     for batch in got:
@@ -87,7 +87,7 @@ def test_feed_raises_what_its_thread_met():
         yield from pack(documents_of([20]), "document", 4, None)
         raise TextError("the disk is gone")
 
-    with RowFeed(broken(), ()) as feed:
+    with RowReader(broken(), ()) as feed:
         assert feed.take(4) is not None
         with pytest.raises(TextError, match="the disk is gone"):
             feed.take(2)

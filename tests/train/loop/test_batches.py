@@ -14,7 +14,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.cache.stream import TokenStream
 from tcsae.cache.views import Pairs, Windows
 from tcsae.errors import UsageError
-from tcsae.train.loop.batches import Feed
+from tcsae.train.loop.batches import BatchReader
 
 CPU = torch.device("cpu")
 VIEWS = (Windows(5), Pairs())
@@ -35,7 +35,7 @@ def stream_of(store: ActivationStore, **options: Any) -> TokenStream:
 
 
 def test_batches_states_and_epochs_are_the_streams(store, ahead):
-    feed, stream = Feed(stream_of(store), CPU, ahead=ahead), stream_of(store)
+    feed, stream = BatchReader(stream_of(store), CPU, ahead=ahead), stream_of(store)
     for _ in range(60):
         assert feed.epoch == stream.epoch
         assert [feed.state_dict(view) for view in VIEWS] == [stream.state_dict(view) for view in VIEWS]
@@ -49,7 +49,7 @@ def test_batches_states_and_epochs_are_the_streams(store, ahead):
 
 
 def test_going_back_forgets_what_was_gathered_ahead(store, ahead):
-    feed, seen, states = Feed(stream_of(store), CPU, ahead=ahead), [], []
+    feed, seen, states = BatchReader(stream_of(store), CPU, ahead=ahead), [], []
     for _ in range(30):
         states.append(json.loads(json.dumps(feed.state_dict(VIEWS[1]))))
         seen.append(feed.next_batches()[VIEWS[0]].x_NWD)
@@ -61,10 +61,10 @@ def test_going_back_forgets_what_was_gathered_ahead(store, ahead):
 
 
 def test_what_the_stream_refuses_is_raised_where_the_batch_is_asked_for(store, ahead):
-    feed = Feed(stream_of(store, tokens_per_batch=2000), CPU, ahead=ahead)
+    feed = BatchReader(stream_of(store, tokens_per_batch=2000), CPU, ahead=ahead)
     with pytest.raises(UsageError, match="no batch of 2000 tokens"):
         feed.next_batches()
-    other = Feed(stream_of(store, tokens_per_batch=2000, seed=8), CPU)
+    other = BatchReader(stream_of(store, tokens_per_batch=2000, seed=8), CPU)
     with pytest.raises(UsageError, match="the stream's seed was 7 and is now 8"):
         other.load_state_dict(feed.state_dict(VIEWS[0]), VIEWS[0])
     feed.close()

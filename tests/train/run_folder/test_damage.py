@@ -13,7 +13,7 @@ from stores import make_store
 from tcsae.console import speaking
 from tcsae.errors import RunError, UsageError
 from tcsae.train.formats.export import export
-from tcsae.train.loop.batches import Feed
+from tcsae.train.loop.batches import BatchReader
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
 from tcsae.train.run_folder.record import find_runs, load_run
@@ -55,7 +55,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def unfinished(store, tmp_path_factory):
     """Killed in step 8, with checkpoints of steps 3 and 6."""
-    out, seen, real = tmp_path_factory.mktemp("runs"), [], Feed.next_batches
+    out, seen, real = tmp_path_factory.mktemp("runs"), [], BatchReader.next_batches
 
     def next_batches(self):
         seen.append(1)
@@ -64,7 +64,7 @@ def unfinished(store, tmp_path_factory):
         return real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Feed, "next_batches", next_batches)
+        patch.setattr(BatchReader, "next_batches", next_batches)
         with pytest.raises(Killed):
             train(config_for(store, out))
     return out / "a"

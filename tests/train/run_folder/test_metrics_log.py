@@ -9,29 +9,29 @@ import pytest
 from stores import make_store
 from tcsae.errors import ResourceError, RunError
 from tcsae.pipeline import main
-from tcsae.train.loop.batches import Feed
-from tcsae.train.run_folder.metrics_log import Journal, read_metrics
+from tcsae.train.loop.batches import BatchReader
+from tcsae.train.run_folder.metrics_log import MetricsLog, read_metrics
 
 
 def test_a_resumed_journal_has_no_step_twice_and_drops_torn_lines(tmp_path):
-    journal = Journal(tmp_path, ["jsonl"], from_step=0, config={})
+    log = MetricsLog(tmp_path, ["jsonl"], from_step=0, config={})
     for step in (5, 10, 15):
-        journal.write(step, {"loss": float(step)})
-    journal.alarm(15, "collapse")
-    journal.close()
+        log.write(step, {"loss": float(step)})
+    log.alarm(15, "collapse")
+    log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 20, "lo')
-    again = Journal(tmp_path, ["jsonl"], from_step=10, config={})
+    again = MetricsLog(tmp_path, ["jsonl"], from_step=10, config={})
     again.write(15, {"loss": 0.0})
     again.close()
     assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == [(5, 5.0), (10, 10.0), (15, 0.0)]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    journal = Journal(tmp_path, ["jsonl"], from_step=0, config={})
-    journal._file.close()
-    journal._file = open("/dev/full", "w")  # noqa: SIM115 - closing it fails too
-    for once_more in (lambda: journal.write(5, {"loss": 1.0}), journal.close):
+    log = MetricsLog(tmp_path, ["jsonl"], from_step=0, config={})
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115 - closing it fails too
+    for once_more in (lambda: log.write(5, {"loss": 1.0}), log.close):
         with pytest.raises(ResourceError, match=r"the disk is full: cannot write .*metrics.jsonl"):
             once_more()
 
@@ -54,7 +54,7 @@ def killed_and_resumed(tmp_path, monkeypatch, *more):
         "7",
     ]
     arguments = ["--quiet", "train", "--store", str(store), "--out", str(tmp_path / "runs"), *small, *more]
-    real, calls = Feed.next_batches, []
+    real, calls = BatchReader.next_batches, []
 
     def next_batches(self):
         calls.append(1)
@@ -63,7 +63,7 @@ def killed_and_resumed(tmp_path, monkeypatch, *more):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Feed, "next_batches", next_batches)
+        patch.setattr(BatchReader, "next_batches", next_batches)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             main(arguments)
     assert main(arguments) == 0
@@ -131,9 +131,9 @@ def test_undefined_numbers_stay_out_of_other_loggers_and_a_new_run_is_another_on
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
-        journal = Journal(tmp_path, ["wandb"], from_step=0, config={})
-        journal.write(5, {"loss": 1.5, "cosine": None})
-        journal.close()
+        log = MetricsLog(tmp_path, ["wandb"], from_step=0, config={})
+        log.write(5, {"loss": 1.5, "cosine": None})
+        log.close()
     assert list(wandb.runs.values()) == [[(5, {"loss": 1.5})], [(5, {"loss": 1.5})]]
     assert read_metrics(tmp_path) == [{"step": 5, "loss": 1.5, "cosine": None}]
 
@@ -149,7 +149,7 @@ def test_weights_and_biases_that_refuses_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(
         RunError, match=r"cannot begin .* \(No API key configured\): 'wandb login', set WANDB_MODE=offline"
     ):
-        Journal(tmp_path, ["wandb"], from_step=0, config={})
+        MetricsLog(tmp_path, ["wandb"], from_step=0, config={})
 
 
 def test_the_real_weights_and_biases_keeps_members_apart(tmp_path, monkeypatch):

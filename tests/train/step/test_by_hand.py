@@ -74,8 +74,8 @@ def check(sae: TemporalSAE, x: torch.Tensor, objective: Objective, *, tolerance:
             assert difference <= tolerance * (1 + expected.abs().max()), f"{name}, dense above {above}: {difference}"
 
 
-JUMPS = Activation("jumprelu", bandwidth=0.4)
-ACTIVATIONS = (Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3), JUMPS)
+JUMPRELU = Activation("jumprelu", bandwidth=0.4)
+ACTIVATIONS = (Activation("relu"), Activation("topk", k=3), Activation("batchtopk", k=3), JUMPRELU)
 TERMS = (
     {"form": "none"},
     {"form": "pairwise"},
@@ -122,7 +122,7 @@ def test_step_equals_autograd(
 ) -> None:
     sae = random_sae(activation, bias=bias, unit=unit, seed=seed, subtract_b_dec=centred)
     temporal = TemporalTerm(weight=0.3, n_features=scope, **term)
-    objective = Objective(0.2, decoder_norms, temporal, groups=groups, l0_aim=aim if activation is JUMPS else 0.0)
+    objective = Objective(0.2, decoder_norms, temporal, groups=groups, l0_aim=aim if activation is JUMPRELU else 0.0)
     check(sae, windows(n, w, seed=seed), objective)
 
 

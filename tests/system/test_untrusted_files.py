@@ -6,7 +6,7 @@ import os
 
 import pytest
 from tcsae.errors import RunError
-from tcsae.untrusted_files import read_json, shown
+from tcsae.system.untrusted_files import read_json, shown
 
 
 def test_an_object_is_read(tmp_path):

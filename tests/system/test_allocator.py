@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from tcsae.allocator import keeping_freed_memory
+from tcsae.system.allocator import keeping_freed_memory
 
 FAULTS = """
 import contextlib, resource, sys
 import torch
 from pathlib import Path
-from tcsae.allocator import keeping_freed_memory
+from tcsae.system.allocator import keeping_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...atomic_files import PARTIAL, make_folder, plain_errors, sync_folder
 from ...cache.store import ActivationStore
 from ...errors import RunError
 from ...plugins import changed_plugin, load_plugins
-from ...untrusted_files import folder_name, shown
+from ...system.atomic_files import PARTIAL, make_folder, plain_errors, sync_folder
+from ...system.untrusted_files import folder_name, shown
 from ..config import DataConfig, TrainConfig
 from ..plan import MemberPlan
 from ..presets import changed
@@ -40,7 +40,7 @@ _LEFT = {"tensorboard", "wandb"}  # folders that are kept when a run starts agai
 
 
 @dataclass(frozen=True)
-class Claim:
+class MemberFolder:
     """A member and the state of its folder.
 
     ``done``: the run is finished. ``record``: the record of an existing run, finished or not; None for a new one.
@@ -57,9 +57,9 @@ class Claim:
         return self.record is not None and bool(checkpoints(self.folder))
 
 
-def claim(
+def member_folders(
     plans: Sequence[MemberPlan], store: ActivationStore, *, fresh: bool, default_length: bool = False
-) -> list[Claim]:
+) -> list[MemberFolder]:
     """Decide for every member whether it starts, continues or is finished; changes nothing.
 
     Args:
@@ -75,11 +75,11 @@ def claim(
         UsageError: the name cannot be the name of a folder.
 
     """
-    return [_claim(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
+    return [_member_folder(plan, store, fresh=fresh, default_length=default_length) for plan in plans]
 
 
 @contextmanager
-def held(claims: Sequence[Claim]) -> Iterator[None]:
+def locked(folders: Sequence[MemberFolder]) -> Iterator[None]:
     """Lock the run folders that will be written, for the duration of the block.
 
     The kernel releases the locks if this process dies. Once all folders are locked, those of members that start again
@@ -90,7 +90,7 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
 
     """
     with ExitStack() as open_folders:
-        for each in claims:
+        for each in folders:
             if each.done:
                 continue
             try:
@@ -106,7 +106,7 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
                 raise RunError(
                     f"the run folder {each.folder} cannot be written: {failure.strerror or failure}"
                 ) from failure
-        for each in claims:
+        for each in folders:
             if each.record is None:
                 _clear(each.folder)
             elif each.done:  # a process that was killed while deleting checkpoints may have left some
@@ -114,25 +114,25 @@ def held(claims: Sequence[Claim]) -> Iterator[None]:
         yield
 
 
-def _claim(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> Claim:
+def _member_folder(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> MemberFolder:
     folder = _folder(plan)
     with plain_errors(f"look into {folder}"):
         begun = (folder / RECORD).exists()
         if not begun:
             _refuse_foreign(folder)
     if not begun:
-        return Claim(plan, folder)
+        return MemberFolder(plan, folder)
     if fresh:
-        return Claim(plan, folder)
+        return MemberFolder(plan, folder)
     record = load_run(folder)
     if not record.finished and not checkpoints(folder) and not read_metrics(folder):
-        return Claim(plan, folder)  # it failed before the first line of metrics, so there is nothing to resume
+        return MemberFolder(plan, folder)  # it failed before the first line of metrics, so there is nothing to resume
     if default_length:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     _same(plan.config, record, store, folder)
     if record.finished:
         record.check_files(folder)
-    return Claim(plan, folder, record, done=record.finished)
+    return MemberFolder(plan, folder, record, done=record.finished)
 
 
 def _folder(plan: MemberPlan) -> Path:

@@ -16,7 +16,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Tap:
+class ModuleHook:
     """The output of a module, or its input: of several tensors the first.
 
     Args:

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import RunError, UsageError
+from ..errors import RunError, UsageError
 
 MOST_JSON = 1 << 28  # bytes; reports of many SAEs are the largest JSON files there are
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names inside are made of it

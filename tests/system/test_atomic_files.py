@@ -7,8 +7,8 @@ import resource
 
 import pytest
 import torch
-from tcsae.atomic_files import make_folder, remove_partials, write_file, write_json
 from tcsae.errors import ResourceError, RunError
+from tcsae.system.atomic_files import make_folder, remove_partials, write_file, write_json
 
 
 def test_bytes_text_json_and_writers_are_written_in_new_folders(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tcsae import device
-from tcsae.device import resolve_device, resolve_dtype
 from tcsae.errors import UsageError
+from tcsae.system.device import resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 from tcsae.evaluate import run as evaluation
 from tcsae.pipeline import main
-from tcsae.stop_signals import SIGNALS, stop_signals
+from tcsae.system.stop_signals import SIGNALS, stop_signals
 
 
 @pytest.mark.parametrize("name", SIGNALS)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ResourceError, RunError
+from ..errors import ResourceError, RunError
 
 PARTIAL = ".partial"  # suffix of a file in the making
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from .errors import UsageError
+from ..errors import UsageError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
