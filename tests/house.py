@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("system", "cache", "extract", "train", "evaluate")
+FOLDERS = ("system", "cache", "extract", "train", "evaluate", "study")
 # Who may import whom: only what stands on a lower level. Root files that nothing else needs stand highest.
 LEVEL = {"errors": 0, "progress_bar": 0} | dict.fromkeys(
     ("system", "console", "registry", "options", "callable_package"), 1
 )
-LEVEL |= {"plugins": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5}
-LEVEL |= {"interface": 6, "demo": 7, "commands": 7, "pipeline": 8, "__main__": 9}
+LEVEL |= {"plugins": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5, "study": 6}
+LEVEL |= {"interface": 7, "demo": 8, "commands": 8, "pipeline": 9, "__main__": 10}
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,1 @@
+"""A study: one file from text to verdict. Models, variants, seeds, outcomes, margins and the rule are fixed before it."""
