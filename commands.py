@@ -1,15 +1,17 @@
-"""The commands that look at what is on disk: inspect and verify."""
+"""The commands about what is on disk: ls, inspect, verify, rm."""
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import summary, warn
-from .errors import StoreError
+from .console import format_bytes, note, summary, warn
+from .errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +20,71 @@ if TYPE_CHECKING:
 
 _norms = partial(typer.Option, rich_help_panel="Norms of a store")
 _again = partial(typer.Option, rich_help_panel="The model once more")
+_removal = partial(typer.Option, rich_help_panel="What is removed")
 _output = partial(typer.Option, rich_help_panel="Output")
 
 Json = Annotated[bool, _output("--json", help="Print one line of JSON.")]
+
+
+def ls(
+    folders: Annotated[list[str] | None, typer.Argument(help="Folders to search; by default the present one.")] = None,
+    kind: Annotated[str | None, _output("--kind", help="Only store, run or report.")] = None,
+    unfinished: Annotated[bool, _output("--unfinished", help="Only what is not finished, or damaged.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Stores, runs and reports: what they are, how large, finished or how to finish.
+
+    Examples:
+        pipeline ls
+
+        pipeline ls runs --unfinished
+
+    """
+    from .on_disk import KINDS, entries
+
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"--kind {kind} is unknown: choose one of {', '.join(KINDS)}")
+    found = [entry for entry in entries(folders or ["."]) if kind in (None, entry.kind)]
+    found = [entry for entry in found if not (unfinished and entry.finished)]
+    if json_output:
+        print(json.dumps([entry.facts() for entry in found]))
+        return
+    for entry in found:
+        print(f"{entry.kind:<7} {format_bytes(entry.n_bytes):>8}  {entry.path}\n{'':<18}{entry.state}")
+    if not found:
+        note("nothing of ours here: `pipeline extract` writes stores, `train` runs, `evaluate` reports")
+
+
+def rm(
+    paths: Annotated[list[str], typer.Argument(help="Folders of stores, runs or reports.")],
+    yes: Annotated[bool, _removal("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[bool, _removal("--force", help="Even what an unfinished run or a twin needs.")] = False,
+    within: Annotated[
+        list[str], _removal("--within", help="Where to look for what needs them; by default the present folder.")
+    ] = [],  # noqa: B006 - typer's way of an empty list
+    json_output: Json = False,
+) -> None:
+    """Remove stores, runs and reports; refuses what something else needs.
+
+    Examples:
+        pipeline rm runs/l12-topk64-none-s0
+
+        pipeline rm cache/l12.zarr --yes
+
+    """
+    from .on_disk import removable, remove
+
+    going = removable(paths, within or ["."], force=force)
+    if not yes:
+        for entry in going:
+            print(f"{entry.kind} {entry.path}, {format_bytes(entry.n_bytes)}: {entry.state}", file=sys.stderr)
+        if not sys.stdin.isatty():
+            raise UsageError("nothing was removed, since nobody can be asked: say --yes")
+        typer.confirm("Remove?", abort=True, err=True)
+    for entry in going:
+        remove(entry)
+    facts = {"removed": len(going), "bytes": sum(entry.n_bytes for entry in going)}
+    summary("removed", facts if json_output else facts | {"bytes": format_bytes(facts["bytes"])}, as_json=json_output)
 
 
 def inspect(
@@ -187,4 +251,4 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
     return recompute
 
 
-COMMANDS = [inspect, verify]
+COMMANDS = [ls, inspect, verify, rm]

@@ -11,6 +11,7 @@ shards; those rows are then written again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -307,8 +308,8 @@ class StoreSetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                self.drain()
+            with nullcontext() if kind is None else suppress(Exception):  # what stopped us is what is raised
+                self.drain()  # what was committed before a failure is kept, not computed again
         finally:
             self._worker.close()
             self._discard()

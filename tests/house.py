@@ -16,7 +16,7 @@ LEVEL = {"errors": 0, "progress_bar": 0} | dict.fromkeys(
     ("system", "console", "registry", "options", "callable_package"), 1
 )
 LEVEL |= {"plugins": 2, "sites": 2, "cache": 3, "train": 4, "extract": 4, "evaluate": 5, "study": 6}
-LEVEL |= {"interface": 7, "demo": 8, "commands": 8, "pipeline": 9, "__main__": 10}
+LEVEL |= {"interface": 7, "on_disk": 7, "demo": 8, "commands": 8, "pipeline": 9, "__main__": 10}
 
 
 def sources() -> list[Path]:

@@ -1,6 +1,7 @@
 """The command line's shell: lists of values, exit statuses, help that answers at once."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -121,7 +122,9 @@ def test_the_package_runs_as_a_module_and_says_its_version():
 def test_a_shell_completes_options_without_importing_torch():
     words = {"_PIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": "pipeline train --temporal-", "COMP_CWORD": "2"}
     done = asked(**words, PYTHONPROFILEIMPORTTIME="1")
-    assert done.stdout.split() == [f"--temporal-{name}" for name in ("weight", "partner", "lag", "scope")]
+    assert done.stdout.split() == [
+        f"--temporal-{name}" for name in ("weight", "partner", "lag", "scope", "per-feature")
+    ]
     assert "tcsae.train.command" in done.stderr
     assert "torch" not in done.stderr
 
@@ -135,7 +138,7 @@ def test_completion_takes_one_line_of_help(capsys):
 
 def in_a_shell(command, **environment):
     """A command line with redirections; ``pipeline`` in it is this program."""
-    line = command.replace("pipeline", f"{sys.executable} -m tcsae.pipeline")
+    line = command.replace("pipeline", f"{shlex.quote(sys.executable)} -m tcsae.pipeline")
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=os.environ | environment)
 
 

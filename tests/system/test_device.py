@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tcsae import device
 from tcsae.errors import UsageError
+from tcsae.system import device
 from tcsae.system.device import resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")

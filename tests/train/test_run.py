@@ -505,10 +505,10 @@ def test_two_processes_on_one_run_folder_are_refused(store, tmp_path, monkeypatc
     config = config_for(store, tmp_path)
     real = trainer.Pass.run
 
-    def meanwhile(self, bar):
+    def meanwhile(self, *shown):
         with pytest.raises(RunError, match=r"another process trains .*give another --name"):
             run.train(config)
-        real(self, bar)
+        real(self, *shown)
 
     monkeypatch.setattr(trainer.Pass, "run", meanwhile)
     assert len(run.train(config).runs) == 2

@@ -5,6 +5,8 @@ Shapes: N windows, pairs or rows, W positions, D model width, P pairs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,4 +65,5 @@ def _mean_cosine(x: Tensor, one_P: Tensor, other_P: Tensor) -> float | None:
     if not len(one_P):
         return None
     one_P, other_P = one_P.to(x.device), other_P.to(x.device)
-    return float(torch.cosine_similarity(x[one_P], x[other_P], dim=-1).mean())
+    mean = float(torch.cosine_similarity(x[one_P], x[other_P], dim=-1).mean())
+    return mean if math.isfinite(mean) else None  # training itself says where inputs are not finite

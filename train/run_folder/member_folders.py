@@ -79,6 +79,27 @@ def member_folders(
 
 
 @contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a run folder for the duration of the block; the kernel releases it if this process dies.
+
+    Raises:
+        RunError: another process trains in it, or it cannot be opened.
+
+    """
+    with plain_errors(f"lock {folder}"):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise RunError(f"another process trains {folder}: wait for it, or give another --name or --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def locked(folders: Sequence[MemberFolder]) -> Iterator[None]:
     """Lock the run folders that will be written, for the duration of the block.
 
@@ -89,23 +110,12 @@ def locked(folders: Sequence[MemberFolder]) -> Iterator[None]:
         RunError: another process trains in one of them, or a folder cannot be created.
 
     """
-    with ExitStack() as open_folders:
+    with ExitStack() as locks:
         for each in folders:
-            if each.done:
-                continue
-            try:
-                make_folder(each.folder)
-                handle = os.open(each.folder, os.O_RDONLY)
-                open_folders.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process trains {each.folder}: wait for it, or give another --name or --out"
-                ) from None
-            except OSError as failure:
-                raise RunError(
-                    f"the run folder {each.folder} cannot be written: {failure.strerror or failure}"
-                ) from failure
+            if not each.done:
+                with plain_errors(f"write into {each.folder}"):
+                    make_folder(each.folder)
+                locks.enter_context(lock_folder(each.folder))
         for each in folders:
             if each.record is None:
                 _clear(each.folder)
