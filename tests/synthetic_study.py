@@ -67,7 +67,8 @@ def study_file(world: World, **changes) -> StudyFile:
                 ],
             },
             "gemma": {
-                "tokens": 100_000_000, "steps": 50_000, "rows": 1000, "seeds": [0, 1, 2], "estimate": "30 hours, 500 GB",
+                "tokens": 100_000_000, "steps": 50_000, "rows": 1000, "seeds": [0, 1, 2],
+                "estimate": "30 hours, 500 GB",
                 "texts": [{"model": "google/gemma-2-2b", "dataset": "words", "layers": [5, 12, 19]}],
             },
         },
