@@ -7,6 +7,7 @@ docs/RESULTS.md are drawn from it and from nothing else.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
     settings = _settings(observations)
     trained = {key: _trained(member) for key, member in observations.members.items()}
     claims = check_claims(study, measured, settings, trained) if _is_about_the_paper(study) else []
-    reports = observations.reader.reports
+    reports, texts = observations.reader.reports, _texts(measured)
     definitions: dict[str, Definition] = {}
     for report in reports:
         definitions |= report.definitions
@@ -193,7 +194,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
         seeds=sorted({seed for _, seed, *_ in observations.rows}),
         tokens=study.sizes.tokens,
         steps=study.sizes.steps,
-        texts=_texts(observations),
+        texts=texts,
         machines=list(dict.fromkeys(_machine(report) for report in reports)),
         versions=reports[-1].versions,
         hours_training=_hours(observations),
@@ -202,7 +203,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
         finished=len(observations.rows),
         failures=[_failed(one) for one in observations.failures],
         notes=notes,
-        limits=_limits(study, observations, comparisons, reports),
+        limits=_limits(study, observations, comparisons, texts),
     )
 
 
@@ -366,7 +367,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _texts(observations: Observations) -> list[StudyText]:
+def _texts(measured: Measured) -> list[StudyText]:
+    observations = measured.observations
     found: dict[str, StudyText] = {}
     for (_, _, model, place), member in observations.members.items():
         report = observations.reader.report(member.report)
@@ -379,7 +381,7 @@ def _texts(observations: Observations) -> list[StudyText]:
                 tokens=report.n_tokens,
                 documents=report.n_documents,
                 context=report.text.context,
-                resampling=report.resampling,
+                resampling=measured.sampling.resampler(text).what,
             ),
         )
     return list(found.values())
@@ -415,7 +417,7 @@ def _limits(
     study: StudyFile,
     observations: Observations,
     comparisons: Sequence[ComparisonEffects],
-    reports: Sequence[EvaluationReport],
+    texts: Sequence[StudyText],
 ) -> list[str]:
     """What a reader must know before believing anything."""
     n = len({seed for _, seed, *_ in observations.rows})
@@ -427,8 +429,7 @@ def _limits(
             f"{n} seeds: what seeds add to an interval is Student's t with {n - 1} degrees of freedom, so an effect "
             "must be large against its spread over seeds; the values of every seed are shown beside it."
         )
-    few = [report for report in reports if "documents" not in report.resampling.split("(")[0]]
-    if few:
+    if few := [text for text in texts if not re.fullmatch(r"\d+ documents", text.resampling)]:
         found.append(f"Few documents: the text is resampled over {few[0].resampling}.")
     models = list(dict.fromkeys(model for model, _ in observations.places))
     places = len(observations.places)

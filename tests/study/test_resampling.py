@@ -147,7 +147,10 @@ def test_a_jackknifed_metric_keeps_its_interval_and_its_pairing():
     metric = leave_out(lambda g: 1.0 if g is None else float(left_out[g]), groups, unit="1", definition="x", n=1)
     one = Observed(1.0, "1", left_out=dict(zip(metric.groups, metric.left_out, strict=True)))
     found = draws.estimate(draws.sampled([one], (0,), text(40)))
-    assert (found.text_low, found.text_high) == (pytest.approx(metric.low, rel=2e-3), pytest.approx(metric.high, rel=2e-3))
+    assert (found.text_low, found.text_high) == (
+        pytest.approx(metric.low, rel=2e-3),
+        pytest.approx(metric.high, rel=2e-3),
+    )
     more = Observed(3.0, "1", left_out={g: v + 2 for g, v in one.left_out.items()})
     difference = draws.sampled([more], (0,), text(40)) - draws.sampled([one], (0,), text(40))
     assert draws.estimate(difference).text_high == pytest.approx(2)
