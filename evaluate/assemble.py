@@ -108,6 +108,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         curves=row.curves,
         saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
         notes=[*row.subject_notes, *row.notes],
+        kept=row.file,
     )
 
 

@@ -133,6 +133,11 @@ class Record(Frozen):
         description="SAEBench 0.6.0 `core` names and conventions, for comparison with published tables",
     )
     notes: list[str] = Field(default_factory=list)
+    kept: str = Field(
+        default="",
+        description="the file in the report's folder that holds its sums per unit of text; rows in one folder were "
+        "measured on one text",
+    )
 
     @property
     def location(self) -> Location:

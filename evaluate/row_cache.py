@@ -86,7 +86,8 @@ class RowCache:
         *,
         fresh: bool,
     ):
-        self._folder = folder / "rows" / sha256(repr(tuple(facts)).encode()).hexdigest()[:12]
+        self._inside = f"rows/{sha256(repr(tuple(facts)).encode()).hexdigest()[:12]}"
+        self._folder = folder / self._inside
         self.wanted: dict[str, tuple[Location, str | Subject | UntrainedTwin]] = {
             f"{at.short}-{name}.npz": (at, name) for at in locations for name in references if name != UNTRAINED_TWINS
         }
@@ -104,11 +105,13 @@ class RowCache:
     def _refreshed(self, key: str, row: MeasuredRow) -> MeasuredRow:
         """A kept row, with what may have changed around unchanged weights: its path, name, pair and notes."""
         what = self.wanted[key][1]
+        row.file = f"{self._inside}/{key}"
         return row.described_by(what) if isinstance(what, Subject) else row
 
     def put(self, key: str, row: MeasuredRow) -> None:
         """Keep a finished row."""
         row.save(self._folder / key)
+        row.file = f"{self._inside}/{key}"
         self._rows[key] = row
 
     @property

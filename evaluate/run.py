@@ -322,6 +322,7 @@ class _Evaluation:
                 probed.forget()
             at = candidate.row.location
             per_feature = candidate.finish()
+            candidate.row.documents_U = self.text.unit_documents
             if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
                 facts = (at, self.config.seed, per_feature, candidate.survey.norm_limit)
                 context = ProbeContext(probed, candidate.sae, *facts)

@@ -57,6 +57,10 @@ class MeasuredRow:
     site: str = RESIDUAL
     subject_notes: list[str] = field(default_factory=list)
     """What is noted of the SAE itself rather than found on the text; not kept on disk."""
+    documents_U: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """int64 [U]: the document that each unit of the text belongs to."""
+    file: str = ""
+    """Where it is kept, seen from the report's folder; not kept on disk."""
 
     @property
     def location(self) -> Location:
@@ -85,7 +89,7 @@ class MeasuredRow:
             "sums": {name: {key: getattr(one, key) for key in _ABOUT} for name, one in self.sums.items()},
         } | {key: {name: one.model_dump() for name, one in getattr(self, key).items()} for key in _MODELS}
         arrays = {f"{name}:{side}": getattr(one, f"{side}_U") for name, one in self.sums.items() for side in _SIDES}
-        arrays |= {"plain": np.array(json.dumps(plain))}
+        arrays |= {"plain": np.array(json.dumps(plain)), "documents": self.documents_U}
         check = np.array(_hash(arrays))
         write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, check=check, **arrays))
 
@@ -113,7 +117,7 @@ class MeasuredRow:
             facts = SAEFacts(**plain["facts"]) if plain["facts"] else None
             cards = [FeatureCard.model_validate(card) for card in plain["cards"]]
             row: dict[str, Any] = plain["row"] | models
-            return cls(**row, facts=facts, cards=cards, sums=sums)
+            return cls(**row, facts=facts, cards=cards, sums=sums, documents_U=arrays["documents"])
         except Exception as failure:  # damaged archives raise errors of many kinds, and each means the same here
             warn(f"{path} cannot be used ({reason(failure)}): the row is measured again")
             return None

@@ -66,12 +66,16 @@ class Outcome(_Part):
     """fidelity: must not be worse than ``margin`` allows. The others: may be a benefit or a harm."""
     margin: float | None = Field(default=None, gt=0)
     """Of non-inferiority, in the metric's unit."""
+    negligible: float | None = Field(default=None, gt=0)
+    """An effect this small does not matter, in the metric's unit; only with it can "no difference" be concluded."""
     label: str = ""
 
     @model_validator(mode="after")
     def _fidelity_has_a_margin(self) -> Outcome:
         if (self.kind == "fidelity") != (self.margin is not None):
             raise ValueError(f"outcome {self.metric}: a margin belongs to every fidelity outcome and to no other")
+        if self.kind == "fidelity" and self.negligible is not None:
+            raise ValueError(f"outcome {self.metric}: the margin says what is negligible of a fidelity outcome")
         return self
 
 

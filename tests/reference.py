@@ -537,3 +537,29 @@ def lag_correlations(z, fresh, length: int, *, centred: bool) -> list[list[float
             row.append(sum(products) / len(products) / power if products and power > 1e-15 else math.nan)
         found.append(row)
     return found
+
+
+def study_resamples(above, below, counts, chosen, student):
+    """A study's effect in every resample: with Student's t for seeds, and by the plain hierarchical bootstrap.
+
+    ``above[side][seed][document]``, ``below`` alike; ``counts[resample][document]``; ``chosen[resample][seed]``;
+    ``student[resample]``. Side 0 − side 1.
+    """
+    n_seeds = len(above[0])
+
+    def difference(seed, weights):
+        values = []
+        for side in (0, 1):
+            total = sum(w * a for w, a in zip(weights, above[side][seed], strict=True))
+            values.append(total / sum(w * b for w, b in zip(weights, below[side][seed], strict=True)))
+        return values[0] - values[1]
+
+    measured = [difference(seed, [1] * len(counts[0])) for seed in range(n_seeds)]
+    mean = sum(measured) / n_seeds
+    error = math.sqrt(sum((v - mean) ** 2 for v in measured) / (n_seeds - 1) / n_seeds)
+    careful, plain = [], []
+    for weights, seeds, t in zip(counts, chosen, student, strict=True):
+        effects = [difference(seed, weights) for seed in range(n_seeds)]
+        careful.append(sum(effects) / n_seeds + t * error)
+        plain.append(sum(effects[seed] for seed in seeds) / n_seeds)
+    return careful, plain

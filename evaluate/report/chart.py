@@ -40,7 +40,19 @@ TERMS = {  # the loss terms, when one panel shows the shares of a single run
     "temporal": RoleStyle("temporal", "#7a3f98", "#cf9fe8", "triangle", (2, 2)),
     "auxiliary": RoleStyle("auxiliary", "#5c5f66", "#a4a8b0", "cross", (8, 3, 2, 3)),
 }
-STYLES = ROLES | TERMS
+_SERIES = (  # colours with contrast >= 4.5 on both backgrounds, told apart by marker and dashes too
+    ("#0a5fa5", "#6cb6f2", "circle", ()),
+    ("#b34700", "#f0995c", "square", (7, 3)),
+    ("#1d6f42", "#74c69a", "diamond", (10, 3, 2, 3)),
+    ("#7a3f98", "#cf9fe8", "triangle", (2, 2)),
+    ("#5c5f66", "#a4a8b0", "cross", (1, 3)),
+    ("#a01f4f", "#ee8fb0", "circle", (4, 2, 1, 2)),
+    ("#0b6b72", "#6bc7cf", "square", (12, 3)),
+    ("#7a5200", "#d8b06a", "triangle", (5, 5)),
+)
+SERIES = {f"series{n}": RoleStyle(f"series {n}", *look) for n, look in enumerate(_SERIES, 1)}
+"""Lines that are no roles, such as a study's variants: named by their labels."""
+STYLES = ROLES | TERMS | SERIES
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,8 @@ class Mark:
     title: str = ""
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
+    small: bool = False
+    """A dot in its role's colour, such as one seed of several."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,11 @@ class Panel:
             xs += [mark.x, *(mark.x_interval or ())]
             ys += [mark.y, *(mark.y_interval or ())]
         return self.x.range(xs), self.y.range(ys)
+
+    def legend(self) -> list[tuple[str, str]]:
+        """(role, name) of the roles that occur; a series goes by its line's label."""
+        named = {line.role: line.label for line in self.lines if line.role in SERIES}
+        return [(role, named.get(role, STYLES[role].name)) for role in self.roles()]
 
     def roles(self) -> list[str]:
         """The roles that occur, in the order of the styles."""

@@ -155,6 +155,9 @@ def _mark(ax: Any, mark: Mark, x: float) -> None:
         "markerfacecolor": "white" if style.marker in _HOLLOW else style.light,
         "markeredgewidth": 1.4,
     }
+    if mark.small:
+        ax.plot(x, mark.y, "o", color=style.light, markersize=2.2, clip_on=False, zorder=3)
+        return
     ax.plot(x, mark.y, _MARKERS[style.marker], color=style.light, markersize=5.5, clip_on=False, zorder=3, **look)
 
 
@@ -200,14 +203,12 @@ def _legend(ax: Any, panel: Panel) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
-    for role in panel.roles():
+    for role, name in panel.legend():
         style = STYLES[role]
         dashes: dict[str, Any] = {"linestyle": ((0, style.dash) if style.dash else "-") if panel.lines else "none"}
         marker = None if panel.lines and len(panel.lines[0].x) > 16 else _MARKERS[style.marker]
         face = "white" if style.marker in _HOLLOW else style.light
-        handles.append(
-            Line2D([], [], color=style.light, marker=marker, markerfacecolor=face, label=style.name, **dashes)
-        )
+        handles.append(Line2D([], [], color=style.light, marker=marker, markerfacecolor=face, label=name, **dashes))
     if len(handles) > 1 and not panel.y.categories:  # named rows need no legend
         ax.legend(handles=handles, fontsize=7.5, frameon=False, loc="best")
 

@@ -56,20 +56,14 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
     report = in_reading_order(report)
     panels = sections(report) if panels is None else panels
     browser = payload(report)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["groupby_run"] = _runs
     published_table = published(report)
     return environment.get_template("report.html.j2").render(
         report=report,
-        css=_asset("report.css"),
-        js=_asset("report.js"),
-        colours=_colours(),
+        css=asset("report.css"),
+        js=asset("report.js"),
+        colours=colours(),
         styles=STYLES,
         swatches={role: swatch(role) for role in STYLES},
         evaluated=evaluated(report),
@@ -165,11 +159,23 @@ def _runs(columns: Sequence[Column]) -> list[tuple[str, int]]:
     return [(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column.group)]
 
 
-def _asset(name: str) -> Markup:
+def page_environment(*folders: Path) -> Environment:
+    """Templates of ``folders`` and of the report, everything escaped that is no markup of ours."""
+    return Environment(
+        loader=FileSystemLoader([*folders, TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def asset(name: str) -> Markup:
+    """A file of the templates, put into the page as it is."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 - our own file
 
 
-def _colours() -> Markup:
+def colours() -> Markup:
     """The page's colours as custom properties, in the light and in the dark scheme, from the one table of roles."""
 
     def block(ground: str) -> str:
@@ -181,4 +187,5 @@ def _colours() -> Markup:
         return "".join(f"--{name}:{value};" for name, value in pairs)
 
     dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{block('dark')}}}}}"
-    return Markup(f":root{{color-scheme:light dark;{block('light')}}}{dark}")  # noqa: S704 - constants
+    inks = "".join(f".ink-{role}{{color:var(--{role})}}" for role in STYLES)
+    return Markup(f":root{{color-scheme:light dark;{block('light')}}}{dark}{inks}")  # noqa: S704 - constants

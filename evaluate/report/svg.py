@@ -182,7 +182,7 @@ def _marks(frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box
     out = []
     for i, (mark, (x, y)) in enumerate(zip(frame.panel.marks, places, strict=True)):
         out.append(f'<g class="ink-{mark.role}"><title>{escape(mark.title or mark.label)}</title>')
-        out += [*_whiskers(frame, mark, x, y), _marker(mark.role, x, y)]
+        out += [*_whiskers(frame, mark, x, y), _dot(x, y) if mark.small else _marker(mark.role, x, y)]
         if i in labels:
             out.append(_text("label", *labels[i], mark.label))
         elif frame.panel.y.categories and mark.label:
@@ -217,10 +217,12 @@ def _text(kind: str, x: float, y: float, anchor: str, words: str) -> str:
 
 
 def _row_label(frame: _Frame, x: float, y: float, mark: Mark) -> str:
-    """The number at the end of a row's interval, or before it where there is no room."""
+    """The number at the end of a row's interval, or before it; nothing where there is no room for either."""
     if x + 10 + len(mark.label) * GLYPH < WIDTH:
         return _text("label", x + 8, y + 4, "start", mark.label)
     before = min(frame.x(mark.x), frame.x(mark.x_interval[0]) if mark.x_interval else frame.x(mark.x))
+    if before - 8 - len(mark.label) * GLYPH < frame.left:
+        return ""
     return _text("label", before - 8, y + 4, "end", mark.label)
 
 
@@ -245,6 +247,10 @@ def _labels(
 
 def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _dot(x: float, y: float) -> str:
+    return f'<circle class="solid dot" cx="{x:.1f}" cy="{y:.1f}" r="2"/>'
 
 
 def _marker(role: str, x: float, y: float) -> str:

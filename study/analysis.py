@@ -1,0 +1,469 @@
+"""Everything that a study found, as one document: verdicts, effects, levels, curves, cost, claims, and its limits.
+
+It is made of the members' reports and run folders alone, so the same study always gives the same document; the page and
+docs/RESULTS.md are drawn from it and from nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..errors import RunError, TcsaeError
+from ..evaluate.report.wording import listed
+from ..evaluate.results import Definition, EvaluationReport, Frozen, Number
+from ..system.atomic_files import write_json
+from ..system.untrusted_files import read_json
+from ..train.run_folder.metrics_log import read_metrics
+from ..train.run_folder.record import load_run
+from .claims import ClaimRow, check_claims
+from .decision import Decision, decide
+from .effects import At, ComparisonEffects, Measured, comparison_effects
+from .file import StudyFile
+from .members import StudyMember
+from .observations import Key, MemberFailure, Observations
+from .published import PublishedTable, published_table
+from .resampling import Estimate, Sampling
+
+ANALYSIS_FILE = "analysis.json"
+CURVE_POINTS = 80
+SERIES = ("loss", "reconstruction", "temporal_share", "l0", "explained_variance", "dead_share", "grad_norm")
+"""What is drawn over the steps of the training, of all that was logged."""
+
+
+class VariantRow(Frozen):
+    """One variant at one place: every metric over its seeds."""
+
+    variant: str
+    label: str
+    model: str
+    place: str
+    seeds: list[int]
+    metrics: dict[str, Estimate] = Field(description="those of the outcomes and of a report's main table")
+    others: dict[str, list[Number]] = Field(description="all other metrics, a value per seed")
+
+
+class ReferenceRow(Frozen):
+    """A reference row, or an untrained twin, at one place; of the first report there."""
+
+    name: str
+    model: str
+    place: str
+    metrics: dict[str, Number]
+
+
+class StudyCurve(Frozen):
+    """What one run logged of one quantity."""
+
+    variant: str
+    seed: int
+    model: str
+    place: str
+    series: str
+    steps: list[int]
+    values: list[Number]
+
+
+class CostRow(Frozen):
+    """What a variant's training took, over all its seeds and places."""
+
+    variant: str
+    label: str
+    microseconds_per_token: Number
+    memory_bytes: Number = Field(description="the most that the process held")
+    trained_together: int = Field(description="SAEs that shared that process")
+    flops_per_token: Number
+    parameters: Number
+
+
+class FailedMember(Frozen):
+    """A member without numbers."""
+
+    variant: str
+    seed: int
+    model: str
+    place: str
+    message: str
+
+
+class StudyText(Frozen):
+    """What was evaluated on, with which model."""
+
+    model: str
+    dataset: str
+    tokens: int
+    documents: int
+    context: int
+    resampling: str
+
+
+class Analysis(Frozen):
+    """A study's findings."""
+
+    schema_version: int = 1
+    study: str
+    question: str
+    scale: str
+    scales: dict[str, str] = Field(description="every scale of the file and what it is estimated to take")
+    fingerprint: str = Field(description="hash of everything that was fixed before the run")
+    headline: str
+    decisions: list[Decision] = Field(description="one per comparison over all models, then one per model of several")
+    comparisons: list[ComparisonEffects]
+    claims: list[ClaimRow] = Field(default_factory=list)
+    published: PublishedTable | None = None
+    labels: dict[str, str]
+    variants: list[VariantRow]
+    references: list[ReferenceRow]
+    curves: list[StudyCurve]
+    costs: list[CostRow]
+    definitions: dict[str, Definition]
+    alpha: float
+    resamples: int
+    estimates: int = Field(description="effects that were estimated, all models and places")
+    tests: int = Field(description="outcomes × comparisons that the decisions rest on")
+    seeds: list[int]
+    tokens: int
+    steps: int
+    texts: list[StudyText]
+    machines: list[str]
+    versions: dict[str, str]
+    hours_training: Number
+    hours_evaluation: Number
+    created: str
+    finished: int = Field(description="members with numbers")
+    failures: list[FailedMember]
+    notes: list[str]
+    limits: list[str]
+
+
+def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
+    """Everything that can be said of these members.
+
+    Args:
+        study: as it was fixed before the run.
+        members: all of the study's, failed ones too.
+
+    Raises:
+        RunError: no member has numbers.
+
+    """
+    observations = Observations(members)
+    if not observations.rows:
+        why = observations.failures[0].message if observations.failures else "the study has no members"
+        raise RunError(f"study '{study.name}' has no member with numbers: {why}")
+    rule = study.rule
+    measured = Measured(observations, Sampling(rule.resamples, rule.seed, rule.alpha))
+    labels = {one.name: one.label or one.name for one in study.active}
+    comparisons, notes = _comparisons(study, measured)
+    decisions = [decide(one, rule, labels) for one in comparisons]
+    settings = _settings(observations)
+    trained = {key: _trained(member) for key, member in observations.members.items()}
+    claims = check_claims(study, measured, settings, trained) if _is_about_the_paper(study) else []
+    reports, texts = observations.reader.reports, _texts(measured)
+    definitions: dict[str, Definition] = {}
+    for report in reports:
+        definitions |= report.definitions
+    curves = [curve for key, member in observations.members.items() for curve in _curves(key, member)]
+    return Analysis(
+        study=study.name,
+        question=study.question,
+        scale=study.scale,
+        scales={name: one.estimate for name, one in study.scales.items()},
+        fingerprint=study.fingerprint(),
+        headline=headline(decisions, claims),
+        decisions=decisions,
+        comparisons=comparisons,
+        claims=claims,
+        published=published_table(study, measured, settings) if claims else None,
+        labels=labels,
+        variants=_variant_rows(study, measured, definitions, labels),
+        references=_reference_rows(observations),
+        curves=curves,
+        costs=_costs(study, observations, labels),
+        definitions=definitions,
+        alpha=rule.alpha,
+        resamples=rule.resamples,
+        estimates=sum(one.estimates for one in comparisons) + sum(claim.estimate is not None for claim in claims),
+        tests=sum(len(one.outcomes) for one in comparisons),
+        seeds=sorted({seed for _, seed, *_ in observations.rows}),
+        tokens=study.sizes.tokens,
+        steps=study.sizes.steps,
+        texts=texts,
+        machines=list(dict.fromkeys(_machine(report) for report in reports)),
+        versions=reports[-1].versions,
+        hours_training=_hours(observations),
+        hours_evaluation=sum(report.seconds for report in reports) / 3600,
+        created=max(report.created for report in reports),
+        finished=len(observations.rows),
+        failures=[_failed(one) for one in observations.failures],
+        notes=notes,
+        limits=_limits(study, observations, comparisons, texts),
+    )
+
+
+def _comparisons(study: StudyFile, measured: Measured) -> tuple[list[ComparisonEffects], list[str]]:
+    """Every comparison over all models, then, where there are several, over each of them."""
+    active = {variant.name for variant in study.active}
+    models = list(dict.fromkeys(model for model, _ in measured.observations.places))
+    found, notes = [], []
+    for model in [None, *(models if len(models) > 1 else [])]:
+        for comparison in study.comparisons:
+            if missing := [n for n in (comparison.treatment, comparison.baseline) if n not in active]:
+                if model is None:
+                    notes.append(
+                        f"'{comparison.name}' is not compared: scale {study.scale} does not run {listed(missing)}"
+                    )
+                continue
+            mine = comparison.model_copy(
+                update={"controls": tuple(name for name in comparison.controls if name in active)}
+            )
+            if model is None and len(mine.controls) < len(comparison.controls):
+                left_out = [name for name in comparison.controls if name not in active]
+                notes.append(f"'{comparison.name}': scale {study.scale} does not run control {listed(left_out)}")
+            found.append(
+                comparison_effects(mine, study.outcomes, measured.observations, measured.sampling, model=model)
+            )
+    return found, notes
+
+
+def headline(decisions: Sequence[Decision], claims: Sequence[ClaimRow]) -> str:
+    """The verdict of the study in one plain sentence."""
+    pooled = [one for one in decisions if one.model is None]
+    parts = []
+    if len(pooled) == 1:
+        parts.append(pooled[0].sentence.rstrip("."))
+    elif pooled:
+        count = Counter(one.verdict for one in pooled)
+        words = {"helps": "help", "harms": "harm", "no difference": "make no difference", "undecided": "are undecided"}
+        tally = [f"{count[v]} {word if count[v] != 1 else _singular(v)}" for v, word in words.items() if count[v]]
+        named = [one.comparison for one in pooled if one.verdict == "helps"]
+        parts.append(
+            f"Of {len(pooled)} comparisons {listed(tally)}" + (f"; what helps: {listed(named)}" if named else "")
+        )
+    if claims:
+        count = Counter(claim.verdict for claim in claims)
+        tally = [f"{count[v]} {v}" for v in ("holds", "does not hold", "undecided", "not measured") if count[v]]
+        parts.append(f"Of the paper's {len(claims)} claims, {listed(tally)}".replace(" holds", " hold"))
+    return ". ".join(parts) + "." if parts else "The study compares nothing."
+
+
+def _singular(verdict: str) -> str:
+    return {"no difference": "makes no difference", "undecided": "is undecided"}.get(verdict, verdict)
+
+
+def _is_about_the_paper(study: StudyFile) -> bool:
+    return any(variant.preset == "paper" for variant in study.active)
+
+
+def _settings(observations: Observations) -> dict[str, Mapping[str, Any]]:
+    """The configuration of each variant, by dotted name; of its first member."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for (variant, *_), row in observations.rows.items():
+        if row.record.sae is not None and variant not in found:
+            found[variant] = row.record.sae.settings | {"n_features": row.record.sae.n_features}
+    return found
+
+
+def _trained(member: StudyMember) -> Mapping[str, float | None]:
+    """The last logged metrics of a run; none where its folder is gone."""
+    try:
+        return load_run(member.run).metrics
+    except TcsaeError:
+        return {}
+
+
+def _curves(key: Key, member: StudyMember) -> list[StudyCurve]:
+    variant, seed, model, place = key
+    try:
+        entries = read_metrics(Path(member.run))
+    except (OSError, TcsaeError):
+        return []
+    entries = entries[:: max(1, math.ceil(len(entries) / CURVE_POINTS))]
+    found = []
+    for series in SERIES:
+        values = [_number(entry.get(series)) for entry in entries]
+        if any(value is not None for value in values):
+            about = {"variant": variant, "seed": seed, "model": model, "place": place, "series": series}
+            found.append(StudyCurve(steps=[int(entry["step"]) for entry in entries], values=values, **about))
+    return found
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _variant_rows(
+    study: StudyFile, measured: Measured, definitions: Mapping[str, Definition], labels: Mapping[str, str]
+) -> list[VariantRow]:
+    outcomes = [outcome.metric for outcome in study.outcomes]
+    main = dict.fromkeys([*outcomes, *(key for key, one in definitions.items() if one.group)])
+    observations = measured.observations
+    found = []
+    for at in observations.places:
+        for variant in labels:
+            seeds = observations.seeds(variant, at)
+            if not seeds:
+                continue
+            rows = [observations.rows[variant, seed, *at] for seed in seeds]
+            keys = dict.fromkeys(key for row in rows for key in row.metrics)
+            estimated = {}
+            for key in main:
+                have = measured.seeds([variant], at, key)
+                if have and (sampled := measured.of(variant, at, key, have)) is not None:
+                    estimated[key] = measured.sampling.estimate(sampled)
+            others = {
+                key: [row.metrics[key].value if key in row.metrics else None for row in rows]
+                for key in keys
+                if key not in main
+            }
+            about = {"variant": variant, "label": labels[variant], "model": at[0], "place": at[1], "seeds": seeds}
+            found.append(VariantRow(metrics=estimated, others=others, **about))
+    return found
+
+
+def _reference_rows(observations: Observations) -> list[ReferenceRow]:
+    found: dict[tuple[str, At], ReferenceRow] = {}
+    for (_, _, model, place), member in observations.members.items():
+        for record in observations.reader.report(member.report).records:
+            if record.kind == "reference" and record.location.short == place:
+                key = (record.name, (model, place))
+                metrics = {name: metric.value for name, metric in record.metrics.items()}
+                found.setdefault(key, ReferenceRow(name=record.name, model=model, place=place, metrics=metrics))
+    return list(found.values())
+
+
+def _costs(study: StudyFile, observations: Observations, labels: Mapping[str, str]) -> list[CostRow]:
+    found = []
+    for variant in study.active:
+        rows = [row.record.sae for key, row in observations.rows.items() if key[0] == variant.name]
+        settings = [one.settings for one in rows if one is not None]
+        if not settings:
+            continue
+        each = {
+            name: [v for one in settings if (v := _number(one.get(f"cost.{name}"))) is not None]
+            for name in ("training_time", "training_memory", "trained_together", "forward_flops", "parameters")
+        }
+        found.append(
+            CostRow(
+                variant=variant.name,
+                label=labels[variant.name],
+                microseconds_per_token=_mean(each["training_time"]),
+                memory_bytes=max(each["training_memory"], default=None),
+                trained_together=int(max(each["trained_together"], default=1)),
+                flops_per_token=_mean(each["forward_flops"]),
+                parameters=_mean(each["parameters"]),
+            )
+        )
+    return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _texts(measured: Measured) -> list[StudyText]:
+    observations = measured.observations
+    found: dict[str, StudyText] = {}
+    for (_, _, model, place), member in observations.members.items():
+        report = observations.reader.report(member.report)
+        text = observations.text(model, place)
+        found.setdefault(
+            text.key,
+            StudyText(
+                model=model,
+                dataset=report.text.dataset,
+                tokens=report.n_tokens,
+                documents=report.n_documents,
+                context=report.text.context,
+                resampling=measured.sampling.resampler(text).what,
+            ),
+        )
+    return list(found.values())
+
+
+def _machine(report: EvaluationReport) -> str:
+    facts = report.machine
+    device = facts.get("gpu") or facts.get("processor") or facts.get("device") or "an unnamed machine"
+    cores = f", {facts['cores']} cores" if facts.get("cores") else ""
+    threads = f", {facts['threads']} threads" if facts.get("threads") else ""
+    return f"{device}{cores}{threads}"
+
+
+def _hours(observations: Observations) -> float | None:
+    """Time of the members' own steps."""
+    seconds = []
+    for key, member in observations.members.items():
+        row = observations.rows[key].record.sae
+        per_token = None if row is None else _number(row.settings.get("cost.training_time"))
+        tokens = None if row is None else _number(row.settings.get("tokens"))
+        if per_token is not None and tokens is not None:
+            seconds.append((member.run, per_token * tokens / 1e6))
+    return sum(dict(seconds).values()) / 3600 if seconds else None
+
+
+def _failed(one: MemberFailure) -> FailedMember:
+    member = one.member
+    about = {"variant": member.variant, "seed": member.seed, "model": member.model, "place": member.place}
+    return FailedMember(message=one.message, **about)
+
+
+def _limits(
+    study: StudyFile,
+    observations: Observations,
+    comparisons: Sequence[ComparisonEffects],
+    texts: Sequence[StudyText],
+) -> list[str]:
+    """What a reader must know before believing anything."""
+    n = len({seed for _, seed, *_ in observations.rows})
+    found = []
+    if n == 1:
+        found.append("One seed: no interval over seeds exists, so nothing can be concluded; numbers are a first look.")
+    elif n < 6:
+        found.append(
+            f"{n} seeds: what seeds add to an interval is Student's t with {n - 1} degrees of freedom, so an effect "
+            "must be large against its spread over seeds; the values of every seed are shown beside it."
+        )
+    if few := [text for text in texts if not re.fullmatch(r"\d+ documents", text.resampling)]:
+        found.append(f"Few documents: the text is resampled over {few[0].resampling}.")
+    models = list(dict.fromkeys(model for model, _ in observations.places))
+    places = len(observations.places)
+    found.append(
+        f"{len(models)} model{'' if len(models) == 1 else 's'} ({listed(models)}) at {places} "
+        f"place{'' if places == 1 else 's'}, trained on {study.sizes.tokens:,} tokens: larger models and longer "
+        "trainings may behave otherwise. Places are fixed: intervals do not cover other layers."
+    )
+    seeds_alone = {
+        one.label for each in comparisons for one in each.outcomes if one.effect and "alone" in one.effect.levels
+    }
+    if seeds_alone:
+        found.append(f"No average over text, so their intervals cover seeds alone: {listed(sorted(seeds_alone))}.")
+    found.append(
+        "Effects on single places and models are shown but not adjusted for their number; only the decisions are "
+        "(Holm, over the outcomes of a comparison, not over comparisons)."
+    )
+    return found
+
+
+def write_analysis(analysis: Analysis, folder: str | Path) -> Path:
+    """Write ``analysis.json`` whole or not at all; returns its path."""
+    return write_json(Path(folder) / ANALYSIS_FILE, analysis.model_dump(mode="json"), indent=1, ascii_only=False)
+
+
+def read_analysis(folder: str | Path) -> Analysis:
+    """Read what :func:`write_analysis` wrote.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+
+    """
+    file = Path(folder) / ANALYSIS_FILE
+    found = read_json(
+        file, missing=f"no analysis at {file}; run the study with `pipeline study`", remedy="run `pipeline study` again"
+    )
+    return Analysis.model_validate(found)

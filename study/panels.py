@@ -1,0 +1,175 @@
+"""The charts of a study: an effect with its controls, seeds and margin per outcome; cost; curves of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
+from ..evaluate.report.wording import ARROWS
+from .analysis import Analysis
+from .decision import figures
+from .effects import ComparisonEffects, OutcomeEffect
+from .resampling import Estimate
+
+_SERIES_NAMES = {
+    "loss": "total loss (log scale)",
+    "reconstruction": "reconstruction loss (log scale)",
+    "temporal_share": "temporal share of the loss (%)",
+    "l0": "L0",
+    "explained_variance": "explained variance",
+    "dead_share": "share of dead features (%)",
+    "grad_norm": "gradient norm (log scale)",
+}
+_LOG, _PERCENT = {"loss", "reconstruction", "grad_norm"}, {"temporal_share", "dead_share"}
+DOTS = 0.3
+"""How far below an effect the dots of its seeds are, in rows."""
+
+
+def slug(text: str) -> str:
+    """A name fit for a key."""
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+
+
+def effect_panels(comparison: ComparisonEffects, analysis: Analysis) -> list[Panel]:
+    """One per outcome: the effect, the same at every place, what controls do, what remains beyond untrained twins."""
+    found = (_effect_panel(comparison, one, analysis) for one in comparison.outcomes)
+    return [panel for panel in found if panel is not None]
+
+
+def _effect_panel(comparison: ComparisonEffects, one: OutcomeEffect, analysis: Analysis) -> Panel | None:
+    if one.effect is None or one.effect.value is None:
+        return None
+    label = analysis.labels
+    several = len({place.model for place in one.places}) > 1
+    rows: list[tuple[str, str, Estimate | None]] = [(label.get(comparison.treatment, ""), "tc", one.effect)]
+    rows += [(_at(place.model, place.place, several), "twin", place.effect) for place in one.places]
+    rows += [(label.get(each.control, each.control), "external", each.effect) for each in one.controls]
+    if one.wants_untrained:
+        rows.append(("beyond untrained", "reference", one.untrained))
+    shown = [(name, role, estimate) for name, role, estimate in rows if estimate is not None]
+    marks = [mark for y, row in enumerate(shown) for mark in _marks(y, *row, one.unit)]
+    rules = [Rule("", x=0.0)]
+    if one.margin is not None:
+        rules.append(Rule(f"margin {-one.sign * one.margin:+g}".replace("-", "−"), x=-one.sign * one.margin))
+    unit = "" if one.unit in ("", "1") else f" ({one.unit})"
+    return Panel(
+        key=slug(f"{comparison.name}-{one.metric}" + (f"-{comparison.model}" if comparison.model else "")),
+        title=f"{one.label} {ARROWS[one.better]}",
+        x=Axis(f"difference from {label.get(comparison.baseline, comparison.baseline)}{unit}"),
+        y=Axis("", categories=tuple(name for name, *_ in shown)),
+        marks=tuple(marks),
+        rules=tuple(rules),
+        caption=_caption(one),
+    )
+
+
+def _caption(one: OutcomeEffect) -> str:
+    good = "right" if one.better == "higher" else "left"
+    parts = [f"Better is to the {good}."]
+    if one.effect is not None:
+        parts.append(f"{one.effect.levels[:1].upper()}{one.effect.levels[1:]}.")
+    if lacking := [each.control for each in one.controls if each.effect is None]:
+        parts.append(f"No numbers of control {', '.join(lacking)}.")
+    if one.wants_untrained and one.untrained is None:
+        parts.append("Untrained twins were not measured on it.")
+    return " ".join(parts)
+
+
+def _at(model: str, place: str, several: bool) -> str:
+    return f"{model.rsplit('/', 1)[-1]} {place}" if several else place
+
+
+def _marks(y: int, name: str, role: str, estimate: Estimate, unit: str) -> Iterable[Mark]:
+    if estimate.value is None:
+        return
+    ends = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
+    said = figures(estimate, unit)
+    yield Mark(estimate.value, y, role, said.split(" ")[0], f"{name}: {said}", x_interval=ends)
+    for seed, value in zip(estimate.seeds, estimate.by_seed, strict=True):
+        if value is not None:
+            yield Mark(value, y + DOTS, role, "", f"{name}, seed {seed}: {value:.4g}", small=True)
+
+
+def cost_panels(analysis: Analysis) -> list[Panel]:
+    """Time and memory of every variant."""
+    found = []
+    for key, title, field, label, scale in (
+        ("cost-time", "Training time", "microseconds_per_token", "µs per token", 1.0),
+        ("cost-memory", "Memory in training", "memory_bytes", "GB, the process's peak", 1e-9),
+        ("cost-flops", "Arithmetic of one token's code", "flops_per_token", "MFLOP per token", 1e-6),
+    ):
+        rows = [(one, getattr(one, field)) for one in analysis.costs if getattr(one, field) is not None]
+        if not rows:
+            continue
+        marks = tuple(
+            Mark(value * scale, y, "external", f"{value * scale:.3g}", f"{one.label}: {value * scale:.4g} {label}")
+            for y, (one, value) in enumerate(rows)
+        )
+        names = tuple(one.label for one, _ in rows)
+        shared = field == "memory_bytes" and any(one.trained_together > 1 for one, _ in rows)
+        caption = "Variants that trained in one process share its peak." if shared else ""
+        found.append(Panel(key, title, Axis(label, low=0), Axis("", categories=names), marks, caption=caption))
+    return found
+
+
+def curve_panels(analysis: Analysis) -> list[Panel]:
+    """What training logged, at the deepest place of the first model: the mean over seeds, a band from least to most."""
+    if not analysis.curves:
+        return []
+    model, place = _shown_place(analysis)
+    here = [one for one in analysis.curves if (one.model, one.place) == (model, place)]
+    variants = [name for name in _in_question(analysis) if any(one.variant == name for one in here)]
+    shown = variants[: len(SERIES)]
+    panels = []
+    for series, label in _SERIES_NAMES.items():
+        lines = []
+        for role, variant in zip(SERIES, shown, strict=False):
+            runs = [one for one in here if (one.variant, one.series) == (variant, series)]
+            factor = 100.0 if series in _PERCENT else 1.0
+            if line := _line(runs, role, analysis.labels.get(variant, variant), factor, log=series in _LOG):
+                lines.append(line)
+        if not lines or (series in _PERCENT and not any(any(line.y) for line in lines)):
+            continue
+        caption = f"At {place} of {model}; bands reach from the least to the most of the seeds."
+        if len(variants) > len(shown):
+            caption += f" The first {len(shown)} of {len(variants)} variants; all are in analysis.json."
+        axis = Axis(label, log=series in _LOG, low=0 if series in _PERCENT else None)
+        panels.append(
+            Panel(f"curve-{slug(series)}", label, Axis("step", low=0), axis, lines=tuple(lines), caption=caption)
+        )
+    return panels
+
+
+def _shown_place(analysis: Analysis) -> tuple[str, str]:
+    first = analysis.variants[0].model
+    return first, [row.place for row in analysis.variants if row.model == first][-1]
+
+
+def _in_question(analysis: Analysis) -> list[str]:
+    """Variants of the comparisons first, then the others in the file's order."""
+    named = [name for one in analysis.comparisons for name in (one.treatment, one.baseline, *one.controls)]
+    return list(dict.fromkeys([*named, *analysis.labels]))
+
+
+def _line(runs: Sequence, role: str, label: str, factor: float, *, log: bool) -> Line | None:
+    """Over the steps that all seeds logged."""
+    if not runs:
+        return None
+    by_run = [dict(zip(run.steps, run.values, strict=True)) for run in runs]
+    steps = [
+        step
+        for step in runs[0].steps
+        if all((value := each.get(step)) is not None and (value > 0 or not log) for each in by_run)
+    ]
+    if len(steps) < 2:
+        return None
+    values = [[each[step] * factor for each in by_run] for step in steps]
+    several = len(runs) > 1
+    return Line(
+        tuple(map(float, steps)),
+        tuple(sum(row) / len(row) for row in values),
+        role,
+        label,
+        tuple(map(min, values)) if several else (),
+        tuple(map(max, values)) if several else (),
+    )

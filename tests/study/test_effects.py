@@ -1,0 +1,100 @@
+"""Effects are paired, signed as the metric is, and the differences that controls and twins ask for."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_study import World, make_members, study_file
+from tcsae.study.analysis import analyse
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory):
+    world = World(
+        effects={"next": {"topic": 0.05, "kl": 0.01}, "shuffled": {"topic": 0.02}},
+        untrained={"next": {"topic": 0.03}},
+        places=("l5", "l12"),
+        models=("one", "two"),
+    )
+    return analyse(study_file(world), make_members(tmp_path_factory.mktemp("effects"), world))
+
+
+def topic(analysis, model=None):
+    effects = next(one for one in analysis.comparisons if one.model == model)
+    return next(one for one in effects.outcomes if one.metric == "topic")
+
+
+def level(analysis, variant, metric):
+    rows = [row for row in analysis.variants if row.variant == variant]
+    return sum(row.metrics[metric].value for row in rows) / len(rows)
+
+
+def test_the_effect_is_the_difference_of_levels(analysis):
+    one = topic(analysis)
+    expected = level(analysis, "next", "topic") - level(analysis, "none", "topic")
+    assert one.effect.value == pytest.approx(expected)
+    assert (one.treatment, one.baseline) == tuple(
+        pytest.approx(level(analysis, name, "topic")) for name in ("next", "none")
+    )
+    assert sum(place.effect.value for place in one.places) / 4 == pytest.approx(one.effect.value)
+
+
+def test_controls_are_differences_of_differences(analysis):
+    (control,) = topic(analysis).controls
+    effect = topic(analysis).effect
+    assert control.effect.value + control.advantage.value == pytest.approx(effect.value)
+    for seed, total in enumerate(effect.by_seed):
+        assert control.effect.by_seed[seed] + control.advantage.by_seed[seed] == pytest.approx(total)
+
+
+def test_twins_are_subtracted_on_both_sides(analysis):
+    one = topic(analysis)
+    assert one.untrained.value == pytest.approx(0.02, abs=0.01)
+    assert one.over_untrained.value == pytest.approx(0.02, abs=0.01)
+    assert one.untrained.low < one.untrained.value < one.untrained.high
+
+
+def test_every_model_is_also_taken_alone(analysis):
+    assert [one.model for one in analysis.comparisons] == [None, "one", "two"]
+    assert {place.model for place in topic(analysis, "one").places} == {"one"}
+    both = (topic(analysis, "one").effect.value + topic(analysis, "two").effect.value) / 2
+    assert both == pytest.approx(topic(analysis).effect.value)
+
+
+def test_what_was_compared_is_counted(analysis):
+    assert analysis.tests == 9  # three outcomes, over both models and over each
+    pooled = analysis.comparisons[0]
+    per_outcome = 1 + 4 + 2  # the effect, four places, and a control's two
+    assert pooled.estimates == 3 * per_outcome + 2 * 3  # and of every outcome two with the untrained twin
+    assert analysis.estimates == sum(one.estimates for one in analysis.comparisons)
+
+
+def test_fidelity_is_tested_at_its_margin_and_asks_for_no_twin(analysis):
+    kl = analysis.comparisons[0].outcomes[0]
+    assert (kl.metric, kl.wants_untrained, kl.sign) == ("kl", False, -1)
+    assert kl.effect.p < 0.02, "there is an effect"
+    assert kl.p_worse < 0.02, "which is not at the margin"
+    assert kl.p_better_holm is None
+
+
+def test_a_control_without_numbers_stops_a_benefit(tmp_path):
+    world = World(effects={"next": {"topic": 0.05}})
+    members = [one for one in make_members(tmp_path, world) if one.variant != "shuffled"]
+    analysis = analyse(study_file(world), members)
+    assert analysis.decisions[0].verdict == "undecided"
+    assert "control Shuffled has no numbers to beat" in analysis.decisions[0].sentence
+
+
+def test_a_variant_that_this_scale_does_not_run_is_named(tmp_path):
+    world = World(effects={"next": {"topic": 0.05}}, variants=("next", "none", "shuffled"))
+    study = study_file(world)
+    small = study.scales["small"].model_copy(update={"variants": ("next", "none")})
+    study = study.model_copy(update={"scales": {"small": small}})
+    members = [one for one in make_members(tmp_path, world) if one.variant != "shuffled"]
+    analysis = analyse(study, members)
+    assert analysis.notes == ["'the term': scale small does not run control shuffled"]
+    assert analysis.decisions[0].verdict == "helps"
+    alone = small.model_copy(update={"variants": ("none",)})
+    analysis = analyse(study.model_copy(update={"scales": {"small": alone}}), members)
+    assert analysis.notes == ["'the term' is not compared: scale small does not run next"]
+    assert not analysis.decisions
+    assert analysis.headline == "The study compares nothing."
