@@ -50,6 +50,8 @@ def diagnose(
     result = update.result
     window = x_NWD.shape[1] if member.sae.sees == "window" else 1  # tokens of one code
     x_counted = x_NWD if rows is None else x_NWD[rows.valid_NT]
+    if update.objective.current_only:
+        x_counted = x_NWD[:, 1]
     codes = x_counted.numel() / x_NWD.shape[-1] / window / share
     spread = float(member.world.mean((x_counted - mean_D).pow(2).sum(-1).mean(), share))
     z = _timed_codes(member, x_NWD, rows)
