@@ -27,7 +27,7 @@ def train(
     preset: str | None = _main(
         None,
         "--preset",
-        help="modern (the default), or as published: paper (TC-SAE), tsae (Temporal SAE), tfa (Temporal Feature Analysis).",
+        help="modern (the default), or as published: paper (TC-SAE), tsae (Temporal SAE), tfa.",
     ),
     config: str | None = _main(None, "--config", help="TOML file with any field; --show-config prints one."),
     baseline: bool | None = _main(

@@ -110,16 +110,21 @@ _SHARED = {
 }
 
 
-def _method(preset: Mapping[str, Any], *, own_optimiser: bool) -> dict[str, Any]:
-    """What a preset says of its method, without what members to be compared must share."""
+def _method(preset: Mapping[str, Any], *, as_plain: bool) -> dict[str, Any]:
+    """What a preset says of its method, without what members to be compared must share.
+
+    ``as_plain``: it begins and is optimised like the plain SAE. (Another beginning of b_dec takes a look at the store
+    before it is read.)
+    """
     kept = {field: value for field, value in preset.items() if field not in _SHARED}
-    return {field: value for field, value in kept.items() if own_optimiser or not field.startswith("optimiser.")}
+    alike = ("optimiser.", "sae.b_dec")
+    return {field: value for field, value in kept.items() if not (as_plain and field.startswith(alike))}
 
 
 RIVALS: dict[str, dict[str, Any]] = {
     "plain": {"temporal.form": "none"},
     "TC-SAE": {},
-    "T-SAE": _method(TSAE, own_optimiser=False),  # an SAE on tokens like the plain one, and trained like it
+    "T-SAE": _method(TSAE, as_plain=True),
     "TFA": _method(
         TFA, own_optimiser=True
     ),  # its weights are of another size: decoder rows from N(0, 1), codes times λ

@@ -1,4 +1,4 @@
-"""Temporal SAE's loss: of a pair the current token alone is reconstructed, AuxK is normalised; both steps in float64."""
+"""Temporal SAE's loss: of a pair the current token alone is reconstructed; AuxK normalised; both steps in float64."""
 
 from __future__ import annotations
 
