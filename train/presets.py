@@ -125,9 +125,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "plain": {"temporal.form": "none"},
     "TC-SAE": {},
     "T-SAE": _method(TSAE, as_plain=True),
-    "TFA": _method(
-        TFA, own_optimiser=True
-    ),  # its weights are of another size: decoder rows from N(0, 1), codes times λ
+    "TFA": _method(TFA, as_plain=False),  # its weights are of another size: decoder rows from N(0, 1), codes times λ
     "TXC": {"sae.architecture": "txc", "sae.k_of": "window", "temporal.form": "none"},
 }
 """What ``--rivals`` trains, each as changes to the configuration: dictionaries that use time, and a plain one. A
