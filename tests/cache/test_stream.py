@@ -212,7 +212,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     for view, tokens, sentence in (
         (Windows(5), 500, "no batch of 500 tokens"),
         (Windows(16), 16, "no 16 consecutive tokens of one document"),
-        (Windows(8, together=2), 16, "no 16 consecutive tokens of one document"),
+        (Windows(8, together=2), 16, "no 2 windows of 8 consecutive tokens in one row of one document"),
         (Rows(), 8, "batches of 8 tokens are less than a row of the store, which has 16 positions"),
         (Pairs(), 1, "hold no pair"),
     ):

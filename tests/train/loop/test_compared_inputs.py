@@ -6,6 +6,7 @@ import pytest
 import torch
 from stores import make_store
 from tcsae.cache.views import TokenBatch
+from tcsae.console import speaking
 from tcsae.errors import UsageError
 from tcsae.train import run
 from tcsae.train.loop.compared_inputs import compared_inputs, in_words
@@ -72,7 +73,8 @@ def test_every_partner_is_checked_on_the_inputs_and_kept(tmp_path, capsys):
     store = make_store(tmp_path / "cache", rows=96, context=64, d_model=8, documents=24)
     about = {"data.store": str(store), "run.out": str(tmp_path / "runs")}
     partners = ("next", "same_document", "other_document", "shuffled", "l2", "earlier")
-    done = run.train(build_config(None, None, SMALL | about), sweep={"temporal.partner": partners})
+    with speaking(True):
+        done = run.train(build_config(None, None, SMALL | about), sweep={"temporal.partner": partners})
     said = capsys.readouterr().err
     assert "batches hold 8 windows of one row and document side by side (data.siblings)" in said
     records = {record.config["temporal"]["partner"]: record for record in map(load_run, done.runs) if record.pairs}
