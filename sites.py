@@ -129,7 +129,7 @@ def site_of(metadata: Mapping[str, Any], path: str = "", layer: int | None = Non
 def named_module(metadata: Mapping[str, Any]) -> str | None:
     """The module whose output an SAE says it reads, where it names one (``model.layers.3.mlp``) and no hook point."""
     hook = next((str(metadata[key]) for key in _READS if metadata.get(key)), "")
-    found = re.fullmatch(rf"({_BLOCK}(?:\.(?!hook_|input$)\w+?)?)(?:\.output)?", hook)
+    found = re.fullmatch(rf"({_BLOCK}(?:\.(?!hook_|(?:in|out)put$)\w+?)?)(?:\.output)?", hook)
     return found[1] if found and metadata.get("io") != "in" else None
 
 

@@ -178,22 +178,31 @@ class Pairs(View):
     ``draw = "token"``: every token occurs once, in random order, and its partner is drawn from all usable tokens before
     it. ``draw = "batch"``: within a batch, the earlier token has the same position in all pairs, as Temporal SAE was
     published (arXiv 2511.05541), and the later token is drawn from all positions after it.
+
+    ``earlier_extra``: the budget counts the later tokens only, so that an epoch has (nearly) every token as the later
+    one; otherwise it counts both, and an epoch has half of them.
     """
 
     draw: Literal["token", "batch"] = "token"
+    earlier_extra: bool = False
 
     @property
     def name(self) -> str:
         """See :class:`View`."""
-        return "pairs" + (" of one earlier position per batch" if self.draw == "batch" else "")
+        kind = "tokens with an earlier one each" if self.earlier_extra else "pairs"
+        return kind + (" of one earlier position per batch" if self.draw == "batch" else "")
 
     def tokens_per_batch(self, budget: int) -> int:
         """See :class:`View`."""
-        return budget // 2 * 2
+        return budget if self.earlier_extra else budget // 2 * 2
 
     def describe(self, budget: int) -> str:
         """See :class:`View`."""
-        return f"{budget // 2} {self.name}"
+        return f"{self._size(budget)} {self.name}"
+
+    def _size(self, budget: int) -> int:
+        """Pairs in a batch."""
+        return budget if self.earlier_extra else budget // 2
 
     def check(self, context: int, budget: int) -> None:
         """See :class:`View`."""
@@ -202,7 +211,7 @@ class Pairs(View):
 
     def cut(self, pool: Pool, n_batches: int, budget: int, rng: np.random.Generator) -> Cut:
         """See :class:`View`."""
-        size = budget // 2
+        size = self._size(budget)
         if self.draw == "batch":
             return self._by_batch(pool, n_batches, size, rng)
         found = _repeat_until(lambda: draw_pairs(pool.usable_RT, pool.documents_RT, rng), n_batches * size)

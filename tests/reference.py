@@ -139,6 +139,10 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
     pre = (x - weights["b_dec"] if sae.subtract_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
     jumps = sae.activation.kind == "jumprelu"
     z = pre * (pre > sae.threshold.detach().double()) if jumps else _step_codes(pre, sae.activation)
+    codes = z
+    if objective.current_only:  # of pairs: the earlier tokens have codes, by a choice of their own, and nothing else
+        codes = torch.cat([_step_codes(pre[:, at : at + 1], sae.activation) for at in range(2)], 1)
+        z, pre, x, w = codes[:, 1:], pre[:, 1:], x[:, 1:], 1
     residual = x - (z @ weights["W_dec"] + weights["b_dec"])
     terms = {"reconstruction": (residual**2).sum() / (n * w), "error": (residual**2).sum().detach() / (n * w)}
     if objective.groups:
@@ -153,18 +157,24 @@ def step_terms_and_gradients(sae, x, objective, partner=None, dead=None):
         terms["sparsity"] = z.new_tensor(sum(2 / aim * (count - aim) ** 2 for count in l0) / (n * w))
     term = objective.temporal
     if term.active:
-        pairs = [((a, b), (c, d)) for (a, b), (c, d) in loss_pairs(n, w, term.lag, partner)]
+        pairs = [((a, b), (c, d)) for (a, b), (c, d) in loss_pairs(n, codes.shape[1], term.lag, partner)]
         seen, weights_of = range(term.n_features), term.feature_weights
         if weights_of is None:
-            terms["temporal"] = _step_temporal(z[..., : term.n_features], term, pairs)
+            terms["temporal"] = _step_temporal(codes[..., : term.n_features], term, pairs)
         else:
-            alone = [_step_temporal(z[..., i : i + 1], term, pairs) for i in seen]
+            alone = [_step_temporal(codes[..., i : i + 1], term, pairs) for i in seen]
             terms["temporal"] = sum(weights_of[i] * alone[i] for i in seen)
     if objective.aux_weight > 0 and dead is not None and dead.any():
         columns = [f for f in range(len(dead)) if dead[f]]
         strongest = pre[..., columns].topk(min(objective.aux_k, len(columns)), dim=-1)
         aux = torch.zeros_like(pre[..., columns]).scatter(-1, strongest.indices, strongest.values.clamp(min=0))
-        terms["auxiliary"] = ((residual.detach() - aux @ weights["W_dec"][columns]) ** 2).sum() / (n * w)
+        left = residual.detach()
+        terms["auxiliary"] = ((left - aux @ weights["W_dec"][columns]) ** 2).sum() / (n * w)
+        if objective.aux_normalised:
+            mean = left.sum((0, 1)) / (n * w)
+            terms["auxiliary"] = terms["auxiliary"] / (
+                sum(((e - mean) ** 2).sum() for e in left.flatten(0, 1)) / (n * w)
+            )
     shares = {"reconstruction": 1.0, "sparsity": objective.sparsity_weight}
     shares |= {"temporal": term.weight, "auxiliary": objective.aux_weight}
     total = sum(shares[name] * terms[name] for name in shares if name in terms)
@@ -211,8 +221,28 @@ def _step_temporal(z, term, pairs):
         return sum((a - b).abs().sum() for a, b in both) / len(both)
     if term.form == "cosine":
         return sum(1 - (a * b).sum() / ((a**2).sum() * (b**2).sum() + 1e-24).sqrt() for a, b in both) / len(both)
+    if term.form == "contrastive":
+        return _step_contrastive(both, term, [a for (a, _), _ in pairs], [b for _, (b, _) in pairs])
     squared = sum(((a - b) ** 2).sum() for a, b in both) / len(both)
     return squared if term.form == "pairwise" else squared / ((z**2).sum() / z[..., 0].numel()).clamp(min=1e-12)
+
+
+def _step_contrastive(both, term, windows, other_windows):
+    """Symmetric InfoNCE, one pair at a time; pairs within one window are no negatives of each other."""
+
+    def similar(a, b):
+        if term.similarity == "dot":
+            return (a * b).sum() / term.temperature
+        return (a * b).sum() / (((a**2).sum() + 1e-12) * ((b**2).sum() + 1e-12)).sqrt() / term.temperature
+
+    total = 0.0
+    for i in range(len(both)):
+        inside = windows[i] == other_windows[i]
+        among = [j for j in range(len(both)) if j == i or not (inside and windows[j] == windows[i])]
+        own = similar(*both[i])
+        total = total - own + torch.stack([similar(both[i][0], both[j][1]) for j in among]).logsumexp(0)
+        total = total - own + torch.stack([similar(both[j][0], both[i][1]) for j in among]).logsumexp(0)
+    return total / (2 * len(both))
 
 
 def txc_window(sae, x_WD):

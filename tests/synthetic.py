@@ -293,6 +293,11 @@ def training(rng: np.random.Generator, temporal: bool, n: int = 120) -> Training
     aux, pull = 0.02 * np.exp(-np.arange(n) / 30), 0.04 * (1 - np.exp(-np.arange(n) / 20))
     series = {"reconstruction": 576 * decay, "auxiliary": 576 * aux} | ({"temporal": 576 * pull} if temporal else {})
     series["total"] = sum(series.values())
+    grown = np.minimum(1, np.arange(n) / 10)
+    series["sparsity_weight"] = 1.5 * grown
+    if temporal:
+        deciles = {"": 1.0, "_p10": 0.2, "_median": 0.9, "_p90": 2.5}
+        series |= {f"temporal_weight{name}": 0.03 * times * grown for name, times in deciles.items()}
     return TrainingCurves(
         steps=steps, series={name: [round(float(v), 3) for v in values] for name, values in series.items()}
     )

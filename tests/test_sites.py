@@ -116,6 +116,7 @@ def test_names_of_our_own():
 def test_a_module_that_an_sae_names():
     assert named_module({"hook_name": "model.layers.4.mlp.output"}) == "model.layers.4.mlp"
     assert named_module({"hook_name": "transformer.h.4"}) == "transformer.h.4"
+    assert named_module({"hf_hook_point_in": "model.layers.22.output"}) == "model.layers.22"  # Gemma Scope 2
     assert named_module({"hook_name": "blocks.4.hook_mlp_out"}) is None
     assert named_module({"hook_name": "model.layers.4.input"}) is None
     assert named_module({"submodule_name": "model.layers.4", "io": "in"}) is None

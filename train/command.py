@@ -27,7 +27,7 @@ def train(
     preset: str | None = _main(
         None,
         "--preset",
-        help="modern (the default), paper (the TC-SAE paper) or tfa (Temporal Feature Analysis), as published.",
+        help="modern (the default), or as published: paper (TC-SAE), tsae (Temporal SAE), tfa.",
     ),
     config: str | None = _main(None, "--config", help="TOML file with any field; --show-config prints one."),
     baseline: bool | None = _main(
@@ -46,7 +46,9 @@ def train(
         None, "--target-l0", help="Active features per token to end at (relu, jumprelu, gated); λ1 follows."
     ),
     temporal: str | None = _temporal(None, "--temporal", help=f"none, or one of {', '.join(TERMS)}."),
-    temporal_weight: float | None = _temporal(None, "--temporal-weight", help="λ2."),
+    temporal_weight: str | None = _temporal(
+        None, "--temporal-weight", help="λ2; or that of the store's layer: 5=0.1,12=0.03."
+    ),
     temporal_partner: str | None = _temporal(
         None, "--temporal-partner", help=f"Whom a token is compared with: one of {', '.join(PARTNERS)}."
     ),

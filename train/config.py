@@ -54,6 +54,10 @@ class DataConfig(_Group):
     """
     pair_draw: Literal["token", "batch"] = "token"
     """pairs: whether the earlier token is drawn for every token, or its position once for a whole batch."""
+    pair_loss: Literal["both", "current"] = "both"
+    """pairs: whether both tokens have all terms of the loss, or the current one alone, as in Temporal SAE: the earlier
+    token is then encoded for the temporal term only, and a batch is of so many current tokens.
+    """
     scale: Literal["rms", "none"] = "rms"
     """rms: inputs are multiplied so that E‖x‖² = d_model, and the factor is folded into the saved weights. none: raw.
     """
@@ -100,6 +104,11 @@ class SAEConfig(_Group):
     """jumprelu: width of the straight-through derivative."""
     threshold: float = Field(default=0.01, ge=0)
     """jumprelu: where the thresholds begin."""
+    threshold_rule: Literal["calibrated", "running"] = "calibrated"
+    """batchtopk: the threshold outside training. calibrated: mean over fresh batches, with the final weights, of the
+    smallest active code, so that L0 is k. running: moving average of it over the steps from 1001 on, with momentum
+    .999, as Temporal SAE and dictionary_learning have it.
+    """
     window: int = Field(default=0, ge=0)
     """txc: positions that one code is of; 0: data.window."""
     k_of: Literal["token", "window"] = "token"
@@ -166,6 +175,8 @@ class LossConfig(_Group):
     """
     aux_k: int = Field(default=0, ge=0)
     """Dead features per token in AuxK; 0: half of d_model."""
+    aux_normalised: bool = False
+    """Whether AuxK is divided by the variance of the residual, as in dictionary_learning and Temporal SAE."""
     dead_after: int = Field(default=0, ge=0)
     """Tokens without firing after which a feature counts as dead; 0: 5 % of the run, at least 20 steps, at most 10M
     tokens.
@@ -179,6 +190,8 @@ class TemporalConfig(_Group):
     """How two codes are compared; none: there is no temporal term."""
     weight: float = Field(default=0.03, ge=0)
     """λ2."""
+    weight_by_layer: dict[int, float] = {}
+    """λ2 of stores by their layer, instead of weight: {5 = 0.1, 12 = 0.03}. A layer that is missing is refused."""
     partner: str = "next"
     """Whom a token is compared with; everything but next is a control."""
     lag: int = Field(default=1, ge=1)
@@ -205,6 +218,13 @@ class TemporalConfig(_Group):
     @classmethod
     def _known_partner(cls, name: str) -> str:
         return _registered(PARTNERS, name)
+
+    @field_validator("weight_by_layer")
+    @classmethod
+    def _weights_of_layers(cls, weights: dict[int, float]) -> dict[int, float]:
+        if any(layer < 0 or weight < 0 for layer, weight in weights.items()):
+            raise ValueError("layers are counted from 0, and λ2 is at least 0")
+        return weights
 
 
 class OptimiserConfig(_Group):
@@ -270,7 +290,7 @@ class RunConfig(_Group):
 class TrainConfig(_Group):
     """Everything about one SAE's training."""
 
-    preset: Literal["modern", "paper", "tfa"] = "modern"
+    preset: Literal["modern", "paper", "tfa", "tsae"] = "modern"
     """Which preset the rest was laid over."""
     data: DataConfig = DataConfig()
     sae: SAEConfig = SAEConfig()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from .. import options
+from ..errors import UsageError
 from .config import TrainConfig
 from .plan import OPTIONS, as_count, parse_sweep
 from .presets import build_config
@@ -29,7 +30,8 @@ class TrainOptions(TypedDict, total=False):
     l1: float | None
     target_l0: float | None
     temporal: str | None
-    temporal_weight: float | None
+    temporal_weight: float | str | Mapping[int, float] | None
+    """λ2, or that of every layer: ``{5: 0.1, 12: 0.03}`` or ``5=0.1,12=0.03``."""
     temporal_partner: str | None
     temporal_lag: int | None
     temporal_scope: float | None
@@ -46,7 +48,7 @@ class TrainOptions(TypedDict, total=False):
     scale: Literal["rms", "none"] | None
     norm_filter: float | None
     data_seed: int | None
-    preset: Literal["modern", "paper", "tfa"] | None
+    preset: Literal["modern", "paper", "tfa", "tsae"] | None
     step: Literal["auto", "autograd", "fast"] | None
     plugin: str | Path | Sequence[str | Path] | None
     device: str | None
@@ -74,8 +76,25 @@ def train_config(config: str | Path | None = None, **asked: Unpack[TrainOptions]
     for name in ("log", "plugin"):
         if name in given:
             given[name] = options.several(given[name])
+    weights = given.get("temporal_weight")
+    by_layer = weights if isinstance(weights, Mapping) else _by_layer(weights)
+    if by_layer is not None:
+        del given["temporal_weight"]
     changes = {OPTIONS[name.replace("_", "-")]: value for name, value in given.items()}
+    if weights is not None:  # one number, too, takes the place of a table in a file
+        changes["temporal.weight_by_layer"] = dict(by_layer or {})
     return build_config(preset, config, {field: as_count(field, value) for field, value in changes.items()})
+
+
+def _by_layer(weights: Any) -> dict[str, str] | None:
+    """``5=0.1,12=0.03`` as layer → λ2, which the configuration checks; None where it is a single number."""
+    if not isinstance(weights, str) or "=" not in weights:
+        return None
+    parts = [part.partition("=") for part in weights.split(",")]
+    found = {layer.strip(): value.strip() for layer, _, value in parts}
+    if len(found) < len(parts):
+        raise UsageError(f"--temporal-weight {weights} names a layer twice: give each one λ2")
+    return found
 
 
 def sweep_grid(sweep: Mapping[str, Iterable[Any]] | Iterable[str]) -> dict[str, tuple[str, ...]]:

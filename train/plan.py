@@ -71,7 +71,8 @@ _AUTOMATIC = {  # what 0 stands for in a configuration, and auto on the command 
 }
 _NAMED = {"sae.architecture", "sae.activation", "sae.k", "loss.l1", "run.seed"}  # always part of a run's name
 _SWEPT_GROUPS = ("data", "sae", "loss", "temporal", "optimiser")
-_NOT_SWEPT = {"data.store"}
+_NOT_SWEPT = {"data.store", "temporal.weight_by_layer"}
+RUNNING_FROM = 1000  # steps before the moving average of a threshold begins, as published
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def plan_members(
     members: dict[str, MemberPlan] = {}
     for values in itertools.product(*grid.values()):
         point = changed(config, {field: as_count(field, value) for field, value in zip(grid, values, strict=True)})
+        point = _with_weight_of_layer(point, layer, swept="temporal.weight" in grid)
         point = resolve(point, d_model=d_model, n_tokens=n_tokens)
         temporal, alone = _without_term(point), point.temporal.form == "none" or point.temporal.weight == 0
         if alone:
@@ -176,6 +178,24 @@ def plan_members(
         if twin:
             _add(members, MemberPlan(twin, temporal, "twin", name, d_model))
     return list(members.values())
+
+
+def _with_weight_of_layer(config: TrainConfig, layer: int, *, swept: bool) -> TrainConfig:
+    """The same with λ2 as one number, that of the store's layer.
+
+    Raises:
+        UsageError: other layers have one, this one has none; or it is swept as well.
+
+    """
+    weights = config.temporal.weight_by_layer
+    if not weights:
+        return config
+    given = ", ".join(f"{of} = {weight:g}" for of, weight in sorted(weights.items()))
+    if swept:
+        raise UsageError(f"λ2 is swept and given by layer ({given}): give one of the two")
+    if layer not in weights:
+        raise UsageError(f"λ2 is given by layer ({given}), and the store is of layer {layer}: give it one too")
+    return changed(config, {"temporal.weight": weights[layer], "temporal.weight_by_layer": {}})
 
 
 def plan_rivals(config: TrainConfig, grid: Mapping[str, Sequence[str]], **about: Any) -> list[MemberPlan]:
@@ -222,7 +242,23 @@ def resolve(config: TrainConfig, *, d_model: int, n_tokens: int) -> TrainConfig:
     # Of the batch's size, not of what its windows leave of it: members with different views take the same steps.
     steps = config.run.steps or max(1, (config.run.tokens or n_tokens) // config.data.batch_size)
     window = 2 if config.data.view == "pairs" else config.data.window
-    return changed(config, {"sae.width": width, "run.steps": steps, "data.window": window})
+    resolved = changed(config, {"sae.width": width, "run.steps": steps, "data.window": window})
+    _check_threshold(resolved)
+    return resolved
+
+
+def _check_threshold(config: TrainConfig) -> None:
+    """Whether a moving average of the threshold has begun before training ends.
+
+    Raises:
+        UsageError: it has not.
+
+    """
+    sae, steps = config.sae, config.run.steps
+    running = ACTIVATIONS.get(sae.activation).threshold == "running" and sae.threshold_rule == "running"
+    if running and steps <= RUNNING_FROM:
+        what = f"sae.threshold_rule 'running' averages over the steps after {RUNNING_FROM}, the run has {steps}"
+        raise UsageError(f"{what}: train for more --steps, or use 'calibrated'")
 
 
 def _check_sparsity(config: TrainConfig) -> None:
@@ -281,8 +317,15 @@ def _view_needed(config: TrainConfig) -> str:
         return "rows"
     if given == "rows" or (given == "pairs" and sees == "window"):
         raise UsageError(f"architecture '{name}' sees {sees}s, data.view = '{given}' shows it none: leave it out")
-    needs_pairs = term.form != "none" and PARTNERS.get(term.partner).pairs
-    return "pairs" if needs_pairs else given
+    partner = PARTNERS.get(term.partner)
+    view = "pairs" if term.form != "none" and partner.pairs else given
+    if view != "pairs" and config.data.pair_loss == "current":
+        what = "data.pair_loss = 'current' is of pairs of an earlier token and a token"
+        raise UsageError(f"{what}, and {view} are seen: use --temporal-partner earlier, or leave it out")
+    if view == "pairs" and term.form != "none" and (term.partner in ("next", "lag") or partner.siblings):
+        what = "data.view = 'pairs' shows an earlier token and a token, no neighbours"
+        raise UsageError(f"{what}, which partner '{term.partner}' needs: use --temporal-partner earlier")
+    return view
 
 
 def _check_term_on_rows(config: TrainConfig) -> None:
@@ -303,7 +346,7 @@ def view_of(data: DataConfig) -> View:
     """What a data configuration shows of the store."""
     if data.view == "windows":
         return Windows(data.window, max(1, data.siblings))
-    return Pairs(data.pair_draw) if data.view == "pairs" else Rows()
+    return Pairs(data.pair_draw, data.pair_loss == "current") if data.view == "pairs" else Rows()
 
 
 def default_width(config: SAEConfig, d_model: int) -> int:

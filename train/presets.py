@@ -1,7 +1,8 @@
 """Presets, and the way of a configuration in and out of TOML: preset < file < flags.
 
-``modern`` is what the groups of :mod:`.config` default to; ``paper`` is the TC-SAE paper taken literally, ``tfa``
-Temporal Feature Analysis as published, but for the inputs' scale (ours gives E‖x‖² = d_model, and only biases know).
+``modern`` is what the groups of :mod:`.config` default to; ``paper`` is the TC-SAE paper taken literally, ``tsae``
+Temporal SAE as published, ``tfa`` Temporal Feature Analysis as published, but for the inputs' scale (ours gives
+E‖x‖² = d_model, and only biases know).
 """
 
 from __future__ import annotations
@@ -63,30 +64,68 @@ TFA: dict[str, Any] = {  # Priors in Time (arXiv 2511.01836), the configuration 
     "optimiser.decay_share": 1.0,
     "optimiser.final_lr": 0.9,
 }
-PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER, "tfa": TFA}
-_SIZES = {"data.batch_size", "data.norm_filter", "sae.k", "sae.expansion", "sae.round_width", "optimiser.warmup_share"}
+TSAE: dict[str, Any] = {
+    # Temporal SAE (arXiv 2511.05541): "train" is train_temporal.py of its repository (AI4LIFE-GROUP/temporal-saes) with
+    # --contrastive, "trainer" TemporalMatryoshkaBatchTopKTrainer in trainers/temporal_sequence_top_k.py there, "buffer"
+    # the ActivationBuffer. docs/METHOD.md says what differs.
+    "data.batch_size": 8192,  # buffer: out_batch_size, of current tokens
+    "data.scale": "none",  # trainSAE: normalize_activations is left at False
+    "data.norm_filter": 0.0,  # buffer: none; BOS is dropped (remove_bos), as all special tokens are here
+    "data.view": "pairs",
+    "data.pair_draw": "token",  # train: --temporal r draws once per batch, which is "batch"
+    "data.pair_loss": "current",  # trainer, loss: only x[:, 0] is reconstructed
+    "sae.activation": "batchtopk",
+    "sae.k": 20,  # train: --k
+    "sae.width": 16384,  # train: dictionary_size
+    "sae.groups": (0.2, 1.0),  # train: group_fractions .2 and .8
+    "sae.group_weights": (0.2, 0.8),  # train: group_weights; trainer: their mean
+    "sae.initial": "tied",  # trainer: W_enc is W_decᵀ, rows of norm 1
+    "sae.decoder": "unit",  # trainer, update: remove_gradient_parallel…, set_decoder_norm_to_unit_norm
+    "sae.b_dec": "geometric_median",  # trainer, update: at step 0
+    "sae.threshold_rule": "running",  # trainer: threshold_beta .999, threshold_start_step 1000
+    "loss.aux_weight": 1 / 32,  # trainer: auxk_alpha
+    "loss.aux_k": 0,  # trainer: top_k_aux is half of d_model
+    "loss.aux_normalised": True,  # trainer: get_auxiliary_loss
+    "loss.dead_after": 10_000_000,  # trainer: dead_feature_threshold
+    "temporal.form": "contrastive",  # train: --contrastive
+    "temporal.partner": "earlier",  # train: --temporal r
+    "temporal.weight": 0.1,  # train: --temp_alpha
+    "temporal.weight_by_layer": {},
+    "temporal.scope": 0.2,  # trainer: f_chunks[0]
+    "temporal.similarity": "dot",  # trainer: logits are plain products …
+    "temporal.temperature": 1.0,  # … without temperature
+    "optimiser.name": "adam",  # trainer
+    "optimiser.lr": 3e-4,  # train
+    "optimiser.betas": (0.9, 0.999),  # trainer
+    "optimiser.clip": 1.0,  # trainer, update
+    "optimiser.warmup": 1000,  # train: warmup_steps
+    "optimiser.warmup_share": 1.0,
+    "optimiser.decay_share": 0.0,  # train: decay_start is left at None
+}
+PRESETS: dict[str, dict[str, Any]] = {"modern": {}, "paper": PAPER, "tfa": TFA, "tsae": TSAE}
+# What members to be compared share: the sizes, the inputs, and a threshold that gives all of them the same L0.
+_SHARED = {
+    *("data.batch_size", "data.scale", "data.norm_filter", "sae.k", "sae.width", "sae.expansion", "sae.round_width"),
+    *("sae.threshold_rule", "loss.dead_after", "optimiser.warmup_share"),
+}
 
 
-def _method(preset: Mapping[str, Any]) -> dict[str, Any]:
-    """What a preset says of its method, without the sizes that members to be compared must share."""
-    return {field: value for field, value in preset.items() if field not in _SIZES}
+def _method(preset: Mapping[str, Any], *, as_plain: bool) -> dict[str, Any]:
+    """What a preset says of its method, without what members to be compared must share.
+
+    ``as_plain``: it begins and is optimised like the plain SAE. (Another beginning of b_dec takes a look at the store
+    before it is read.)
+    """
+    kept = {field: value for field, value in preset.items() if field not in _SHARED}
+    alike = ("optimiser.", "sae.b_dec")
+    return {field: value for field, value in kept.items() if not (as_plain and field.startswith(alike))}
 
 
 RIVALS: dict[str, dict[str, Any]] = {
     "plain": {"temporal.form": "none"},
     "TC-SAE": {},
-    "T-SAE": {
-        "sae.activation": "batchtopk",
-        "sae.groups": (0.2, 1.0),
-        "sae.group_weights": (0.2, 0.8),
-        "temporal.form": "contrastive",
-        "temporal.partner": "earlier",
-        "temporal.weight": 0.1,
-        "temporal.scope": 0.2,
-        "temporal.similarity": "dot",
-        "temporal.temperature": 1.0,
-    },
-    "TFA": _method(TFA),
+    "T-SAE": _method(TSAE, as_plain=True),
+    "TFA": _method(TFA, as_plain=False),  # its weights are of another size: decoder rows from N(0, 1), codes times λ
     "TXC": {"sae.architecture": "txc", "sae.k_of": "window", "temporal.form": "none"},
 }
 """What ``--rivals`` trains, each as changes to the configuration: dictionaries that use time, and a plain one. A
@@ -190,8 +229,14 @@ def show_toml(config: TrainConfig) -> str:
     tree = config.model_dump(mode="json")
     lines = [f"preset = {json.dumps(tree.pop('preset'))}"]
     for group, fields in tree.items():
-        lines += ["", f"[{group}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
+        lines += ["", f"[{group}]", *(f"{key} = {_toml(value)}" for key, value in fields.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{ " + ", ".join(f"{key} = {json.dumps(each)}" for key, each in value.items()) + " }" if value else "{}"
 
 
 def _fields(written: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

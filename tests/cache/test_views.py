@@ -115,6 +115,22 @@ def test_the_earlier_token_is_uniform_and_the_order_random():
     assert abs(np.corrcoef(np.arange(len(at)), at[:, 1])[0, 1]) < 0.05
 
 
+def test_with_earlier_tokens_extra_nearly_every_token_is_the_later_one_once():
+    pool = random_pool(30, 12, 3, usable=1.0, ends=0)
+    n = pool.usable_RT.size // 40
+    assert [view.tokens_per_batch(41) for view in (Pairs(), Pairs(earlier_extra=True))] == [40, 41]
+    view = Pairs(earlier_extra=True)
+    cut = view.cut(pool, n, 40, np.random.default_rng(0))
+    later = [(r, t) for b in range(n) for r, t in _later(view.gather(pool, cut, b))]
+    assert len(later) == n * 40
+    first = later[: 30 * 11]  # all but the first token of every row have an earlier one
+    assert len(set(first)) == len(first)
+
+
+def _later(batch):
+    return zip(batch.rows_N.tolist(), batch.positions_NW[:, 1].tolist(), strict=True)
+
+
 @small
 @given(st.integers(2, 6), st.integers(2, 12), st.integers(0, 2**31))
 def test_one_earlier_position_for_a_whole_batch(rows, context, seed):

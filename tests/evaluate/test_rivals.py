@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import published
 import pytest
 import torch
 from stores import make_store
@@ -159,3 +160,28 @@ def test_pruning_is_for_plain_saes(tmp_path, capsys):
     path = make_run(tmp_path / "runs", "txc", make_manifest(model, text, 1), **coder("txc", window=3))
     assert main(["--quiet", "prune", str(path)]) == 1
     assert "which is no TemporalSAE" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_saes_of_every_published_kind_stand_in_one_evaluation(tmp_path):
+    model, text = tiny_model("llama", tmp_path / "model"), tiny_corpus(tmp_path / "text", documents=30, words=220)
+    paths = {kind: write(tmp_path / kind, D, F) for kind, write in published.PUBLISHED.items()}
+    small = {"batches": 2, "batch_rows": 4, "device": "cpu", "dtype": "float32", "quick": True}
+    (outcome,) = run_module.evaluate(
+        EvaluateConfig(
+            saes=tuple(map(str, paths.values())), layers=(1,), model=str(model), dataset=str(text),
+            out=str(tmp_path / "reports"), references=("mean",), **small,
+        )
+    )  # fmt: skip
+    assert not outcome.report.failures
+    found = {record.sae.source: record for record in outcome.report.records if record.sae is not None}
+    assert set(found) == set(published.PUBLISHED)
+    assert {(record.layer, record.kind) for record in found.values()} == {(1, "sae")}
+    for record in found.values():
+        for metric in ("ce", "explained_variance", "l0", "temporal_variation"):
+            assert record.metrics[metric].value is not None, (record.name, metric)
+    assert found["sparsify"].metrics["l0"].value == pytest.approx(3, abs=0.5)
+    assert found["temporal-crosscoder"].metrics["incomplete_windows"].value > 0
+    assert found["temporal-feature-analysis"].metrics["l0_novel"].value == pytest.approx(3, abs=0.5)
+    page = outcome.page.read_text()
+    assert all(record.name in page for record in found.values())

@@ -8,6 +8,7 @@ from tcsae.train.config import TrainConfig
 from tcsae.train.loop.memory_plan import member_bytes, split_passes, step_bytes
 from tcsae.train.loop.schedule import learning_rate, warmup_factor
 from tcsae.train.loss.objective import objective_of
+from tcsae.train.options import train_config
 from tcsae.train.plan import as_count, default_width, parse_sweep, plan_members, resolve, tokens_per_step
 from tcsae.train.presets import PRESETS, build_config, changed, show_toml
 
@@ -265,3 +266,40 @@ def test_passes_fit_and_keep_the_order():
 def test_changes_are_checked():
     with pytest.raises(UsageError, match=r"data\.window"):
         changed(build_config(), {"data.window": 0})
+
+
+def test_a_store_has_the_weight_of_its_layer(tmp_path):
+    by_option = train_config(temporal_weight="5=0.1, 12=0.03")
+    assert by_option.temporal.weight_by_layer == {5: 0.1, 12: 0.03}
+    assert train_config(temporal_weight={5: 0.1, 12: 0.03}) == by_option
+    (tmp_path / "my.toml").write_text(show_toml(by_option))
+    assert build_config(None, tmp_path / "my.toml") == by_option
+    (tmp_path / "table.toml").write_text("[temporal.weight_by_layer]\n5 = 0.1\n12 = 0.03\n")
+    assert build_config(None, tmp_path / "table.toml") == by_option
+    plain = train_config(tmp_path / "my.toml", temporal_weight=0.2)
+    assert (plain.temporal.weight, plain.temporal.weight_by_layer) == (0.2, {})
+    about = {"d_model": 64, "n_tokens": 100_000}
+    for layer, weight in ((5, 0.1), (12, 0.03)):
+        tc, twin = plan_members(by_option, {}, layer=layer, **about)
+        assert tc.name == f"l{layer}-topk64-pairwise{weight:g}-w5-s0"
+        alone = plan_members(train_config(temporal_weight=weight), {}, layer=layer, **about)
+        assert [tc, twin] == alone  # whoever trained with one number goes on with the table
+
+
+@pytest.mark.parametrize(
+    ("weights", "grid", "sentence"),
+    [
+        ("5=0.1,12=0.03", {}, r"λ2 is given by layer \(5 = 0.1, 12 = 0.03\), and the store is of layer 8: give it one"),
+        ("8=0.1", {"temporal.weight": ["0", "1"]}, r"λ2 is swept and given by layer \(8 = 0.1\): give one of the two"),
+    ],
+)
+def test_weights_of_layers_that_do_not_fit_are_one_sentence(weights, grid, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        plan_members(train_config(temporal_weight=weights), grid, layer=8, d_model=64, n_tokens=100_000)
+
+
+@pytest.mark.parametrize("weights", ["5=0.1,5=0.2", "five=1", "5=high", "5=-1", "-1=0.1", "5=0.1,,", {5: -1}])
+def test_what_are_no_weights_of_layers_is_one_sentence(weights):
+    with pytest.raises(UsageError) as caught:
+        train_config(temporal_weight=weights)
+    assert "\n" not in str(caught.value)

@@ -28,6 +28,12 @@ SMALL = {
 KINDS = {
     "txc": {"sae.architecture": "txc", "loss.dead_after": 300},
     "txc-pooled": {"sae.architecture": "txc", "sae.k_of": "window", "data.window": 3},
+    "sae-tsae": {
+        "data.pair_loss": "current", "sae.activation": "batchtopk", "sae.groups": (0.25, 1.0),
+        "temporal.form": "contrastive", "temporal.partner": "earlier", "temporal.scope": 0.25,
+        "temporal.similarity": "dot", "temporal.temperature": 1.0, "temporal.weight": 0.1,
+        "loss.aux_normalised": True, "loss.dead_after": 300,
+    },
     "tfa": {"sae.architecture": "tfa", "sae.decoder": "free", "optimiser.decay": "cosine"},
     "tfa-term": {
         "sae.architecture": "tfa", "sae.decoder": "free", "temporal.form": "cosine", "temporal.partner": "lag",
@@ -98,7 +104,7 @@ def test_they_learn_and_log_what_they_are(store, tmp_path, kind):
     assert last["explained_variance"] > 0.3
     assert (last["temporal_variation"] is None) == kind.startswith("txc")
     if kind != "tfa-term":
-        expected = {"txc": 20, "txc-pooled": 4, "tfa": 4}[kind]
+        expected = {"txc": 20, "txc-pooled": 4, "tfa": 4, "sae-tsae": 4}[kind]
         assert expected / 2 < last["l0"] <= expected
     sae = SparseAutoencoder.load(path)
     assert sae.architecture == kind.split("-")[0]

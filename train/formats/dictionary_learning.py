@@ -19,7 +19,7 @@ from ...system.untrusted_files import read_json, shown
 from ..sae.activation import Activation
 from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
-from .from_weights import count, gated_sae, place_of, plain_sae
+from .from_weights import count, gated_sae, place_of, plain_sae, transposed
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_torch
 
@@ -140,7 +140,7 @@ def _groups(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def _own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """dictionary_learning's names and layouts as ours."""
     named = {_LINEAR.get(name) or _OTHER.get(name) or name: value for name, value in weights.items()}
-    return named | {_LINEAR[name]: _flipped(weights[name]) for name in _LINEAR if name in weights}
+    return named | {_LINEAR[name]: transposed(weights[name]) for name in _LINEAR if name in weights}
 
 
 def _state(sae: TemporalSAE) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def _state(sae: TemporalSAE) -> dict[str, Tensor]:
         if sae.subtract_b_dec:
             weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
         return weights
-    state = {name: _flipped(weights[ours]).contiguous() for name, ours in _LINEAR.items()}
+    state = {name: transposed(weights[ours]).contiguous() for name, ours in _LINEAR.items()}
     if sae.activation.kind == "relu":
         return state | {"bias": weights["b_dec"]}
     return state | {
@@ -157,7 +157,3 @@ def _state(sae: TemporalSAE) -> dict[str, Tensor]:
         "k": torch.tensor(sae.activation.k, dtype=torch.int),
         "threshold": torch.tensor(-1.0),
     }
-
-
-def _flipped(weight: Tensor) -> Tensor:
-    return weight.T if weight.ndim == 2 else weight

@@ -137,6 +137,11 @@ def unit_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def transposed(weight: Tensor) -> Tensor:
+    """A linear layer's matrix the other way round; what is no matrix as it is, for :func:`plain_sae` to refuse."""
+    return weight.t() if weight.ndim == 2 else weight
+
+
 def count(source: Path, fields: Mapping[str, Any], name: str, *, most: int = MOST_FEATURES) -> int:
     """A whole number from 1 to ``most`` that a description must have.
 
@@ -150,6 +155,19 @@ def count(source: Path, fields: Mapping[str, Any], name: str, *, most: int = MOS
     if type(value) is not int or not 1 <= value <= most:
         raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a whole number from 1 was expected")
     return value
+
+
+def positive(source: Path, fields: Mapping[str, Any], name: str) -> float:
+    """A positive number that a description must have.
+
+    Raises:
+        RunError: it is missing or something else.
+
+    """
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a positive number was expected")
+    return float(value)
 
 
 def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:

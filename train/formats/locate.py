@@ -87,7 +87,8 @@ def _locate(path: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [inside, f"{inside}/*"] if inside else ["*.json", "*.yaml", "*.safetensors", "*.npz", "*.pt"]
+    beside = [file for name in FORMATS for file in FORMATS.get(name).companions(inside)]
+    patterns = [inside, f"{inside}/*", *beside] if inside else ["*.json", "*.yaml", "*.safetensors", "*.npz", "*.pt"]
     try:
         found = Path(snapshot_download(repository, allow_patterns=patterns)) / inside
     except GatedRepoError:

@@ -31,6 +31,10 @@ class SAEFormat:
         """Whether a file or folder is of this format, by names alone: nothing is opened."""
         raise NotImplementedError
 
+    def companions(self, inside: str) -> tuple[str, ...]:  # noqa: ARG002 - most formats have none
+        """Other files of a hub repository that the one at ``inside`` needs, if it is of this format."""
+        return ()
+
     def read(self, path: Path) -> SparseAutoencoder:
         """Read the SAE at ``path``, in evaluation mode, on the CPU, in the units of raw activations.
 
@@ -63,6 +67,8 @@ FORMATS: Registry[SAEFormat] = Registry(
         "sparsify": "train.formats.sparsify",  # before saelens, whose cfg.json it has, too
         "saelens": "train.formats.saelens",
         "gemma-scope": "train.formats.gemma_scope",
+        "llama-scope": "train.formats.llama_scope",
+        "temporal-crosscoder": "train.formats.temporal_crosscoder",  # before dictionary-learning, which has .pt, too
         "dictionary-learning": "train.formats.dictionary_learning",
         "temporal-feature-analysis": "train.formats.temporal_feature_analysis",
     },

@@ -8,7 +8,7 @@ from ...errors import RunError
 from ...system.untrusted_files import read_json, shown
 from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
-from .from_weights import count, plain_sae
+from .from_weights import count, plain_sae, transposed
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_safetensors
 
@@ -35,7 +35,7 @@ class Sparsify(SAEFormat):
         if (kind := config.get("activation", "topk")) != "topk":
             raise RunError(f"{shown(path)} is of activation '{shown(str(kind))}'; topk can be read")
         if "encoder.weight" in weights:
-            weights |= {"W_enc": weights.pop("encoder.weight").t()}
+            weights |= {"W_enc": transposed(weights.pop("encoder.weight"))}
         if "encoder.bias" in weights:
             weights |= {"b_enc": weights.pop("encoder.bias")}
         return plain_sae(path / WEIGHTS, weights, Activation("topk", k=count(path / CONFIG, config, "k")))

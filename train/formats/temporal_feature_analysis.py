@@ -17,7 +17,7 @@ import yaml
 from ...errors import RunError
 from ...system.untrusted_files import read_bytes, shown
 from ..sae.tfa import TemporalFeatureAnalysis
-from .from_weights import count, filled
+from .from_weights import count, filled, positive
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_safetensors, read_torch
 
@@ -50,7 +50,7 @@ class PublishedTFA(SAEFormat):
         build = partial(
             TemporalFeatureAnalysis,
             d_model,
-            round(d_model * _number(path / CONFIG, sae, "exp_factor")),
+            round(d_model * positive(path / CONFIG, sae, "exp_factor")),
             k=count(path / CONFIG, sae, "kval_topk") if kind == "topk" else None,
             heads=count(path / CONFIG, sae, "n_heads"),
             bottleneck=count(path / CONFIG, sae, "bottleneck_factor"),
@@ -59,7 +59,7 @@ class PublishedTFA(SAEFormat):
         named = {_named(name): value for name, value in weights.items()}
         if "b_dec" in named:
             named["b_dec"] = named["b_dec"].flatten()
-        return filled(file, build, named).rescaled(_number(path / CONFIG, sae, "scaling_factor")).eval()
+        return filled(file, build, named).rescaled(positive(path / CONFIG, sae, "scaling_factor")).eval()
 
 
 def _named(theirs: str) -> str:
@@ -86,10 +86,3 @@ def _table(file: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"{shown(file)} has no '{name}': it does not describe an SAE")
     return found
-
-
-def _number(file: Path, fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise RunError(f"{shown(file)}: '{name}' is {shown(repr(value))}, a positive number was expected")
-    return float(value)

@@ -10,12 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..loss.objective import TemporalTerm
 from ..sae.protocol import RowTokens
 from .member import Member, Update
 from .temporal_buffer import TemporalBuffer
 
 _SAMPLED_ROWS, _NEAR = 512, 0.95
 _TIMED_WINDOWS, _TIMED_LENGTH, _TIMED_ROWS = 64, 5, 8
+FEATURE_DECILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}  # of λ2 over features
 Metrics = dict[str, float | None]
 
 
@@ -43,13 +45,15 @@ def diagnose(
         rows: which tokens count, if the inputs are whole rows.
 
     Returns:
-        Loss terms and their weighted shares of the total, λ1, gradient norm, learning rate, L0, dead share,
+        Loss terms and their weighted shares of the total, λ1, λ2, gradient norm, learning rate, L0, dead share,
         explained variance, near-duplicate share, temporal variation and lag correlations; None if undefined.
 
     """
     result = update.result
     window = x_NWD.shape[1] if member.sae.sees == "window" else 1  # tokens of one code
     x_counted = x_NWD if rows is None else x_NWD[rows.valid_NT]
+    if update.objective.current_only:
+        x_counted = x_NWD[:, 1]
     codes = x_counted.numel() / x_NWD.shape[-1] / window / share
     spread = float(member.world.mean((x_counted - mean_D).pow(2).sum(-1).mean(), share))
     z = _timed_codes(member, x_NWD, rows)
@@ -94,7 +98,19 @@ def loss_terms(update: Update) -> Metrics:
     metrics["sparsity_weight"] = objective.sparsity_weight
     if objective.l0_aim:
         metrics["l0_aim"] = objective.l0_aim
+    if objective.temporal.active:
+        metrics |= _temporal_weights(objective.temporal)
     return metrics | {"grad_norm": float(update.grad_norm), "lr": update.lr}
+
+
+def _temporal_weights(term: TemporalTerm) -> Metrics:
+    """λ2, and deciles of it over the features that the term sees, where it differs between them."""
+    metrics: Metrics = {"temporal_weight": term.weight}
+    if term.feature_weights is not None:
+        shares = term.feature_weights.new_tensor(list(FEATURE_DECILES.values()))
+        found = torch.quantile(term.feature_weights[: term.n_features].float(), shares.float()) * term.weight
+        metrics |= dict(zip((f"temporal_weight_{name}" for name in FEATURE_DECILES), found.tolist(), strict=True))
+    return metrics
 
 
 def temporal_variation(z_NWF: Tensor) -> float | None:

@@ -94,6 +94,8 @@ def seen_by_share(configs: Iterable[TrainConfig]) -> list[str]:
         term = config.temporal
         if config.sae.activation == "batchtopk":
             found.add("batchtopk's choice of the largest codes")
+        if config.loss.aux_normalised and config.loss.aux_weight:
+            found.add("the variance that AuxK is divided by")
         if term.form != "none" and not TERMS.get(term.form).mean_over_windows:
             found.add(f"the {term.form} form")
         if term.form != "none" and PARTNERS.get(term.partner).drawn:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..loss.objective import Objective, StepResult, objective_of
-from ..plan import MemberPlan, tokens_per_step
+from ..plan import RUNNING_FROM, MemberPlan, tokens_per_step
 from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from .distributed import World
@@ -111,6 +111,9 @@ class Member:
         warm = warmup_factor(self.step, self.config.run.steps, self.config.loss.l1_warmup) == 1.0
         if self.target is not None and warm:
             self.target.observe(result.fired_F, n_tokens)
+        threshold = self.sae.running_threshold
+        if threshold is not None and self.config.sae.threshold_rule == "running" and self.step == RUNNING_FROM:
+            threshold.fill_(-1.0)  # it begins anew with the next step
         self.step += 1
 
     @torch.no_grad()

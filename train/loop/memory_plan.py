@@ -38,6 +38,8 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
     for plan in members:
         config, objective = plan.config, objective_of(plan.config, plan.d_model, plan.config.sae.width)
         terms = (objective.decoder_norms, objective.groups, objective.l0_aim > 0, objective.aux_k, objective.aux_weight)
+        # Their rows lie in another order, which is written for one member.
+        terms = (*terms, objective.aux_normalised, plan.name if objective.current_only else None)
         shape = (
             plan.d_model,
             config.sae.width,
@@ -81,8 +83,10 @@ def step_bytes(plan: MemberPlan) -> int:
 
     Stacks take turns, so a pass needs the largest one's only.
     """
-    sae = plan.config.sae
-    return ARCHITECTURES.get(sae.architecture).step_bytes(sae, plan.d_model, tokens_per_step(plan.config))
+    sae, n_tokens = plan.config.sae, tokens_per_step(plan.config)
+    if objective_of(plan.config, plan.d_model, sae.width).current_only:
+        n_tokens *= 2  # earlier tokens are encoded, too
+    return ARCHITECTURES.get(sae.architecture).step_bytes(sae, plan.d_model, n_tokens)
 
 
 def split_passes(members: Sequence[MemberPlan], available: int, device: str = "cpu") -> list[list[MemberPlan]]:

@@ -66,7 +66,7 @@ class Single:
             sae.constrain()
         for parameter in sae.fast_parameters():
             parameter.data.clamp_(min=0)
-        n_tokens = x_NWD.shape[0] * x_NWD.shape[1] if rows is None else rows.n_tokens
+        n_tokens = x_NWD.shape[0] * (1 if objective.current_only else x_NWD.shape[1]) if rows is None else rows.n_tokens
         n_tokens = round(n_tokens / share)
         member.idle_F += n_tokens
         member.idle_F.masked_fill_(result.fired_F > 0, 0)

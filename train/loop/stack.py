@@ -85,7 +85,7 @@ class Stack:
         if x_NWD.device.type == "cpu" and not all(update.is_finite for update in updates):
             return updates
         self._descend()
-        n_tokens = round(x_NWD.shape[0] * x_NWD.shape[1] / share)
+        n_tokens = round(x_NWD.shape[0] * (1 if objectives[0].current_only else x_NWD.shape[1]) / share)
         self._idle_MF += n_tokens
         self._idle_MF.masked_fill_(torch.stack([result.fired_F for result in results]) > 0, 0)
         for member, result in zip(self.members, results, strict=True):

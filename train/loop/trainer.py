@@ -278,12 +278,17 @@ class Pass:
 
         What they kept while training follows weights that have moved on since (arXiv 2412.06410, eq 5).
         """
-        members = [member for member in self.members if member.sae.running_threshold is not None]
+        members = [
+            member
+            for member in self.members
+            if member.sae.running_threshold is not None and member.config.sae.threshold_rule == "calibrated"
+        ]
         smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
         for _ in range(_CALIBRATION_BATCHES if members else 0):
             batches = self.feed.next_batches()
             for member in members:
-                z = member.sae.encode(self.inputs.prepare(batches[view_of(member.config.data)].x_NWD, self.device))
+                x_NWD = self.inputs.prepare(batches[view_of(member.config.data)].x_NWD, self.device)
+                z = member.sae.encode(x_NWD[:, 1] if member.objective.current_only else x_NWD)
                 kept = z[z > 0]
                 smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
         for member in members:

@@ -40,7 +40,9 @@ class Objective:
 
     ``decoder_norms``: Σ z_i ‖W_dec,i‖ instead of Σ z_i. ``aux_k``: dead features per token in AuxK. ``groups``: size
     and weight of every prefix of the dictionary that reconstructs by itself; empty: the whole, with weight 1.
-    ``l0_aim``: jumprelu's penalty is 2/aim (L0 − aim)² of every token; 0: it is L0.
+    ``l0_aim``: jumprelu's penalty is 2/aim (L0 − aim)² of every token; 0: it is L0. ``aux_normalised``: AuxK is divided
+    by the variance of what it reconstructs. ``current_only``: of pairs of an earlier token and a token, the earlier one
+    has no term of its own.
     """
 
     sparsity_weight: float = 0.0
@@ -50,6 +52,8 @@ class Objective:
     aux_weight: float = 0.0
     groups: tuple[tuple[int, float], ...] = ()
     l0_aim: float = 0.0
+    aux_normalised: bool = False
+    current_only: bool = False
 
     def warmed(self, sparsity: float, temporal: float) -> Objective:
         """The same with λ1 and λ2 multiplied by their warm-up's factors."""
@@ -99,6 +103,8 @@ def objective_of(config: TrainConfig, d_model: int, n_features: int) -> Objectiv
         aux_weight=kind.auxiliary_weight(sae, loss.aux_weight),
         groups=_groups_of(sae, n_features),
         l0_aim=aim,
+        aux_normalised=loss.aux_normalised,
+        current_only=config.data.view == "pairs" and config.data.pair_loss == "current",
     )
 
 

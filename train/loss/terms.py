@@ -157,6 +157,11 @@ def aux_k(residual_ND: Tensor, pre_NF: Tensor, W_dec: Tensor, dead_F: Tensor, k:
     return (residual_ND - codes @ W_dec[dead]).pow(2).sum(-1).mean()
 
 
+def variance(residual_ND: Tensor) -> Tensor:
+    """Mean over tokens of Σ_d (e − ē)², ē the batch's mean: what AuxK is divided by where it is normalised."""
+    return (residual_ND - residual_ND.mean(0)).pow(2).sum(-1).mean().clamp(min=_TINY)
+
+
 def _unit(a_PF: Tensor) -> Tensor:
     # Not functional.normalize: the gradient of a norm at an all-zero code would be NaN.
     return a_PF * torch.rsqrt(a_PF.pow(2).sum(-1, keepdim=True) + _TINY)

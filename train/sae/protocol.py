@@ -287,7 +287,8 @@ class SparseAutoencoder(nn.Module):
             return None
         residual = (x - at_least_float32(out.reconstruction)).detach().flatten(0, -2)
         pre = at_least_float32(out.pre_activations).flatten(0, -2)
-        return terms.aux_k(residual, pre, self.W_dec, dead_F, objective.aux_k)
+        loss = terms.aux_k(residual, pre, self.W_dec, dead_F, objective.aux_k)
+        return loss / terms.variance(residual) if objective.aux_normalised else loss
 
     # --- around a step
 

@@ -19,7 +19,7 @@ from .initialise import kaiming_uniform, orthogonal, unit_rows
 from .protocol import SAEOutput, SparseAutoencoder
 from .registry import ACTIVATIONS, architecture
 
-_THRESHOLD_MOMENTUM = 0.99
+_THRESHOLD_MOMENTUM = {"calibrated": 0.99, "running": 0.999}  # the latter as published; the former is set anew at last
 
 
 @architecture("sae")
@@ -52,6 +52,7 @@ class TemporalSAE(SparseAutoencoder):
     ):
         super().__init__(d_model, n_features, metadata=metadata)
         self.activation, self.subtract_b_dec = activation, subtract_b_dec
+        self.threshold_momentum = _THRESHOLD_MOMENTUM["calibrated"]
         # Feature-major in memory: the step by hand writes its gradient one feature at a time.
         self.W_enc = nn.Parameter(torch.zeros(n_features, d_model).t())
         self.b_enc = nn.Parameter(torch.zeros(n_features))
@@ -71,7 +72,9 @@ class TemporalSAE(SparseAutoencoder):
     @classmethod
     def build(cls, config: SAEConfig, d_model: int) -> Self:
         """See :class:`SparseAutoencoder`."""
-        return cls(d_model, config.width, activation_of(config))
+        sae = cls(d_model, config.width, activation_of(config))
+        sae.threshold_momentum = _THRESHOLD_MOMENTUM[config.threshold_rule]
+        return sae
 
     @torch.no_grad()
     def initialise(self, config: SAEConfig, seed: int, centre_D: Tensor | None = None) -> None:
@@ -162,7 +165,7 @@ class TemporalSAE(SparseAutoencoder):
             return
         smallest = passed.min()
         fresh = self.threshold < 0
-        follow = _THRESHOLD_MOMENTUM * self.threshold + (1 - _THRESHOLD_MOMENTUM) * smallest
+        follow = self.threshold_momentum * self.threshold + (1 - self.threshold_momentum) * smallest
         self.threshold.copy_(torch.where(fresh, smallest, follow))
 
     @property

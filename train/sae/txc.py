@@ -111,7 +111,8 @@ class TemporalCrosscoder(SparseAutoencoder):
             return None
         residual_NX = (x - at_least_float32(out.reconstruction)).detach().flatten(-2)
         pre_NF = at_least_float32(out.pre_activations)
-        return terms.aux_k(residual_NX, pre_NF, self.W_dec, dead_F, objective.aux_k) / self.window
+        loss = terms.aux_k(residual_NX, pre_NF, self.W_dec, dead_F, objective.aux_k)
+        return loss / (terms.variance(residual_NX) if objective.aux_normalised else self.window)
 
     def token_coder(self) -> SparseCoder:
         """The code of the window that ends at a token, and the reconstruction of its last position."""

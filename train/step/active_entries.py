@@ -129,6 +129,12 @@ class SparseCodes(_OfMembers):
         """Every member's part of ``values``, which are like ``value``; views."""
         return (values,) if self.n_members == 1 else values.split(self._entries)
 
+    def from_row(self, first: int) -> SparseCodes:
+        """The codes of the rows from ``first`` on, of a single member."""
+        low = int(self._row_starts[first])
+        flat = self._flat[low:] - first * self.shape[1]
+        return SparseCodes(self._pre[first:], self._mask[first:], flat, all_positive=self._all_positive)
+
     def decode(self, W_CD: Tensor) -> Tensor:
         """z·W [R, D]."""
         return weighted_rows(W_CD, self._column, self._row_starts, self.value)
@@ -246,6 +252,10 @@ class DenseCodes(_OfMembers):
         """Every member's part of ``values``, which are like ``value``; views."""
         return values.chunk(self.n_members)
 
+    def from_row(self, first: int) -> DenseCodes:
+        """The codes of the rows from ``first`` on, of a single member."""
+        return DenseCodes(self.value[first:], self._mask[first:], self._compute)
+
     def decode(self, W_CD: Tensor) -> Tensor:
         """z·W [R, D]."""
         return matmul(self._apart(self.value), self._apart(W_CD), self._compute, self._out).view(len(self.value), -1)
@@ -342,18 +352,20 @@ def codes_of(
     dense_above: float | None = None,
     compute_dtype: torch.dtype | None = None,
     n_members: int = 1,
+    n_races: int | None = None,
 ) -> Codes:
     """The codes of contiguous pre-activations under relu, topk or batchtopk (in training).
 
     Dense or sparse by their own density: ``dense_above`` is the share of active entries where that changes (DENSE_ABOVE
         unless
-    given), ``compute_dtype`` that of the dense products' factors.
+    given), ``compute_dtype`` that of the dense products' factors. ``n_races`` are the equal parts of the rows within
+    each of which batchtopk chooses; by default one per member.
     """
     if activation.kind == "relu":
         mask, flat = pre_RF > 0, None
     else:
         over_batch = activation.kind == "batchtopk"
-        mask, flat = largest(pre_RF, activation.k or 0, over_batch=over_batch, n_members=n_members)
+        mask, flat = largest(pre_RF, activation.k or 0, over_batch=over_batch, n_members=n_races or n_members)
     active = count_true(mask) if flat is None else flat.numel()
     if is_dense(active, pre_RF, dense_above):
         return DenseCodes(pre_RF, mask, compute_dtype, n_members)

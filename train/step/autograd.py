@@ -41,9 +41,16 @@ def autograd_step(
         rows: which tokens count, where ``x_NWD`` holds whole rows; the others are in no term.
 
     """
+    all_x_NWD = x_NWD
     with _autocast(x_NWD.device, compute_dtype):
-        out = sae(x_NWD) if rows is None else sae(x_NWD, rows)
-    all_x_NWD, features_NWF = x_NWD, out.features
+        if objective.current_only:
+            # Two calls, so that batchtopk's largest are chosen among the current tokens, and among the earlier ones.
+            earlier_NF, x_NWD = sae.encode(x_NWD[:, 0]), x_NWD[:, 1]
+            out = sae(x_NWD)
+            features_NWF = torch.stack([earlier_NF, out.features], 1)
+        else:
+            out = sae(x_NWD) if rows is None else sae(x_NWD, rows)
+            features_NWF = out.features
     if rows is not None:
         x_NWD, out = x_NWD[rows.valid_NT], out.at(rows.valid_NT)
     found = {

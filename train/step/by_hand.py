@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..loss.objective import Objective, StepResult
+from ..loss.terms import variance
 from ..sae.activation import Activation
 from ..sae.temporal_sae import TemporalSAE
 from .active_entries import Codes, codes_of
@@ -125,22 +126,25 @@ def stacked_step(
         weights: of the SAEs.
         saes: all of one activation, which they and their running thresholds are asked for.
         x_NWD: what all of them see.
-        objectives: of one ``decoder_norms``, ``groups``, ``aux_k`` and ``aux_weight``, and all of them with an aim for
-            L0 or none; otherwise each its own.
+        objectives: of one ``decoder_norms``, ``groups`` and auxiliary term, and all of them with an aim for L0 or none;
+            otherwise each its own. With ``current_only`` a single one, of an activation that fixes k.
         partners: each its own.
         dead_MF: bool [M, F].
         compute_dtype: see there.
         dense_above: see there.
 
     """
-    x, windows = x_NWD.flatten(0, 1), (x_NWD.shape[0], x_NWD.shape[1])
-    n_tokens, W_dec_CD = len(x), weights.W_dec.flatten(0, 1)
+    windows, halves = (x_NWD.shape[0], x_NWD.shape[1]), objectives[0].current_only
+    # Of pairs whose current token alone counts, all earlier tokens come first, and rows count from ``first`` on.
+    x, first = (x_NWD.transpose(0, 1).flatten(0, 1), windows[0]) if halves else (x_NWD.flatten(0, 1), 0)
+    n_tokens, W_dec_CD = len(x) - first, weights.W_dec.flatten(0, 1)
     centred = x - weights.b_dec.unsqueeze(1) if saes[0].subtract_b_dec else x.expand(len(saes), -1, -1)
     pre = _products(centred, weights, compute_dtype)
     options = {"dense_above": dense_above, "compute_dtype": compute_dtype}
     codes = _codes(saes, pre.view(-1, pre.shape[-1]), objectives, weights.threshold, windows[1], options)
+    counted = codes.from_row(first) if first and not isinstance(codes, FusedCodes) else codes
     sizes, shares = zip(*objectives[0].groups or ((pre.shape[-1], 1.0),), strict=True)
-    residual, to_reconstruction, errors_MG = _residuals(codes, weights, x, sizes, shares)
+    residual, to_reconstruction, errors_MG = _residuals(codes, weights, x, sizes, shares, first)
     # A feature whose weights are NaN is never positive; its pre-activation must still poison the loss, or it would go
     # unseen.
     errors_MG += 0 * pre[:, :1].sum((1, 2)).unsqueeze(1)
@@ -152,6 +156,8 @@ def stacked_step(
     else:
         to_codes = codes.sampled_groups(to_reconstruction, W_dec_CD, sizes)
         more = _add_own_terms(to_codes, codes, objectives, norms_C, windows, partners)
+        if first:  # k is fixed: Σ z is reported, and has no weight
+            more["sparsity"] = counted.totals(counted.value) / n_tokens
         if isinstance(codes, JumpReLUCodes) and weights.threshold is not None:
             aims, l1 = zip(*((each.l0_aim, each.sparsity_weight) for each in objectives), strict=True)
             more["sparsity"], pull_R = l0_penalty(codes, aims, l1)  # it pulls at the thresholds alone
@@ -172,17 +178,16 @@ def stacked_step(
         # Padded together a call is saved; on a CPU the bits of a member alone come first, and they depend on a matrix's
         # width.
         together = [slice(m, m + 1) for m in range(len(saes))] if x.device.type == "cpu" else [slice(None)]
-        parts = (
-            (gradients.part(of), weights.part(of), pre[of], centred[of], residual[of], dead_MF[of]) for of in together
-        )
+        seen = (pre[:, first:], centred[:, first:], residual[:, first:])
+        parts = ((gradients.part(of), weights.part(of), *(each[of] for each in seen), dead_MF[of]) for of in together)
         more["auxiliary"] = torch.cat([_add_auxiliary(*part, objectives[0]) for part in parts])
     if saes[0].subtract_b_dec:
         for W_enc, b_enc, b_dec in zip(weights.W_enc, gradients.b_enc, gradients.b_dec, strict=True):
             b_dec.sub_(W_enc.t() @ b_enc)
     if saes[0].activation.function.threshold == "running":
-        for sae, values in zip(saes, codes.members(codes.value), strict=True):
+        for sae, values in zip(saes, counted.members(counted.value), strict=True):
             sae.track_threshold(values)
-    return _results(terms | more, objectives, codes.column_counts().view(len(saes), -1)), gradients
+    return _results(terms | more, objectives, counted.column_counts().view(len(saes), -1)), gradients
 
 
 def _products(centred_MTD: Tensor, weights: Stacked, compute_dtype: torch.dtype | None) -> Tensor:
@@ -193,16 +198,17 @@ def _products(centred_MTD: Tensor, weights: Stacked, compute_dtype: torch.dtype 
 
 
 def _residuals(
-    codes: Codes, weights: Stacked, x_TD: Tensor, sizes: Sequence[int], shares: Sequence[float]
+    codes: Codes, weights: Stacked, x_TD: Tensor, sizes: Sequence[int], shares: Sequence[float], first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual of the whole dictionary [M, T, D], ∂L/∂x̂ that the features of each group see [R, G, D], and the mean
-    squared error of every prefix [M, G].
+    squared error of every prefix [M, G]; zero for tokens before the first that counts.
     """
-    n_members, n_tokens = len(weights.b_dec), len(x_TD)
-    residual = codes.decode_groups(weights.W_dec.flatten(0, 1), sizes).view(n_members, n_tokens, len(sizes), -1)
+    n_members, n_tokens = len(weights.b_dec), len(x_TD) - first
+    residual = codes.decode_groups(weights.W_dec.flatten(0, 1), sizes).view(n_members, len(x_TD), len(sizes), -1)
     for group in range(1, len(sizes)):
         residual[:, :, group] += residual[:, :, group - 1]
     residual.add_(weights.b_dec[:, None, None]).sub_(x_TD.unsqueeze(1))
+    residual[:, :first] = 0
     errors_MG = residual.square().sum((1, 3)) / n_tokens
     to_reconstruction = residual * (residual.new_tensor(shares) * (2 / n_tokens)).unsqueeze(1)
     for group in reversed(range(len(sizes) - 1)):
@@ -221,6 +227,8 @@ def _codes(
     activation = saes[0].activation
     if threshold_MF is not None:
         return jumprelu_codes(pre_RF, threshold_MF, activation.bandwidth, **options)
+    if objectives[0].current_only:
+        return codes_of(pre_RF, activation, **options, n_races=2)
     if activation.kind == "relu" and all(can_fuse(pre_RF, each) for each in objectives):
         return fused_codes(pre_RF, w, **options, n_members=len(saes))
     return codes_of(pre_RF, activation, **options, n_members=len(saes))
@@ -240,7 +248,10 @@ def _add_own_terms(
         shares = [each.sparsity_weight / n_tokens for each in objectives]
         terms["sparsity"] = codes.penalise(to_codes, shares, norms_C) / n_tokens
     if any(each.temporal.active for each in objectives):
-        terms["temporal"] = add_temporal(to_codes, codes, [each.temporal for each in objectives], windows, partners)
+        halves = objectives[0].current_only
+        terms["temporal"] = add_temporal(
+            to_codes, codes, [each.temporal for each in objectives], windows, partners, halves=halves
+        )
     return terms
 
 
@@ -302,6 +313,10 @@ def _add_auxiliary(
     error = codes.decode(W_dec).add_(residual_MTD.flatten(0, 1))
     loss_M = error.view(residual_MTD.shape).square().sum((1, 2)) / n_tokens
     to_reconstruction = error.mul_(2 * objective.aux_weight / n_tokens)
+    if objective.aux_normalised:
+        variance_M = torch.stack([variance(residual_TD) for residual_TD in residual_MTD])
+        loss_M /= variance_M
+        to_reconstruction.view(residual_MTD.shape).div_(variance_M[:, None, None])
     to_codes = codes.sampled(to_reconstruction, W_dec)
     for gradient, more in (
         (gradients.W_enc.flatten(0, 1), codes.accumulate(to_codes, centred_MTD.flatten(0, 1))),

@@ -33,10 +33,11 @@ def crosscoder_step(
     """
     w = cast(TemporalCrosscoder, sae).window
     groups = tuple((size, weight / w) for size, weight in objective.groups or ((sae.n_features, 1.0),))
-    of_windows = replace(objective, groups=groups, aux_weight=objective.aux_weight / w)
+    aux_w = 1 if objective.aux_normalised else w  # its ratio is the same for windows as for tokens
+    of_windows = replace(objective, groups=groups, aux_weight=objective.aux_weight / aux_w)
     options = {"partner_NP": partner_NP, "dead_F": dead_F, "compute_dtype": compute_dtype}
     result = sparse_step(cast(TemporalSAE, sae), x_NWD.flatten(1).unsqueeze(1), of_windows, **options)
-    return replace(result, error=result.error / w, auxiliary=result.auxiliary / w)
+    return replace(result, error=result.error / w, auxiliary=result.auxiliary / aux_w)
 
 
 STEPS.add("txc", HandWritten(activations=("topk",), step=crosscoder_step))

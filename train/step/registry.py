@@ -36,6 +36,7 @@ class HandWritten:
     """What members are stepped by, each by itself, called like ``autograd_step``; None: :mod:`..loop.stack` does."""
 
 
+_OF_FIXED_K = ("topk", "batchtopk")
 STEPS: Registry[HandWritten] = Registry(
     "hand-written step", {"sae": "train.step.by_hand", "txc": "train.step.crosscoder"}
 )
@@ -96,6 +97,8 @@ def _lacking(config: TrainConfig, form: str, device: str) -> tuple[str, Iterable
         return f"activation '{sae.activation}'", known.activations
     if form != "none" and form not in GRADIENTS:
         return f"temporal term '{form}'", GRADIENTS
+    if config.data.view == "pairs" and config.data.pair_loss == "current" and sae.activation not in _OF_FIXED_K:
+        return f"activation '{sae.activation}' where data.pair_loss is 'current'", _OF_FIXED_K
     if device not in known.devices:
         return f"device {device}", known.devices
     return None

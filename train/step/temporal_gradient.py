@@ -38,6 +38,8 @@ def add_temporal(
     terms: Sequence[TemporalTerm],
     windows: tuple[int, int],
     partners: Sequence[Tensor | None],
+    *,
+    halves: bool = False,
 ) -> Tensor:
     """What :func:`..loss.terms.temporal` says of every member's codes [M]; λ2 times its gradient is added to ``slope``.
 
@@ -47,15 +49,20 @@ def add_temporal(
         terms: of every member.
         windows: N and W.
         partners: of every member, [N, W−1], see :class:`..loss.terms.Pairs`.
+        halves: rows are those of a single member, not window after window, but first all tokens at position 0, then all
+            at position 1.
 
     """
+    n_windows, w = windows
+    row_NW = torch.arange(n_windows * w, device=codes.value.device)
+    row_NW = row_NW.view(w, n_windows).t() if halves else row_NW.view(n_windows, w)
     loss_M = codes.value.new_zeros(codes.n_members)
     for chosen in _by_form(terms):
         gradient = GRADIENTS.get(terms[chosen[0]].form)
         if isinstance(codes, DenseCodes) or gradient is contrastive:
-            loss_M += _of_matrices(slope, codes, terms, chosen, windows, partners)
+            loss_M += _of_matrices(slope, codes, terms, chosen, windows, partners, halves=halves)
             continue
-        pairs = [_pairs(terms[m], windows, partners[m], codes.value.device) for m in chosen]
+        pairs = [_pairs(terms[m], row_NW, partners[m]) for m in chosen]
         if any(own_P.numel() for own_P, _ in pairs):
             compared = Compared(codes, terms, dict(zip(chosen, pairs, strict=True)), windows)
             loss_M += gradient(compared, slope)
@@ -194,19 +201,16 @@ def _feature_weights(codes: SparseCodes, terms: Sequence[TemporalTerm]) -> Tenso
     return codes.of_columns(torch.cat(weights))
 
 
-def _pairs(
-    term: TemporalTerm, windows: tuple[int, int], partner_NP: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The compared tokens as two lists [P] of flat indices n·W + t."""
-    n_windows, w = windows
-    tokens = torch.arange(n_windows * w, device=device).view(n_windows, w)
+def _pairs(term: TemporalTerm, row_NW: Tensor, partner_NP: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The compared tokens as two lists [P] of rows; ``row_NW`` is that of every token."""
+    w = row_NW.shape[1]
     if term.form == "window_mean":
-        first, second = torch.triu_indices(w, w, offset=1, device=device)
-        return tokens[:, first].reshape(-1), tokens[:, second].reshape(-1)
+        first, second = torch.triu_indices(w, w, offset=1, device=row_NW.device)
+        return row_NW[:, first].reshape(-1), row_NW[:, second].reshape(-1)
     if partner_NP is None:
-        return tokens[:, : max(0, w - term.lag)].reshape(-1), tokens[:, term.lag :].reshape(-1)
+        return row_NW[:, : max(0, w - term.lag)].reshape(-1), row_NW[:, term.lag :].reshape(-1)
     exists = partner_NP >= 0
-    return tokens[:, :-1][exists], partner_NP[exists]
+    return row_NW[:, :-1][exists], row_NW.reshape(-1)[partner_NP[exists]]
 
 
 def _neighbours(own_P: Tensor, other_P: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -233,13 +237,19 @@ def _of_matrices(
     chosen: Sequence[int],
     windows: tuple[int, int],
     partners: Sequence[Tensor | None],
+    *,
+    halves: bool,
 ) -> Tensor:
     """The term of the ``chosen`` members from whole matrices, where nothing is sparse about them."""
-    z_MNWF, slopes = codes.dense().view(codes.n_members, *windows, -1), codes.members(slope)
+    z_MNWF, slopes = (
+        codes.dense().view(codes.n_members, *(windows[::-1] if halves else windows), -1),
+        codes.members(slope),
+    )
+    z_MNWF = z_MNWF.transpose(1, 2) if halves else z_MNWF
     loss_M = z_MNWF.new_zeros(codes.n_members)
     for m in chosen:
         term, z_NWF = terms[m], z_MNWF[m]
-        if isinstance(codes, DenseCodes) and term.form == "pairwise" and partners[m] is None:
+        if isinstance(codes, DenseCodes) and term.form == "pairwise" and partners[m] is None and not halves:
             loss_M[m] = _pairwise(slopes[m].view(z_NWF.shape), z_NWF, term)
             continue
         with torch.enable_grad():
@@ -247,7 +257,8 @@ def _of_matrices(
             loss = loss_terms.temporal(z_NWF, term, partners[m])
             (gradient,) = torch.autograd.grad(loss, z_NWF)
         loss_M[m] = loss.detach()
-        slopes[m].add_(codes.gathered(gradient.flatten(0, 1), m), alpha=term.weight)
+        in_rows = gradient.transpose(0, 1) if halves else gradient
+        slopes[m].add_(codes.gathered(in_rows.flatten(0, 1), m), alpha=term.weight)
     return loss_M
 
 

@@ -29,7 +29,7 @@ _BUILT_IN = {
     "time": ("time_plane", "weight_fidelity", "weight_variation", "lag_curves", "variation_rows"),
     "position": ("eta_histogram", "norm_by_position", "specific_rows"),
     "features": ("density_histogram",),
-    "training": ("total_loss", "loss_shares"),
+    "training": ("total_loss", "loss_shares", "sparsity_weights", "feature_weights", "temporal_weights"),
 }
 
 

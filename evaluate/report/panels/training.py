@@ -1,4 +1,4 @@
-"""Training: the total loss and the share of each of its terms, step by step."""
+"""Training: the total loss, the share of each of its terms, and the weights λ1 and λ2 that change, step by step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def _terms(curves: TrainingCurves) -> dict[str, list[float | None]]:
     """Term → its series, by the words in the names of what was logged."""
     found = {}
     for term, words in TERM_WORDS.items():
-        close = [name for name in curves.series if any(word in name.lower() for word in words)]
+        values = [name for name in curves.series if "_weight" not in name]
+        close = [name for name in values if any(word in name.lower() for word in words)]
         name = term if term in curves.series else next(iter(close), None)
         if name and any(curves.series[name]):
             found[term] = curves.series[name]
@@ -98,3 +99,107 @@ def _shares(report: EvaluationReport, record: Record) -> Panel | None:
         lines=lines,
         caption=f"At the end: {final}.",
     )
+
+
+@panel("training")
+def sparsity_weights(report: EvaluationReport, layer: int) -> Panel | None:
+    """λ1 of every run that has one, or the aim for L0 that a target changes in its place."""
+    lines = []
+    for record in report.records:
+        curves = report.training.get(record.name) if record.layer == layer else None
+        aimed = curves is not None and "l0_aim" in curves.series
+        line = _line(curves, "l0_aim" if aimed else "sparsity_weight") if curves else None
+        if line:
+            lines.append(Line(*line, role_of(record), f"{short_name(record, report)}{', aim for L0' if aimed else ''}"))
+    if not lines:
+        return None
+    return Panel(
+        f"sparsity-weights-{layer}",
+        f"Weight of sparsity, layer {layer}",
+        Axis("step", low=0),
+        Axis("λ1, or the aim for L0 (log scale)", log=True),
+        lines=tuple(lines),
+        caption="With a target for L0, λ1 (or the aim of a quadratic penalty) changes until L0 is there.",
+    )
+
+
+@panel("training")
+def feature_weights(report: EvaluationReport, layer: int) -> list[Panel]:
+    """Deciles over features of λ2, one panel for each of the first few runs in which every feature has its own."""
+    found = []
+    for record in report.records:
+        curves = report.training.get(record.name)
+        if curves is None or "temporal_weight_median" not in curves.series:
+            continue
+        found.append((record, curves))
+    return [_feature_weights(report, *each) for each in found[:SHARE_PANELS] if each[0].layer == layer]
+
+
+def _feature_weights(report: EvaluationReport, record: Record, curves: TrainingCurves) -> Panel:
+    styles = {
+        "temporal_weight_p90": ("temporal", "a tenth of the features is above"),
+        "temporal_weight_median": ("reconstruction", "median feature"),
+        "temporal_weight_p10": ("auxiliary", "a tenth of the features is below"),
+        "temporal_weight": ("sparsity", "mean over active entries"),
+    }
+    lines = [Line(*line, *style) for name, style in styles.items() if (line := _line(curves, name))]
+    return Panel(
+        f"feature-weights-{record.name}",
+        f"λ2 of single features: {short_name(record, report)}, layer {record.layer}",
+        Axis("step", low=0),
+        Axis("λ2 of a feature (log scale)", log=True),
+        lines=tuple(lines),
+        caption="How far λ2 differs between features, by their own correlation with the next token or by density.",
+    )
+
+
+@panel("training")
+def temporal_weights(report: EvaluationReport, layer: int) -> list[Panel]:
+    """λ2 of every TC-SAE step by step; and once, by layer, where several layers have not the same."""
+    lines, ends = [], []
+    for record in report.records:
+        curves = report.training.get(record.name)
+        line = _line(curves, "temporal_weight") if curves else None
+        if line is None:
+            continue
+        ends.append((record.layer, line[1][-1]))
+        if record.layer == layer:
+            lines.append(Line(*line, role_of(record), short_name(record, report)))
+    found = []
+    if lines:
+        found.append(
+            Panel(
+                f"temporal-weights-{layer}",
+                f"λ2, layer {layer}",
+                Axis("step", low=0),
+                Axis("λ2, weight of the temporal term", low=0),
+                lines=tuple(lines),
+                caption="It grows where it has a warm-up.",
+            )
+        )
+    layers = sorted({at for at, _ in ends})
+    weights_of = [{weight for at, weight in ends if at == one} for one in layers]
+    if lines and layer == layers[0] and any(each != weights_of[0] for each in weights_of):
+        xs, ys = zip(*sorted(ends), strict=True)
+        found.append(
+            Panel(
+                f"temporal-weights-by-layer-{layer}",
+                "λ2 by layer",
+                Axis("layer"),
+                Axis("λ2, weight of the temporal term", low=0),
+                lines=(Line(tuple(map(float, xs)), ys, "tc", "TC-SAE"),),
+                caption="λ2 at the end of training.",
+            )
+        )
+    return found
+
+
+def _line(curves: TrainingCurves, name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The positive points of a series, thinned; None where there are none."""
+    if name not in curves.series:
+        return None
+    points = [(float(s), v) for s, v in zip(curves.steps, curves.series[name], strict=True) if v and v > 0]
+    if not points:
+        return None
+    xs, ys = zip(*points[:: math.ceil(len(points) / LOSS_POINTS)], strict=True)
+    return xs, ys

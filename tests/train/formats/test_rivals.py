@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import published
 import pytest
 import reference
 import torch
@@ -11,8 +12,10 @@ import yaml
 from safetensors.torch import save_file
 from tcsae.errors import RunError
 from tcsae.train.formats.locate import load_external
+from tcsae.train.formats.registry import FORMATS
 from tcsae.train.sae.protocol import RowTokens
 from tcsae.train.sae.tfa import TemporalFeatureAnalysis
+from tcsae.train.sae.txc import TemporalCrosscoder
 from torch.nn.functional import relu
 
 D, F, K, SCALE = 4, 16, 3, 0.25
@@ -205,3 +208,124 @@ def test_sparsify_that_does_not_fit(tmp_path, config, sentence):
     published_sparsify(tmp_path / "sae", **config)
     with pytest.raises(RunError, match=sentence):
         load_external(str(tmp_path / "sae"), layer=1)
+
+
+# --- Llama Scope, temporal crosscoders
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("subtract", [True, False])
+def test_llama_scope(tmp_path, with_norm, subtract):
+    said = {"sparsity_include_decoder_norm": with_norm, "apply_decoder_bias_to_pre_encoder": subtract}
+    folder = published.llama_scope(tmp_path, D, F, said=said)
+    found = load_external(str(folder))
+    w = {name: value.bfloat16().float() for name, value in published._plain(D, F).items()}
+    scaled = x() * (D**0.5 / 3.0)
+    pre = (scaled - w["b_dec"] if subtract else scaled) @ w["W_enc"] + w["b_enc"]
+    fires = pre * (w["W_dec"].norm(dim=1) if with_norm else 1.0) > 0.2
+    z = pre * fires
+    with torch.no_grad():
+        torch.testing.assert_close(found.sae.encode(x()), z)
+        torch.testing.assert_close(found.sae.decode(z), (z @ w["W_dec"] + w["b_dec"]) / (D**0.5 / 3.0))
+    assert 0 < fires.float().mean() < 0.6
+    assert (found.source, found.layer, found.site) == ("llama-scope", 1, "resid_post")
+    assert found.model_name == "meta-llama/Llama-3.1-8B"
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"hook_point_out": "blocks.1.hook_mlp_out"}, "writes elsewhere than it reads: it is a transcoder"),
+        ({"use_glu_encoder": True}, "has a gated encoder"),
+        ({"act_fn": "topk"}, "of activation 'topk'; jumprelu can be read"),
+        ({"norm_activation": "token-wise"}, "normalises inputs by 'token-wise'; dataset-wise can be read"),
+        ({"dataset_average_activation_norm": None}, "lacks 'dataset_average_activation_norm'"),
+        ({"jump_relu_threshold": "much"}, "'jump_relu_threshold' is 'much', a positive number was expected"),
+    ],
+)
+def test_llama_scope_that_does_not_fit(tmp_path, said, sentence):
+    with pytest.raises(RunError, match=sentence):
+        load_external(str(published.llama_scope(tmp_path, D, F, said=said)), layer=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beside", [True, False])
+def test_temporal_crosscoder(tmp_path, beside):
+    file = published.crosscoder(tmp_path, D, F)
+    if beside:
+        (tmp_path / "training_logs" / "txc.json").rename(file.with_suffix(".json"))
+    found = load_external(str(file))
+    assert (found.source, found.layer, found.sae.sees) == ("temporal-crosscoder", 1, "window")
+    theirs = TemporalCrosscoder(D, F, window=3, k=4).double()  # its weights position by position, in their layout
+    enc, dec = (published.random(*shape, seed=seed).half().double() for shape, seed in (((3, D, F), 1), ((F, 3, D), 2)))
+    for name, value in (("W_enc", enc.reshape(3 * D, F)), ("W_dec", dec.reshape(F, 3 * D))):
+        getattr(theirs, name).copy_(value)
+    theirs.b_enc.copy_((published.random(F, seed=3) / 10).half())
+    theirs.b_dec.copy_((published.random(3, D, seed=4) / 10).half().flatten())
+    windows = random(6, 3, D, seed=8)
+    out = found.sae(windows)
+    for i, window in enumerate(windows):
+        pre = sum(window[p].double() @ enc[p] for p in range(3)) + theirs.b_enc
+        kept = pre.topk(4)
+        z = torch.zeros(F, dtype=torch.float64).scatter(0, kept.indices, relu(kept.values))
+        x_hat = torch.stack([z @ dec[:, p] for p in range(3)]) + theirs.b_dec.view(3, D)
+        torch.testing.assert_close(out.features[i], z.float())
+        torch.testing.assert_close(out.reconstruction[i], x_hat.float())
+        torch.testing.assert_close(reference.txc_window(theirs, window.double())[1], x_hat)
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"src_class": "MatryoshkaTXCDR"}, "is a MatryoshkaTXCDR; TXCBareAntidead and TemporalCrosscoder can be read"),
+        ({"T": 5}, r"'W_enc' has shape \[3, 4, 16\], the log needs \[5, 4, 16\]"),
+        ({"k_win": 17}, "k = 17 active features does not fit 16"),
+        ({"k_win": None}, "'k_win' is None, a whole number from 1 was expected"),
+        ({"d_sae": 1 << 30}, r"'W_enc' has shape \[3, 4, 16\], the log needs \[3, 4, 1073741824\]"),
+    ],
+)
+def test_temporal_crosscoder_that_does_not_fit(tmp_path, said, sentence):
+    with pytest.raises(RunError, match=sentence):
+        load_external(str(published.crosscoder(tmp_path, D, F, said=said)), layer=1)
+
+
+def test_the_log_of_a_crosscoder_comes_from_the_hub_with_it(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        if not (tmp_path / "snapshot").exists():
+            published.crosscoder(tmp_path / "snapshot", D, F)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_external("owner/release/ckpts/txc.pt").source == "temporal-crosscoder"
+    assert asked == [("owner/release", ["ckpts/txc.pt", "ckpts/txc.pt/*", "training_logs/txc.json"])]
+
+
+# --- all of them
+
+
+WRONG = {
+    "dictionary-learning": ["W_dec", "b_enc", "threshold"],
+    "temporal-feature-analysis": ["D", "attn_layers.0.k_ctx.weight", "b"],
+    "temporal-crosscoder": ["W_enc", "W_dec", "b_enc", "b_dec"],
+    "llama-scope": ["encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias"],
+    "gemma-scope": ["W_enc", "W_dec", "threshold"],
+    "sparsify": ["W_dec", "encoder.bias", "encoder.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", published.PUBLISHED)
+@pytest.mark.parametrize("shape", [(F + 1, D + 1), (5,), (2, 2, 2)])
+def test_shapes_that_disagree_are_one_sentence(tmp_path, kind, shape):
+    for name in WRONG[kind]:
+        path = published.PUBLISHED[kind](tmp_path / name.replace(".", "-"), D, F, **{name: published.random(*shape)})
+        with pytest.raises(RunError) as caught:
+            load_external(str(path), layer=1)
+        assert "\n" not in str(caught.value)
+        assert "different SAEs" in str(caught.value) or "no encoder matrix" in str(caught.value), (name, caught.value)
+
+
+def test_every_kind_that_is_read_has_a_published_layout_here():
+    assert set(published.PUBLISHED) == set(FORMATS) - {"saelens"}

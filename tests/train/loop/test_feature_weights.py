@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from stores import make_store
+from tcsae.train import run
 from tcsae.train.loop.feature_weights import EVERY, FeatureWeights, neighbour_sums
+from tcsae.train.presets import build_config
+from tcsae.train.run_folder.metrics_log import read_metrics
 
 
 def slow_and_fast(seed: int = 0) -> torch.Tensor:
@@ -68,3 +72,22 @@ def test_statistics_follow_and_go_on_from_a_checkpoint(rule):
         weights.settle()
     if rule == "autocorrelation":
         assert whole.value_F[2:4].min() > 1 > whole.value_F[:2].max()
+
+
+def test_deciles_of_the_weights_are_logged_with_the_weight_itself(tmp_path):
+    store = make_store(tmp_path / "cache", rows=64, d_model=8, documents=12)
+    small = {"data.store": str(store), "run.out": str(tmp_path / "runs"), "data.batch_size": 60, "sae.width": 32,
+             "sae.k": 4, "run.steps": 60, "run.log_every": 10, "run.device": "cpu", "run.dtype": "float32",
+             "temporal.weight": 0.3, "temporal.warmup": 0.5}  # fmt: skip
+    rule = {"temporal.per_feature": "density"}
+    tc, twin = run.train(build_config(None, None, small | rule)).runs
+    logged = read_metrics(tc)
+    assert [entry["temporal_weight"] for entry in logged] == pytest.approx(
+        [0.3 * min(1, s / 30) for s in range(9, 60, 10)]
+    )
+    last = logged[-1]
+    assert last["temporal_weight_p10"] < last["temporal_weight_median"] < last["temporal_weight_p90"]
+    assert "temporal_weight" not in read_metrics(twin)[-1]
+    (tc, _) = run.train(build_config(None, None, small | {"run.out": str(tmp_path / "alike")})).runs
+    assert read_metrics(tc)[-1]["temporal_weight"] == pytest.approx(0.3)
+    assert "temporal_weight_median" not in read_metrics(tc)[-1]
