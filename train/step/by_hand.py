@@ -178,9 +178,20 @@ def stacked_step(
         # Padded together a call is saved; on a CPU the bits of a member alone come first, and they depend on a matrix's
         # width.
         together = [slice(m, m + 1) for m in range(len(saes))] if x.device.type == "cpu" else [slice(None)]
-        seen = (pre[:, first:], centred[:, first:], residual[:, first:])
-        parts = ((gradients.part(of), weights.part(of), *(each[of] for each in seen), dead_MF[of]) for of in together)
-        more["auxiliary"] = torch.cat([_add_auxiliary(*part, objectives[0]) for part in parts])
+        more["auxiliary"] = torch.cat(
+            [
+                _add_auxiliary(
+                    gradients.part(of),
+                    weights.part(of),
+                    pre[of, first:],
+                    centred[of, first:],
+                    residual[of, first:],
+                    dead_MF[of],
+                    objectives[0],
+                )
+                for of in together
+            ]
+        )
     if saes[0].subtract_b_dec:
         for W_enc, b_enc, b_dec in zip(weights.W_enc, gradients.b_enc, gradients.b_dec, strict=True):
             b_dec.sub_(W_enc.t() @ b_enc)
