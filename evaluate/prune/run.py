@@ -20,7 +20,7 @@ from torch import Tensor
 from ...cache.store import ActivationStore
 from ...console import progress
 from ...errors import RunError, UsageError
-from ...system.atomic_files import remove_partials, write_json
+from ...system.atomic_files import PARTIAL, remove_partials, write_json
 from ...system.device import resolve_device
 from ...system.untrusted_files import seed_number
 from ...train.run_folder.record import RECORD, RunRecord, load_run
@@ -119,7 +119,7 @@ def prune_run(config: PruneConfig) -> PruneSummary:
             "first"
         )
     out = Path(config.out) if config.out else folder.with_name(folder.name + "-pruned")
-    if out.exists() and ((out / RECORD).exists() or not (out / PRUNE_RECORD).exists()):  # else it was cut short
+    if out.exists() and not _cut_short(out):
         raise RunError(f"{out} exists already: remove it or choose another folder with --out")
     sae = TemporalSAE.load(folder).to(resolve_device(config.device))
     batches = _Batches(_open(config, record, sae), config.tokens, sae.W_dec.device)
@@ -135,6 +135,13 @@ def prune_run(config: PruneConfig) -> PruneSummary:
     summary = PruneSummary(str(out), str(folder), batches.n_tokens, before, after, *_names(plan))
     _write(new, record, config, summary, out)
     return summary
+
+
+def _cut_short(out: Path) -> bool:
+    """Whether a folder holds nothing, or what an elimination that was stopped left there."""
+    if not out.is_dir() or (out / RECORD).exists():
+        return False
+    return (out / PRUNE_RECORD).exists() or all(file.name.endswith(PARTIAL) for file in out.iterdir())
 
 
 def _open(config: PruneConfig, record: RunRecord, sae: TemporalSAE) -> ActivationStore:

@@ -23,7 +23,8 @@ from .figures import write_figures
 from .panels.registry import sections
 from .svg import render, swatch
 from .tables import Cell, Column, cell, comparisons, full_tables, main_tables, published, reasons_of
-from .wording import PAIRS, evaluated, in_reading_order, named, outcomes, provenance
+from .verdict import first_sentences, verdicts
+from .wording import PAIRS, evaluated, in_reading_order, named, provenance, pruned_outcomes
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -55,7 +56,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
     """The page as text."""
     report = in_reading_order(report)
     panels = sections(report) if panels is None else panels
-    browser = payload(report)
+    browser, found = payload(report), verdicts(report)
     environment = page_environment()
     environment.filters["groupby_run"] = _runs
     published_table = published(report)
@@ -67,7 +68,8 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         styles=STYLES,
         swatches={role: swatch(role) for role in STYLES},
         evaluated=evaluated(report),
-        outcomes=outcomes(report),
+        outcomes=first_sentences(found) + pruned_outcomes(report),
+        verdicts=found,
         comparisons={kind: comparisons(report, kind) for kind in PAIRS},
         main_tables=main_tables(report),
         full_tables=full_tables(report),

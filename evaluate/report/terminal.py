@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...console import format_bytes, format_duration, summary
 from ..metrics.fidelity import OUTLIERS
 from ..results import EvaluationReport, Record
+from .verdict import first_sentences, verdicts
 
 if TYPE_CHECKING:
     from ..run import Outcome
@@ -26,8 +27,10 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     for outcome in outcomes:
-        console.print(_table(outcome.report))
         report = outcome.report
+        for sentence in first_sentences(verdicts(report)):
+            console.print(sentence, highlight=False)
+        console.print(_table(report))
         page = outcome.page or outcome.folder / "results.json"
         facts: dict[str, Any] = {
             "text": f"{report.n_tokens:,} tokens of {report.n_documents} documents",

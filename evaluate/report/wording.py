@@ -164,16 +164,12 @@ def _documents(report: EvaluationReport) -> str:
     return f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
 
 
-def outcomes(report: EvaluationReport) -> list[str]:
-    """What came out, a sentence per pair; with more than four pairs of a kind, how many of them went which way."""
-    twins, pruned = ([pair for pair in report.paired if pair.kind == kind] for kind in PAIRS)
-    found = [] if twins else ["No TC-SAE was evaluated beside a twin, so nothing can be said of the temporal term."]
-    for pairs in (twins, pruned):
-        if len(pairs) > 4:
-            found += [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
-        else:
-            found += [_outcome(pair, report) for pair in pairs]
-    return found
+def pruned_outcomes(report: EvaluationReport) -> list[str]:
+    """What pruning did, a sentence per pair; with more than four pairs, how many of them went which way."""
+    pairs = [pair for pair in report.paired if pair.kind == "pruned"]
+    if len(pairs) > 4:
+        return [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
+    return [_outcome(pair, report) for pair in pairs]
 
 
 PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original")}
@@ -200,8 +196,7 @@ def _outcome(pair: Paired, report: EvaluationReport) -> str:
             parts.append(f"{phrase} {found.word}{good}, {found.difference}{found.bracket}")
     if not parts:
         return f"Layer {pair.location}: {pair.first} and {pair.second} have no metric in common."
-    sides = f"{pair.first} minus its original" if pair.kind == "pruned" else "TC-SAE minus twin"
-    return f"Layer {pair.location}, {sides}: {'; '.join(parts)}."
+    return f"Layer {pair.location}, {pair.first} minus its original: {'; '.join(parts)}."
 
 
 def _tally(pairs: Sequence[Paired], key: str) -> str:

@@ -7,7 +7,7 @@ from synthetic import metric, paired, synthetic_report
 from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
 from tcsae.evaluate.report.tables import comparisons, main_tables, published
-from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, outcomes, show, verdict
+from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, pruned_outcomes, show, verdict
 from tcsae.evaluate.results import Definition, EvaluationReport, Metric
 from tcsae.sites import Location
 
@@ -224,14 +224,10 @@ def test_visible_writes_out_what_acts_or_hides():
     assert visible("\u202eabc\ufeff\u200b\x07") == "‹U+202E›abc‹U+FEFF›‹U+200B›‹U+0007›"
 
 
-def test_headline_says_what_was_evaluated_and_what_came_out(report):
+def test_headline_says_what_was_evaluated(report):
     sentence = evaluated(report)
     for part in ("5 sparse autoencoders", "layers 5 and 12", "24,384", "12 documents", "seed 0", "cpu"):
         assert part in sentence
-    first = outcomes(report)[0]
-    assert "KL higher (worse), +0.0144 [0.0083, 0.0205]" in first
-    assert "L0 equal" in first
-    assert "variation over time lower, −0.141" in first  # neither better nor worse
 
 
 @pytest.mark.parametrize(
@@ -259,10 +255,10 @@ def test_no_interval_decides_nothing():
     assert same.word == "equal"
 
 
-def test_many_pairs_are_counted():
-    many = [paired(f"a{i}", f"b{i}", 5) for i in range(6)]
-    sentences = outcomes(synthetic_report(layers=(5,), features=0, paired=many))
-    assert "6 pairs, TC-SAE minus twin: KL 6 higher." in sentences
+def test_many_pruned_pairs_are_counted():
+    many = [paired(f"a{i}", f"b{i}", 5).model_copy(update={"kind": "pruned"}) for i in range(6)]
+    sentences = pruned_outcomes(synthetic_report(layers=(5,), features=0, paired=many))
+    assert "6 pairs, pruned SAE minus original: KL 6 higher." in sentences
 
 
 def test_unequal_sparsity_is_said_beside_the_comparison(report, page):
