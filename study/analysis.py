@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -133,8 +134,7 @@ class Analysis(Frozen):
     texts: list[StudyText]
     machines: list[str]
     versions: dict[str, str]
-    hours_training: Number
-    hours_evaluation: Number
+    hours: dict[str, float] = Field(description="what took how long")
     created: str
     finished: int = Field(description="members with numbers")
     failures: list[FailedMember]
@@ -142,12 +142,15 @@ class Analysis(Frozen):
     limits: list[str]
 
 
-def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
+def analyse(
+    study: StudyFile, members: Sequence[StudyMember], seconds: Mapping[str, float] = MappingProxyType({})
+) -> Analysis:
     """Everything that can be said of these members.
 
     Args:
         study: as it was fixed before the run.
         members: all of the study's, failed ones too.
+        seconds: how long each stage took, over all its sittings; where it is empty, what reports and runs say.
 
     Raises:
         RunError: no member has numbers.
@@ -197,8 +200,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
         texts=texts,
         machines=list(dict.fromkeys(_machine(report) for report in reports)),
         versions=reports[-1].versions,
-        hours_training=_hours(observations),
-        hours_evaluation=sum(report.seconds for report in reports) / 3600,
+        hours={name: each / 3600 for name, each in (seconds or _seconds(observations)).items()},
         created=max(report.created for report in reports),
         finished=len(observations.rows),
         failures=[_failed(one) for one in observations.failures],
@@ -395,8 +397,8 @@ def _machine(report: EvaluationReport) -> str:
     return f"{device}{cores}{threads}"
 
 
-def _hours(observations: Observations) -> float | None:
-    """Time of the members' own steps."""
+def _seconds(observations: Observations) -> dict[str, float]:
+    """Time of the members' own steps, and of the last evaluation of each report."""
     seconds = []
     for key, member in observations.members.items():
         row = observations.rows[key].record.sae
@@ -404,7 +406,8 @@ def _hours(observations: Observations) -> float | None:
         tokens = None if row is None else _number(row.settings.get("tokens"))
         if per_token is not None and tokens is not None:
             seconds.append((member.run, per_token * tokens / 1e6))
-    return sum(dict(seconds).values()) / 3600 if seconds else None
+    found = {"training steps": sum(dict(seconds).values())} if seconds else {}
+    return found | {"last evaluation": sum(report.seconds for report in observations.reader.reports)}
 
 
 def _failed(one: MemberFailure) -> FailedMember:

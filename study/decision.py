@@ -190,6 +190,9 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
         return f"no difference. {_upper(listed(r.sentence for r in reasons))}: all of it negligible ({n})."
     if not reasons:
         return "undecided: the study names no outcome."
+    without = {one.effect.levels for one in effects.outcomes if one.effect is not None and one.effect.low is None}
+    if len(without) == 1 and all(one.effect is None or one.effect.low is None for one in effects.outcomes):
+        return f"undecided: {without.pop()}, so no effect is told from chance ({n})."
     order = ("not measured", "open", "not more than a control", "as untrained", "better")
     fidelity = {one.metric for one in effects.outcomes if one.kind == "fidelity"}
     better = len(by_word.get("better", []))

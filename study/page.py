@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..console import format_bytes
+from ..console import format_bytes, format_duration
 from ..evaluate.report.chart import Panel
 from ..evaluate.report.figures import write_figures
 from ..evaluate.report.page import asset, colours, page_environment
@@ -293,11 +293,7 @@ def _published(analysis: Analysis) -> dict[str, Any] | None:
 
 def provenance(analysis: Analysis) -> list[tuple[str, str]]:
     """Name and value of everything that says how the study came about."""
-    hours = [
-        f"{value:.2f} h {what}"
-        for value, what in ((analysis.hours_training, "training steps"), (analysis.hours_evaluation, "evaluation"))
-        if value is not None
-    ]
+    hours = [f"{what} {format_duration(3600 * value)}" for what, value in analysis.hours.items()]
     facts = [
         (
             "study",
@@ -324,7 +320,7 @@ def provenance(analysis: Analysis) -> list[tuple[str, str]]:
         ),
         ("members", f"{analysis.finished} with numbers, {len(analysis.failures)} without"),
         ("machine", "; ".join(analysis.machines)),
-        ("took", ", ".join(hours) + " (without extraction)" if hours else "—"),
+        ("took", ", ".join(hours)),
         ("versions", ", ".join(f"{name} {version}" for name, version in analysis.versions.items())),
         ("last evaluated", analysis.created),
     ]
