@@ -235,28 +235,39 @@ def _comparisons(study: StudyFile, measured: Measured) -> tuple[list[ComparisonE
 
 
 def headline(decisions: Sequence[Decision], claims: Sequence[ClaimRow]) -> str:
-    """The verdict of the study in one plain sentence."""
+    """The verdict of the study in one plain sentence, and one about the paper's claims."""
     pooled = [one for one in decisions if one.model is None]
     parts = []
     if len(pooled) == 1:
         parts.append(pooled[0].sentence.rstrip("."))
     elif pooled:
-        count = Counter(one.verdict for one in pooled)
-        words = {"helps": "help", "harms": "harm", "no difference": "make no difference", "undecided": "are undecided"}
-        tally = [f"{count[v]} {word if count[v] != 1 else _singular(v)}" for v, word in words.items() if count[v]]
-        named = [one.comparison for one in pooled if one.verdict == "helps"]
-        parts.append(
-            f"Of {len(pooled)} comparisons {listed(tally)}" + (f"; what helps: {listed(named)}" if named else "")
+        helping = [one.comparison for one in pooled if one.verdict == "helps"]
+        count = Counter(one.verdict for one in pooled if one.verdict != "helps")
+        tally = [f"{n} {_VERDICTS[verdict][n > 1]}" for verdict, n in count.items()]
+        first = (
+            f"{len(helping)} {_VERDICTS['helps'][len(helping) > 1]} ({listed(helping)})" if helping else "none helps"
         )
+        parts.append(f"Of {len(pooled)} comparisons {listed([first, *tally])}")
     if claims:
         count = Counter(claim.verdict for claim in claims)
-        tally = [f"{count[v]} {v}" for v in ("holds", "does not hold", "undecided", "not measured") if count[v]]
-        parts.append(f"Of the paper's {len(claims)} claims, {listed(tally)}".replace(" holds", " hold"))
+        tally = [f"{n} {_CLAIMS[verdict][n > 1]}" for verdict in _CLAIMS if (n := count[verdict])]
+        parts.append(f"Of the paper's {len(claims)} claims {listed(tally)}")
     return ". ".join(parts) + "." if parts else "The study compares nothing."
 
 
-def _singular(verdict: str) -> str:
-    return {"no difference": "makes no difference", "undecided": "is undecided"}.get(verdict, verdict)
+_VERDICTS = {
+    "helps": ("helps", "help"),
+    "harms": ("harms", "harm"),
+    "no difference": ("makes no difference", "make no difference"),
+    "undecided": ("is undecided", "are undecided"),
+}
+_CLAIMS = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not hold", "do not hold"),
+    "undecided": ("is undecided", "are undecided"),
+    "not measured": ("was not measured", "were not measured"),
+}
+"""Of one, and of several."""
 
 
 def _is_about_the_paper(study: StudyFile) -> bool:

@@ -21,6 +21,7 @@ _WORDS = {
     "lost": "**lost**",
     "kept": "kept",
     "open": "open",
+    "unclear": "unclear",
 }
 
 

@@ -91,9 +91,8 @@ class OutcomeLine:
     p: str
     word: str
     tone: str
-    controls: str
+    controls: list[str]
     untrained: str
-    levels: str
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,12 @@ def _outcome_line(one: OutcomeEffect, word: str) -> OutcomeLine:
         "kind": one.kind,
         "word": word,
         "tone": tone,
-        "controls": "; ".join(f"{each.control} {figures(each.advantage)}" for each in beaten if each.advantage) or "—",
+        "controls": [f"{each.control} {figures(each.advantage)}" for each in beaten if each.advantage],
         "untrained": figures(one.untrained) if one.untrained else "—",
     }
     if effect is None or effect.value is None:
         missing = dict.fromkeys(("effect", "glyph", "seeds", "signs", "p"), "—")
-        return OutcomeLine(levels=one.why_missing, **missing, **about)
+        return OutcomeLine(**missing, **about)
     reach = max(abs(v) for v in (effect.value, effect.low or 0.0, effect.high or 0.0))
     return OutcomeLine(
         effect=figures(effect, one.unit),
@@ -153,7 +152,6 @@ def _outcome_line(one: OutcomeEffect, word: str) -> OutcomeLine:
         seeds=_range(effect),
         signs=f"{effect.positive} +, {effect.negative} −",
         p="—" if one.p_worse_holm is None else f"{effect.p:.2g}, {one.p_worse_holm:.2g}",
-        levels=effect.levels,
         **about,
     )
 
