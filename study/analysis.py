@@ -119,6 +119,9 @@ class Analysis(Frozen):
     claims: list[ClaimRow] = Field(default_factory=list)
     published: PublishedTable | None = None
     labels: dict[str, str]
+    settings: dict[str, dict[str, str | int | float | bool | None]] = Field(
+        description="of the training of each variant, by dotted name; of its first member"
+    )
     variants: list[VariantRow]
     references: list[ReferenceRow]
     curves: list[StudyCurve]
@@ -185,6 +188,7 @@ def analyse(
         claims=claims,
         published=published_table(study, measured, settings) if claims else None,
         labels=labels,
+        settings={name: dict(one) for name, one in settings.items()},
         variants=_variant_rows(study, measured, definitions, labels),
         references=_reference_rows(observations),
         curves=curves,

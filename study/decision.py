@@ -64,7 +64,7 @@ def decide(effects: ComparisonEffects, rule: Rule, names: dict[str, str] | None 
         baseline=effects.baseline,
         model=effects.model,
         verdict=verdict,
-        sentence=f"{pair}{where}: {_because(verdict, effects, reasons, rule)}",
+        sentence=_upper(f"{pair}{where}: {_because(verdict, effects, reasons, rule)}"),
         reasons=reasons,
     )
 
