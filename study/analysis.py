@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -118,6 +119,9 @@ class Analysis(Frozen):
     claims: list[ClaimRow] = Field(default_factory=list)
     published: PublishedTable | None = None
     labels: dict[str, str]
+    settings: dict[str, dict[str, str | int | float | bool | None]] = Field(
+        description="of the training of each variant, by dotted name; of its first member"
+    )
     variants: list[VariantRow]
     references: list[ReferenceRow]
     curves: list[StudyCurve]
@@ -133,8 +137,7 @@ class Analysis(Frozen):
     texts: list[StudyText]
     machines: list[str]
     versions: dict[str, str]
-    hours_training: Number
-    hours_evaluation: Number
+    hours: dict[str, float] = Field(description="what took how long")
     created: str
     finished: int = Field(description="members with numbers")
     failures: list[FailedMember]
@@ -142,12 +145,15 @@ class Analysis(Frozen):
     limits: list[str]
 
 
-def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
+def analyse(
+    study: StudyFile, members: Sequence[StudyMember], seconds: Mapping[str, float] = MappingProxyType({})
+) -> Analysis:
     """Everything that can be said of these members.
 
     Args:
         study: as it was fixed before the run.
         members: all of the study's, failed ones too.
+        seconds: how long each stage took, over all its sittings; where it is empty, what reports and runs say.
 
     Raises:
         RunError: no member has numbers.
@@ -182,6 +188,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
         claims=claims,
         published=published_table(study, measured, settings) if claims else None,
         labels=labels,
+        settings={name: dict(one) for name, one in settings.items()},
         variants=_variant_rows(study, measured, definitions, labels),
         references=_reference_rows(observations),
         curves=curves,
@@ -197,8 +204,7 @@ def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
         texts=texts,
         machines=list(dict.fromkeys(_machine(report) for report in reports)),
         versions=reports[-1].versions,
-        hours_training=_hours(observations),
-        hours_evaluation=sum(report.seconds for report in reports) / 3600,
+        hours={name: each / 3600 for name, each in (seconds or _seconds(observations)).items()},
         created=max(report.created for report in reports),
         finished=len(observations.rows),
         failures=[_failed(one) for one in observations.failures],
@@ -233,28 +239,39 @@ def _comparisons(study: StudyFile, measured: Measured) -> tuple[list[ComparisonE
 
 
 def headline(decisions: Sequence[Decision], claims: Sequence[ClaimRow]) -> str:
-    """The verdict of the study in one plain sentence."""
+    """The verdict of the study in one plain sentence, and one about the paper's claims."""
     pooled = [one for one in decisions if one.model is None]
     parts = []
     if len(pooled) == 1:
         parts.append(pooled[0].sentence.rstrip("."))
     elif pooled:
-        count = Counter(one.verdict for one in pooled)
-        words = {"helps": "help", "harms": "harm", "no difference": "make no difference", "undecided": "are undecided"}
-        tally = [f"{count[v]} {word if count[v] != 1 else _singular(v)}" for v, word in words.items() if count[v]]
-        named = [one.comparison for one in pooled if one.verdict == "helps"]
-        parts.append(
-            f"Of {len(pooled)} comparisons {listed(tally)}" + (f"; what helps: {listed(named)}" if named else "")
+        helping = [one.comparison for one in pooled if one.verdict == "helps"]
+        count = Counter(one.verdict for one in pooled if one.verdict != "helps")
+        tally = [f"{n} {_VERDICTS[verdict][n > 1]}" for verdict, n in count.items()]
+        first = (
+            f"{len(helping)} {_VERDICTS['helps'][len(helping) > 1]} ({listed(helping)})" if helping else "none helps"
         )
+        parts.append(f"Of {len(pooled)} comparisons {listed([first, *tally])}")
     if claims:
         count = Counter(claim.verdict for claim in claims)
-        tally = [f"{count[v]} {v}" for v in ("holds", "does not hold", "undecided", "not measured") if count[v]]
-        parts.append(f"Of the paper's {len(claims)} claims, {listed(tally)}".replace(" holds", " hold"))
+        tally = [f"{n} {_CLAIMS[verdict][n > 1]}" for verdict in _CLAIMS if (n := count[verdict])]
+        parts.append(f"Of the paper's {len(claims)} claims {listed(tally)}")
     return ". ".join(parts) + "." if parts else "The study compares nothing."
 
 
-def _singular(verdict: str) -> str:
-    return {"no difference": "makes no difference", "undecided": "is undecided"}.get(verdict, verdict)
+_VERDICTS = {
+    "helps": ("helps", "help"),
+    "harms": ("harms", "harm"),
+    "no difference": ("makes no difference", "make no difference"),
+    "undecided": ("is undecided", "are undecided"),
+}
+_CLAIMS = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not hold", "do not hold"),
+    "undecided": ("is undecided", "are undecided"),
+    "not measured": ("was not measured", "were not measured"),
+}
+"""Of one, and of several."""
 
 
 def _is_about_the_paper(study: StudyFile) -> bool:
@@ -395,8 +412,8 @@ def _machine(report: EvaluationReport) -> str:
     return f"{device}{cores}{threads}"
 
 
-def _hours(observations: Observations) -> float | None:
-    """Time of the members' own steps."""
+def _seconds(observations: Observations) -> dict[str, float]:
+    """Time of the members' own steps, and of the last evaluation of each report."""
     seconds = []
     for key, member in observations.members.items():
         row = observations.rows[key].record.sae
@@ -404,7 +421,8 @@ def _hours(observations: Observations) -> float | None:
         tokens = None if row is None else _number(row.settings.get("tokens"))
         if per_token is not None and tokens is not None:
             seconds.append((member.run, per_token * tokens / 1e6))
-    return sum(dict(seconds).values()) / 3600 if seconds else None
+    found = {"training steps": sum(dict(seconds).values())} if seconds else {}
+    return found | {"last evaluation": sum(report.seconds for report in observations.reader.reports)}
 
 
 def _failed(one: MemberFailure) -> FailedMember:

@@ -185,7 +185,7 @@ def _checked(
     combined = first if not rest else first - rest[0] if claim.form == "difference" else first.relative_to(rest[0])
     estimate = measured.sampling.estimate(combined)
     means = " against ".join(_level(one) for one in samples)
-    said = f"{means}: {figures(estimate)}" if rest else figures(estimate)
+    said = f"{means}: {figures(estimate)}" if rest else figures(estimate, signed=False)
     if estimate.low is None:
         said += f" ({estimate.levels})"
     return ClaimRow(measured=said, verdict=_found(estimate, claim), variants=variants, estimate=estimate, **about)

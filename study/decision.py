@@ -18,7 +18,9 @@ from .file import Rule
 from .resampling import Estimate
 
 Verdict = Literal["helps", "harms", "no difference", "undecided"]
-Word = Literal["better", "worse", "kept", "lost", "open", "not more than a control", "as untrained", "not measured"]
+Word = Literal[
+    "better", "worse", "kept", "lost", "open", "unclear", "not more than a control", "as untrained", "not measured"
+]
 
 
 class Reason(Frozen):
@@ -62,7 +64,7 @@ def decide(effects: ComparisonEffects, rule: Rule, names: dict[str, str] | None 
         baseline=effects.baseline,
         model=effects.model,
         verdict=verdict,
-        sentence=f"{pair}{where}: {_because(verdict, effects, reasons, rule)}",
+        sentence=_upper(f"{pair}{where}: {_because(verdict, effects, reasons, rule)}"),
         reasons=reasons,
     )
 
@@ -102,7 +104,7 @@ def _judged(one: OutcomeEffect, rule: Rule, label: _Labels) -> tuple[Word, str]:
     effect = one.effect
     if effect is None or effect.value is None:
         return "not measured", f"{one.label} was not measured: {one.why_missing or 'it is undefined'}"
-    said = f"{one.label} {figures(effect, one.unit)}"
+    said = f"{one.label} ({figures(effect, one.unit)})"
     if effect.low is None or effect.high is None:
         return "open", f"{said}: {effect.levels}"
     gain = one.sign * effect.value
@@ -112,7 +114,7 @@ def _judged(one: OutcomeEffect, rule: Rule, label: _Labels) -> tuple[Word, str]:
     if gain < 0 and worse:
         return "worse", f"{said} is worse"
     if effect.low <= 0 <= effect.high:
-        return "open", f"{said}: the interval includes zero"
+        return "unclear", f"{said}: the interval includes zero"
     if gain < 0:
         return "open", f"{said} is worse taken alone, not with {_p(one.p_worse_holm)} over all outcomes"
     for control in one.controls:
@@ -156,12 +158,12 @@ def _above(estimate: Estimate, sign: int) -> bool:
     return estimate.low > 0 if sign > 0 else estimate.high < 0
 
 
-def figures(estimate: Estimate, unit: str = "") -> str:
-    """``+0.012 nats [−0.003, 0.027]``."""
+def figures(estimate: Estimate, unit: str = "", *, signed: bool = True) -> str:
+    """``+0.012 nats [−0.003, 0.027]``; a level, which is no difference, without its plus."""
     if estimate.value is None:
         return "undefined"
     digits = decimals(estimate.value, estimate.low, estimate.high)
-    value = ("+" if estimate.value > 0 else "") + show(estimate.value, digits)
+    value = ("+" if estimate.value > 0 and signed else "") + show(estimate.value, digits)
     ends = ""
     if estimate.low is not None and estimate.high is not None:
         ends = f" [{show(estimate.low, digits)}, {show(estimate.high, digits)}]"
@@ -190,15 +192,22 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
         return f"no difference. {_upper(listed(r.sentence for r in reasons))}: all of it negligible ({n})."
     if not reasons:
         return "undecided: the study names no outcome."
-    order = ("not measured", "open", "not more than a control", "as untrained", "better")
+    without = {one.effect.levels for one in effects.outcomes if one.effect is not None and one.effect.low is None}
+    if len(without) == 1 and all(one.effect is None or one.effect.low is None for one in effects.outcomes):
+        return f"undecided: {without.pop()}, so no effect is told from chance ({n})."
+    order = ("better", "not more than a control", "as untrained", "open", "not measured")
     fidelity = {one.metric for one in effects.outcomes if one.kind == "fidelity"}
     better = len(by_word.get("better", []))
     if better >= rule.least_benefits:
         why = [r.sentence for r in reasons if r.metric in fidelity and r.word != "kept"]
         return f"undecided. {_upper(listed(by_word['better']))}; but {listed(why)} ({n})."
     found = [sentence for word in order for sentence in by_word.get(word, [])]
-    shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"undecided. {_upper(shown) or 'No outcome but fidelity was measured'} ({n})."
+    pairs = zip(reasons, effects.outcomes, strict=True)
+    unclear = [(one.label, one.effect) for reason, one in pairs if reason.word == "unclear" and one.effect is not None]
+    if unclear:
+        shown = [f"{label} ({figures(effect)})" if len(unclear) < 4 else label for label, effect in unclear]
+        found.append(f"no difference is told from chance in {listed(shown)}")
+    return f"undecided. {_upper('; '.join(found)) or 'No outcome but fidelity was measured'} ({n})."
 
 
 def _upper(text: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluate.report.chart import Panel
 from ..evaluate.report.figures import write_figures
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, listed, show
 from ..system.atomic_files import write_file
 from .analysis import Analysis
 from .decision import figures
 from .effects import ComparisonEffects, OutcomeEffect
-from .page import all_panels, command, provenance
-from .panels import effect_panels
+from .page import command, provenance
+from .panels import cost_panels, curve_panels, effect_panels, level_panels, metric_name, sweep_panels
 from .resampling import Estimate
 
 _WORDS = {
@@ -21,6 +22,7 @@ _WORDS = {
     "lost": "**lost**",
     "kept": "kept",
     "open": "open",
+    "unclear": "unclear",
 }
 
 
@@ -62,7 +64,7 @@ def _study(a: Analysis) -> list[str]:
     for one in a.comparisons:
         if one.model is None:
             parts += _comparison(one, a)
-    parts += _models(a) + _claims(a) + _published(a) + _cost(a) + _levels(a)
+    parts += _models(a) + _claims(a) + _published(a) + _pictures(a) + _cost(a) + _levels(a)
     parts += ["### Limits", "", *(f"- {limit}" for limit in [*a.limits, *(f"{note}." for note in a.notes)])]
     parts += [
         f"- Without numbers: {one.variant}, seed {one.seed}, {one.model} {one.place}: {one.message}"
@@ -179,7 +181,7 @@ def _levels(a: Analysis) -> list[str]:
     for model, place in dict.fromkeys((row.model, row.place) for row in a.variants):
         rows = [row for row in a.variants if (row.model, row.place) == (model, place)]
         keys = list(dict.fromkeys(key for row in rows for key in row.metrics))
-        labels = [definition.label or key if (definition := a.definitions.get(key)) else key for key in keys]
+        labels = [metric_name(key, a) for key in keys]
         body = [[row.label, *(_level(row.metrics.get(key)) for key in keys)] for row in rows]
         parts += [f"{model}, {place}; seeds {listed(map(str, rows[0].seeds))}:", ""]
         parts += _table(["variant", *labels], body)
@@ -218,10 +220,23 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _shown(analysis: Analysis) -> list:
-    """The figures that the document shows: of the comparisons over all models; cost and curves."""
-    wanted = {panel.key for one in analysis.comparisons if one.model is None for panel in effect_panels(one, analysis)}
-    models = {
-        panel.key for one in analysis.comparisons if one.model is not None for panel in effect_panels(one, analysis)
-    }
-    return [panel for panel in all_panels(analysis) if panel.key in wanted or panel.key not in models]
+def _shown(analysis: Analysis) -> list[Panel]:
+    """The figures that the document shows."""
+    effects = [panel for one in analysis.comparisons if one.model is None for panel in effect_panels(one, analysis)]
+    return [*effects, *_beside(analysis)]
+
+
+def _beside(analysis: Analysis) -> list[Panel]:
+    """Those that belong to no comparison."""
+    everything = [*level_panels(analysis), *sweep_panels(analysis), *cost_panels(analysis), *curve_panels(analysis)]
+    return [
+        one for one in everything if one.key.startswith(("level-plane", "sweep-", "cost-time")) or one.key in _CURVES
+    ]
+
+
+_CURVES = ("curve-loss", "curve-temporal-share")
+
+
+def _pictures(analysis: Analysis) -> list[str]:
+    found = [f"![{panel.title}](results/{analysis.study}/{panel.key}.png)" for panel in _beside(analysis)]
+    return ["### Across variants", "", *found, ""] if found else []

@@ -9,18 +9,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..console import format_bytes
+from ..console import format_bytes, format_duration
 from ..evaluate.report.chart import Panel
 from ..evaluate.report.figures import write_figures
 from ..evaluate.report.page import asset, colours, page_environment
 from ..evaluate.report.svg import interval_glyph, render, swatch
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, show
-from ..evaluate.results import Definition
 from ..system.atomic_files import write_file
 from .analysis import Analysis, VariantRow, write_analysis
 from .decision import Decision, figures
 from .effects import ComparisonEffects, OutcomeEffect
-from .panels import cost_panels, curve_panels, effect_panels, slug
+from .panels import cost_panels, curve_panels, effect_panels, level_panels, metric_name, slug, sweep_panels
 from .resampling import Estimate
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,6 +30,8 @@ STYLES_SHOWN = {
     "external": "a control",
     "reference": "beyond what untrained twins show",
 }
+
+_HOLM = ("Holm", "at the margin, Holm")
 
 
 def write_page(analysis: Analysis, folder: Path) -> Path:
@@ -49,7 +50,8 @@ def write_page(analysis: Analysis, folder: Path) -> Path:
 def all_panels(analysis: Analysis) -> list[Panel]:
     """Every chart of the page."""
     effects = [panel for one in analysis.comparisons for panel in effect_panels(one, analysis)]
-    return [*effects, *cost_panels(analysis), *curve_panels(analysis)]
+    levels = [*level_panels(analysis), *sweep_panels(analysis)]
+    return [*effects, *levels, *cost_panels(analysis), *curve_panels(analysis)]
 
 
 def render_page(analysis: Analysis) -> str:
@@ -68,6 +70,8 @@ def render_page(analysis: Analysis) -> str:
             by_model=[_question(one, analysis) for one in analysis.comparisons if one.model is not None],
             legend={role: (swatch(role), name) for role, name in STYLES_SHOWN.items()},
             costs=_costs(analysis),
+            level_panels=_drawn(level_panels(analysis)),
+            sweep_panels=_drawn(sweep_panels(analysis)),
             cost_panels=_drawn(cost_panels(analysis)),
             curve_panels=_drawn(curve_panels(analysis)),
             tables=_tables(analysis),
@@ -89,11 +93,11 @@ class OutcomeLine:
     seeds: str
     signs: str
     p: str
+    adjusted: str
     word: str
     tone: str
-    controls: str
+    controls: list[str]
     untrained: str
-    levels: str
 
 
 @dataclass(frozen=True)
@@ -140,20 +144,20 @@ def _outcome_line(one: OutcomeEffect, word: str) -> OutcomeLine:
         "kind": one.kind,
         "word": word,
         "tone": tone,
-        "controls": "; ".join(f"{each.control} {figures(each.advantage)}" for each in beaten if each.advantage) or "—",
+        "controls": [f"{each.control} {figures(each.advantage)}" for each in beaten if each.advantage],
         "untrained": figures(one.untrained) if one.untrained else "—",
     }
     if effect is None or effect.value is None:
-        missing = dict.fromkeys(("effect", "glyph", "seeds", "signs", "p"), "—")
-        return OutcomeLine(levels=one.why_missing, **missing, **about)
+        missing = dict.fromkeys(("effect", "glyph", "seeds", "p"), "—") | {"signs": "", "adjusted": ""}
+        return OutcomeLine(**missing, **about)
     reach = max(abs(v) for v in (effect.value, effect.low or 0.0, effect.high or 0.0))
     return OutcomeLine(
         effect=figures(effect, one.unit),
         glyph=interval_glyph(effect.value, effect.low, effect.high, reach, "tc"),
         seeds=_range(effect),
-        signs=f"{effect.positive} +, {effect.negative} −",
-        p="—" if one.p_worse_holm is None else f"{effect.p:.2g}, {one.p_worse_holm:.2g}",
-        levels=effect.levels,
+        signs=f"{effect.positive} above zero, {effect.negative} below",
+        p="—" if effect.p is None else f"{effect.p:.2g}",
+        adjusted="" if one.p_worse_holm is None else f"{_HOLM[one.kind == 'fidelity']} {one.p_worse_holm:.2g}",
         **about,
     )
 
@@ -230,7 +234,7 @@ def _table(analysis: Analysis, model: str, place: str) -> LevelTable:
     others = list(dict.fromkeys(key for row in rows for key in row.others))
     return LevelTable(
         title=f"{model}, {place}",
-        columns=[_column(key, analysis.definitions.get(key)) for key in keys],
+        columns=[_column(key, analysis) for key in keys],
         rows=[(row.label, [_level(row.metrics.get(key)) for key in keys]) for row in rows],
         references=[
             (REFERENCE_NAMES.get(row.name, row.name), [_plain(row.metrics.get(key)) for key in keys])
@@ -241,11 +245,11 @@ def _table(analysis: Analysis, model: str, place: str) -> LevelTable:
     )
 
 
-def _column(key: str, definition: Definition | None) -> tuple[str, str, str]:
+def _column(key: str, analysis: Analysis) -> tuple[str, str, str]:
+    definition, name = analysis.definitions.get(key), metric_name(key, analysis)
     if definition is None:
-        return key, key.replace("_", " "), ""
-    arrow = ARROWS.get(definition.better or "", "")
-    return key, f"{definition.label or key.replace('_', ' ')} {arrow}".strip(), definition.text
+        return key, name, ""
+    return key, f"{name} {ARROWS.get(definition.better or '', '')}".strip(), definition.text
 
 
 def _level(estimate: Estimate | None) -> tuple[str, str, str]:
@@ -293,11 +297,7 @@ def _published(analysis: Analysis) -> dict[str, Any] | None:
 
 def provenance(analysis: Analysis) -> list[tuple[str, str]]:
     """Name and value of everything that says how the study came about."""
-    hours = [
-        f"{value:.2f} h {what}"
-        for value, what in ((analysis.hours_training, "training steps"), (analysis.hours_evaluation, "evaluation"))
-        if value is not None
-    ]
+    hours = [f"{what} {format_duration(3600 * value)}" for what, value in analysis.hours.items()]
     facts = [
         (
             "study",
@@ -324,7 +324,7 @@ def provenance(analysis: Analysis) -> list[tuple[str, str]]:
         ),
         ("members", f"{analysis.finished} with numbers, {len(analysis.failures)} without"),
         ("machine", "; ".join(analysis.machines)),
-        ("took", ", ".join(hours) + " (without extraction)" if hours else "—"),
+        ("took", ", ".join(hours)),
         ("versions", ", ".join(f"{name} {version}" for name, version in analysis.versions.items())),
         ("last evaluated", analysis.created),
     ]

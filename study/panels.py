@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
 from ..evaluate.report.wording import ARROWS
-from .analysis import Analysis
+from .analysis import Analysis, VariantRow
 from .decision import figures
 from .effects import ComparisonEffects, OutcomeEffect
 from .resampling import Estimate
@@ -79,15 +79,149 @@ def _at(model: str, place: str, several: bool) -> str:
     return f"{model.rsplit('/', 1)[-1]} {place}" if several else place
 
 
-def _marks(y: int, name: str, role: str, estimate: Estimate, unit: str) -> Iterable[Mark]:
+def _marks(y: int, name: str, role: str, estimate: Estimate, unit: str, *, signed: bool = True) -> Iterable[Mark]:
     if estimate.value is None:
         return
-    ends = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
-    said = figures(estimate, unit)
+    ends, said = _ends(estimate), figures(estimate, unit, signed=signed)
     yield Mark(estimate.value, y, role, said.split(" ")[0], f"{name}: {said}", x_interval=ends)
     for seed, value in zip(estimate.seeds, estimate.by_seed, strict=True):
         if value is not None:
             yield Mark(value, y + DOTS, role, "", f"{name}, seed {seed}: {value:.4g}", small=True)
+
+
+def level_panels(analysis: Analysis) -> list[Panel]:
+    """Fidelity against sparsity, then every outcome of every variant, at the deepest place of the first model."""
+    model, place = _shown_place(analysis)
+    rows = [row for row in analysis.variants if (row.model, row.place) == (model, place)]
+    outcomes = list(dict.fromkeys(one.metric for each in analysis.comparisons for one in each.outcomes))
+    keys = [key for key in [*outcomes, *_LEVELS] if any(key in row.metrics for row in rows)]
+    found = [_plane(rows, analysis)] + [_level_panel(key, rows, analysis) for key in dict.fromkeys(keys)]
+    return [panel for panel in found if panel is not None]
+
+
+_LEVELS = ("explained_variance", "l0", "alive", "temporal_variation")
+
+
+def metric_name(key: str, analysis: Analysis) -> str:
+    """What the study calls it as an outcome, else its definition's label, else its key in words."""
+    named = (one.label for each in analysis.comparisons for one in each.outcomes if one.metric == key)
+    definition = analysis.definitions.get(key)
+    return next(named, "") or (definition.label if definition else "") or key.replace("_", " ")
+
+
+def _role(variant: str, analysis: Analysis) -> str:
+    """Treatments, baselines and all others look different."""
+    if any(one.treatment == variant for one in analysis.comparisons):
+        return "tc"
+    return "twin" if any(one.baseline == variant for one in analysis.comparisons) else "external"
+
+
+def _ends(estimate: Estimate) -> tuple[float, float] | None:
+    return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
+
+
+def _plane(rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
+    marks = []
+    for row in rows:
+        x, y = row.metrics.get("l0"), row.metrics.get("ce_score_mean")
+        if x is not None and y is not None and x.value is not None and y.value is not None:
+            said = f"{row.label}: L0 {figures(x, signed=False)}, CE recovered {figures(y, signed=False)}"
+            marks.append(Mark(x.value, y.value, _role(row.variant, analysis), row.label, said, _ends(x), _ends(y)))
+    if not marks:
+        return None
+    axes = Axis("L0: active features per token"), Axis("CE recovered")
+    caption = f"At {rows[0].place} of {rows[0].model}."
+    return Panel("level-plane", "Fidelity against sparsity", *axes, tuple(marks), caption=caption)
+
+
+def _level_panel(key: str, rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
+    definition, label = analysis.definitions.get(key), metric_name(key, analysis)
+    shown = [(row, one) for row in rows if (one := row.metrics.get(key)) is not None and one.value is not None]
+    marks = [
+        mark
+        for y, (row, one) in enumerate(shown)
+        for mark in _marks(
+            y, row.label, _role(row.variant, analysis), one, definition.unit if definition else "", signed=False
+        )
+    ]
+    names = [row.label for row, _ in shown]
+    for one in analysis.references:
+        value = one.metrics.get(key)
+        if (
+            (one.model, one.place) == (rows[0].model, rows[0].place)
+            and one.name.startswith("untrained:")
+            and value is not None
+        ):
+            marks.append(Mark(value, len(names), "reference", "", f"{one.name}: {value:.4g}"))
+            names.append(one.name)
+    if not shown:
+        return None
+    unit = "" if definition is None or definition.unit in ("", "1") else f" ({definition.unit})"
+    better = f" {ARROWS[definition.better]}" if definition and definition.better else ""
+    caption = (
+        f"At {rows[0].place} of {rows[0].model}. Intervals are of the level, which differs between texts more than "
+    )
+    caption += "between variants: an effect's own interval is narrower."
+    axes = Axis(label + unit), Axis("", categories=tuple(names))
+    return Panel(f"level-{slug(key)}", label + better, *axes, tuple(marks), caption=caption)
+
+
+def sweep_panels(analysis: Analysis) -> list[Panel]:
+    """Metrics over λ2, where three variants or more differ in nothing else; one line per place."""
+    found = []
+    for key in (*_SWEPT, *(one.metric for each in analysis.comparisons[:1] for one in each.outcomes)):
+        if any(panel.key == f"sweep-{slug(key)}" for panel in found):
+            continue
+        panel = _sweep_panel(key, analysis)
+        if panel is not None:
+            found.append(panel)
+    return found
+
+
+_SWEPT = ("kl", "explained_variance", "alive", "temporal_variation", "near_duplicate_share")
+_OF_A_RUN = ("temporal.weight", "seed", "cost.", "data.store", "tokens", "steps", "run.")
+
+
+def swept(analysis: Analysis) -> dict[str, float]:
+    """The largest group of variants that differ in λ2 alone: variant → λ2, rising."""
+    groups: dict[str, dict[str, float]] = {}
+    for variant, settings in analysis.settings.items():
+        weight = settings.get("temporal.weight")
+        if isinstance(weight, int | float) and weight > 0 and settings.get("temporal.form") != "none":
+            rest = {name: value for name, value in settings.items() if not name.startswith(_OF_A_RUN)}
+            groups.setdefault(repr(sorted(rest.items())), {})[variant] = float(weight)
+    largest = max(groups.values(), key=len, default={})
+    return dict(sorted(largest.items(), key=lambda item: item[1])) if len(set(largest.values())) >= 3 else {}
+
+
+def _sweep_panel(key: str, analysis: Analysis) -> Panel | None:
+    weights = swept(analysis)
+    places = list(dict.fromkeys((row.model, row.place) for row in analysis.variants))
+    lines, rules = [], []
+    for role, (model, place) in zip(SERIES, places, strict=False):
+        rows = {row.variant: row for row in analysis.variants if (row.model, row.place) == (model, place)}
+        points = [
+            (weight, one)
+            for variant, weight in weights.items()
+            if variant in rows and (one := rows[variant].metrics.get(key)) is not None and one.value is not None
+        ]
+        if len(points) < 3:
+            continue
+        name = _at(model, place, len({model for model, _ in places}) > 1)
+        banded = [ends for _, one in points if (ends := _ends(one)) is not None]
+        low, high = (tuple(each[end] for each in banded) for end in (0, 1))
+        xs, ys = tuple(weight for weight, _ in points), tuple(one.value or 0.0 for _, one in points)
+        whole = len(banded) == len(points)
+        lines.append(Line(xs, ys, role, name, low if whole else (), high if whole else ()))
+        if len(places) == 1:
+            baseline = next((one.baseline for one in analysis.comparisons if one.baseline in rows), None)
+            level = rows[baseline].metrics.get(key) if baseline else None
+            rules += [Rule(analysis.labels.get(baseline or "", ""), y=level.value)] if level and level.value else []
+    if not lines:
+        return None
+    label = metric_name(key, analysis)
+    axes = Axis("λ2 (log scale)", log=True), Axis(label)
+    return Panel(f"sweep-{slug(key)}", f"{label} over λ2", *axes, lines=tuple(lines), rules=tuple(rules))
 
 
 def cost_panels(analysis: Analysis) -> list[Panel]:

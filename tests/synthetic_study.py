@@ -181,7 +181,7 @@ class _Maker:
         return run
 
     def report(self) -> EvaluationReport:
-        groups = {"kl": "fidelity", "ce": "fidelity", "l0": "sparsity"}
+        groups = {"kl": "fidelity", "ce": "fidelity", "l0": "sparsity", "ce_score_mean": "fidelity"}
         keys = [*self.world.metrics, "eta", "share", "ce_score_mean", "kl_score_mean"]
         return EvaluationReport(
             name="made up", created="2026-01-02T03:04:05Z", machine={"processor": "x86_64", "cores": 2, "threads": 2},

@@ -103,7 +103,7 @@ def test_the_published_table_stands_beside_ours(tmp_path):
     assert (kl.paper_baseline, kl.paper_tc) == ("10.06", "17.75")
     assert kl.tc.value - kl.baseline.value == pytest.approx(0.1, abs=0.01)
     assert kl.forensic[0] == pytest.approx(3.2, abs=0.1)
-    assert "Of the paper's 13 claims, " in analysis.headline
+    assert "Of the paper's 13 claims " in analysis.headline
 
 
 def test_other_studies_make_no_claims_of_the_paper(tmp_path):

@@ -19,8 +19,8 @@ def decided(folder, world: World, **changes):
 def test_it_helps(tmp_path):
     decision, words = decided(tmp_path, World(effects={"next": {"topic": 0.05}}))
     assert decision.verdict == "helps"
-    assert words == {"kl": "kept", "topic": "better", "boundary": "open"}
-    assert decision.sentence.startswith("Next against None: it helps. Document topic +0.0")
+    assert words == {"kl": "kept", "topic": "better", "boundary": "unclear"}
+    assert decision.sentence.startswith("Next against None: it helps. Document topic (+0.0")
     assert "KL" in decision.sentence
     assert "within the margin of 0.02 (3 seeds)." in decision.sentence
 
@@ -28,14 +28,14 @@ def test_it_helps(tmp_path):
 def test_it_harms(tmp_path):
     decision, words = decided(tmp_path, World(effects={"next": {"topic": -0.05}}))
     assert (decision.verdict, words["topic"]) == ("harms", "worse")
-    assert decision.sentence.startswith("Next against None: it harms. Document topic −0.0")
+    assert decision.sentence.startswith("Next against None: it harms. Document topic (−0.0")
 
 
 def test_a_harm_outweighs_a_benefit_and_both_are_told(tmp_path):
     decision, words = decided(tmp_path, World(effects={"next": {"topic": 0.05, "boundary": -0.05}}))
     assert decision.verdict == "harms"
     assert (words["topic"], words["boundary"]) == ("better", "worse")
-    assert "; against that, document topic +0.0" in decision.sentence
+    assert "; against that, document topic (+0.0" in decision.sentence
 
 
 def test_nothing_is_no_difference_only_where_the_file_says_what_is_negligible(tmp_path):
@@ -47,7 +47,7 @@ def test_nothing_is_no_difference_only_where_the_file_says_what_is_negligible(tm
     ]
     decision, _ = decided(tmp_path / "b", world, outcomes=outcomes)
     assert decision.verdict == "undecided"
-    assert "the interval includes zero" in decision.sentence
+    assert "No difference is told from chance in topic (+0.0" in decision.sentence
 
 
 def test_too_little_text_decides_nothing(tmp_path):
@@ -150,3 +150,16 @@ def test_figures(value, ends, unit, said):
         value=value, low=ends[0], high=ends[1], seeds=[], by_seed=[], positive=0, negative=0, levels=""
     )  # fmt: skip
     assert figures(estimate, unit) == said
+
+
+def test_a_study_of_several_comparisons_counts_them(tmp_path):
+    world = World(effects={"next": {"topic": 0.05}, "shuffled": {"topic": -0.05}})
+    comparisons = [
+        {"name": name, "treatment": name, "baseline": "none", "controls": controls}
+        for name, controls in (("next", ["shuffled"]), ("shuffled", []))
+    ]
+    members = make_members(tmp_path, world)
+    study = study_file(world, comparisons=comparisons)
+    assert analyse(study, members).headline == "Of 2 comparisons 1 helps (next) and 1 harms."
+    study = study_file(world, comparisons=comparisons[1:] * 2)
+    assert analyse(study, members).headline == "Of 2 comparisons none helps and 2 harm."

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import analyse
+from tcsae.study.decision import decide
+from tcsae.study.effects import comparison_effects
+from tcsae.study.file import Comparison, Outcome, Rule
+from tcsae.study.observations import Observed, ObservedText
+from tcsae.study.resampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +106,57 @@ def test_a_variant_that_this_scale_does_not_run_is_named(tmp_path):
     assert analysis.notes == ["'the term' is not compared: scale small does not run next"]
     assert not analysis.decisions
     assert analysis.headline == "The study compares nothing."
+
+
+class Made:
+    """Observations made up in memory: a treatment, a baseline and a control that are all alike but for ``effect``."""
+
+    places = (("toy", "l5"),)
+
+    def __init__(self, seed: int, metrics, effect: float, by_seed: float, by_document: float, documents: int = 50):
+        rng, seeds = np.random.default_rng(seed), (0, 1, 2)
+        self._text = ObservedText("a", np.arange(documents), 1000, documents, "words")
+        self._found = {}
+        for metric in metrics:
+            common = rng.normal(0, 1, documents)
+            for variant in ("treatment", "baseline", "control"):
+                own = common + rng.normal(0, by_document, documents) + effect * (variant == "treatment")
+                for each in seeds:
+                    values = own + rng.normal(0, by_seed) + rng.normal(0, 0.02, documents)
+                    self._found[variant, each, metric] = Observed(float(values.mean()), "1", values, np.ones(documents))
+
+    def text(self, *at):
+        return self._text
+
+    def seeds(self, variant, at):
+        return [0, 1, 2]
+
+    def observed(self, variant, seed, at, metric, *, untrained=False):
+        return self._found[variant, seed, metric]
+
+    def share_a_twin(self, *which):
+        return True
+
+
+def verdicts(effect: float, by_seed: float, by_document: float, studies: int = 60) -> Counter:
+    metrics = [f"m{i}" for i in range(8)]
+    outcomes = [Outcome(metric=metric, better="higher", kind="utility") for metric in metrics]
+    comparison = Comparison(name="x", treatment="treatment", baseline="baseline", controls=("control",))
+    found = Counter()
+    for study in range(studies):
+        made = Made(study, metrics, effect, by_seed, by_document)
+        effects = comparison_effects(comparison, outcomes, made, Sampling(500, study, 0.05))
+        found[decide(effects, Rule(resamples=500)).verdict] += 1
+    return found
+
+
+@pytest.mark.parametrize(("by_seed", "by_document"), [(0.1, 0.0), (0.0, 0.3), (0.05, 0.3)])
+def test_without_an_effect_eight_outcomes_seldom_decide_anything(by_seed, by_document):
+    found = verdicts(0.0, by_seed, by_document)
+    assert found["helps"] + found["harms"] <= 0.05 * 60 + 2
+    assert found["undecided"] >= 55
+
+
+def test_a_large_effect_is_found():
+    assert verdicts(0.3, 0.005, 0.1, studies=10) == {"helps": 10}
+    assert verdicts(-0.3, 0.005, 0.1, studies=10) == {"harms": 10}

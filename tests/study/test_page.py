@@ -8,7 +8,7 @@ import pytest
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import Analysis, analyse, read_analysis
 from tcsae.study.page import PAGE, all_panels, render_page, write_page
-from tcsae.study.panels import curve_panels, effect_panels
+from tcsae.study.panels import curve_panels, effect_panels, level_panels, sweep_panels
 
 WORLD = World(effects={"next": {"topic": 0.05}}, places=("l5", "l12"))
 
@@ -107,3 +107,32 @@ def test_a_study_of_one_failed_side_has_a_page(tmp_path):
     page = render_page(analysis)
     assert "was not measured of both next and none" in page
     assert not effect_panels(analysis.comparisons[0], analysis)
+
+
+def swept_world(folder):
+    settings = {
+        name: {"temporal.form": "pairwise", "temporal.weight": weight}
+        for name, weight in (("a", 0.03), ("b", 0.1), ("c", 0.3))
+    }
+    settings |= {"other": {"temporal.form": "cosine", "temporal.weight": 0.2}}
+    world = World(variants=("a", "b", "c", "other", "none"), settings=settings, effects={"c": {"kl": 0.1}})
+    comparisons = [{"name": "c", "treatment": "c", "baseline": "none"}]
+    return analyse(study_file(world, comparisons=comparisons), make_members(folder, world))
+
+
+def test_variants_that_differ_in_the_weight_alone_are_drawn_over_it(tmp_path, analysis):
+    found = {panel.key: panel for panel in sweep_panels(swept_world(tmp_path))}
+    kl = found["sweep-kl"]
+    (line,) = kl.lines
+    assert line.x == (0.03, 0.1, 0.3)
+    assert line.y[2] - line.y[0] == pytest.approx(0.1, abs=0.02)
+    assert len(line.low) == len(line.high) == 3
+    assert [rule.label for rule in kl.rules] == ["None"]
+    assert not sweep_panels(analysis)
+
+
+def test_levels_stand_beside_the_untrained_twin(analysis):
+    found = {panel.key: panel for panel in level_panels(analysis)}
+    assert found["level-topic"].y.categories == ("Next", "None", "Shuffled", "untrained:sae")
+    assert {mark.role for mark in found["level-topic"].marks} == {"tc", "twin", "external", "reference"}
+    assert {mark.label for mark in found["level-plane"].marks} == {"Next", "None", "Shuffled"}
