@@ -97,6 +97,8 @@ class Scale(_Part):
     steps: int = Field(gt=0)
     rows: int = Field(gt=0)
     """Held-out rows that are evaluated."""
+    splice_rows: int = Field(default=0, ge=0)
+    """Those of them in which SAEs are spliced into the model for CE and KL, which costs most; 0: all."""
     seeds: tuple[int, ...] = Field(min_length=1)
     texts: tuple[Text, ...] = Field(min_length=1)
     train: dict[str, Any] = {}
@@ -147,6 +149,17 @@ class StudyFile(_Part):
         """The variants of the chosen scale."""
         wanted = self.sizes.variants
         return tuple(variant for variant in self.variants if wanted is None or variant.name in wanted)
+
+    def at_scale(self, scale: str) -> StudyFile:
+        """The same study with another of its scales chosen.
+
+        Raises:
+            UsageError: it has no such scale.
+
+        """
+        if scale not in self.scales:
+            raise UsageError(f"scale '{scale}' is not among {', '.join(self.scales)}")
+        return self.model_copy(update={"scale": scale})
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that bears on a number or on the verdict, at the chosen scale; 16 hex digits."""
