@@ -88,9 +88,7 @@ class Measurement:
     def _limit(self, at: Location) -> float:
         return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.location == at)
 
-    def _final(
-        self, candidate: Candidate, batch: TokenBatch, x_hat_BTD: Tensor, clean: CleanPass
-    ) -> Tensor | None:
+    def _final(self, candidate: Candidate, batch: TokenBatch, x_hat_BTD: Tensor, clean: CleanPass) -> Tensor | None:
         row = candidate.row
         if row.kind == "reference" and row.name == "zero_all" and row.location in self.uniform_at:
             return None

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cache.cluster import connected
 from ..console import format_duration, note, warn
@@ -28,7 +27,7 @@ from ..extract.model.load import outline_model
 from ..extract.run import extract
 from ..plugins import load_plugins
 from ..system.allocator import keeping_freed_memory
-from ..system.atomic_files import plain_errors, write_file
+from ..system.atomic_files import plain_errors
 from ..system.device import resolve_device
 from ..system.stop_signals import stop_signals
 from ..train.config import SAEConfig
@@ -39,6 +38,9 @@ from .file import StudyFile
 from .members import StudyMember
 from .plan import PlannedMember, PlannedText, StudyPlan, Training, output_folder, plan_study
 from .state import ANALYSIS, PARTS, STATE, StageState, StudyState, check_free, check_same, locked, new_state, read_state
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
 
 _GO_ON = "finished runs and checkpoints stay; start it again, and the same command goes on from there"
 # Failures of one text or one SAE: the others go on. Of the machine (a full disk, no memory) nothing goes on.
@@ -60,8 +62,7 @@ class StudySummary:
     documents: tuple[Path, ...]
     seconds: float
     """Of all stages, over all sittings."""
-    analysis: Any
-    """:class:`tcsae.study.analysis.Analysis`."""
+    analysis: Analysis
 
     def facts(self, *, as_json: bool) -> dict[str, Any]:
         """For the closing summary: plain values for machines, words for people."""
@@ -308,13 +309,13 @@ class _Run:
         failures = {f"{each.model} {each.row}": each.failure for each in members if each.failure is not None}
         if len(failures) == len(members):
             raise RunError(f"no SAE of the study has a result: {next(iter(failures.values()))}")
-        analysis = _analysis_module("analysis").analyse(self.plan.study, members)
-        write_file(folder / ANALYSIS, analysis.model_dump_json(indent=1) + "\n")
-        page = _analysis_module("page").write_page(analysis, folder)
-        documents: tuple[Path, ...] = ()
-        if write_docs is not None:
-            documents = (Path(write_docs),)
-            _analysis_module("document").write_document(_beside(folder), Path(write_docs))
+        from .analysis import analyse
+        from .document import write_document
+        from .page import write_page
+
+        analysis = analyse(self.plan.study, members)
+        page = write_page(analysis, folder)
+        documents = () if write_docs is None else (write_document(_beside(folder), Path(write_docs)),)
         self.state = self.state.model_copy(update={"finished": True})
         self.state.save(folder)
         return StudySummary(
@@ -324,7 +325,7 @@ class _Run:
             folder=folder,
             members=len(members),
             failures=failures,
-            page=Path(page) if page else folder / "index.html",
+            page=page,
             documents=documents,
             seconds=self.state.seconds,
             analysis=analysis,
@@ -339,15 +340,11 @@ class _Open:
     code: str = ""
 
 
-def _analysis_module(name: str) -> Any:
-    return import_module(f".{name}", __package__)
-
-
-def _beside(folder: Path) -> list[Any]:
+def _beside(folder: Path) -> list[Analysis]:
     """The analyses of this study and of those that lie beside it, in the order of their names."""
-    kind = _analysis_module("analysis").Analysis
-    files = sorted(path for path in folder.parent.glob(f"*/{ANALYSIS}"))
-    return [kind.model_validate_json(path.read_text()) for path in files]
+    from .analysis import read_analysis
+
+    return [read_analysis(path.parent) for path in sorted(folder.parent.glob(f"*/{ANALYSIS}"))]
 
 
 def _settled(folder: Path) -> bool:

@@ -1,16 +1,10 @@
-"""A study of a tiny model that takes seconds, and a stand-in for what judges it."""
+"""A study of a tiny model that takes seconds."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from pydantic import BaseModel
-from tcsae.study.file import StudyFile
-from tcsae.study.members import StudyMember
 
 FILE = """
 name = "tiny"
@@ -50,6 +44,14 @@ better = "higher"
 kind = "fidelity"
 margin = 0.01
 
+[[outcomes]]
+metric = "same_token"
+better = "higher"
+kind = "utility"
+
+[rule]
+resamples = 200
+
 [scales.small]
 tokens = 1600
 steps = 20
@@ -87,46 +89,7 @@ def write_study(path: Path, model: Path, text: Path, **changes: str) -> Path:
     return path
 
 
-class Analysis(BaseModel):
-    """What the stand-in finds: who took part."""
-
-    name: str
-    rows: list[str]
-    failures: dict[str, str]
-    untrained: list[str | None] = []
-
-
-def analyse(study: StudyFile, members: Sequence[StudyMember]) -> Analysis:
-    """Every member with its value."""
-    return Analysis(
-        name=study.name,
-        rows=[f"{each.model} {each.place} {each.variant} {each.seed}" for each in members if each.failure is None],
-        failures={each.row: each.failure for each in members if each.failure is not None},
-        untrained=[each.untrained for each in members],
-    )
-
-
-def write_page(analysis: Analysis, folder: Path) -> Path:
-    """Its name."""
-    page = folder / "index.html"
-    page.write_text(analysis.name)
-    return page
-
-
-def write_document(analyses: Sequence[Analysis], path: Path) -> Path:
-    """Their names."""
-    path.write_text(" ".join(each.name for each in analyses))
-    return path
-
-
-def stand_in(patch: pytest.MonkeyPatch) -> None:
-    """Put these in the place of what judges a study."""
-    for name, functions in {
-        "analysis": {"analyse": analyse, "Analysis": Analysis},
-        "page": {"write_page": write_page},
-        "document": {"write_document": write_document},
-    }.items():
-        module = ModuleType(f"tcsae.study.{name}")
-        module.__dict__.update(functions)
-        patch.setitem(sys.modules, module.__name__, module)
-    patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
+def without_figures(patch: pytest.MonkeyPatch) -> None:
+    """Their files take longer than everything else here and have tests of their own."""
+    for place in ("evaluate.report.page", "study.page", "study.document"):
+        patch.setattr(f"tcsae.{place}.write_figures", lambda panels, folder: [])
