@@ -179,7 +179,8 @@ def read_study(path: str | Path, scale: str | None = None) -> StudyFile:
 
     """
     try:
-        tree = tomllib.loads(read_bytes(path, most=1 << 20, remedy=_REMEDY).decode())
+        missing = f"{shown(path)} is missing: {_REMEDY}"
+        tree = tomllib.loads(read_bytes(path, most=1 << 20, missing=missing, remedy=_REMEDY).decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as failure:
         raise UsageError(f"{shown(path)} is no TOML file ({failure}): {_REMEDY}") from failure
     if scale is not None:

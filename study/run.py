@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache.cluster import connected
-from ..console import format_duration, note, warn
+from ..console import format_duration, note, speaking, warn
 from ..errors import ModelError, RunError, StoreError, TcsaeError, TextError
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.results import EvaluationReport, read_results
 from ..evaluate.row_cache import measuring_code
 from ..evaluate.run import describe_machine, evaluate
 from ..evaluate.subjects import untrained_name
-from ..extract.model.load import outline_model
+from ..extract.model.load import check_layers, outline_model
 from ..extract.run import extract
 from ..plugins import load_plugins
 from ..system.allocator import keeping_freed_memory
@@ -157,6 +157,7 @@ class _Run:
 
         Raises:
             UsageError: one that cannot be trained.
+            ModelError: a model has no such layer.
 
         """
         for text in self.plan.texts:
@@ -166,9 +167,11 @@ class _Run:
                 outline = outline_model(text.extraction.model, elsewhere=self.client is not None)
             except ModelError:
                 continue  # said in its turn, where the other texts go on
-            for training in text.trainings:
-                context = text.extraction.text.context
-                member_plans(training, outline.d_model, text.extraction.rows * context, context)
+            check_layers(outline, text.extraction.layers)
+            context = text.extraction.text.context
+            with speaking(False):  # training says the same in its turn
+                for training in text.trainings:
+                    member_plans(training, outline.d_model, text.extraction.rows * context, context)
 
     def text(self, text: PlannedText) -> None:
         """Everything that has to do with one text; a failure of its own leaves the other texts alone."""
