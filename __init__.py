@@ -27,7 +27,10 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .interface import evaluate as evaluate
     from .interface import extract as extract
     from .interface import load_report as load_report
+    from .interface import study as study
     from .interface import train as train
+    from .study.file import StudyFile as StudyFile
+    from .study.run import StudySummary as StudySummary
     from .train.config import DataConfig as DataConfig
     from .train.config import LossConfig as LossConfig
     from .train.config import OptimiserConfig as OptimiserConfig
@@ -51,11 +54,12 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
 
 __version__ = "0.1.0"
 
-# Public name → the module that has it. extract, train and evaluate are packages that can be called.
+# Public name → the module that has it. extract, train, evaluate and study are packages that can be called.
 _HOMES = {
     "extract": "extract",
     "train": "train",
     "evaluate": "evaluate",
+    "study": "study",
     "load_report": "interface",
     "ActivationStore": "cache.store",
     "TemporalSAE": "train.sae.temporal_sae",
@@ -77,6 +81,8 @@ _HOMES = {
     "Outcome": "evaluate.run",
     "EvaluationReport": "evaluate.results",
     "Report": "evaluate.flat",
+    "StudyFile": "study.file",
+    "StudySummary": "study.run",
     "ActivationFunction": "train.sae.activation",
     "SAEFormat": "train.formats.registry",
     "SparseAutoencoder": "train.sae.protocol",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .evaluate.run import Outcome
     from .extract.config import ExtractConfig, ExtractOptions
     from .extract.summary import ExtractSummary
+    from .study.file import StudyFile
+    from .study.run import StudySummary
     from .train.config import TrainConfig
     from .train.options import TrainOptions
     from .train.run import TrainSummary
@@ -73,12 +75,13 @@ def train(
 
     """
     from .train.options import sweep_grid, train_config
+    from .train.presets import rivals_of
     from .train.run import train as run
 
     with speaking(progress):
         file = config if isinstance(config, str | Path) else None
         chosen = _either(None if file else config, options, lambda: train_config(file, **options))
-        return run(chosen, sweep=sweep_grid(sweep), rivals=rivals, fresh=fresh)
+        return run(rivals_of(chosen) if rivals else chosen, sweep=sweep_grid(sweep), fresh=fresh)
 
 
 def evaluate(
@@ -105,6 +108,48 @@ def evaluate(
 
     with speaking(progress):
         return run(_either(config, options, lambda: evaluate_config(**options)))
+
+
+def study(
+    file: str | Path | StudyFile,
+    *,
+    scale: str | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    scheduler: str | None = None,
+    fresh: bool = False,
+    write_docs: str | Path | None = None,
+    progress: bool = False,
+) -> StudySummary:
+    """Run a study from text to verdict, as ``pipeline study`` does; go on with what was begun.
+
+    ``tcsae.study("studies/verdict.toml", progress=True).analysis``
+
+    Args:
+        file: the study file, or what was read from one.
+        scale: which of its scales; by default the one that it names.
+        out: the study's folder; ``studies/out/NAME-SCALE`` by default.
+        device: for every stage.
+        scheduler: address of a Dask scheduler whose workers see the same files.
+        fresh: delete what is in the folder first.
+        write_docs: a document that is written from this study and from those finished beside it.
+        progress: whether notes and progress are shown.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; what is finished stays.
+
+    """
+    from .study.file import StudyFile, read_study
+    from .study.run import run_study
+
+    if isinstance(file, StudyFile):
+        chosen, path = file if scale is None else file.at_scale(scale), ""
+    else:
+        chosen, path = read_study(file, scale), str(file)
+    with speaking(progress):
+        return run_study(
+            chosen, file=path, out=out, device=device, scheduler=scheduler, fresh=fresh, write_docs=write_docs
+        )
 
 
 def load_report(path: str | Path) -> Report:

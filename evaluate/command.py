@@ -98,6 +98,9 @@ def evaluate(
     quick: bool = _amount(False, "--quick", help="Ten batches, no feature browser: a first look."),
     batches: int = _amount(EvaluateConfig.batches, "--batches", help="Batches of text."),
     batch_size: int = _amount(EvaluateConfig.batch_rows, "--batch-size", help="Rows (model contexts) per batch."),
+    splice_rows: int = _amount(
+        EvaluateConfig.splice_rows, "--splice-rows", help="Rows in which SAEs are spliced for CE and KL; 0: all."
+    ),
     seed: int = _amount(
         EvaluateConfig.seed, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."
     ),
@@ -143,6 +146,7 @@ def evaluate(
         quick=quick,
         batches=batches,
         batch_size=batch_size,
+        splice_rows=splice_rows,
         seed=seed,
         model=model,
         revision=revision,

@@ -47,6 +47,8 @@ class EvaluateConfig:
     """How many batches of text."""
     batch_rows: int = 16
     """Rows (model contexts) per batch."""
+    splice_rows: int = 0
+    """Rows in which SAEs are spliced into the model for CE and KL, which costs most; 0: all."""
     references: tuple[str, ...] = REFERENCES
     """Reference rows measured at every layer and site."""
     out: str = "reports"
@@ -71,6 +73,8 @@ class EvaluateConfig:
             raise UsageError(f"--batches {self.batches} measures nothing: use 1 or more")
         if self.batch_rows < 1:
             raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
+        if self.splice_rows < 0:
+            raise UsageError(f"--splice-rows {self.splice_rows} is no number of rows: use 1 or more, or 0 for all")
         for option, given in (("layer", self.layers), ("site", self.sites)):
             if given and len(given) not in (1, len(self.saes)):
                 raise UsageError(
@@ -113,6 +117,8 @@ class EvaluateOptions(TypedDict, total=False):
     batches: int | None
     batch_size: int | None
     """Rows (model contexts) per batch."""
+    splice_rows: int | None
+    """Rows in which SAEs are spliced into the model; 0: all."""
     quick: bool | None
     seed: int | None
     device: str | None

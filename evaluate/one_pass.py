@@ -1,8 +1,8 @@
 """One pass over the text for many rows of the table at once.
 
 Per batch: the model runs once as it is; every candidate gives a reconstruction of the tensor at its location; the
-layers above run once per candidate; and the head runs over some tokens at a time, their clean logits computed once for
-all.
+layers above run once per candidate, for the rows that are spliced; and the head runs over some tokens at a time, their
+clean logits computed once for all.
 
 Shapes: B rows, T positions, D model width, N positions whose input counts.
 """
@@ -51,32 +51,49 @@ class Measurement:
 
     def _batch(self, rows: slice) -> None:
         tokens_BT = self.text.tokens(rows, self.model.lm.device)
-        clean = self.model.clean(tokens_BT, sorted({candidate.row.location for candidate in self.candidates}))
-        batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in clean.at.items()}
-        clean.at.clear()
+        spliced = self.text.spliced(rows)
+        at_BTD, clean = self._activations(tokens_BT, spliced)
+        batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in at_BTD.items()}
+        parts = {at: batch if clean is None else batch.rows(spliced) for at, batch in batches.items()}
         finals: list[tuple[Candidate, Tensor | None]] = []
         for candidate in list(self.candidates):
-            batch = batches[candidate.row.location]
+            at = candidate.row.location
             try:
-                x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
+                x_hat_BTD = _finite(candidate, candidate.observe(batches[at]), rows)
             except RunError as failure:
                 self._drop(candidate, failure)
                 continue
-            if not self._shares_splice(candidate):
-                finals.append((candidate, self._final(candidate, tokens_BT, batch, x_hat_BTD, clean)))
-        self._losses(batches, clean.final_BTD, finals)
+            if clean is not None and not self._shares_splice(candidate):
+                finals.append((candidate, self._final(candidate, parts[at], x_hat_BTD[spliced], clean)))
+        if clean is not None:
+            self._losses(parts, clean.final_BTD, finals)
+
+    def _activations(self, tokens_BT: Tensor, spliced: Tensor) -> tuple[dict[Location, Tensor], CleanPass | None]:
+        """The tensor [B, T, D] at every location, and the whole pass of the rows that are spliced, if there are any."""
+        locations = sorted({candidate.row.location for candidate in self.candidates})
+        if not len(spliced):
+            return self.model.activations(tokens_BT, locations), None
+        clean = self.model.clean(tokens_BT[spliced], locations)
+        at_BTD = dict(clean.at)
+        clean.at.clear()
+        if len(spliced) < len(tokens_BT):
+            others = torch.ones(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+            others[spliced] = False
+            for at, x_BTD in self.model.activations(tokens_BT[others], locations).items():
+                whole_BTD = x_BTD.new_empty(len(tokens_BT), *x_BTD.shape[1:])
+                whole_BTD[others], whole_BTD[spliced] = x_BTD, at_BTD[at]
+                at_BTD[at] = whole_BTD
+        return at_BTD, clean
 
     def _limit(self, at: Location) -> float:
         return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.location == at)
 
-    def _final(
-        self, candidate: Candidate, tokens_BT: Tensor, batch: TokenBatch, x_hat_BTD: Tensor, clean: CleanPass
-    ) -> Tensor | None:
+    def _final(self, candidate: Candidate, batch: TokenBatch, x_hat_BTD: Tensor, clean: CleanPass) -> Tensor | None:
         row = candidate.row
         if row.kind == "reference" and row.name == "zero_all" and row.location in self.uniform_at:
             return None
         name = row.name if row.kind == "reference" else ""
-        return self.model.spliced(row.location, spliced_in(name, batch, x_hat_BTD), tokens_BT, clean)
+        return self.model.spliced(row.location, spliced_in(name, batch, x_hat_BTD), batch.tokens_BT, clean)
 
     def _losses(
         self, batches: dict[Location, TokenBatch], final_BTD: Tensor, finals: Sequence[tuple[Candidate, Tensor | None]]

@@ -8,7 +8,7 @@ to), so whatever is an average over tokens or pairs is kept as two sums per unit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -36,6 +36,10 @@ class TokenBatch:
     valid_BT: Tensor  # bool
     real_BT: Tensor  # bool
     rows_B: Tensor  # int64, running row number over the whole text
+
+    def rows(self, chosen: Tensor) -> TokenBatch:
+        """Some of its rows, by their number in it."""
+        return replace(self, **{one.name: getattr(self, one.name)[chosen] for one in fields(self)})
 
 
 @dataclass(frozen=True)

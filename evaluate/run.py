@@ -147,12 +147,16 @@ class _Evaluation:
         blocks = row_blocks(
             group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
         )
-        self.text = HeldOutText.gather((block for block, _ in blocks), config.rows)
+        self.text = HeldOutText.gather((block for block, _ in blocks), config.rows).spliced_in(config.splice_rows)
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
+        if self.text.spliced_R is not None:
+            self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
         self.model, self.head = SplicedModel(self.lm), Head(self.lm)
         model = self.lm.identity
         settings = (config.batch_rows, config.seed, config.quick)
+        if self.text.spliced_R is not None:
+            settings = (*settings, config.splice_rows)
         facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
         self.rows = RowCache(self.folder, facts, self.locations, config.references, group.subjects, fresh=config.fresh)
         if self.rows.missing:

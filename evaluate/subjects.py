@@ -348,6 +348,11 @@ def _n_bytes(sae: SparseAutoencoder) -> int:
     return 4 * sum(value.numel() for value in sae.state_dict().values())
 
 
+def untrained_name(chosen: SAEConfig) -> str:
+    """Of the row that shows an architecture before its training."""
+    return f"untrained:{chosen.activation if chosen.architecture == 'sae' else chosen.architecture}"
+
+
 def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> UntrainedTwin:
     try:
         chosen = SAEConfig.model_validate(record.config.get("sae", {}) | {"width": sae.n_features})
@@ -358,7 +363,6 @@ def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> Untraine
     if chosen.architecture == "sae" and chosen.activation == "topk" and chosen.k > sae.n_features:
         said = f"its record says that {chosen.k} features are active, it has {sae.n_features}"
         raise RunError(f"{path}: {said}: its files belong to different runs, train it again")
-    kind = chosen.activation if chosen.architecture == "sae" else chosen.architecture
 
     def load(mean_D: Tensor) -> SparseAutoencoder:
         twin = ARCHITECTURES.get(chosen.architecture).build(chosen, sae.d_model)
@@ -367,7 +371,7 @@ def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> Untraine
 
     facts = (chosen.model_dump_json(), record.seed, record.input_scale)
     digest = sha256(repr(facts).encode()).hexdigest()[:16]
-    return UntrainedTwin(f"untrained:{kind}", record.location, load, digest, _n_bytes(sae))
+    return UntrainedTwin(untrained_name(chosen), record.location, load, digest, _n_bytes(sae))
 
 
 def untrained_twins(subjects: Iterable[Subject]) -> list[UntrainedTwin]:

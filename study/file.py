@@ -97,6 +97,8 @@ class Scale(_Part):
     steps: int = Field(gt=0)
     rows: int = Field(gt=0)
     """Held-out rows that are evaluated."""
+    splice_rows: int = Field(default=0, ge=0)
+    """Those of them in which SAEs are spliced into the model for CE and KL, which costs most; 0: all."""
     seeds: tuple[int, ...] = Field(min_length=1)
     texts: tuple[Text, ...] = Field(min_length=1)
     train: dict[str, Any] = {}
@@ -148,6 +150,17 @@ class StudyFile(_Part):
         wanted = self.sizes.variants
         return tuple(variant for variant in self.variants if wanted is None or variant.name in wanted)
 
+    def at_scale(self, scale: str) -> StudyFile:
+        """The same study with another of its scales chosen.
+
+        Raises:
+            UsageError: it has no such scale.
+
+        """
+        if scale not in self.scales:
+            raise UsageError(f"scale '{scale}' is not among {', '.join(self.scales)}")
+        return self.model_copy(update={"scale": scale})
+
     def fingerprint(self) -> str:
         """SHA-256 of everything that bears on a number or on the verdict, at the chosen scale; 16 hex digits."""
         plain = self.model_dump(mode="json", exclude={"scales"}) | {"sizes": self.sizes.model_dump(mode="json")}
@@ -166,7 +179,8 @@ def read_study(path: str | Path, scale: str | None = None) -> StudyFile:
 
     """
     try:
-        tree = tomllib.loads(read_bytes(path, most=1 << 20, remedy=_REMEDY).decode())
+        missing = f"{shown(path)} is missing: {_REMEDY}"
+        tree = tomllib.loads(read_bytes(path, most=1 << 20, missing=missing, remedy=_REMEDY).decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as failure:
         raise UsageError(f"{shown(path)} is no TOML file ({failure}): {_REMEDY}") from failure
     if scale is not None:

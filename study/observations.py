@@ -153,7 +153,9 @@ def _of_sums(sums: UnitSums, n_units: int) -> Observed:
 
 
 def _of_metric(metric: Metric) -> Observed:
-    left_out = dict(zip(metric.groups, metric.left_out, strict=True)) if isinstance(metric, Jackknifed) else {}
+    left_out: dict[int, float] = {}
+    if isinstance(metric, Jackknifed) and metric.left_out:  # an undefined one has nothing there
+        left_out = dict(zip(metric.groups, metric.left_out, strict=True))
     return Observed(metric.value, metric.unit, left_out=left_out)
 
 

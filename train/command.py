@@ -140,15 +140,18 @@ def train(
         return
     from ..system.allocator import keeping_freed_memory
     from .loop.distributed import speaks
+    from .presets import rivals_of
     from .run import train as run
 
     with keeping_freed_memory():
-        done = run(chosen, sweep=grid, rivals=rivals, fresh=not resume)
+        done = run(rivals_of(chosen) if rivals else chosen, sweep=grid, fresh=not resume)
     if not speaks():
         return
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"
     names = [path.name for path in done.runs]
-    summary(title, done.facts(as_json=json_output), as_json=json_output, names=names)
+    summary(title, done.facts(as_json=json_output), as_json=json_output, names=[*names, *done.failures])
+    if done.failures:
+        raise typer.Exit(1)
 
 
 def export(

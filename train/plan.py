@@ -21,7 +21,7 @@ from ..sites import RESIDUAL, Location
 from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
 from .loss.registry import PARTNERS, TERMS
-from .presets import RIVALS, changed
+from .presets import changed
 from .sae.registry import ACTIVATIONS, ARCHITECTURES
 
 # What `--sweep` and the flags call the fields of the configuration.
@@ -198,16 +198,16 @@ def _with_weight_of_layer(config: TrainConfig, layer: int, *, swept: bool) -> Tr
     return changed(config, {"temporal.weight": weights[layer], "temporal.weight_by_layer": {}})
 
 
-def plan_rivals(config: TrainConfig, grid: Mapping[str, Sequence[str]], **about: Any) -> list[MemberPlan]:
-    """The members of every rival (:data:`.presets.RIVALS`) at every point of the grid; see :func:`plan_members`.
+def plan_together(configs: Iterable[TrainConfig], grid: Mapping[str, Sequence[str]], **about: Any) -> list[MemberPlan]:
+    """The members of several configurations at every point of the grid, each only once; see :func:`plan_members`.
 
     Raises:
-        UsageError: as there.
+        UsageError: as there, or two different members have one name.
 
     """
     members: dict[str, MemberPlan] = {}
-    for changes in RIVALS.values():
-        for plan in plan_members(changed(config, changes), grid, **about):
+    for config in configs:
+        for plan in plan_members(config, grid, **about):
             _add(members, plan)
     return list(members.values())
 

@@ -133,6 +133,11 @@ crosscoder's k is of a window's code, so that a token's code has as many active 
 """
 
 
+def rivals_of(config: TrainConfig) -> list[TrainConfig]:
+    """Every rival (:data:`RIVALS`), laid over a configuration that says what they share: width, k, text, length."""
+    return [changed(config, changes) for changes in RIVALS.values()]
+
+
 def build_config(
     preset: str | None = None, file: str | Path | None = None, changes: Mapping[str, Any] | None = None
 ) -> TrainConfig:

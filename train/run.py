@@ -9,9 +9,9 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import torch
 from .. import __version__
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
-from ..errors import ResourceError, UsageError
+from ..errors import ResourceError, RunError, UsageError
 from ..plugins import load_plugins
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from .config import TrainConfig
+from .loop.alarms import MembersFailedError
 from .loop.compared_inputs import Facts, in_words
 from .loop.diagnostics import Metrics
 from .loop.distributed import World, joined, seen_by_share
@@ -33,98 +34,155 @@ from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, siblings_wanted
 from .loss.objective import group_sizes
-from .plan import MemberPlan, plan_members, plan_rivals, tokens_per_step, view_of
+from .plan import MemberPlan, plan_together, tokens_per_step, view_of
 from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .run_folder.member_folders import MemberFolder, locked, member_folders
 from .run_folder.metrics_log import check_loggers
-from .run_folder.record import RunRecord
+from .run_folder.record import RunRecord, load_run
 from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
+_OF_A_PASS = ("out", "device", "dtype", "log", "log_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
 class TrainSummary:
     """What :func:`train` did."""
 
-    runs: list[Path]  # every run folder asked for, finished now
+    runs: list[Path]  # every run folder asked for that is finished now
     skipped: list[Path]  # those of them that were finished before
     steps: int  # of each run
     tokens: int  # each run has seen
     seconds: float
     metrics: dict[str, Metrics]  # the last ones of every run trained now, by folder name
+    failures: dict[str, str] = field(default_factory=dict)  # sentences of those that failed, by folder name
 
     def facts(self, *, as_json: bool) -> dict[str, Any]:
         """For the closing summary: plain values for machines, words for people."""
         if as_json:
             return asdict(self) | {"runs": list(map(str, self.runs)), "skipped": list(map(str, self.skipped))}
         facts: dict[str, Any] = {path.name: _in_words(self.metrics.get(path.name)) for path in self.runs}
+        facts |= {name: f"failed: {sentence}" for name, sentence in self.failures.items()}
         facts |= {"steps": self.steps, "tokens": format_count(self.tokens), "time": format_duration(self.seconds)}
         return facts | {"folder": self.runs[0].parent}
 
 
 def train(
-    config: TrainConfig,
+    configs: TrainConfig | Sequence[TrainConfig],
     *,
     sweep: Mapping[str, Sequence[str]] | None = None,
-    rivals: bool = False,
     fresh: bool = False,
+    only: Collection[str] | None = None,
 ) -> TrainSummary:
     """Train an SAE, its twin with λ2 = 0, and every other point of a sweep; go on with what was begun, keep what is
-    finished.
+    finished. Several configurations train side by side on one stream, as far as they agree in its order and scale.
+
+    An SAE whose training fails is left out, and the others go on from the last checkpoint, as they would without it.
 
     Args:
-        config: the base configuration; ``data.store`` names the store.
-        sweep: dotted field → values; every combination is trained.
-        rivals: train every published way to use time (:data:`.presets.RIVALS`) instead of the configured one, all of
-            one width and k.
+        configs: the base configuration, or several (:func:`.presets.rivals_of`, say); ``data.store`` names the store.
+        sweep: dotted field → values; every combination is trained of every configuration.
         fresh: replace what is there.
+        only: names of the runs that are trained now; what all of them share of the stream depends on all.
 
     Raises:
-        StoreError, UsageError, RunError, ResourceError: see the modules that check.
+        StoreError, UsageError, RunError, ResourceError: see the modules that check; also if no run succeeds.
         KeyboardInterrupt: Ctrl-C; checkpoints are written, and its message says how to go on.
 
     """
     began = time.perf_counter()
-    if not config.data.store:
-        raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
+    several = [configs] if isinstance(configs, TrainConfig) else list(configs)
+    config = _common(several)
     check_loggers(config.run.log)
-    load_plugins(config.run.plugins)
+    for each in several:
+        load_plugins(each.run.plugins)
     device = resolve_device(config.run.device)
     dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
     store = ActivationStore.open(config.data.store)
     statistics = store.statistics()
     about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
-    plan = plan_rivals if rivals else plan_members
-    members = plan(config, sweep or {}, **about, n_tokens=statistics.n_tokens)
-    members = _with_siblings(members, store.context)
+    members = plan_together(several, sweep or {}, **about, n_tokens=statistics.n_tokens)
+    members = [plan for plan in with_siblings(members, store.context) if only is None or plan.name in only]
     with joined(device) as world, ExitStack() as mine:
         folders = member_folders(
             members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens)
         )
+        failures = {each.plan.name: each.failure for each in folders if each.failure}
         metrics: dict[str, Metrics] = {}
         mine.enter_context(locked(folders if world.writes else []))
         world.wait()
         if world.writes and world.size > 1:
-            _say_what_differs([each.plan for each in folders if not each.done], world)
-        for group in _groups([each for each in folders if not each.done]):
+            _say_what_differs([each.plan for each in folders if not each.settled], world)
+        for group in _groups([each for each in folders if not each.settled]):
             for plans in split_passes([each.plan for each in group], available_bytes(device), device.type):
                 part = [each for each in group if each.plan in plans]
                 inputs = Inputs.of(group[0].plan.config.data, statistics)
                 try:
-                    metrics |= _train_pass(part, store, inputs, device, dtype, world)
+                    trained, failed = _train_those_that_can(part, store, inputs, device, dtype, world)
                 except torch.OutOfMemoryError as failure:
                     raise _too_large(plans, device) from failure
+                metrics |= trained
+                failures |= failed
+    if len(failures) == len(folders):
+        raise RunError(next(iter(failures.values())))
     first = folders[0].plan.config
     return TrainSummary(
-        runs=[each.folder for each in folders],
+        runs=[each.folder for each in folders if each.plan.name not in failures],
         skipped=[each.folder for each in folders if each.done],
         steps=first.run.steps,
         tokens=first.run.steps * tokens_per_step(first),
         seconds=time.perf_counter() - began,
         metrics=metrics,
+        failures=failures,
     )
+
+
+def _common(configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The first configuration, whose store, folder, device, dtype and logging are those of all.
+
+    Raises:
+        UsageError: they are not, or no store is named.
+
+    """
+    first = configs[0]
+    if not first.data.store:
+        raise UsageError("no store was named: give --store, such as --store cache/l12.zarr")
+    for group, key in (("data", "store"), *(("run", key) for key in _OF_A_PASS)):
+        values = list(dict.fromkeys(str(getattr(getattr(config, group), key)) for config in configs))
+        if len(values) > 1:
+            raise UsageError(f"{group}.{key} is the same for all that train together, not {' and '.join(values)}")
+    return first
+
+
+def _train_those_that_can(
+    part: Sequence[MemberFolder],
+    store: ActivationStore,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+) -> tuple[dict[str, Metrics], dict[str, str]]:
+    """A pass, begun again from its last checkpoint without the members that failed in it; their sentences."""
+    failures: dict[str, str] = {}
+    while part:
+        try:
+            return _train_pass(part, store, inputs, device, dtype, world), failures
+        except MembersFailedError as failed:
+            failures |= failed.sentences
+            for each in part if world.writes else ():
+                if sentence := failed.sentences.get(each.plan.name):
+                    warn(f"{sentence}; it is left out")
+                    load_run(each.folder).model_copy(update={"failure": sentence}).save(each.folder)
+            world.wait()
+            part = [_begun(each) for each in part if each.plan.name not in failed.sentences]
+    return {}, failures
+
+
+def _begun(each: MemberFolder) -> MemberFolder:
+    """The state of its folder now."""
+    now = replace(each, record=load_run(each.folder))
+    return now if now.has_checkpoint else replace(now, record=None)
 
 
 def _say_what_differs(plans: Sequence[MemberPlan], world: World) -> None:
@@ -153,7 +211,7 @@ def _in_words(metrics: Metrics | None) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, key in shown.items() if (value := metrics.get(key)) is not None)
 
 
-def _with_siblings(members: list[MemberPlan], context: int) -> list[MemberPlan]:
+def with_siblings(members: list[MemberPlan], context: int) -> list[MemberPlan]:
     """Give all members that see windows the same ones, where one of them needs several of a row side by side.
 
     Raises:

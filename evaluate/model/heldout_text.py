@@ -9,7 +9,7 @@ Shapes: R rows of the text, B rows of a batch, T positions, D model width, U uni
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -38,6 +38,7 @@ class HeldOutText:
     units_RT: np.ndarray  # int64
     real_RT: np.ndarray  # bool: neither special nor padding
     unit_documents: np.ndarray  # int64 [U]
+    spliced_R: np.ndarray | None = None  # bool: rows in which SAEs are spliced into the model; None: all
 
     @classmethod
     def gather(cls, blocks: Iterable[RowBlock], rows: int) -> HeldOutText:
@@ -98,6 +99,20 @@ class HeldOutText:
         for array in (self.tokens_RT, self.documents_RT, self.real_RT):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
+
+    def spliced_in(self, rows: int) -> HeldOutText:
+        """The same text, of which SAEs are spliced into ``rows`` rows, spread evenly over the documents; 0: all."""
+        if not 0 < rows < len(self):
+            return self
+        spliced_R = np.zeros(len(self), dtype=bool)
+        spliced_R[spread_over_documents(self.documents_RT[:, -1], rows)] = True
+        return replace(self, spliced_R=spliced_R)
+
+    def spliced(self, rows: slice) -> Tensor:
+        """Which of these rows are spliced, by their number among them."""
+        if self.spliced_R is None:
+            return torch.arange(rows.stop - rows.start)
+        return torch.from_numpy(np.flatnonzero(self.spliced_R[rows]))
 
     def batches(self, rows: int, limit: int | None = None) -> Iterator[slice]:
         """Consecutive row ranges of at most ``rows`` rows."""

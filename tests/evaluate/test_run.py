@@ -335,3 +335,29 @@ def test_no_number_depends_on_how_many_rows_go_through_the_model_at_a_time(place
                 if value is not None and value != pytest.approx(there[key], rel=1e-4, abs=1e-6)
             }
             assert not apart, ours.name
+
+
+def test_saes_may_be_spliced_into_some_of_the_rows_alone(place, report):
+    """Every number but those of the splice is that of all rows; those are of so many rows, over all documents."""
+    config = EvaluateConfig(
+        runs=(str(place / "runs/tc"),),
+        out=str(place / "few"),
+        splice_rows=5,
+        **{**SMALL, "batch_rows": 6, "batches": 2},
+    )
+    (few,) = run_module.evaluate(config)
+    assert "CE and KL are of 5 of the 12 rows" in few.report.notes
+    whole, part = report.record("tc", 1).metrics, few.report.record("tc", 1).metrics
+    for name in ("explained_variance", "l0", "mse_per_token", "same_token"):
+        assert part[name].n == whole[name].n
+        assert part[name].value == pytest.approx(whole[name].value, rel=1e-5)
+    assert 0 < part["kl"].n < whole["kl"].n / 2
+    tokens, kept = whole["kl"].n / 12, part["kl"].n
+    assert kept == pytest.approx(5 * tokens, rel=0.1)
+    assert few.report.record("identity_bf16", 1).metrics["kl"].n == kept
+
+
+def test_splicing_all_rows_is_splicing_without_a_limit(place, report):
+    config = EvaluateConfig(runs=(str(place / "runs/tc"),), out=str(place / "all"), splice_rows=12, **SMALL)
+    (outcome,) = run_module.evaluate(config)
+    assert outcome.report.record("tc", 1).metrics == report.record("tc", 1).metrics

@@ -15,7 +15,7 @@ from tcsae.train.loop.inputs import Inputs
 from tcsae.train.loop.memory_plan import member_bytes, step_bytes
 from tcsae.train.loop.trainer import Pass
 from tcsae.train.plan import plan_members
-from tcsae.train.presets import build_config
+from tcsae.train.presets import build_config, rivals_of
 from tcsae.train.run_folder.metrics_log import read_metrics
 from tcsae.train.run_folder.record import load_run
 from tcsae.train.sae.protocol import SparseAutoencoder
@@ -178,7 +178,7 @@ def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, chunks_read):
     ActivationStore.open(path).statistics()
     chunks_read.clear()
     config = config_for(path, tmp_path / "runs", {"temporal.form": "pairwise", "data.pool": 0})
-    done = run.train(config, rivals=True, sweep={"run.seed": ["0", "1"]})
+    done = run.train(rivals_of(config), sweep={"run.seed": ["0", "1"]})
     names = [path.name.removeprefix("l3-").rsplit("-", 1)[0] for path in done.runs]
     assert sorted(set(names)) == sorted([
         "topk4-none", "topk4-pairwise0.03-w5", "tfa4-none", "txc4-none-w5",

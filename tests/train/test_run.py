@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from stores import grow_store, make_store
+from tcsae import pipeline
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
 from tcsae.train import run
 from tcsae.train.loop import memory_plan, trainer
+from tcsae.train.loop.alarms import MemberError
 from tcsae.train.loop.batches import BatchReader
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.checkpoint import checkpoints
@@ -376,8 +378,60 @@ def test_weights_that_are_not_finite_are_never_checkpointed(store, tmp_path, mon
 
     monkeypatch.setattr(trainer.Pass, "checkpoint", poisoned)
     with pytest.raises(RunError, match="the weights of l3-topk4-none-s0 are not finite at step 7: use a smaller --lr"):
-        run.train(config_for(store, tmp_path))
+        run.train(config_for(store, tmp_path, temporal__form="none"))
     assert not list(tmp_path.glob("*/checkpoint/*.pt"))
+
+
+def test_a_member_that_fails_is_left_out_and_the_others_are_what_they_are_without_it(store, tmp_path, monkeypatch):
+    grid = {"run.seed": ["0", "1", "2"]}
+    whole = run.train(config_for(store, tmp_path / "whole", run__baseline=False), sweep=grid)
+    real, failing = trainer.check_finite, "l3-topk4-pairwise0.03-w5-s1"
+
+    def fails(member, update, batch):
+        if member.plan.name == failing and member.step == 12:
+            raise MemberError(f"{failing} came to nothing")
+        real(member, update, batch)
+
+    monkeypatch.setattr(trainer, "check_finite", fails)
+    config = config_for(store, tmp_path / "part", run__baseline=False)
+    done = run.train(config, sweep=grid)
+    assert done.failures == {failing: f"{failing} came to nothing"}
+    assert [path.name[-2:] for path in done.runs] == ["s0", "s2"]
+    for path in done.runs:
+        assert weights(path) == weights(tmp_path / "whole" / path.name)
+        assert curve(path) == curve(tmp_path / "whole" / path.name)
+    assert load_run(tmp_path / "part" / failing).failure == f"{failing} came to nothing"
+    assert [path.name for path in find_runs(tmp_path / "part")] == [path.name for path in done.runs]
+    monkeypatch.setattr(trainer.Pass, "run", lambda *_: pytest.fail("what failed is not tried again"))
+    assert run.train(config, sweep=grid).failures == done.failures
+    monkeypatch.undo()
+    assert len(run.train(config, sweep=grid, fresh=True).runs) == len(whole.runs) == 3
+
+
+def test_a_sweep_with_a_failure_ends_with_status_1(store, tmp_path, capsys):
+    options = [
+        "--store",
+        str(store),
+        "--out",
+        str(tmp_path),
+        "--no-baseline",
+        "--steps",
+        "6",
+        "--width",
+        "32",
+        "--k",
+        "4",
+    ]
+    options += ["--batch-size", "60", "--device", "cpu", "--dtype", "float32", "--warmup", "0", "--json"]
+    assert pipeline.main(["train", *options, "--sweep", "lr=0.001,1e30"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["runs"]), len(found["failures"])) == (1, 1)
+
+
+def test_configurations_that_train_together_agree_in_what_a_pass_has_once(store, tmp_path):
+    pair = [config_for(store, tmp_path), config_for(store, tmp_path, run__checkpoint_every=3, run__name="b")]
+    with pytest.raises(UsageError, match=r"run.checkpoint_every is the same for all that train together, not 7 and 3"):
+        run.train(pair)
 
 
 def test_a_device_without_memory_is_one_sentence(store, tmp_path, monkeypatch):

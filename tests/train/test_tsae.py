@@ -13,8 +13,8 @@ from tcsae.train.loop import member as member_module
 from tcsae.train.loop.memory_plan import stacks, step_bytes, step_of
 from tcsae.train.loop.schedule import learning_rate
 from tcsae.train.loss.objective import objective_of
-from tcsae.train.plan import plan_members, plan_rivals, tokens_per_step, view_of
-from tcsae.train.presets import _SHARED, TSAE, build_config
+from tcsae.train.plan import plan_members, plan_together, tokens_per_step, view_of
+from tcsae.train.presets import _SHARED, TSAE, build_config, rivals_of
 from tcsae.train.sae.protocol import SparseAutoencoder
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
@@ -47,7 +47,9 @@ def test_the_preset_is_the_publication():
 
 
 def test_rivals_take_their_method_from_the_preset():
-    plans = plan_rivals(build_config(None, None, {"sae.k": 4, "sae.width": 64, "optimiser.lr": 1e-3}), {}, **GEMMA)
+    plans = plan_together(
+        rivals_of(build_config(None, None, {"sae.k": 4, "sae.width": 64, "optimiser.lr": 1e-3})), {}, **GEMMA
+    )
     tsae = next(each for each in plans if "contrastive" in each.name)
     flat = {f"{group}.{key}": value for group, fields in tsae.config.model_dump().items() if isinstance(fields, dict)
             for key, value in fields.items()}  # fmt: skip

@@ -1,11 +1,12 @@
 """Alarms: numbers that are not finite, a diverging loss and a collapsed dictionary.
 
-The first two stop a run; the last one is reported.
+The first two end the training of an SAE, and of all if the store's activations are the reason; the last is reported.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,11 +21,25 @@ _NAMED_ROWS = 5
 _REMEDY = "use a smaller --lr and begin anew with --fresh"  # resuming with another --lr is refused
 
 
+class MemberError(RunError):
+    """The training of one SAE cannot go on; that of the others in its pass can."""
+
+
+class MembersFailedError(RunError):
+    """SAEs of a pass that failed in one step."""
+
+    def __init__(self, sentences: Mapping[str, str]):
+        super().__init__("; ".join(sentences.values()))
+        self.sentences = dict(sentences)
+        """Name of the run → why."""
+
+
 def check_finite(member: Member, update: Update, batch: TokenBatch) -> None:
     """Stop a run whose loss or gradient is not finite; on a CPU this happens before the weights are changed.
 
     Raises:
-        RunError: it names the run, the step, the term and, if the inputs are not finite, the rows of the store.
+        MemberError: it names the run, the step and the term.
+        RunError: the inputs are not finite; it also names the rows of the store.
 
     """
     result = update.result
@@ -36,7 +51,7 @@ def check_finite(member: Member, update: Update, batch: TokenBatch) -> None:
     where = f"{what} of {member.plan.name} is not finite at step {member.step}"
     if rows:
         raise RunError(f"{where}: rows {rows} of the store hold NaN or infinity, run 'pipeline verify' on it")
-    raise RunError(f"{where} (rows {_rows(batch, None)} of the store, all finite): {_REMEDY}")
+    raise MemberError(f"{where} (rows {_rows(batch, None)} of the store, all finite): {_REMEDY}")
 
 
 def check_weights(member: Member) -> None:
@@ -45,12 +60,12 @@ def check_weights(member: Member) -> None:
     It is needed on CUDA, where losses are checked only from time to time.
 
     Raises:
-        RunError: it names the run and the step.
+        MemberError: it names the run and the step.
 
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in member.sae.parameters()):
         where = f"the weights of {member.plan.name} are not finite at step {member.step}"
-        raise RunError(f"{where}: {_REMEDY}")
+        raise MemberError(f"{where}: {_REMEDY}")
 
 
 def check_divergence(member: Member, reconstruction: float, spread: float) -> None:
@@ -62,12 +77,12 @@ def check_divergence(member: Member, reconstruction: float, spread: float) -> No
         spread: mean squared distance of a token from the mean.
 
     Raises:
-        RunError: the run diverged.
+        MemberError: the run diverged.
 
     """
     if member.step > 100 and spread > 0 and reconstruction > _DIVERGED * spread:
         ratio = f"{reconstruction / spread:.0f} times that of predicting the mean"
-        raise RunError(f"{member.plan.name} diverged: at step {member.step} its error is {ratio}: {_REMEDY}")
+        raise MemberError(f"{member.plan.name} diverged: at step {member.step} its error is {ratio}: {_REMEDY}")
 
 
 def collapse(metrics: dict[str, float | None], steps: int, step: int) -> str | None:

@@ -30,7 +30,7 @@ from ..plan import MemberPlan, tokens_per_step, view_of
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
 from ..run_folder.metrics_log import MetricsLog
 from ..sae.protocol import RowTokens
-from .alarms import check_divergence, check_finite, check_weights, collapse
+from .alarms import MemberError, MembersFailedError, check_divergence, check_finite, check_weights, collapse
 from .batches import open_batches
 from .compared_inputs import Facts, compared_inputs
 from .diagnostics import Metrics, diagnose
@@ -154,7 +154,8 @@ class Pass:
             tell_pairs: called once in a run, before its first step, with what is compared with what, by member.
 
         Raises:
-            RunError: a number that is not finite, or divergence.
+            MembersFailedError: numbers of some members are not finite, or they diverged.
+            RunError: activations of the store are not finite.
             KeyboardInterrupt: Ctrl-C, after a checkpoint.
 
         """
@@ -184,7 +185,7 @@ class Pass:
         seen = {view: self._own_share(view, batch) for view, batch in self.feed.next_batches().items()}
         logged = (self.step + 1) % self.config.run.log_every == 0 or self.step + 1 == self.steps
         checked = self.device.type == "cpu" or self.step % _CUDA_CHECK_EVERY == 0 or logged
-        partners = self._partners(seen)
+        partners, failures = self._partners(seen), _Failures()
         if tell_pairs is not None and self.world.writes:
             tell_pairs(self._compared(seen, partners))
         for stack in self.stacks:
@@ -193,10 +194,12 @@ class Pass:
             with self._clock.running(stack.members):
                 updates = stack.train_step(mine.x_NWD, of_members, share=mine.share, rows=mine.rows)
             for member, update in zip(stack.members, updates, strict=True):
-                if checked:
-                    check_finite(member, update, mine.batch)
-                if logged:
-                    self._log(member, update, mine, logs)
+                with failures.of(member):
+                    if checked:
+                        check_finite(member, update, mine.batch)
+                    if logged:
+                        self._log(member, update, mine, logs)
+        failures.tell()
         self.step += 1
         bar.advance(tokens_per_step(self.config))
         if logged:
@@ -300,11 +303,14 @@ class Pass:
         """Write the state of every member, all of the same step.
 
         Raises:
-            RunError: weights that are not finite, before anything is written.
+            MembersFailedError: weights that are not finite, before anything is written.
 
         """
+        failures = _Failures()
         for member in self.members:
-            check_weights(member)
+            with failures.of(member):
+                check_weights(member)
+        failures.tell()
         if self.world.writes:
             for member in self.members:
                 save_checkpoint(self.folder(member), self.step, self._state(member))
@@ -332,6 +338,24 @@ def siblings_wanted(plan: MemberPlan) -> int:
     """How many windows of one row and document a member's partners are best drawn from; 0 where it does not matter."""
     term = plan.config.temporal
     return 0 if term.form == "none" else PARTNERS.get(term.partner).siblings
+
+
+class _Failures:
+    """The members that fail in one step: all are looked at before the pass is ended."""
+
+    def __init__(self) -> None:
+        self._sentences: dict[str, str] = {}
+
+    @contextmanager
+    def of(self, member: Member) -> Iterator[None]:
+        try:
+            yield
+        except MemberError as failure:
+            self._sentences[member.plan.name] = str(failure)
+
+    def tell(self) -> None:
+        if self._sentences:
+            raise MembersFailedError(self._sentences)
 
 
 class _Rate:

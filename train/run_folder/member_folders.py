@@ -52,6 +52,16 @@ class MemberFolder:
     done: bool = False
 
     @property
+    def failure(self) -> str:
+        """Why the same training failed before; empty where it did not. It is not tried again."""
+        return self.record.failure if self.record is not None else ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.done or bool(self.failure)
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether the run can be resumed from a checkpoint."""
         return self.record is not None and bool(checkpoints(self.folder))
@@ -112,7 +122,7 @@ def locked(folders: Sequence[MemberFolder]) -> Iterator[None]:
     """
     with ExitStack() as locks:
         for each in folders:
-            if not each.done:
+            if not each.settled:
                 with plain_errors(f"write into {each.folder}"):
                     make_folder(each.folder)
                 locks.enter_context(lock_folder(each.folder))
@@ -135,10 +145,12 @@ def _member_folder(plan: MemberPlan, store: ActivationStore, *, fresh: bool, def
     if fresh:
         return MemberFolder(plan, folder)
     record = load_run(folder)
-    if not record.finished and not checkpoints(folder) and not read_metrics(folder):
-        return MemberFolder(plan, folder)  # it failed before the first line of metrics, so there is nothing to resume
+    asked = plan
     if default_length:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
+    failed = bool(record.failure) and first_difference(record.config, plan.config.model_dump(mode="json")) is None
+    if not record.finished and not failed and not checkpoints(folder) and not read_metrics(folder):
+        return MemberFolder(asked, folder)  # it ended before the first line of metrics, so there is nothing to resume
     _same(plan.config, record, store, folder)
     if record.finished:
         record.check_files(folder)

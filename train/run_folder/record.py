@@ -70,6 +70,8 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     created: str
     """When the run started, ISO 8601, UTC."""
+    failure: str = ""
+    """Why the training cannot go on, one sentence; empty: it can, or is finished."""
     hashes: dict[str, str] = {}
     """File → ``BYTES:XXH3-128`` for the SAE's files of a finished run; ``train.json`` also holds its own hash."""
 

@@ -1,0 +1,194 @@
+"""What a study will take: time, disk and memory of every stage, before it runs.
+
+Times are rates measured by an earlier stage of the same kind on this machine where there is one, else estimates from a
+few batches and steps made now; either is said. What depends on weights that are not here yet is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..console import format_bytes, format_duration
+from ..errors import ModelError, TextError
+from ..evaluate.config import REFERENCES
+from ..evaluate.run import PASS_BYTES, describe_machine
+from ..extract.model.files import weights_in
+from ..extract.plan import Estimate, Plan, estimate, make_plan
+from ..system.device import DTYPES, resolve_device, resolve_dtype
+from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
+from ..train.loop.step_time import seconds_per_step
+from ..train.plan import MemberPlan, plan_together
+from ..train.run import with_siblings
+from .plan import PlannedText, StudyPlan, Training
+from .state import STATE, StudyState, read_state
+
+_CHECKPOINTS = 3  # two are kept, and one is being written
+_STATES = 3  # weight and two moments in a checkpoint, float32
+# Time per token of one row of the table, in passes through the layers that are extracted: the layers above, the head,
+# the coder, all metrics. Measured with SmolLM2-135M at layer 5 and 1024 features on two cores (docs/STUDY.md).
+_PASSES_PER_ROW = 12.0
+_UNKNOWN = "unknown until the model's weights are here"
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One line of the plan."""
+
+    stage: str
+    what: str
+    seconds: float | None
+    """None where nothing is known."""
+    from_what: str
+    """Where the time comes from."""
+    disk_bytes: int
+    """At most, while it runs."""
+    memory_bytes: int | None
+
+    @property
+    def time(self) -> str:
+        """In words."""
+        return self.from_what if self.seconds is None else format_duration(self.seconds)
+
+
+def estimate_study(plan: StudyPlan, done: Sequence[str] = ()) -> list[StageEstimate]:
+    """Every stage that is not done, in order.
+
+    Raises:
+        TcsaeError: a disk or memory that is too small, or a model or text that cannot be had; where the file brings an
+            estimate, made elsewhere, the latter is said in the table instead.
+
+    """
+    device = torch.device("cpu") if plan.texts[0].extraction.scheduler else resolve_device(_device(plan))
+    known = _Rates(plan.out, describe_machine(device))
+    found: list[StageEstimate] = []
+    for text in plan.texts:
+        if all(stage in done for stage in text.stages):
+            continue
+        try:
+            stages = list(_of_text(text, device, known))
+        except (ModelError, TextError) as failure:
+            if not plan.study.sizes.estimate:
+                raise
+            why = f"unknown: {failure}"
+            stages = [StageEstimate(stage, "", None, why, 0, None) for stage in text.stages]
+        found += [each for each in stages if each.stage not in done]
+    return found
+
+
+def _device(plan: StudyPlan) -> str:
+    return plan.texts[0].evaluation.device
+
+
+def _of_text(text: PlannedText, device: torch.device, known: _Rates) -> Iterator[StageEstimate]:
+    planned = make_plan(text.extraction)
+    outline, context, rows = planned.outline, planned.config.text.context, planned.config.rows
+    weights = weights_in(outline.files.folder)
+    of_model = sum(path.stat().st_size for path in weights) if weights else None
+    measured: Estimate | None = None
+    rate = known.of(f"extract {text.name}")
+    if rate is None and (weights or outline.files.gguf_file):
+        measured = estimate(text.extraction)
+        rate = measured.tokens_per_second
+    stored = planned.stored.rows if planned.stored else 0
+    left = max(0, rows - stored) * context
+    stores = len(text.extraction.paths)
+    yield StageEstimate(
+        f"extract {text.name}",
+        f"{rows:,} rows of {context} tokens, {stores} store{'s' if stores > 1 else ''}",
+        None if rate is None else left / rate,
+        _UNKNOWN if rate is None else _said(measured is None, "one batch"),
+        planned.store_bytes * stores,
+        None if of_model is None else of_model + text.extraction.shard_bytes * stores,
+    )
+    for training in text.trainings:
+        yield _of_training(training, planned, device)
+    yield _of_evaluation(text, planned, rate, of_model, known)
+
+
+def _of_training(training: Training, planned: Plan, device: torch.device) -> StageEstimate:
+    context, d_model = planned.config.text.context, planned.outline.d_model
+    plans = member_plans(training, d_model, planned.config.rows * context, context)
+    dtype = DTYPES[resolve_dtype(plans[0].config.run.dtype, device)]
+    each = seconds_per_step(plans, context, device, dtype)
+    steps = plans[0].config.run.steps
+    parameters = sum(plan.n_parameters for plan in plans)
+    passes = split_passes(plans, available_bytes(device), device.type)
+    memory = max(sum(map(member_bytes, one)) + max(map(step_bytes, one)) for one in passes)
+    return StageEstimate(
+        training.key,
+        f"{len(plans)} SAEs, {steps} steps, {len(passes)} pass{'es' if len(passes) > 1 else ''}",
+        each * steps,
+        _said(False, "two steps of each kind"),
+        4 * parameters * (1 + _STATES * _CHECKPOINTS),
+        memory,
+    )
+
+
+def member_plans(training: Training, d_model: int, n_tokens: int, context: int) -> list[MemberPlan]:
+    """The members as training plans them, which checks every configuration against the model and the rows.
+
+    Raises:
+        UsageError: one that makes no sense.
+
+    """
+    about = {"layer": training.at.layer, "site": training.at.site, "d_model": d_model, "n_tokens": n_tokens}
+    return with_siblings(plan_together([each.config for each in training.members], {}, **about), context)
+
+
+def _of_evaluation(
+    text: PlannedText, planned: Plan, rate: float | None, of_model: int | None, known: _Rates
+) -> StageEstimate:
+    config = text.evaluation
+    kinds = {(m.config.sae.architecture, m.config.sae.activation) for m in text.members}
+    rows = len(text.members) + len(text.trainings) * (len(REFERENCES) - 1 + len(kinds))
+    tokens = config.rows * planned.config.text.context * rows
+    measured = known.of(f"evaluate {text.name}")
+    seconds = tokens / measured if measured else None if rate is None else tokens * _PASSES_PER_ROW / rate
+    about = planned.outline.d_model, 1, planned.config.text.context
+    of_saes = sum(4 * plan.n_parameters for t in text.trainings for plan in member_plans(t, *about))
+    return StageEstimate(
+        f"evaluate {text.name}",
+        f"{len(text.members)} SAEs and {rows - len(text.members)} references on {config.rows:,} rows",
+        seconds,
+        _UNKNOWN if seconds is None else _said(measured is not None, "the rate of the forward passes"),
+        rows * 1_000_000,
+        None if of_model is None else of_model + min(round(PASS_BYTES), of_saes),
+    )
+
+
+def _said(measured: bool, otherwise: str) -> str:
+    return "rate of an earlier study here" if measured else f"estimate from {otherwise}"
+
+
+class _Rates:
+    """Units per second of finished stages, of this study and of those beside it on the same machine."""
+
+    def __init__(self, out: Path, machine: dict[str, Any]):
+        found = [read_state(path.parent) for path in sorted(out.parent.glob(f"*/{STATE}"))]
+        self._states: list[StudyState] = [state for state in found if state is not None and state.machine == machine]
+
+    def of(self, stage: str) -> float | None:
+        """Of the last such stage; None where there is none."""
+        for state in reversed(self._states):
+            each = state.stage(stage)
+            if each.done and each.units and each.seconds:
+                return each.units / each.seconds
+        return None
+
+
+def total(stages: Sequence[StageEstimate]) -> dict[str, Any]:
+    """Sums for the foot of the table: time where all of it is known, disk of everything, memory of the largest."""
+    seconds = [each.seconds for each in stages]
+    known = [each for each in seconds if each is not None]
+    time = format_duration(sum(known)) + ("" if len(known) == len(seconds) else " and what is unknown")
+    memory = [each.memory_bytes for each in stages if each.memory_bytes is not None]
+    return {
+        "time": time,
+        "disk": format_bytes(sum(each.disk_bytes for each in stages)),
+        "memory": format_bytes(max(memory)) if memory else "unknown",
+    }

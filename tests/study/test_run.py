@@ -1,0 +1,225 @@
+"""A study from its file to its verdict: killed in every phase and resumed, reused, refused, with members that fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tcsae
+from tcsae.errors import RunError, UsageError
+from tcsae.evaluate.results import read_results
+from tcsae.pipeline import main
+from tcsae.study import run as study_run
+from tcsae.study.file import read_study
+from tcsae.study.plan import plan_study
+from tcsae.study.state import read_state
+from tcsae.train.run_folder.record import load_run
+from tiny import tiny_corpus
+from tiny_study import without_figures, write_study
+
+MEMBERS = [
+    f"l{layer}-{variant}-s{seed}" for layer in (1, 2) for variant in ("none", "next", "shuffled") for seed in (0, 1)
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(monkeypatch):
+    without_figures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny_corpus(tmp_path_factory.mktemp("study") / "text", documents=60, words=60)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, tiny_gemma2, text):
+    return write_study(tmp_path_factory.mktemp("file") / "tiny.toml", tiny_gemma2, text)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, file):
+    """An uninterrupted study."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        without_figures(patch)
+        return tcsae.study(file, out=out, device="cpu")
+
+
+def numbers(folder: Path) -> dict[str, object]:
+    """Everything that was measured, and the weights it was measured of."""
+    (report,) = (read_results(path) for path in (folder / "reports").iterdir())
+    found: dict[str, object] = {
+        f"{record.name} {record.location}": {
+            k: (m.value, m.low, m.high) for k, m in record.metrics.items() if "training" not in k
+        }
+        for record in report.records
+    }
+    for path in sorted(folder.glob("runs/*/*/sae_weights.safetensors")):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def test_a_study_runs_from_its_file_to_its_verdict(whole):
+    assert (whole.members, whole.failures) == (12, {})
+    assert (whole.analysis.finished, whole.analysis.failures) == (12, [])
+    assert whole.analysis.fingerprint == read_state(whole.folder).fingerprint
+    assert {one.name for one in whole.analysis.references if one.name.startswith("untrained:")} == {"untrained:topk"}
+    assert whole.analysis.headline in whole.page.read_text()
+    state = read_state(whole.folder)
+    assert state is not None
+    assert state.finished
+    assert all(stage.done and stage.seconds > 0 and stage.units > 0 for stage in state.stages.values())
+    assert sorted(path.name for path in whole.folder.glob("runs/*/*")) == sorted(MEMBERS)
+
+
+def test_members_of_one_store_train_on_one_stream(whole):
+    records = [load_run(path) for path in whole.folder.glob("runs/*/l1-*")]
+    assert len({record.config["data"]["siblings"] for record in records}) == 1  # also of those with neighbours alone
+    assert {record.cost["members"] for record in records} == {6}
+
+
+def test_a_finished_study_is_only_judged_again(whole, file, monkeypatch):
+    for name in ("extract", "train", "evaluate"):
+        monkeypatch.setattr(study_run, name, lambda *_, **__: pytest.fail("it is finished"))
+    again = tcsae.study(file, out=whole.folder, device="cpu")
+    assert again.analysis == whole.analysis
+
+
+KILLS = {
+    "extract": ("tcsae.extract.run.StoreSetRun._deliver", 5),
+    "train": ("tcsae.train.loop.trainer.Pass._train_batch", 33),  # in the second layer
+    "evaluate": ("tcsae.evaluate.run.RowCache.put", 4),
+}
+KILLER = """
+import os, pydoc, signal, sys
+import tcsae, tcsae.evaluate.run, tcsae.extract.run, tcsae.train.loop.trainer
+import torch
+torch.use_deterministic_algorithms(True)
+torch.set_num_threads(1)
+where, calls, file, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+owner, name = where.rsplit(".", 1)
+owner = pydoc.locate(owner)
+real, seen = getattr(owner, name), []
+def killed(*a, **k):
+    seen.append(1)
+    if len(seen) == calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+setattr(owner, name, killed)
+tcsae.study(file, out=out, device="cpu")
+"""
+
+
+@pytest.mark.parametrize("phase", KILLS)
+def test_killed_in_any_phase_and_resumed_it_has_the_numbers_of_an_uninterrupted_one(whole, file, tmp_path, phase):
+    where, calls = KILLS[phase]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, where, str(calls), str(file), str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    state = read_state(out)
+    assert state is not None
+    assert not state.finished
+    tcsae.study(file, out=out, device="cpu")
+    assert numbers(out) == numbers(whole.folder)
+
+
+def test_a_member_that_fails_is_a_row_with_its_sentence_and_the_rest_is_as_without_it(
+    whole, tiny_gemma2, text, tmp_path
+):
+    """The learning rate of one variant is absurd: its training ends, that of the others does not notice."""
+    partner = '"temporal.partner" = "shuffled"'
+    absurd = {f'"temporal.weight" = 0.1, {partner}': f'{partner}, "optimiser.lr" = 1e30'}
+    file = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **absurd)
+    out = tmp_path / "out"
+    done = tcsae.study(file, out=out, device="cpu")
+    failed = [f"l{layer}-shuffled-s{seed}" for layer in (1, 2) for seed in (0, 1)]
+    assert [name.split()[-1] for name in done.failures] == failed
+    assert len(done.analysis.failures) == 4
+    assert all("is not finite at step" in sentence for sentence in done.failures.values())
+    kept = numbers(whole.folder)
+    assert {
+        key: value for key, value in numbers(out).items() if not key.startswith("untrained")
+    }.items() <= kept.items()
+    again = tcsae.study(file, out=out, device="cpu")  # a failure is not tried again, and is still said
+    assert again.failures == done.failures
+
+
+def test_all_members_failing_is_one_sentence(tiny_gemma2, text, tmp_path):
+    file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{'"sae.k" = 4': '"sae.k" = 4\n"optimiser.lr" = 1e30'})
+    with pytest.raises(RunError, match=r"no SAE of the study has a result: .*not finite at step"):
+        tcsae.study(file, scale="one", out=tmp_path / "out", device="cpu")
+
+
+def test_a_text_that_cannot_be_had_leaves_the_other_alone(file, tmp_path):
+    study = read_study(file, "one")
+    (there,) = study.sizes.texts
+    missing = there.model_copy(update={"dataset": str(tmp_path / "nowhere.txt")})
+    sizes = study.sizes.model_copy(update={"texts": (missing, there)})
+    study = study.model_copy(update={"scales": {"one": sizes}})
+    done = tcsae.study(study, out=tmp_path / "out", device="cpu")
+    assert (done.analysis.finished, len(done.failures)) == (2, 2)
+    assert all("nowhere.txt" in sentence for sentence in done.failures.values())
+
+
+def test_a_changed_file_is_refused(whole, tiny_gemma2, text, tmp_path):
+    changed = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02"})
+    with pytest.raises(
+        UsageError, match=r"was begun with the file of hash .*, this file has hash .*give another --out"
+    ):
+        tcsae.study(changed, out=whole.folder, device="cpu")
+    with pytest.raises(UsageError, match="holds the study tiny at scale small, you asked for tiny at scale one"):
+        tcsae.study(changed, scale="one", out=whole.folder, device="cpu")
+
+
+def test_stores_and_runs_that_were_taken_along_are_used(whole, tiny_gemma2, text, tmp_path, monkeypatch):
+    changed = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02"})
+    import shutil
+
+    for part in ("stores", "runs", "reports"):
+        shutil.copytree(whole.folder / part, tmp_path / "out" / part)
+    monkeypatch.setattr("tcsae.extract.run.StoreSetRun.run", lambda *_: pytest.fail("the store is there"))
+    monkeypatch.setattr("tcsae.train.loop.trainer.Pass.run", lambda *_: pytest.fail("the runs are there"))
+    monkeypatch.setattr("tcsae.evaluate.run.Measurement.run", lambda *_: pytest.fail("the rows are there"))
+    assert tcsae.study(changed, out=tmp_path / "out", device="cpu").analysis.finished == 12
+
+
+def test_fresh_begins_anew_and_a_foreign_folder_is_refused(whole, file, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"is no folder of a study and holds other files \(notes.txt\)"):
+        tcsae.study(file, out=tmp_path, device="cpu", fresh=True)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_configuration_that_cannot_be_is_said_before_anything_runs(tiny_gemma2, text, tmp_path):
+    file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{'"sae.k" = 4': '"sae.k" = 64'})
+    with pytest.raises(UsageError, match="k is 64, the dictionary has 32 features"):
+        tcsae.study(file, out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "stores").exists()
+
+
+def test_ctrl_c_says_how_far_it_is(file, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 3 stages are finished .*; the same command goes on from there"):
+        tcsae.study(file, scale="one", out=tmp_path / "out", device="cpu")
+
+
+def test_documents_are_written_of_all_studies_side_by_side(whole, file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    assert main(["study", str(file), "--scale", "one", "--out", "out/one", "--device", "cpu", "--write-docs"]) == 0
+    assert "Does it run?" in Path("docs/RESULTS.md").read_text()
+    assert "out/one/index.html" in capsys.readouterr().out
+
+
+def test_plans_name_every_member_once(file):
+    plan = plan_study(read_study(file))
+    assert [each.name for each in plan.members] == MEMBERS
+    assert str(plan.out) == "studies/out/tiny-small"
