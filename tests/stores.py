@@ -75,7 +75,8 @@ def make_block(
     tokens[:, 0] = BOS
     flags = np.zeros((rows, context), np.uint8)
     flags[:, 0] = SPECIAL
-    count = max(1, min(rows, documents or max(2, rows // 4)))
+    most = rows if packing == "document" else rows * (context - 1)
+    count = max(1, min(most, documents or max(2, rows // 4)))
     if packing == "document":
         cuts = np.sort(rng.choice(np.arange(1, rows), count - 1, replace=False)) if count > 1 else np.empty(0, int)
         numbers = np.searchsorted(cuts, np.arange(rows), side="right")[:, None].repeat(context, axis=1)

@@ -173,6 +173,14 @@ def test_a_store_that_does_not_fit_is_one_sentence(store, tmp_path, changes, sen
         run.train(config_for(store, tmp_path, changes))
 
 
+def test_rows_of_tiny_documents_are_no_past_to_attend_to(tmp_path):
+    path = make_store(tmp_path, rows=64, context=16, d_model=8, documents=600, packing="concat")
+    with pytest.raises(
+        UsageError, match=r"a token has on average 0\.\d earlier tokens of its document in its row, too few"
+    ):
+        run.train(config_for(path, tmp_path / "runs", KINDS["tfa"]))
+
+
 def test_rivals_of_one_width_and_k_train_on_one_read(tmp_path, chunks_read):
     path = make_store(tmp_path, rows=64, documents=12)
     ActivationStore.open(path).statistics()

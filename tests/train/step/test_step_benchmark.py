@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def record_of(script: str, *options: str) -> dict:
@@ -44,3 +44,13 @@ def test_candidates_of_every_part_agree() -> None:
         "products.py", "--tokens", "64", "--d-model", "16", "--width", "256", "--l0", "8", "--rounds", "2"
     )
     assert "weight gradient" in record["l0 8"]
+
+
+@pytest.mark.slow
+def test_rivals_benchmark_compares_steps_that_compute_the_same() -> None:
+    results = record_of("rivals.py", "--quick")["results"]
+    assert set(results) == {"groups", "txc", "tfa"}
+    assert results["tfa"]["losses"][0] == pytest.approx(results["tfa"]["losses"][1], rel=1e-4)
+    assert results["txc"]["k of a window"]["operations"] == 1
+    assert results["txc"]["k of a token"]["operations"] == pytest.approx((256 + 4 * 40) / (256 + 4 * 8), rel=1e-3)
+    assert all(found["ratio"] > 0 for found in (*results["groups"].values(), *results["txc"].values(), results["tfa"]))
