@@ -115,9 +115,12 @@ def _verdict(pair: Paired, report: EvaluationReport) -> PairVerdict:
         said = f"the temporal term helps: better in {_named(gained)}. {_upper(_cost(judged))}. Of {n}, none is worse"
     elif word == "harms":
         also = f". Better in {_named(gained)}" if gained else ". Better in none"
-        said = f"the temporal term harms: worse in {_named(lost)}{also}. Of {n}, {words.count('undecided')} are undecided"
+        said = (
+            f"the temporal term harms: worse in {_named(lost)}{also}. Of {n}, {words.count('undecided')} are undecided"
+        )
     elif word == "mixed":
-        said = f"the temporal term does both. Better in {_named(gained)}. Worse in {_named(lost)}. These are of {n}"
+        both = f"Better in {_named(gained)}. Worse in {_named(lost)}"
+        said = f"the temporal term does both. {both}. These are of {n}"
     else:
         found = f"better in {_named(gained)} alone" if gained else "none is decided"
         said = f"undecided. Of {n}, {found}. {_upper(_cost(judged))}"
