@@ -84,9 +84,10 @@ def html_text(page: str) -> str:
 
 def pod_text(page: str) -> str:
     """The readable text of Perl's documentation format."""
-    page = re.sub(r"^=(?:head\d|item|over|back|cut|pod|encoding|for|begin|end)\b ?", "", page, flags=re.MULTILINE)
-    for _ in range(3):  # codes stand inside codes: C<I<name>>
-        page = re.sub(r"[A-Z]<+ ?([^<>]*?) ?>+", r"\1", page)
+    page = re.sub(r"^=(?:over.*|(?:head\d|item|back|cut|pod|encoding|for|begin|end)\b ?)", "", page, flags=re.MULTILINE)
+    page = re.sub(r"[A-Z]<{2,}\s(.*?)\s>{2,}", r"\1", page, flags=re.DOTALL)
+    for _ in range(3):  # codes stand inside codes: B<the I<language>>
+        page = re.sub(r"[A-Z]<([^<>]*)>", r"\1", page)
     return page
 
 
