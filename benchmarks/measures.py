@@ -39,8 +39,9 @@ def batch_of(rows: int, first_row: int, width: int, device: str) -> TokenBatch:
     for t in range(1, CONTEXT):
         x_BTD[:, t] = 0.8 * x_BTD[:, t - 1] + 0.6 * x_BTD[:, t]
     tokens_BT = torch.randint(0, 1000, (rows, CONTEXT), device=device)
+    units_BT = (row_B // 8)[:, None].expand(-1, CONTEXT)
     return TokenBatch(
-        x_BTD, tokens_BT, document_BT, (row_B // 8)[:, None].expand(-1, CONTEXT), valid_BT, valid_BT, row_B
+        x_BTD, tokens_BT, document_BT, units_BT, valid_BT, valid_BT, row_B, document_BT % 6, tokens_BT % 7
     )
 
 

@@ -14,6 +14,7 @@ from ..cache.format.manifest import TextIdentity
 from ..errors import TcsaeError
 from ..sites import Location
 from ..train.run_folder.metrics_log import read_metrics
+from .config import ACTIVATIONS
 from .cost import DEFINITIONS as COST
 from .cost import cost_metrics
 from .intervals.bootstrap import Resampler
@@ -28,7 +29,10 @@ from .table_row import MeasuredRow
 
 L0_TOLERANCE = 0.05
 """A pair whose L0 differs by a larger share is not compared at equal sparsity."""
-_OF_THE_MODEL = ("ce_clean", "kl_noise_floor", "activation_", "same_token_activation", "prefix_shift_activation")
+_OF_THE_MODEL = (
+    *("ce_clean", "kl_noise_floor", "activation_", "same_token_activation", "prefix_shift_activation"),
+    *("probe_activation_", "boundary_activation"),
+)
 """Metrics whose names begin so depend on model and text alone: they are the same for both sides of a pair."""
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary")
 
@@ -46,7 +50,10 @@ def compose(
     used |= {curve.definition for record in records for curve in record.curves.values()}
     return EvaluationReport(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        text=TextFacts(**{name: getattr(identity, name) for name in TextFacts.model_fields}),
+        text=TextFacts(
+            labels=list(text.label_names),
+            **{name: getattr(identity, name) for name in TextFacts.model_fields if name != "labels"},
+        ),
         n_documents=text.n_documents,
         n_rows=len(text),
         n_tokens=text.n_tokens,
@@ -62,8 +69,11 @@ def compose(
 
 
 def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSums]:
-    """A row's sums with its scores against the ``mean`` and ``zero`` references of its place, and the noise floor."""
+    """A row's sums with its scores against the ``mean`` and ``zero`` references of its place, and what is measured of
+    the activations themselves there: the noise floor and the ceilings.
+    """
     sums = dict(row.sums)
+    floor = _reference(others, row.location, ACTIVATIONS)
     for suffix in ("", OUTLIERS):
         own = {name: row.sums[name + suffix] for name in ("ce", "ce_clean", "kl")}
         for reference in ("mean", "zero"):
@@ -78,10 +88,11 @@ def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSum
                 key = f"{name}_score_{reference}{suffix}"
                 counted = round(float(own["ce"].denominator_U.sum()))
                 sums[key] = UnitSums(above, below, "1", key, n=counted)
-        floor = _reference(others, row.location, "identity_bf16")
         if floor is not None:
             key = "kl_noise_floor" + suffix
             sums[key] = replace(floor.sums["kl" + suffix], definition=key)
+    if floor is not None:  # and the ceilings
+        sums |= {name: one for name, one in floor.sums.items() if name in row.definitions and name not in sums}
     return sums
 
 

@@ -112,6 +112,9 @@ def evaluate(
     dataset: str | None = _text(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
     split: str | None = _text(None, "--split", help="Split of the dataset."),
     text_column: str | None = _text(None, "--text-column", help="Column that holds the text."),
+    label_column: str | None = _text(
+        None, "--label-column", help="Column with each document's label, which probes look for."
+    ),
     plugin: list[str] = _main(
         [], "--plugin", help="A Python file with your own metrics or panels, or with what a run was trained with."
     ),
@@ -156,6 +159,7 @@ def evaluate(
         dataset=dataset,
         split=split,
         text_column=text_column,
+        label_column=label_column,
         out=out,
         name=name,
         plugin=plugin,

@@ -13,7 +13,9 @@ from ..system.untrusted_files import folder_name, seed_number
 
 UNTRAINED_TWINS = "untrained_twins"
 """A reference row for every architecture among the runs: untrained:topk, untrained:txc …"""
-REFERENCES = ("identity_bf16", "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae", UNTRAINED_TWINS)
+ACTIVATIONS = "identity_bf16"
+"""The reference row of the activations themselves, rounded to bfloat16: noise floor, and ceiling of all probes."""
+REFERENCES = (ACTIVATIONS, "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae", UNTRAINED_TWINS)
 QUICK_BATCHES = 10
 
 
@@ -43,6 +45,8 @@ class EvaluateConfig:
     """Its split; None means the store's, or ``train``."""
     text_column: str | None = None
     """Its column; None means the store's, or ``text``."""
+    label_column: str | None = None
+    """The column with each document's label; None means the store's, if it names one."""
     batches: int = 200
     """How many batches of text."""
     batch_rows: int = 16
@@ -114,6 +118,7 @@ class EvaluateOptions(TypedDict, total=False):
     dataset: str | Path | None
     split: str | None
     text_column: str | None
+    label_column: str | None
     batches: int | None
     batch_size: int | None
     """Rows (model contexts) per batch."""

@@ -36,6 +36,8 @@ class TokenBatch:
     valid_BT: Tensor  # bool
     real_BT: Tensor  # bool
     rows_B: Tensor  # int64, running row number over the whole text
+    labels_BT: Tensor  # int64, number of the label of the document, −1 where it has none
+    classes_BT: Tensor  # int64, the class of the token's text (see model/token_text.py), −1 where it is not known
 
     def rows(self, chosen: Tensor) -> TokenBatch:
         """Some of its rows, by their number in it."""
@@ -79,6 +81,14 @@ class Findings:
 def plain_metric(definitions: Mapping[str, Definition], key: str, value: float | None, n: int) -> Metric:
     """A metric that has no interval, in its definition's unit; NaN is undefined."""
     return Metric(value=value, unit=definitions[key].unit, n=n, definition=key)
+
+
+@dataclass(frozen=True)
+class RawActivations:
+    """The activations of a location in the place of an SAE: what is measured of them is the ceiling of all codes."""
+
+    d_model: int
+    device: torch.device
 
 
 class Accumulator(Protocol):

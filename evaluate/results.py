@@ -234,6 +234,9 @@ class TextFacts(Frozen):
     packing: str
     context: int
     held_out: float
+    labels: list[str] = Field(
+        default_factory=list, description="of its documents: topics, say; empty where it has none"
+    )
 
 
 class Failure(Frozen):

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from ..plugins import load_plugins
 from ..sites import Location
 from ..system.free_memory import peak_memory
 from .assemble import compose
-from .config import EvaluateConfig
+from .config import ACTIVATIONS, EvaluateConfig
 from .features.collect import FeatureBrowser
-from .metrics.all import AllMetrics, families, probes
+from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
 from .model.heldout_text import HeldOutText, Survey, survey
@@ -40,7 +40,9 @@ from .model.logit_effects import LogitEffects
 from .model.probes import ProbeContext, ProbedModel
 from .model.reference_rows import untrained_sae, zero_sae
 from .model.splice import Head, SplicedModel
+from .model.token_text import token_classes
 from .one_pass import Measurement
+from .protocol import RawActivations
 from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row_cache import RowCache, measuring_code, slug
@@ -130,10 +132,12 @@ class _Evaluation:
         plugins: Mapping[str, str],
     ):
         self.config, self.group, self.name, self.plugins = config, group, name, plugins
-        self.families = families(plugins)
+        self.families, left_out = installed(families(plugins))
         self.failures = list(failures)
         self.folder = Path(config.out) / name
         self.notes: list[str] = []
+        for message in left_out:
+            self._say(message)
 
     def run(self) -> Outcome:
         started = time.perf_counter()
@@ -147,14 +151,16 @@ class _Evaluation:
         blocks = row_blocks(
             group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
         )
-        self.text = HeldOutText.gather((block for block, _ in blocks), config.rows).spliced_in(config.splice_rows)
+        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label)
+        text = replace(text, classes_RT=token_classes(self.lm.tokenizer, text.tokens_RT))
+        self.text = text.spliced_in(config.splice_rows)
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
         if self.text.spliced_R is not None:
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
         self.model, self.head = SplicedModel(self.lm), Head(self.lm)
         model = self.lm.identity
-        settings = (config.batch_rows, config.seed, config.quick)
+        settings = (config.batch_rows, config.seed, config.quick, tuple(self.families))
         if self.text.spliced_R is not None:
             settings = (*settings, config.splice_rows)
         facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
@@ -301,9 +307,12 @@ class _Evaluation:
         return Candidate(row, sae, surveys[at], accumulators, key)
 
     def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
+        common = {"context": self.text.context, "seed": self.config.seed}
+        if row.name == ACTIVATIONS and row.kind == "reference":
+            raw = RawActivations(self.lm.d_model, self.lm.device)
+            return {"metrics": AllMetrics(raw, self.families, **common)}
         if sae is None or row.name == "zero_sae":
             return {}
-        common = {"context": self.text.context, "seed": self.config.seed}
         found: dict[str, Any] = {"metrics": AllMetrics(sae, self.families, **common)}
         inside = max(1, round(scope * sae.n_features))
         if inside < sae.n_features:
@@ -327,14 +336,15 @@ class _Evaluation:
             at = candidate.row.location
             per_feature = candidate.finish()
             candidate.row.documents_U = self.text.unit_documents
-            if candidate.row.kind == "sae" and not self.config.quick and candidate.sae is not None:
+            if candidate.sae is not None and candidate.accumulators and not self.config.quick:
                 facts = (at, self.config.seed, per_feature, candidate.survey.norm_limit)
                 context = ProbeContext(probed, candidate.sae, *facts)
                 candidate.row.take(probes(context, self.families))
                 for family in self.families.values():
                     candidate.row.definitions |= family.definitions
-                shown: Any = candidate.accumulators["browser"]
-                candidate.row.cards = shown.cards(context)
+                if "browser" in candidate.accumulators:
+                    shown: Any = candidate.accumulators["browser"]
+                    candidate.row.cards = shown.cards(context)
             self.rows.put(candidate.key, candidate.row)
 
 

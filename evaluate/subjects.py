@@ -323,6 +323,7 @@ def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
         dataset=known.dataset,
         split=config.split or known.split,
         text_column=config.text_column or known.text_column,
+        label_column=config.label_column or known.label_column,
         packing=packing,
         context=context,
         seed=seed,

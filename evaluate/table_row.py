@@ -174,8 +174,9 @@ class Candidate:
             z_BTF, x_hat_BTD, parts = out.features, out.reconstruction, out.parts
         self.fidelity.add_reconstruction(batch, x_hat_BTD, z_BTF)
         self.compat.add_reconstruction(batch, x_hat_BTD, z_BTF)
-        if z_BTF is not None and self.accumulators:
-            active = ActiveEntries.from_dense(z_BTF, batch.valid_BT, parts)
+        if self.accumulators:
+            none_BT0 = batch.x_BTD[..., :0]  # the activations themselves have no features
+            active = ActiveEntries.from_dense(none_BT0 if z_BTF is None else z_BTF, batch.valid_BT, parts)
             for accumulator in self.accumulators.values():
                 accumulator.update(batch, active, x_hat_BTD)
         return x_hat_BTD

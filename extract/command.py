@@ -41,6 +41,9 @@ def extract(
     text_column: str = _text(
         TextSource.text_column, "--text-column", help="Column that holds the text (not for .txt files)."
     ),
+    label_column: str | None = _text(
+        None, "--label-column", help="Column with each document's label (.txt files: FOLDER/LABEL/*.txt)."
+    ),
     dataset_revision: str | None = _text(
         None, "--dataset-revision", help="Branch, tag or commit of the dataset on the hub."
     ),
@@ -99,6 +102,7 @@ def extract(
         seed=seed,
         split=split,
         text_column=text_column,
+        label_column=label_column,
         dataset_revision=dataset_revision,
         revision=revision,
         gguf_file=gguf_file,

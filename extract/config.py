@@ -55,6 +55,8 @@ class TextSource:
     """Split of a hub dataset; local files have only ``train``."""
     text_column: str = "text"
     """The column that holds the text, in anything but ``.txt`` files."""
+    label_column: str | None = None
+    """The column that holds each document's label, in anything but ``.txt`` files (these have it from their folder)."""
     packing: Packing = "document"
     """``document``: no row mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
     context: int = 128
@@ -161,6 +163,8 @@ class ExtractOptions(TypedDict, total=False):
     seed: int | None
     split: str | None
     text_column: str | None
+    label_column: str | None
+    """The column with each document's label: its topic, say."""
     dataset_revision: str | None
     revision: str | None
     gguf_file: str | None
@@ -181,7 +185,9 @@ class ExtractOptions(TypedDict, total=False):
 # Option → field of the model's or the text's record; all other options are fields of ExtractConfig.
 MODEL_OPTIONS = {"model": "id", "revision": "revision", "gguf_file": "gguf_file", "device": "device", "dtype": "dtype"}
 TEXT_OPTIONS = {"dataset": "dataset", "dataset_revision": "revision"}
-TEXT_OPTIONS |= {name: name for name in ("split", "text_column", "packing", "context", "seed", "held_out")}
+TEXT_OPTIONS |= {
+    name: name for name in ("split", "text_column", "label_column", "packing", "context", "seed", "held_out")
+}
 
 
 def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:

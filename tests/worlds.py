@@ -28,6 +28,8 @@ def batch_of(
     documents_BT=None,
     units_BT=None,
     tokens_BT=None,
+    labels_BT=None,
+    classes_BT=None,
     first_row: int = 0,
     d_model: int = 4,
 ):
@@ -48,6 +50,8 @@ def batch_of(
         valid_BT=valid_BT,
         real_BT=valid_BT,
         rows_B=row_B,
+        labels_BT=torch.full_like(by_row, -1) if labels_BT is None else labels_BT,
+        classes_BT=torch.full_like(by_row, -1) if classes_BT is None else classes_BT,
     )
 
 

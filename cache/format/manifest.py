@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ...errors import StoreError
 from ...sites import Location, location_of
@@ -54,6 +62,7 @@ class TextIdentity(_Record):
     split: str
     revision: str | None = None
     text_column: str
+    label_column: str | None = None
     fingerprint: str
     packing: Literal["document", "concat"]
     context: int
@@ -61,6 +70,11 @@ class TextIdentity(_Record):
     special_token_ids: tuple[int, ...] = ()
     seed: int
     held_out: float
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_labels(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written only where it says something, so that older versions read all other stores."""
+        return {name: value for name, value in plain(self).items() if name != "label_column" or value is not None}
 
 
 class Execution(_Record):

@@ -42,7 +42,7 @@ class ActiveEntries:
 
         """
         n_rows, context, n_features = z_BTF.shape
-        flat_NF = z_BTF.reshape(-1, n_features)
+        flat_NF = z_BTF.flatten(0, 1)
         valid_N = valid_BT.reshape(-1)
         token, feature = flat_NF.nonzero(as_tuple=True)  # NaN counts as nonzero
         keep = valid_N[token]

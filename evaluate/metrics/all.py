@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import MissingPackageError, UsageError, needs
 from ...plugins import plugin_at_work
 from ...train.sae.protocol import SparseCoder
 from .. import cost
-from ..protocol import Findings, TokenBatch
+from ..protocol import Accumulator, Findings, RawActivations, TokenBatch
 from ..results import Definition
 from . import fidelity
 from .active_entries import ActiveEntries
@@ -46,22 +46,39 @@ def definitions(plugins: Collection[str] = ()) -> dict[str, Definition]:
     return found | cost.DEFINITIONS
 
 
+def installed(chosen: Mapping[str, MetricFamily]) -> tuple[dict[str, MetricFamily], list[str]]:
+    """The families whose packages are there, and why each of the others is left out."""
+    found, missing = {}, []
+    for name, family in chosen.items():
+        try:
+            if family.needs is not None:
+                package, extra = family.needs
+                needs(package, extra=extra, what=f"the metric '{name}' is left out: it")
+        except MissingPackageError as failure:
+            missing.append(str(failure))
+        else:
+            found[name] = family
+    return found, missing
+
+
 class AllMetrics:
     """The accumulators of some families for one SAE, read and finished together.
 
     Args:
-        sae: whose features are measured.
+        sae: whose features are measured, or the activations themselves.
         chosen: the families; those that ask the model after the pass have no part in it.
         context: positions of a row.
         seed: of samples and nulls.
 
     """
 
-    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int):
-        self._parts = {
-            name: family.accumulator(sae, context=context, seed=seed)
-            for name, family in chosen.items()
-            if family.accumulator is not None
+    def __init__(
+        self, sae: SparseCoder | RawActivations, chosen: Mapping[str, MetricFamily], *, context: int, seed: int
+    ):
+        raw = isinstance(sae, RawActivations)
+        makers = {name: family.of_activations if raw else family.accumulator for name, family in chosen.items()}
+        self._parts: dict[str, Accumulator] = {
+            name: make(sae, context=context, seed=seed) for name, make in makers.items() if make is not None
         }
         self.definitions = {key: one for part in self._parts.values() for key, one in part.definitions.items()}
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .token_sample import TokenSample
+from .token_sample import SampledTokens
 
 _RIDGE = 1e-3  # of each column's own square: keeps near-duplicates from trading huge gains of opposite sign
 _STEPS = 60
 _DENSE_ABOVE = 0.05  # share of nonzero codes above which the dense product is the faster one
 
 
-def refit_gains(sample: TokenSample, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+def refit_gains(sample: SampledTokens, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """Least-squares gains: float64 [F], NaN for a feature that is never active in the sample."""
     gain_F = torch.full((len(W_dec),), torch.nan, dtype=torch.float64, device=W_dec.device)
     z_MK, features = sample.dense()

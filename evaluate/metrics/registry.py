@@ -36,6 +36,11 @@ class MetricFamily:
     """``(sae, *, context, seed)``: what reads the pass for one SAE, in rows of ``context`` tokens."""
     probe: Callable[[ProbeContext], Findings] | None = None
     """What asks the model after the pass; left out of a ``--quick`` evaluation."""
+    of_activations: Callable[..., Accumulator] | None = None
+    """``(activations, *, context, seed)``: what reads the activations themselves in the pass, for the reference row
+    ``identity_bf16``. Its metrics, which every row then shows, are what the best of codes could reach."""
+    needs: tuple[str, str] | None = None
+    """A package that is not always installed, and the extra that installs it; without it the family is left out."""
     by_part: tuple[str, ...] = ()
     """Which of the metrics are also measured of each part of the dictionary where the temporal term sees only one."""
 
@@ -48,6 +53,8 @@ METRICS: Registry[MetricFamily] = Registry(
         "temporal": "evaluate.metrics.temporal",
         "position": "evaluate.metrics.position",
         "prefix_shift": "evaluate.metrics.prefix_shift",
+        "sparse_probes": "evaluate.metrics.probing.sparse_probes",
+        "boundary": "evaluate.metrics.probing.boundary",
     },
 )
 
@@ -65,8 +72,9 @@ def metric(
 ) -> Callable[[T], T]:
     """Register the decorated class or function as a metric.
 
-    A class is an :class:`~tcsae.evaluate.protocol.Accumulator` made with ``(sae, *, context, seed)``. A function says
-    what it is called with:
+    A class is an :class:`~tcsae.evaluate.protocol.Accumulator` made with ``(sae, *, context, seed)``; it may have
+    ``by_part``, ``needs`` and a class ``OfActivations`` (see :class:`MetricFamily`). A function says what it is called
+    with:
 
     - ``over="tokens"``: one :class:`~tcsae.evaluate.metrics.average.Tokens`, all tokens of a batch that count;
     - ``over="pairs"``: two of them, the first and the second token of every valid pair of adjacent tokens;
@@ -121,5 +129,10 @@ def _of_class(name: str, written_as: Any) -> MetricFamily:
                 "result()"
             )
     return MetricFamily(
-        written_as, written_as.definitions, accumulator=written_as, by_part=getattr(written_as, "by_part", ())
+        written_as,
+        written_as.definitions,
+        accumulator=written_as,
+        by_part=getattr(written_as, "by_part", ()),
+        of_activations=getattr(written_as, "OfActivations", None),
+        needs=getattr(written_as, "needs", None),
     )

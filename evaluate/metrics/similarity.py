@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..intervals.jackknife import GROUPS, Jackknifed, leave_out
 from .active_entries import ActiveEntries, Matches
-from .token_sample import TokenSample
+from .token_sample import SampledTokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def adjacent_cosine(x_BTD: Tensor, first_N: Tensor) -> Tensor:
     return dot_N[t] / (norm_N[t] * norm_N[t + 1])
 
 
-def sample_similarity(sample: TokenSample) -> tuple[Tensor, Tensor, Tensor]:
+def sample_similarity(sample: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine and Jaccard index of the codes, and cosine of the centred activations, of all pairs: [M, M] each."""
     z_MK, _ = sample.dense()
     active_MK = (z_MK != 0).float()
@@ -79,7 +79,7 @@ def _cosines(rows: Tensor) -> Tensor:
     return (rows @ rows.T) / (norm[:, None] * norm[None])
 
 
-def chance(sample: TokenSample, similarity_MM: Tensor, *, definition: str) -> Jackknifed:
+def chance(sample: SampledTokens, similarity_MM: Tensor, *, definition: str) -> Jackknifed:
     """Mean similarity over the sample's pairs from different documents; n counts them."""
     apart = torch.triu(sample.document_M[:, None] != sample.document_M[None], diagonal=1) & torch.isfinite(
         similarity_MM
@@ -99,12 +99,12 @@ def _others(g: int) -> list[int]:
     return [other for other in range(GROUPS) if other != g]
 
 
-def _groups(sample: TokenSample) -> list[int]:
+def _groups(sample: SampledTokens) -> list[int]:
     return torch.unique(sample.group_M).tolist()
 
 
 def same_token(
-    sample: TokenSample, similarity_MM: Tensor, context: int, *, far: str, near: str
+    sample: SampledTokens, similarity_MM: Tensor, context: int, *, far: str, near: str
 ) -> tuple[Jackknifed, Jackknifed]:
     """Mean similarity between two occurrences of one token in different rows, by how far apart their positions are.
 

@@ -274,11 +274,12 @@ class TemporalStatistics:
 
     def _similarities(self, findings: Findings) -> None:
         """Adjacent cosine and Jaccard corrected for chance; the same token far away."""
-        cosine_MM, jaccard_MM, activation_MM = sample_similarity(self._sample)
+        sample = self._sample.taken()
+        cosine_MM, jaccard_MM, activation_MM = sample_similarity(sample)
         for name, similarity_MM in (("cosine", cosine_MM), ("jaccard", jaccard_MM)):
             key = f"adjacent_{name}"
             findings.sums[f"{key}_raw"] = self._mean(name, f"{key}_raw")
-            level = chance(self._sample, similarity_MM, definition=f"{key}_chance")
+            level = chance(sample, similarity_MM, definition=f"{key}_chance")
             findings.metrics[level.definition], expected = level, level.value
             if expected is not None and expected < 1:
                 findings.sums[key] = self._mean(name, key, offset=-expected / (1 - expected), scale=1 / (1 - expected))
@@ -286,7 +287,7 @@ class TemporalStatistics:
                 findings.metrics[key] = plain_metric(DEFINITIONS, key, None, 0)
         for prefix, similarity_MM in (("same_token", cosine_MM), ("same_token_activation", activation_MM)):
             keys = (prefix, f"{prefix}_near")
-            found = same_token(self._sample, similarity_MM, self._context, far=keys[0], near=keys[1])
+            found = same_token(sample, similarity_MM, self._context, far=keys[0], near=keys[1])
             findings.metrics |= dict(zip(keys, found, strict=True))
 
     def _enough(self) -> Tensor:
@@ -322,7 +323,7 @@ class TemporalStatistics:
     def _refitted(self, findings: Findings) -> None:
         """Temporal variation after refitting gains, and how large the gains are."""
         sae = self._sae
-        gain_F = refit_gains(self._sample, sae.W_dec.detach(), sae.b_dec.detach())
+        gain_F = refit_gains(self._sample.taken(), sae.W_dec.detach(), sae.b_dec.detach())
         weight_F = gain_F * sae.W_dec.detach().double().norm(dim=1)
 
         def refitted(_: Tensor, sums_SFL: Tensor) -> float:

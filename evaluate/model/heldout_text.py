@@ -8,7 +8,7 @@ Shapes: R rows of the text, B rows of a batch, T positions, D model width, U uni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -39,12 +39,18 @@ class HeldOutText:
     real_RT: np.ndarray  # bool: neither special nor padding
     unit_documents: np.ndarray  # int64 [U]
     spliced_R: np.ndarray | None = None  # bool: rows in which SAEs are spliced into the model; None: all
+    labels_RT: np.ndarray | None = None  # int64: the label of the token's document, −1 where it has none
+    label_names: tuple[str, ...] = ()
+    classes_RT: np.ndarray | None = None  # int64: see token_text.py
 
     @classmethod
-    def gather(cls, blocks: Iterable[RowBlock], rows: int) -> HeldOutText:
+    def gather(
+        cls, blocks: Iterable[RowBlock], rows: int, label: Callable[[int], str | None] = lambda _: None
+    ) -> HeldOutText:
         """``rows`` rows of ``blocks``, spread evenly over the documents; fewer where the text ends.
 
         Documents are what intervals are made of, so a few more rows are read than are wanted where these come from few.
+        ``label`` knows the label of a document that was read.
 
         Raises:
             TextError: there is not one row.
@@ -71,7 +77,19 @@ class HeldOutText:
         tokens_RT, documents_RT, flags_RT = tokens_RT[chosen], documents_RT[chosen], flags_RT[chosen]
         real_RT = (flags_RT & (SPECIAL | PADDING)) == 0
         units_RT, unit_documents = number_units(documents_RT, real_RT)
-        return cls(tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT, real_RT, unit_documents)
+        text = cls(tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT, real_RT, unit_documents)
+        return text.labelled(label)
+
+    def labelled(self, label: Callable[[int], str | None]) -> HeldOutText:
+        """The same text with the label of every document, numbered in alphabetical order."""
+        documents, at_RT = np.unique(self.documents_RT, return_inverse=True)
+        found = [label(int(document)) for document in documents]
+        names = sorted({name for name in found if name is not None})
+        if not names:
+            return self
+        number = {name: at for at, name in enumerate(names)}
+        labels = np.array([-1 if name is None else number[name] for name in found], dtype=np.int64)
+        return replace(self, labels_RT=labels[at_RT].reshape(self.documents_RT.shape), label_names=tuple(names))
 
     def __len__(self) -> int:
         """Rows."""
@@ -98,6 +116,8 @@ class HeldOutText:
         digest = sha256(repr(self.tokens_RT.shape).encode())
         for array in (self.tokens_RT, self.documents_RT, self.real_RT):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if self.labels_RT is not None:
+            digest.update(repr(self.label_names).encode() + self.labels_RT.tobytes())
         return digest.hexdigest()[:16]
 
     def spliced_in(self, rows: int) -> HeldOutText:
@@ -132,7 +152,11 @@ class HeldOutText:
         )
         valid = real & (x_BTD.norm(dim=-1) <= norm_limit)
         numbers = torch.arange(rows.start, rows.stop, device=x_BTD.device)
-        return TokenBatch(x_BTD, tokens, documents, units, valid, real, numbers)
+        labels, classes = (
+            torch.full_like(tokens, -1) if part is None else torch.from_numpy(part[rows]).to(x_BTD.device)
+            for part in (self.labels_RT, self.classes_RT)
+        )
+        return TokenBatch(x_BTD, tokens, documents, units, valid, real, numbers, labels, classes)
 
 
 def spread_over_documents(documents_R: np.ndarray, rows: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from ...train.sae.protocol import RowTokens, SparseCoder
 from .heldout_text import HeldOutText
 from .logit_effects import LogitEffects
 from .splice import SplicedModel
+from .token_text import token_text
 
 PROBE_ROWS = 256
 
@@ -77,6 +78,11 @@ class ProbeContext:
     """Norm beyond which a token does not count."""
 
     @property
+    def text(self) -> HeldOutText:
+        """The text that is evaluated on."""
+        return self.probed.text
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of the text that are neither special nor padding."""
         return self.probed.text.n_tokens
@@ -118,11 +124,7 @@ class ProbeContext:
 
     def token_text(self, token: int) -> str:
         """A token as readers see it, its leading space kept."""
-        tokenizer = self.probed.model.lm.tokenizer
-        piece = tokenizer.convert_ids_to_tokens(int(token))
-        text = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
-        # Some tokenizers drop the space that begins a sequence; the piece itself knows of it.
-        return " " + text if isinstance(piece, str) and piece[:1] in "▁Ġ" and not text.startswith(" ") else text
+        return token_text(self.probed.model.lm.tokenizer, token)
 
     def logit_effects(self, directions_nD: Tensor) -> Tensor | None:
         """What adding each direction to the residual stream does to the logits [n, V].

@@ -181,6 +181,7 @@ class _Batches:
 
         real_BT = text(self._store.flags(start, stop)) == 0
         row_B = torch.arange(start, stop, device=self._device)
+        nothing_BT = torch.full(real_BT.shape, -1, device=self._device)
         return TokenBatch(
             x_BTD=x_BTD,
             tokens_BT=text(self._store.tokens(start, stop)),
@@ -189,6 +190,8 @@ class _Batches:
             valid_BT=real_BT & (x_BTD.norm(dim=2) <= self._limit),
             real_BT=real_BT,
             rows_B=row_B,
+            labels_BT=nothing_BT,
+            classes_BT=nothing_BT,
         )
 
 

@@ -34,6 +34,10 @@ class Documents(Protocol):
         """(number, text) of every document from number ``start`` on."""
         ...
 
+    def label(self, number: int) -> str | None:
+        """The label of a document that was read; None where it has none."""
+        ...
+
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out ``share``.
@@ -79,3 +83,24 @@ def text_of(example: Mapping[str, Any], column: str, name: str) -> str:
             f"column '{column}' of {name} holds {type(text).__name__}, not text: name another with --text-column"
         )
     return text or ""
+
+
+def label_of(example: Mapping[str, Any], column: str | None, name: str) -> str | None:
+    """The label of one row: text or a whole number, None where it is empty or there is no column of labels.
+
+    Raises:
+        TextError: there is no such column, or it holds something else.
+
+    """
+    if column is None:
+        return None
+    if column not in example:
+        raise TextError(
+            f"{name} has no column '{column}': its columns are {', '.join(example)}; name one with --label-column"
+        )
+    label = example[column]
+    if label is not None and not isinstance(label, str | int):
+        raise TextError(
+            f"column '{column}' of {name} holds {type(label).__name__}, no labels: name another with --label-column"
+        )
+    return None if label in (None, "") else str(label)

@@ -5,15 +5,16 @@ A dataset that needs a loading script is read from the hub's automatic conversio
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.hub import hub_failures
-from .documents import text_of
+from .documents import label_of, text_of
 
 SHUFFLE_BUFFER = 10_000  # documents in the buffer from which the next one is drawn at random
 
@@ -26,6 +27,10 @@ class StreamedDocuments:
     name: str
     column: str
     revision: str | None
+    label_column: str | None = None
+    _numbers: dict[str | None, int] = field(default_factory=lambda: {None: 0})  # label → its number
+    _labels: array[int] = field(default_factory=lambda: array("i"))  # those numbers, from document _first on
+    _first: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -37,9 +42,19 @@ class StreamedDocuments:
 
         Documents before ``start`` are read and skipped, since the state of the shuffle buffer depends on them.
         """
+        self._first, self._labels = start, array("i")
         with hub_failures("dataset", self.name, TextError):
             for number, example in islice(enumerate(self.stream), start, None):
+                if self.label_column is not None:
+                    label = label_of(example, self.label_column, self.name)
+                    self._labels.append(self._numbers.setdefault(label, len(self._numbers)))
                 yield number, text_of(example, self.column, self.name)
+
+    def label(self, number: int) -> str | None:
+        """See :class:`Documents`."""
+        if self.label_column is None:
+            return None
+        return list(self._numbers)[self._labels[number - self._first]]
 
 
 def open_stream(source: TextSource) -> StreamedDocuments:
@@ -74,9 +89,9 @@ def open_stream(source: TextSource) -> StreamedDocuments:
             stream = _parquet(name, revision, _converted(files, subset, source.split, name))
     if (columns := getattr(stream, "column_names", None)) is not None:
         text_of(dict.fromkeys(columns), source.text_column, source.dataset)
-    return StreamedDocuments(
-        stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER), source.dataset, source.text_column, revision
-    )
+        label_of(dict.fromkeys(columns), source.label_column, source.dataset)
+    shuffled = stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER)
+    return StreamedDocuments(shuffled, source.dataset, source.text_column, revision, source.label_column)
 
 
 def _at_commit(name: str, revision: str | None) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.files import hash_file
 from ..model.hub import first_line
-from .documents import shuffled, text_of
+from .documents import label_of, shuffled, text_of
 
 _FORMATS = {
     ".txt": "text",
@@ -63,6 +63,11 @@ def open_local(where: str | Path, source: TextSource) -> LocalText | LocalTable:
         raise TextError(f"{where} is on this machine and has only the split 'train'; you asked for '{source.split}'")
     files, folder = _files(where)
     kind = format_of(files[0])
+    if kind == "text" and source.label_column is not None:
+        raise TextError(
+            f"{where} holds text files, which have no column '{source.label_column}': put those of each label in a "
+            "folder of their own, and leave --label-column out"
+        )
     documents = LocalText(files, folder, source.seed) if kind == "text" else _table(str(kind), files, folder, source)
     if len(documents) == 0:
         raise TextError(f"{where} holds no text: every file in it is empty")
@@ -102,7 +107,7 @@ def _fingerprint(files: Sequence[Path], root: Path) -> str:
 
 @dataclass
 class LocalText:
-    """Text files, one document each."""
+    """Text files, one document each. Where they lie in two folders or more, the first one's name is their label."""
 
     files: Sequence[Path]
     folder: Path
@@ -110,6 +115,10 @@ class LocalText:
 
     def __post_init__(self):
         self.files = [path for path in self.files if path.stat().st_size]
+        parts = [path.relative_to(self.folder).parts for path in self.files]
+        folders = [part[0] if len(part) > 1 else None for part in parts]
+        self._labels = folders if None not in folders and len(set(folders)) > 1 else [None] * len(folders)
+        self._order = shuffled(len(self.files), self.seed)
 
     @property
     def revision(self) -> None:
@@ -127,9 +136,12 @@ class LocalText:
 
     def read(self, start: int) -> Iterator[tuple[int, str]]:
         """See :class:`tcsae.extract.text.documents.Documents`."""
-        order = shuffled(len(self.files), self.seed)
-        for number in range(start, len(order)):
-            yield number, _read_text(self.files[order[number]])
+        for number in range(start, len(self._order)):
+            yield number, _read_text(self.files[self._order[number]])
+
+    def label(self, number: int) -> str | None:
+        """See :class:`tcsae.extract.text.documents.Documents`."""
+        return self._labels[self._order[number]]
 
 
 def _read_text(path: Path) -> str:
@@ -155,6 +167,10 @@ class LocalTable:
     folder: Path
     column: str
     seed: int
+    label_column: str | None = None
+
+    def __post_init__(self):
+        self._order = shuffled(len(self.table), self.seed)
 
     @property
     def revision(self) -> None:
@@ -170,9 +186,14 @@ class LocalTable:
 
     def read(self, start: int) -> Iterator[tuple[int, str]]:
         """See :class:`tcsae.extract.text.documents.Documents`."""
-        order = shuffled(len(self.table), self.seed)
-        for number in range(start, len(order)):
-            yield number, text_of(self.table[int(order[number])], self.column, str(self.folder))
+        for number in range(start, len(self._order)):
+            yield number, text_of(self.table[int(self._order[number])], self.column, str(self.folder))
+
+    def label(self, number: int) -> str | None:
+        """See :class:`tcsae.extract.text.documents.Documents`."""
+        if self.label_column is None:
+            return None
+        return label_of(self.table[int(self._order[number])], self.label_column, str(self.folder))
 
 
 def _table(kind: str, files: Sequence[Path], folder: Path, source: TextSource) -> LocalTable:
@@ -188,5 +209,8 @@ def _table(kind: str, files: Sequence[Path], folder: Path, source: TextSource) -
     except (DatasetGenerationError, OSError, ValueError, ImportError, TypeError) as wrong:
         raise TextError(f"{named} cannot be read as {kind}: {first_line(wrong.__cause__ or wrong)}") from wrong
     columns = table.column_names
-    text_of(dict.fromkeys(columns or []), source.text_column, named)
-    return LocalTable(table.select_columns([source.text_column]), files, folder, source.text_column, source.seed)
+    empty = dict.fromkeys(columns or [])
+    text_of(empty, source.text_column, named)
+    label_of(empty, source.label_column, named)
+    used = list(dict.fromkeys([source.text_column, source.label_column or source.text_column]))
+    return LocalTable(table.select_columns(used), files, folder, source.text_column, source.seed, source.label_column)

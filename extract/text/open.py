@@ -27,6 +27,7 @@ def resolve_text(
         split=source.split,
         revision=documents.revision,
         text_column=source.text_column,
+        label_column=source.label_column,
         fingerprint=documents.fingerprint,
         packing=source.packing,
         context=source.context,

@@ -120,7 +120,7 @@ def test_of_windows_only_complete_ones_count_for_the_whole():
     documents, units = torch.zeros(2, 6, dtype=torch.int64), torch.tensor([[0] * 6, [1] * 6])
     out = sae.token_coder().on_rows(x, RowTokens.of(valid, documents))
     metrics = WindowMetrics(torch.zeros(D))
-    batch = TokenBatch(x, documents, documents, units, valid, valid, torch.arange(2))
+    batch = TokenBatch(x, documents, documents, units, valid, valid, torch.arange(2), documents, documents)
     metrics.update(batch, ActiveEntries.from_dense(out.features, valid, out.parts), out.reconstruction)
     found = metrics.result().sums
     error = spread = 0.0

@@ -72,6 +72,8 @@ def passed(text: Text, sae, rows_per_batch=7, **options):
             valid_BT=text.valid_RT[rows],
             real_BT=text.valid_RT[rows],
             rows_B=torch.arange(R)[rows],
+            labels_BT=whole - 1,
+            classes_BT=whole - 1,
         )
         found.update(batch, ActiveEntries.from_dense(z_BTF, batch.valid_BT), torch.zeros(len(z_BTF), T, D))
     return found

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -113,9 +115,7 @@ def test_previous_token_stays_inside_the_document():
     batch = a_batch(a_text())
     documents = batch.documents_BT.clone()
     documents[0, 5:] = 99
-    batch = TokenBatch(
-        batch.x_BTD, batch.tokens_BT, documents, batch.units_BT, batch.valid_BT, batch.real_BT, batch.rows_B
-    )
+    batch = replace(batch, documents_BT=documents)
     mean = torch.ones(5)
     moved = replacement("previous_token", batch, mean)
     assert torch.equal(moved[0, 1], mean)  # before it stands BOS

@@ -1,0 +1,178 @@
+"""Sparse probes: a few features chosen for a class, and a logistic regression on them, by cross-validation over
+documents.
+
+Every class is asked for against the rest. In each of three folds the k features are chosen on the training documents
+alone, by |mean of the class − mean of the rest| / σ, σ over all training samples: the order of the ANOVA F-statistic,
+one of the selections of Gurnee et al. (arXiv 2305.01610); without σ it is the mean difference that SAEBench (arXiv
+2503.09532) ranks by, which depends on how a dictionary scales its features. Then scikit-learn's LogisticRegression,
+class_weight "balanced", on the standardised features. No document is in both parts of a fold, and each is tested once.
+
+Shapes: M samples, F features, C classes, G folds, D columns of dense inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...protocol import SumsByUnit, UnitSums
+from ..active_entries import uniform_hash
+from ..token_sample import SampledTokens
+
+FOLDS = 3
+MIN_POSITIVES = 5
+"""Samples of a class that the training part of every fold must hold; classes with fewer are not asked for."""
+DENSE_C = 0.01
+"""Inverse strength of the penalty where all dimensions are used, which a few hundred samples would else overfit."""
+
+
+Columns = Callable[[int, int], np.ndarray | None]
+"""(class, fold) → what its probe sees of every sample [M, k]; None where no feature tells anything, and the answer is
+no.
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What class each sample is of, and how the samples are divided."""
+
+    sample: SampledTokens
+    class_M: np.ndarray  # int64
+    fold_M: np.ndarray  # int64
+    asked: list[int]
+    by_document: bool
+    """Whether all samples of a document are of one class."""
+
+    @classmethod
+    def of(cls, sample: SampledTokens, class_M: np.ndarray, by_document: bool) -> Question:
+        """Divided by document."""
+        fold_M = folds_of(sample.document_M.cpu().numpy(), class_M, by_class=by_document)
+        return cls(sample, class_M, fold_M, classes_asked(class_M, fold_M), by_document)
+
+    def permuted(self, seed: int) -> Question:
+        """The same samples with the classes dealt out anew: over documents, or over samples."""
+        generator = np.random.default_rng(seed)
+        if not self.by_document:
+            return Question.of(self.sample, generator.permutation(self.class_M), False)
+        _, first_M, at_M = np.unique(self.sample.document_M.cpu().numpy(), return_index=True, return_inverse=True)
+        return Question.of(self.sample, generator.permutation(self.class_M[first_M])[at_M], True)
+
+    def answered(self, key: str, columns: Columns, penalty: float = 1.0) -> dict[str, UnitSums]:
+        """Mean balanced accuracy over the classes as sums per unit of text; ``penalty`` is scikit-learn's C.
+
+        A sample of a class weighs 1 / (2 · the class's samples), one of the rest 1 / (2 · the rest's), and every class
+        the same.
+        """
+        from threadpoolctl import threadpool_limits
+
+        if len(self.asked) < 2:
+            return {}
+        above_M, below_M = np.zeros(len(self.class_M)), np.zeros(len(self.class_M))
+        with threadpool_limits(1):  # so small a problem is solved ten times as fast without threads
+            for one in self.asked:
+                is_M = self.class_M == one
+                weight_M = np.where(is_M, 0.5 / is_M.sum(), 0.5 / (~is_M).sum()) / len(self.asked)
+                above_M += weight_M * (says(is_M, self.fold_M, partial(columns, one), penalty) == is_M)
+                below_M += weight_M
+        by_unit = SumsByUnit()
+        by_unit.add(self.sample.unit_M, above=torch.from_numpy(above_M), below=torch.from_numpy(below_M))
+        return {key: replace(by_unit.ratio("above", "below", "share"), definition=key, n=len(self.class_M))}
+
+
+def says(
+    is_M: np.ndarray, fold_M: np.ndarray, columns: Callable[[int], np.ndarray | None], penalty: float = 1.0
+) -> np.ndarray:
+    """What a probe, trained on the other folds, says of every sample: bool [M]."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    says_M = np.zeros(len(is_M), dtype=bool)
+    for fold in range(FOLDS):
+        test_M, x_MK = fold_M == fold, columns(fold)
+        if x_MK is None or not test_M.any():
+            continue
+        regression = LogisticRegression(C=penalty, class_weight="balanced", max_iter=1000)
+        probe = make_pipeline(StandardScaler(), regression).fit(x_MK[~test_M], is_M[~test_M])
+        says_M[test_M] = probe.predict(x_MK[test_M])
+    return says_M
+
+
+def folds_of(document_M: np.ndarray, class_M: np.ndarray, *, by_class: bool) -> np.ndarray:
+    """The fold [M] in which a sample is tested: that of its document, by a hash of the document's number.
+
+    ``by_class``: documents, each of one class, are dealt out class by class, so that every fold has some of each.
+    """
+    documents, first_M, at_M = np.unique(document_M, return_index=True, return_inverse=True)
+    group = class_M[first_M] if by_class else np.zeros(len(documents))
+    order = np.lexsort((uniform_hash(0, documents), group))
+    fold = np.empty(len(documents), dtype=np.int64)
+    fold[order] = np.arange(len(documents)) % FOLDS
+    return fold[at_M]
+
+
+def classes_asked(class_M: np.ndarray, fold_M: np.ndarray) -> list[int]:
+    """The classes that the training part of every fold has enough of, and enough of the rest."""
+
+    def enough(one: int) -> bool:
+        return all(
+            MIN_POSITIVES <= (class_M[fold_M != fold] == one).sum() <= (fold_M != fold).sum() - MIN_POSITIVES
+            for fold in range(FOLDS)
+        )
+
+    return [one for one in np.unique(class_M).tolist() if enough(one)]
+
+
+Ranking = dict[tuple[int, int], Tensor]
+"""(class, fold) → the best features in its training part, best first: int64 [at most k]."""
+
+
+def rank_features(
+    sample: SampledTokens, n_features: int, class_M: np.ndarray, fold_M: np.ndarray, asked: Sequence[int], k: int
+) -> Ranking:
+    """Choose features from sums over the entries, without writing dense codes out.
+
+    Scores are rounded to six digits and ties go to the smaller number, so that no rounding upstream decides.
+    """
+    device = sample.value_E.device
+    slot_E, value_E = sample.slot_E.long(), sample.value_E.double()
+    fold_G = torch.from_numpy(fold_M).to(device)
+    place_E = fold_G[slot_E] * n_features + sample.feature_E.long()
+
+    def sums(weight_E: Tensor) -> Tensor:
+        total = torch.zeros(FOLDS * n_features, dtype=torch.float64, device=device)
+        return total.index_add_(0, place_E, weight_E).view(FOLDS, n_features)
+
+    first_GF, second_GF = sums(value_E), sums(value_E**2)
+    best = {}
+    for one in asked:
+        is_M = torch.from_numpy(class_M == one).to(device)
+        inside_GF = sums(value_E * is_M[slot_E])
+        for fold in range(FOLDS):
+            train_M = fold_G != fold
+            n, n_in = int(train_M.sum()), int((train_M & is_M).sum())
+            total_F, square_F, inside_F = (each.sum(0) - each[fold] for each in (first_GF, second_GF, inside_GF))
+            variance_F = square_F / n - (total_F / n) ** 2
+            gap_F = (inside_F / n_in - (total_F - inside_F) / (n - n_in)).abs()
+            score_F = torch.where(variance_F > 1e-12 * square_F / n, gap_F / variance_F.clamp(min=1e-300).sqrt(), 0.0)
+            order_F = torch.argsort((score_F * 1e6).round(), descending=True, stable=True)[:k]
+            best[one, fold] = order_F[score_F[order_F] > 0]
+    return best
+
+
+def sparse_columns(sample: SampledTokens, ranking: Ranking) -> Callable[..., np.ndarray | None]:
+    """What a probe for a class sees in a fold: (class, fold, k) → the codes [M, k] of the best k features."""
+    every = torch.unique(torch.cat(list(ranking.values()))) if ranking else torch.zeros(0, dtype=torch.int64)
+    found = sample.dense(every)[0].cpu().numpy()
+    place = {feature: at for at, feature in enumerate(every.tolist())}
+
+    def columns(one: int, fold: int, k: int) -> np.ndarray | None:
+        chosen = [place[feature] for feature in ranking[one, fold][:k].tolist()]
+        return found[:, chosen] if chosen else None
+
+    return columns
