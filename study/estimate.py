@@ -29,9 +29,11 @@ from .state import STATE, StudyState, read_state
 
 _CHECKPOINTS = 3  # two are kept, and one is being written
 _STATES = 3  # weight and two moments in a checkpoint, float32
-# Time per token of one row of the table, in passes through the layers that are extracted: the layers above, the head,
-# the coder, all metrics. Measured with SmolLM2-135M at layer 5 and 1024 features on two cores (docs/STUDY.md).
-_PASSES_PER_ROW = 12.0
+# What a row of an evaluation's table costs, in passes of a token through one layer. Measured on the CPU with
+# SmolLM2-135M and 1024 features; a layer has about 12 d² weights, the head V d.
+_OF_HEAD = 5.0  # times its weights: in float32, with softmax and KL
+_PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over tokens
+_PER_ROW = 200_000.0  # null distributions, probes, passages for the feature browser
 _UNKNOWN = "unknown until the model's weights are here"
 
 
@@ -148,7 +150,9 @@ def _of_evaluation(
     rows = len(text.members) + len(text.trainings) * (len(REFERENCES) - 1 + len(kinds))
     tokens = config.rows * planned.config.text.context * rows
     measured = known.of(f"evaluate {text.name}")
-    seconds = tokens / measured if measured else None if rate is None else tokens * _PASSES_PER_ROW / rate
+    seconds = (
+        tokens / measured if measured else None if rate is None else _evaluation_seconds(text, planned, rate, rows)
+    )
     about = planned.outline.d_model, 1, planned.config.text.context
     of_saes = sum(4 * plan.n_parameters for t in text.trainings for plan in member_plans(t, *about))
     return StageEstimate(
@@ -159,6 +163,15 @@ def _of_evaluation(
         rows * 1_000_000,
         None if of_model is None else of_model + min(round(PASS_BYTES), of_saes),
     )
+
+
+def _evaluation_seconds(text: PlannedText, planned: Plan, rate: float, rows: int) -> float:
+    """For ``rows`` rows of the table, from the tokens per second of the extraction's pass."""
+    outline, config, context = planned.outline, text.evaluation, planned.config.text.context
+    layers = [training.at.layer for training in text.trainings]
+    above = outline.n_layers - 1 - sum(layers) / len(layers) + _OF_HEAD * outline.vocab_size / (12 * outline.d_model)
+    each = (config.splice_rows or config.rows) * context * above + config.rows * context * _PER_TOKEN + _PER_ROW
+    return rows * each / (rate * (max(layers) + 1))
 
 
 def _said(measured: bool, otherwise: str) -> str:

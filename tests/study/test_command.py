@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import house
@@ -83,6 +84,15 @@ def test_the_verdict_has_every_control_at_the_same_weight():
             "earlier",
         }
         assert {of[name]["temporal.weight"] for name in each.controls} == {of[each.treatment]["temporal.weight"]}
+
+
+def test_the_file_in_the_documentation_can_be_trained(tmp_path):
+    written = (house.ROOT / "docs/STUDY.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(re.search(r"```toml\n(.*?)```", written, re.S)[1])
+    plan = plan_study(read_study(path))
+    assert [each.name for each in plan.members][:4] == ["l5-none-s0", "l5-none-s1", "l5-none-s2", "l5-next-s0"]
+    assert len(member_plans(plan.texts[0].trainings[0], 576, 600_000, 128)) == 9
 
 
 # --- dry run and status -----------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import house
 import pytest
 import tcsae
 from tcsae.errors import RunError, UsageError
@@ -223,3 +226,24 @@ def test_plans_name_every_member_once(file):
     plan = plan_study(read_study(file))
     assert [each.name for each in plan.members] == MEMBERS
     assert str(plan.out) == "studies/out/tiny-small"
+
+
+def test_a_variant_and_an_outcome_of_a_plugin_are_judged_like_any_other(tiny_gemma2, text, tmp_path):
+    written = (house.ROOT / "docs/EXTENDING.md").read_text()
+    plugins = []
+    for name in ("second_difference", "same_strongest"):
+        (code,) = (part for part in re.findall(r"```python\n(.*?)```", written, re.S) if f"def {name}(" in part)
+        plugins.append(str(tmp_path / f"{name}.py"))
+        Path(plugins[-1]).write_text(code)
+    changes = {
+        '"sae.k" = 4': f'"sae.k" = 4\n"run.plugins" = {json.dumps(plugins)}',
+        'train = { "temporal.weight" = 0.1 }': 'train = { "temporal.form" = "second_difference" }',
+        "same_token": "same_strongest",
+    }
+    done = tcsae.study(
+        write_study(tmp_path / "t.toml", tiny_gemma2, text, **changes), scale="one", out=tmp_path / "out", device="cpu"
+    )
+    assert done.failures == {}
+    (comparison,) = done.analysis.comparisons
+    assert "same_strongest" in comparison.model_dump_json()
+    assert set(load_run(next(done.folder.glob("runs/*/l1-next-s0"))).plugins) == {Path(each).name for each in plugins}
