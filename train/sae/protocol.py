@@ -7,6 +7,7 @@ gives raw activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -47,12 +48,16 @@ class SAEOutput:
 
     def at(self, mask: Tensor) -> SAEOutput:
         """The same of some tokens [N] of those it was computed for."""
+        return self.each(lambda value: value[mask])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SAEOutput:
+        """The same with every tensor changed."""
         return SAEOutput(
-            self.reconstruction[mask],
-            self.features[mask],
-            self.pre_activations[mask],
-            {name: value[mask] for name, value in self.parts.items()},
-            None if self.sparse is None else self.sparse[mask],
+            change(self.reconstruction),
+            change(self.features),
+            change(self.pre_activations),
+            {name: change(value) for name, value in self.parts.items()},
+            None if self.sparse is None else change(self.sparse),
         )
 
 
@@ -90,6 +95,13 @@ class RowTokens:
         """Of rows that hold nothing but tokens of one document."""
         valid = torch.ones(x_NTD.shape[:2], dtype=torch.bool, device=x_NTD.device)
         return cls(valid, torch.zeros_like(valid, dtype=torch.int64), valid.numel(), 0)
+
+    def counted(self, value_NTX: Tensor) -> Tensor:
+        """What belongs to the tokens that count, row by row [n_tokens, X]."""
+        start = self.one_run_from
+        if start is not None and self.n_tokens == value_NTX.shape[0] * (value_NTX.shape[1] - start):
+            return value_NTX[:, start:].flatten(0, 1)  # no gather, and no scatter in the backward pass
+        return value_NTX[self.valid_NT]
 
     def at(self, rows: slice) -> RowTokens:
         """Of some of the rows."""

@@ -52,12 +52,12 @@ def autograd_step(
             out = sae(x_NWD) if rows is None else sae(x_NWD, rows)
             features_NWF = out.features
     if rows is not None:
-        x_NWD, out = x_NWD[rows.valid_NT], out.at(rows.valid_NT)
-    found = {
-        "reconstruction": sae.reconstruction_loss(x_NWD, out, objective),
-        "sparsity": sae.sparsity_loss(out, objective),
-        "error": sae.prefix_error(x_NWD, out, sae.n_features),
-    }
+        x_NWD, out = rows.counted(x_NWD), out.each(rows.counted)
+    found = {"reconstruction": sae.reconstruction_loss(x_NWD, out, objective)}
+    with torch.set_grad_enabled(objective.sparsity_weight > 0):
+        found["sparsity"] = sae.sparsity_loss(out, objective)
+    with torch.no_grad():  # reported only
+        found["error"] = sae.prefix_error(x_NWD, out, sae.n_features)
     total = found["reconstruction"]
     if objective.sparsity_weight > 0:
         total = total + objective.sparsity_weight * found["sparsity"]
