@@ -71,6 +71,16 @@ class StudyCurve(Frozen):
     values: list[Number]
 
 
+class VariantFacts(Frozen):
+    """What the study file says of a variant."""
+
+    name: str
+    label: str
+    preset: str
+    train: dict[str, Any]
+    members: int = Field(description="with numbers")
+
+
 class CostRow(Frozen):
     """What a variant's training took, over all its seeds and places."""
 
@@ -122,6 +132,7 @@ class Analysis(Frozen):
     settings: dict[str, dict[str, str | int | float | bool | None]] = Field(
         description="of the training of each variant, by dotted name; of its first member"
     )
+    about: list[VariantFacts]
     variants: list[VariantRow]
     references: list[ReferenceRow]
     curves: list[StudyCurve]
@@ -189,6 +200,16 @@ def analyse(
         published=published_table(study, measured, settings) if claims else None,
         labels=labels,
         settings={name: dict(one) for name, one in settings.items()},
+        about=[
+            VariantFacts(
+                name=one.name,
+                label=labels[one.name],
+                preset=one.preset,
+                train=dict(one.train),
+                members=sum(key[0] == one.name for key in observations.rows),
+            )
+            for one in study.active
+        ],
         variants=_variant_rows(study, measured, definitions, labels),
         references=_reference_rows(observations),
         curves=curves,
@@ -440,6 +461,13 @@ def _limits(
     """What a reader must know before believing anything."""
     n = len({seed for _, seed, *_ in observations.rows})
     found = []
+    family = max((len(one.outcomes) for one in comparisons), default=0)
+    if family * 2 / (study.rule.resamples + 1) >= study.rule.alpha:
+        least = math.ceil(2 * family / study.rule.alpha)
+        found.append(
+            f"{study.rule.resamples} resamples are too few for {family} outcomes: no adjusted p can be below "
+            f"{study.rule.alpha:g}, so nothing can be decided; give rule.resamples more than {least}."
+        )
     if n == 1:
         found.append("One seed: no interval over seeds exists, so nothing can be concluded; numbers are a first look.")
     elif n < 6:

@@ -12,7 +12,7 @@ from ..system.atomic_files import write_file
 from .analysis import Analysis
 from .decision import figures
 from .effects import ComparisonEffects, OutcomeEffect
-from .page import command, provenance
+from .page import command, provenance, told
 from .panels import cost_panels, curve_panels, effect_panels, level_panels, metric_name, sweep_panels
 from .resampling import Estimate
 
@@ -177,7 +177,8 @@ def _cost(a: Analysis) -> list[str]:
 
 
 def _levels(a: Analysis) -> list[str]:
-    parts = ["### Every variant", ""]
+    header = ["variant", "preset", "over the preset and the study's training", "SAEs with numbers"]
+    parts = ["### Every variant", "", *_table(header, [list(row) for row in told(a)])]
     for model, place in dict.fromkeys((row.model, row.place) for row in a.variants):
         rows = [row for row in a.variants if (row.model, row.place) == (model, place)]
         keys = list(dict.fromkeys(key for row in rows for key in row.metrics))

@@ -127,6 +127,12 @@ class StudyFile(_Part):
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError("two variants have one name")
+        for what, listed in (
+            ("comparisons have one name", [one.name for one in self.comparisons]),
+            ("outcomes have one metric", [one.metric for one in self.outcomes]),
+        ):
+            if twice := next((one for one in listed if listed.count(one) > 1), None):
+                raise ValueError(f"two {what}: '{twice}'")
         if self.scale not in self.scales:
             raise ValueError(f"scale '{self.scale}' is not among {', '.join(self.scales)}")
         for each in self.comparisons:

@@ -74,6 +74,7 @@ def render_page(analysis: Analysis) -> str:
             sweep_panels=_drawn(sweep_panels(analysis)),
             cost_panels=_drawn(cost_panels(analysis)),
             curve_panels=_drawn(curve_panels(analysis)),
+            about=told(analysis),
             tables=_tables(analysis),
             published=_published(analysis),
             provenance=provenance(analysis),
@@ -174,6 +175,14 @@ def _drawn(panels: Sequence[Panel]) -> list[dict[str, Any]]:
     return [
         {"panel": panel, "svg": render(panel), "legend": [(swatch(r), r, name) for r, name in panel.legend()]}
         for panel in panels
+    ]
+
+
+def told(analysis: Analysis) -> list[tuple[str, str, str, str]]:
+    """Every variant: label, preset, what differs from it, members with numbers."""
+    return [
+        (one.label, one.preset, ", ".join(f"{k} = {v}" for k, v in one.train.items()) or "—", str(one.members))
+        for one in analysis.about
     ]
 
 

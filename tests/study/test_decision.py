@@ -161,5 +161,6 @@ def test_a_study_of_several_comparisons_counts_them(tmp_path):
     members = make_members(tmp_path, world)
     study = study_file(world, comparisons=comparisons)
     assert analyse(study, members).headline == "Of 2 comparisons 1 helps (next) and 1 harms."
-    study = study_file(world, comparisons=comparisons[1:] * 2)
+    again = comparisons[1] | {"name": "again"}
+    study = study_file(world, comparisons=[comparisons[1], again])
     assert analyse(study, members).headline == "Of 2 comparisons none helps and 2 harm."

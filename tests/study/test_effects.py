@@ -160,3 +160,22 @@ def test_without_an_effect_eight_outcomes_seldom_decide_anything(by_seed, by_doc
 def test_a_large_effect_is_found():
     assert verdicts(0.3, 0.005, 0.1, studies=10) == {"helps": 10}
     assert verdicts(-0.3, 0.005, 0.1, studies=10) == {"harms": 10}
+
+
+def test_too_few_resamples_for_the_family_are_named(tmp_path):
+    world = World(effects={"next": {"topic": 0.5}})
+    analysis = analyse(study_file(world, rule={"resamples": 100}), make_members(tmp_path, world))
+    assert analysis.limits[0].startswith("100 resamples are too few for 3 outcomes: no adjusted p can be below 0.05")
+    assert analysis.limits[0].endswith("give rule.resamples more than 120.")
+    enough = analyse(study_file(world, rule={"resamples": 121}), make_members(tmp_path, world))
+    assert not enough.limits[0].startswith("121")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("comparisons", "two comparisons have one name: 'the term'"), ("outcomes", "two outcomes have one metric: 'kl'")],
+)
+def test_names_are_single(field, message):
+    twice = [one.model_dump() for one in getattr(study_file(World()), field)] * 2
+    with pytest.raises(ValueError, match=message):
+        study_file(World(), **{field: twice})
