@@ -1,9 +1,10 @@
 """Are the same features found again? Decoder directions of two SAEs, trained alike with different seeds, compared.
 
 Two numbers, as in Paulo and Belrose (arXiv 2501.16615): the mean over the features of one of the largest cosine with
-any feature of the other, and the share of them that have a partner of their own at a cosine above 0.7. Partners are matched
-greedily, the most alike pair first, among each feature's eight most alike: an optimal assignment (Hungarian method)
-needs all F² cosines at once, 17 GB at 65,536 features, and differs only where several features share candidates.
+any feature of the other, and the share of them that have a partner of their own at a cosine above 0.7. Partners are
+matched greedily, the most alike pair first, among each feature's eight most alike: an optimal assignment (Hungarian
+method) needs all F² cosines at once, 17 GB at 65,536 features, and differs only where several features share
+candidates.
 
 Shapes: F and G features of the two SAEs, D model width.
 """
