@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -170,7 +171,7 @@ def analyse(
         RunError: no member has numbers.
 
     """
-    observations = Observations(members)
+    observations = Observations(replace(member, model=_public_name(member.model)) for member in members)
     if not observations.rows:
         why = observations.failures[0].message if observations.failures else "the study has no members"
         raise RunError(f"study '{study.name}' has no member with numbers: {why}")
@@ -232,6 +233,11 @@ def analyse(
         notes=notes,
         limits=_limits(study, observations, comparisons, texts),
     )
+
+
+def _public_name(name: str) -> str:
+    """A hub id as it is; of a path on somebody's disk the last part."""
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 def _comparisons(study: StudyFile, measured: Measured) -> tuple[list[ComparisonEffects], list[str]]:
@@ -415,7 +421,7 @@ def _texts(measured: Measured) -> list[StudyText]:
             text.key,
             StudyText(
                 model=model,
-                dataset=report.text.dataset,
+                dataset=_public_name(report.text.dataset),
                 tokens=report.n_tokens,
                 documents=report.n_documents,
                 context=report.text.context,

@@ -207,7 +207,10 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
     if unclear:
         shown = [f"{label} ({figures(effect)})" if len(unclear) < 4 else label for label, effect in unclear]
         found.append(f"no difference is told from chance in {listed(shown)}")
-    return f"undecided. {_upper('; '.join(found)) or 'No outcome but fidelity was measured'} ({n})."
+    kept = [reason.word for reason in reasons if reason.metric in fidelity]
+    if found and kept and set(kept) == {"kept"}:
+        found.append("fidelity is kept")
+    return f"undecided. {_upper('; '.join(found)) or 'Fidelity is kept, and nothing else was asked for'} ({n})."
 
 
 def _upper(text: str) -> str:

@@ -48,6 +48,7 @@ def test_nothing_is_no_difference_only_where_the_file_says_what_is_negligible(tm
     decision, _ = decided(tmp_path / "b", world, outcomes=outcomes)
     assert decision.verdict == "undecided"
     assert "No difference is told from chance in topic (+0.0" in decision.sentence
+    assert decision.sentence.endswith("; fidelity is kept (3 seeds).")
 
 
 def test_too_little_text_decides_nothing(tmp_path):

@@ -136,3 +136,10 @@ def test_levels_stand_beside_the_untrained_twin(analysis):
     assert found["level-topic"].y.categories == ("Next", "None", "Shuffled", "untrained:sae")
     assert {mark.role for mark in found["level-topic"].marks} == {"tc", "twin", "external", "reference"}
     assert {mark.label for mark in found["level-plane"].marks} == {"Next", "None", "Shuffled"}
+
+
+def test_paths_of_somebodys_disk_are_not_published(tmp_path):
+    world = World(models=("/home/somebody/models/Small-1B", "org/other"))
+    analysis = analyse(study_file(world), make_members(tmp_path, world))
+    assert "/home/somebody" not in render_page(analysis)
+    assert [one.model for one in analysis.comparisons] == [None, "Small-1B", "org/other"]
