@@ -24,6 +24,8 @@ from ..system.atomic_files import write_json
 from ..system.untrusted_files import read_json
 from ..train.run_folder.metrics_log import read_metrics
 from ..train.run_folder.record import load_run
+from .between_seeds import DEFINITIONS as BETWEEN_SEEDS
+from .between_seeds import add_between_seeds
 from .claims import ClaimRow, check_claims
 from .decision import Decision, decide
 from .effects import At, ComparisonEffects, Measured, comparison_effects
@@ -175,6 +177,7 @@ def analyse(
     if not observations.rows:
         why = observations.failures[0].message if observations.failures else "the study has no members"
         raise RunError(f"study '{study.name}' has no member with numbers: {why}")
+    add_between_seeds(observations, [outcome.metric for outcome in study.outcomes])
     rule = study.rule
     measured = Measured(observations, Sampling(rule.resamples, rule.seed, rule.alpha))
     labels = {one.name: one.label or one.name for one in study.active}
@@ -187,6 +190,8 @@ def analyse(
     definitions: dict[str, Definition] = {}
     for report in reports:
         definitions |= report.definitions
+    asked = {outcome.metric for outcome in study.outcomes}
+    definitions |= {name: one for name, one in BETWEEN_SEEDS.items() if name in asked}
     curves = [curve for key, member in observations.members.items() for curve in _curves(key, member)]
     return Analysis(
         study=study.name,
