@@ -177,7 +177,7 @@ def analyse(
     if not observations.rows:
         why = observations.failures[0].message if observations.failures else "the study has no members"
         raise RunError(f"study '{study.name}' has no member with numbers: {why}")
-    add_between_seeds(observations, [outcome.metric for outcome in study.outcomes])
+    left_out = add_between_seeds(observations, [outcome.metric for outcome in study.outcomes])
     rule = study.rule
     measured = Measured(observations, Sampling(rule.resamples, rule.seed, rule.alpha))
     labels = {one.name: one.label or one.name for one in study.active}
@@ -235,7 +235,7 @@ def analyse(
         created=max(report.created for report in reports),
         finished=len(observations.rows),
         failures=[_failed(one) for one in observations.failures],
-        notes=notes,
+        notes=[*notes, *left_out],
         limits=_limits(study, observations, comparisons, texts),
     )
 

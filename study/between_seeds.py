@@ -1,8 +1,8 @@
 """Metrics of several seeds of a variant together: whether the same features are found again.
 
-They compare pairs of seeds, so a seed has no value of its own. What stands for it is its jackknife pseudo-value: S times
-the mean over all pairs less S − 1 times the mean over the pairs without it: their mean is the mean over all pairs, and
-their spread over √S is its standard error, as if they were values of independent seeds.
+They compare pairs of seeds, so a seed has no value of its own. What stands for it is its jackknife pseudo-value:
+S times the mean over all pairs, less S − 1 times the mean over the pairs without it. The mean of these is the mean over
+all pairs, and their spread over √S is its standard error, as if they were values of independent seeds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import combinations
 import numpy as np
 from torch import Tensor
 
+from ..errors import TcsaeError
+from ..evaluate.report.wording import listed
 from ..evaluate.results import Definition
 from ..train.sae.protocol import SparseAutoencoder
 from .observations import Observations, Observed
@@ -39,23 +41,32 @@ DEFINITIONS = {
 }
 
 
-def add_between_seeds(observations: Observations, metrics: Iterable[str]) -> None:
+def add_between_seeds(observations: Observations, metrics: Iterable[str]) -> list[str]:
     """Measure those of ``metrics`` that this file defines, of every variant with three seeds or more at a place.
 
-    Raises:
-        RunError: the weights of a run cannot be read.
+    Returns:
+        A sentence for every variant and place that was left out.
 
     """
     wanted = [name for name in metrics if name in DEFINITIONS]
+    notes: list[str] = []
     if not wanted:
-        return
+        return notes
     for at in observations.places:
         for variant in dict.fromkeys(name for name, *_ in observations.rows):
             seeds = observations.seeds(variant, at)
-            if len(seeds) < 3:
+            if not seeds:
                 continue
             keys = [(variant, seed, *at) for seed in seeds]
-            weights: list[Tensor] = [SparseAutoencoder.load(observations.members[key].run).W_dec for key in keys]
+            where = f"{listed(wanted)} of {variant} at {' '.join(at)}"
+            if len(seeds) < 3:
+                notes.append(f"{where} is not measured: it needs three seeds, there are {len(seeds)}")
+                continue
+            try:
+                weights: list[Tensor] = [SparseAutoencoder.load(observations.members[key].run).W_dec for key in keys]
+            except TcsaeError as failure:
+                notes.append(f"{where} is not measured: {failure}")
+                continue
             found = {(a, b): stability(weights[a], weights[b]) for a, b in combinations(range(len(seeds)), 2)}
             values = {
                 "stability": {pair: one.mean_max_cosine for pair, one in found.items()},
@@ -64,6 +75,7 @@ def add_between_seeds(observations: Observations, metrics: Iterable[str]) -> Non
             for name in wanted:
                 for key, value in zip(keys, pseudo_values(values[name], len(seeds)), strict=True):
                     observations.rows[key].metrics[name] = Observed(value, DEFINITIONS[name].unit)
+    return notes
 
 
 def pseudo_values(pairs: dict[tuple[int, int], float], n: int) -> list[float]:

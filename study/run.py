@@ -316,7 +316,8 @@ class _Run:
         from .document import write_document
         from .page import write_page
 
-        analysis = analyse(self.plan.study, members)
+        took = {name: self.state.stage(name).seconds for name in self.plan.stages}
+        analysis = analyse(self.plan.study, members, took)
         page = write_page(analysis, folder)
         documents = () if write_docs is None else (write_document(_beside(folder), Path(write_docs)),)
         self.state = self.state.model_copy(update={"finished": True})

@@ -51,6 +51,18 @@ def test_two_seeds_are_one_pair_and_have_no_spread(tmp_path):
     save_weights(members)
     analysis = analyse(study_file(world, outcomes=OUTCOMES, comparisons=COMPARISONS), members)
     assert {reason.word for reason in analysis.decisions[0].reasons} == {"not measured"}
+    assert "stability and stability_matched of next at toy l5 is not measured: it needs three seeds, there are 2" in (
+        analysis.notes
+    )
+
+
+def test_weights_that_are_gone_are_named(tmp_path):
+    members = make_members(tmp_path, WORLD)
+    save_weights(members)
+    (members[0].run / "sae_weights.safetensors").unlink()
+    analysis = analyse(study_file(WORLD, outcomes=OUTCOMES, comparisons=COMPARISONS), members)
+    assert len(analysis.notes) == 1
+    assert "of next at toy l5 is not measured:" in analysis.notes[0]
 
 
 def test_nobody_reads_weights_that_no_outcome_asks_for(tmp_path):
