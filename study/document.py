@@ -12,8 +12,8 @@ from ..system.atomic_files import write_file
 from .analysis import Analysis
 from .decision import figures
 from .effects import ComparisonEffects, OutcomeEffect
-from .page import command, provenance, told
-from .panels import cost_panels, curve_panels, effect_panels, level_panels, metric_name, sweep_panels
+from .page import command, provenance, question_panels, told
+from .panels import cost_panels, curve_panels, level_panels, metric_name, sweep_panels
 from .resampling import Estimate
 
 _WORDS = {
@@ -79,7 +79,7 @@ def _comparison(one: ComparisonEffects, a: Analysis) -> list[str]:
     decision = next(each for each in a.decisions if (each.comparison, each.model) == (one.name, one.model))
     words = {reason.metric: reason.word for reason in decision.reasons}
     parts = [f"### {one.name}: {decision.verdict}", "", decision.sentence, ""]
-    panels = effect_panels(one, a)
+    panels = question_panels(one, a)
     parts += [f"![{panel.title}](results/{a.study}/{panel.key}.png)" for panel in panels]
     header = ["outcome", "effect", "finding", "seeds, least … most", "signs", "p", "p, Holm", "less each control"]
     parts += ["", *_table([*header, "beyond untrained"], [_outcome(each, words[each.metric]) for each in one.outcomes])]
@@ -223,16 +223,15 @@ def _cell(text: str) -> str:
 
 def _shown(analysis: Analysis) -> list[Panel]:
     """The figures that the document shows."""
-    effects = [panel for one in analysis.comparisons if one.model is None for panel in effect_panels(one, analysis)]
+    effects = [panel for one in analysis.comparisons if one.model is None for panel in question_panels(one, analysis)]
     return [*effects, *_beside(analysis)]
 
 
 def _beside(analysis: Analysis) -> list[Panel]:
     """Those that belong to no comparison."""
-    everything = [*level_panels(analysis), *sweep_panels(analysis), *cost_panels(analysis), *curve_panels(analysis)]
-    return [
-        one for one in everything if one.key.startswith(("level-plane", "sweep-", "cost-time")) or one.key in _CURVES
-    ]
+    found = [one for one in level_panels(analysis) if one.key == "level-plane"] + sweep_panels(analysis)[:4]
+    found += [one for one in cost_panels(analysis) if one.key == "cost-time"]
+    return found + [one for one in curve_panels(analysis) if one.key in _CURVES]
 
 
 _CURVES = ("curve-loss", "curve-temporal-share")

@@ -173,7 +173,7 @@ def _outcome(
     pair, metric = (comparison.treatment, comparison.baseline), outcome.metric
     about = {
         "metric": metric,
-        "label": outcome.label or metric.replace("_", " "),
+        "label": outcome.label or measured.observations.label(metric),
         "kind": outcome.kind,
         "better": outcome.better,
         "margin": outcome.margin,

@@ -217,6 +217,11 @@ class Observations:
         """What was evaluated there."""
         return self._texts[model, place]
 
+    def label(self, metric: str) -> str:
+        """A metric's short name: its definition's, else its name in words."""
+        found = (one.definitions[metric].label for one in self.reader.reports if metric in one.definitions)
+        return next(found, "") or metric.replace("_", " ")
+
     def seeds(self, variant: str, at: tuple[str, str]) -> list[int]:
         """The seeds of a variant that have numbers there."""
         return sorted(seed for name, seed, *where in self.rows if name == variant and tuple(where) == at)

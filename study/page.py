@@ -19,7 +19,16 @@ from ..system.atomic_files import write_file
 from .analysis import Analysis, VariantRow, write_analysis
 from .decision import Decision, figures
 from .effects import ComparisonEffects, OutcomeEffect
-from .panels import cost_panels, curve_panels, effect_panels, level_panels, metric_name, slug, sweep_panels
+from .panels import (
+    cost_panels,
+    curve_panels,
+    effect_panels,
+    level_panels,
+    metric_name,
+    slug,
+    summary_panel,
+    sweep_panels,
+)
 from .resampling import Estimate
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -47,9 +56,15 @@ def write_page(analysis: Analysis, folder: Path) -> Path:
     return write_file(folder / PAGE, render_page(analysis))
 
 
+def question_panels(comparison: ComparisonEffects, analysis: Analysis) -> list[Panel]:
+    """The one picture of a question; where its outcomes have no common scale, one for each."""
+    summary = summary_panel(comparison, analysis)
+    return effect_panels(comparison, analysis) if summary is None else [summary]
+
+
 def all_panels(analysis: Analysis) -> list[Panel]:
-    """Every chart of the page."""
-    effects = [panel for one in analysis.comparisons for panel in effect_panels(one, analysis)]
+    """Every chart that gets files of its own: all of the page but those that a question has for its single outcomes."""
+    effects = [panel for one in analysis.comparisons for panel in question_panels(one, analysis)]
     levels = [*level_panels(analysis), *sweep_panels(analysis)]
     return [*effects, *levels, *cost_panels(analysis), *curve_panels(analysis)]
 
@@ -108,6 +123,7 @@ class Question:
     key: str
     name: str
     decision: Decision
+    summary: list[dict[str, Any]]
     panels: list[dict[str, Any]]
     lines: list[OutcomeLine]
     controls: list[str]
@@ -126,6 +142,7 @@ def _question(comparison: ComparisonEffects, analysis: Analysis) -> Question:
         key=slug(name),
         name=name,
         decision=decision,
+        summary=_drawn([one for one in [summary_panel(comparison, analysis)] if one is not None]),
         panels=_drawn(effect_panels(comparison, analysis)),
         lines=[_outcome_line(one, words[one.metric]) for one in comparison.outcomes],
         controls=[analysis.labels.get(each, each) for each in comparison.controls],

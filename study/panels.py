@@ -36,6 +36,52 @@ def effect_panels(comparison: ComparisonEffects, analysis: Analysis) -> list[Pan
     return [panel for panel in found if panel is not None]
 
 
+def summary_panel(comparison: ComparisonEffects, analysis: Analysis) -> Panel | None:
+    """All outcomes of a question in one picture: gains in units of what matters, so that right is better everywhere.
+
+    The unit is an outcome's margin, or what the study file calls negligible. None where an outcome has neither.
+    """
+    marks: list[Mark] = []
+    names: list[str] = []
+    for one in comparison.outcomes:
+        unit = one.margin or one.negligible
+        if unit is None:
+            return None
+        if one.effect is None or one.effect.value is None:
+            continue
+        y, factor = len(names), one.sign / unit
+        names.append(f"{one.label} {ARROWS[one.better]}")
+        marks += _scaled(one.effect, factor, y, "tc", f"{one.label}: {figures(one.effect, one.unit)}")
+        for each in one.controls:
+            if each.effect is not None and each.effect.value is not None:
+                name = analysis.labels.get(each.control, each.control)
+                said = f"{one.label}, control {name}: {figures(each.effect)}"
+                marks.append(Mark(each.effect.value * factor, y - DOTS, "external", "", said, small=True))
+    if not names:
+        return None
+    label = analysis.labels
+    pair = f"{label.get(comparison.treatment, '')} − {label.get(comparison.baseline, '')}"
+    return Panel(
+        key=slug(f"{comparison.name}-all" + (f"-{comparison.model}" if comparison.model else "")),
+        title=pair,
+        x=Axis("gain, in units of what matters"),
+        y=Axis("", categories=tuple(names)),
+        marks=tuple(marks),
+        rules=(Rule("", x=0.0), Rule("matters", x=1.0), Rule("harms", x=-1.0)),
+        caption="Right of zero is better, whichever way the outcome goes. 1 is the margin of a fidelity outcome, or "
+        "the difference that the study file calls negligible of another. Dots below: seeds. Dots above: controls.",
+    )
+
+
+def _scaled(effect: Estimate, factor: float, y: int, role: str, said: str) -> Iterable[Mark]:
+    ends = _ends(effect)
+    scaled = None if ends is None else (min(e * factor for e in ends), max(e * factor for e in ends))
+    yield Mark((effect.value or 0.0) * factor, y, role, "", said, x_interval=scaled)
+    for seed, value in zip(effect.seeds, effect.by_seed, strict=True):
+        if value is not None:
+            yield Mark(value * factor, y + DOTS, role, "", f"seed {seed}: {value:.4g}", small=True)
+
+
 def _effect_panel(comparison: ComparisonEffects, one: OutcomeEffect, analysis: Analysis) -> Panel | None:
     if one.effect is None or one.effect.value is None:
         return None

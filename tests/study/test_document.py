@@ -20,7 +20,7 @@ def test_it_is_written_with_the_figures_that_it_names(tmp_path):
     path = write_document(analyses, tmp_path / "docs" / "RESULTS.md")
     text = path.read_text()
     named = re.findall(r"\]\((results/[^)]+)\)", text)
-    assert len(named) == 2 * (3 + 4)  # of every study three outcomes, the plane, the cost and two curves
+    assert len(named) == 2 * (1 + 4)  # of every study one of its question, the plane, the cost and two curves
     for name in named:
         assert (path.parent / name).is_file()
         assert (path.parent / name).with_suffix(".svg").is_file()

@@ -8,7 +8,7 @@ import pytest
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import Analysis, analyse, read_analysis
 from tcsae.study.page import PAGE, all_panels, render_page, write_page
-from tcsae.study.panels import curve_panels, effect_panels, level_panels, sweep_panels
+from tcsae.study.panels import curve_panels, effect_panels, level_panels, summary_panel, sweep_panels
 
 WORLD = World(effects={"next": {"topic": 0.05}}, places=("l5", "l12"))
 
@@ -143,3 +143,24 @@ def test_paths_of_somebodys_disk_are_not_published(tmp_path):
     analysis = analyse(study_file(world), make_members(tmp_path, world))
     assert "/home/somebody" not in render_page(analysis)
     assert [one.model for one in analysis.comparisons] == [None, "Small-1B", "org/other"]
+
+
+def test_a_question_has_one_picture_where_its_outcomes_have_a_scale(analysis, page):
+    panel = summary_panel(analysis.comparisons[0], analysis)
+    assert panel.y.categories == ("KL ↓", "document topic ↑", "boundaries ↑")
+    kl, topic = (mark for mark in panel.marks if not mark.small and mark.y in (0, 1))
+    effects = analysis.comparisons[0].outcomes
+    assert kl.x == pytest.approx(-effects[0].effect.value / 0.02), "lower is better"
+    assert kl.x_interval[0] == pytest.approx(-effects[0].effect.high / 0.02)
+    assert topic.x == pytest.approx(effects[1].effect.value / 0.02)
+    controls = [mark for mark in panel.marks if mark.role == "external"]
+    assert len(controls) == 3
+    assert page.index(panel.key) < page.index("Outcome by outcome")
+
+
+def test_without_a_scale_every_outcome_has_its_picture(tmp_path):
+    outcomes = [{"metric": "topic", "better": "higher", "kind": "utility"}]
+    analysis = analyse(study_file(WORLD, outcomes=outcomes), make_members(tmp_path, WORLD))
+    assert summary_panel(analysis.comparisons[0], analysis) is None
+    assert "Outcome by outcome" not in render_page(analysis)
+    assert {panel.key for panel in all_panels(analysis)} >= {"the-term-topic"}
