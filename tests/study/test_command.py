@@ -18,7 +18,7 @@ from tiny import tiny_corpus
 from tiny_study import without_figures, write_study
 
 FILES = sorted((house.ROOT / "studies").glob("*.toml"))
-MODELS = {"demo": (576, 30), "google/gemma-2-2b": (2304, 26)}
+MODELS = {"demo": (576, 30), "demo-gemma3": (640, 18), "google/gemma-2-2b": (2304, 26)}
 
 
 @pytest.fixture(scope="module")
