@@ -32,7 +32,7 @@ _STATES = 3  # weight and two moments in a checkpoint, float32
 # SmolLM2-135M and 1024 features; a layer has about 12 d² weights, the head V d.
 _OF_HEAD = 5.0  # times its weights: in float32, with softmax and KL
 _PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over tokens
-_PER_ROW = 200_000.0  # null distributions, probes, passages for the feature browser
+_PER_ROW = 700_000.0  # null distributions, probes, passages for the feature browser
 _UNKNOWN = "unknown until the model's weights are here"
 
 
