@@ -138,9 +138,9 @@ def run_study(
 def _clear(folder: Path) -> None:
     """Remove what a study keeps; its state last, so that a folder that is half emptied is still known."""
     with plain_errors(f"empty {folder}"):
-        for part in PARTS:
+        for part in (*PARTS, "figures"):
             shutil.rmtree(folder / part, ignore_errors=True)
-        for name in (ANALYSIS, STATE):
+        for name in ("index.html", ANALYSIS, STATE):
             (folder / name).unlink(missing_ok=True)
 
 
