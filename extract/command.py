@@ -22,7 +22,7 @@ def extract(
         "--site",
         help="Hook points of each layer: resid_post, resid_pre, resid_mid, mlp_out, attn_out, or one of a plug-in.",
     ),
-    model: str = _main(ModelSource.id, "--model", help="Hub id, folder, .gguf file, or 'demo'."),
+    model: str = _main(ModelSource.id, "--model", help="Hub id, folder, .gguf file, 'demo' or 'demo-gemma3'."),
     dataset: str = _main(
         TextSource.dataset, "--dataset", help="Hub id (or id:subset), text files or a folder of them, or 'demo'."
     ),

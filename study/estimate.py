@@ -22,8 +22,7 @@ from ..extract.plan import Estimate, Plan, estimate, make_plan
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
 from ..train.loop.step_time import seconds_per_step
-from ..train.plan import MemberPlan, plan_together
-from ..train.run import with_siblings
+from .checks import check_outcomes, member_plans
 from .plan import PlannedText, StudyPlan, Training
 from .state import STATE, StudyState, read_state
 
@@ -33,7 +32,7 @@ _STATES = 3  # weight and two moments in a checkpoint, float32
 # SmolLM2-135M and 1024 features; a layer has about 12 d² weights, the head V d.
 _OF_HEAD = 5.0  # times its weights: in float32, with softmax and KL
 _PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over tokens
-_PER_ROW = 200_000.0  # null distributions, probes, passages for the feature browser
+_PER_ROW = 700_000.0  # null distributions, probes, passages for the feature browser
 _UNKNOWN = "unknown until the model's weights are here"
 
 
@@ -65,6 +64,7 @@ def estimate_study(plan: StudyPlan, done: Sequence[str] = ()) -> list[StageEstim
             estimate, made elsewhere, the latter is said in the table instead.
 
     """
+    check_outcomes(plan)
     device = torch.device("cpu") if plan.texts[0].extraction.scheduler else resolve_device(_device(plan))
     known = _Rates(plan.out, describe_machine(device))
     found: list[StageEstimate] = []
@@ -129,17 +129,6 @@ def _of_training(training: Training, planned: Plan, device: torch.device) -> Sta
         4 * parameters * (1 + _STATES * _CHECKPOINTS),
         memory,
     )
-
-
-def member_plans(training: Training, d_model: int, n_tokens: int, context: int) -> list[MemberPlan]:
-    """The members as training plans them, which checks every configuration against the model and the rows.
-
-    Raises:
-        UsageError: one that makes no sense.
-
-    """
-    about = {"layer": training.at.layer, "site": training.at.site, "d_model": d_model, "n_tokens": n_tokens}
-    return with_siblings(plan_together([each.config for each in training.members], {}, **about), context)
 
 
 def _of_evaluation(

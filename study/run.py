@@ -33,7 +33,7 @@ from ..system.stop_signals import stop_signals
 from ..train.config import SAEConfig
 from ..train.run import TrainSummary, train
 from ..train.run_folder.record import RECORD, SAE_WEIGHTS, load_run
-from .estimate import member_plans
+from .checks import check_outcomes, member_plans
 from .file import StudyFile
 from .members import StudyMember
 from .plan import PlannedMember, PlannedText, StudyPlan, Training, output_folder, plan_study
@@ -138,9 +138,9 @@ def run_study(
 def _clear(folder: Path) -> None:
     """Remove what a study keeps; its state last, so that a folder that is half emptied is still known."""
     with plain_errors(f"empty {folder}"):
-        for part in PARTS:
+        for part in (*PARTS, "figures"):
             shutil.rmtree(folder / part, ignore_errors=True)
-        for name in (ANALYSIS, STATE):
+        for name in ("index.html", ANALYSIS, STATE):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -153,13 +153,15 @@ class _Run:
         self.state.save(plan.out)
 
     def check(self) -> None:
-        """Look at every configuration with its model's width and the text's rows, before hours are spent.
+        """Look at outcomes, and at every configuration with its model's width and the text's rows.
 
         Raises:
-            UsageError: one that cannot be trained.
+            UsageError: a configuration that cannot be trained, or an outcome that is no metric.
+            MissingPackageError: an outcome needs a package that is not installed.
             ModelError: a model has no such layer.
 
         """
+        check_outcomes(self.plan)
         for text in self.plan.texts:
             if all(self.state.stage(training.key).done for training in text.trainings):
                 continue

@@ -212,7 +212,8 @@ def _tally(pairs: Sequence[Paired], key: str) -> str:
 
 def named(identity: str, kind: str) -> str:
     """What a model or text is called in a sentence: the built-in ones are recorded as "demo"."""
-    return f"the demo {kind}" if identity == "demo" else identity
+    built_in = {"demo": f"the demo {kind}", "demo-gemma3": "the demo model Gemma-3-270M"}
+    return built_in.get(identity, identity)
 
 
 def listed(items: Iterable[str]) -> str:

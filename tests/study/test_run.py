@@ -191,7 +191,17 @@ def test_stores_and_runs_that_were_taken_along_are_used(whole, tiny_gemma2, text
     assert tcsae.study(changed, out=tmp_path / "out", device="cpu").analysis.finished == 12
 
 
-def test_fresh_begins_anew_and_a_foreign_folder_is_refused(whole, file, tmp_path):
+def test_a_changed_file_may_begin_anew(tiny_gemma2, text, tmp_path):
+    out = tmp_path / "out"
+    for margin in ("0.01", "0.02"):
+        file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{"margin = 0.01": f"margin = {margin}"})
+        done = tcsae.study(file, scale="one", out=out, device="cpu", fresh=True)
+    state = read_state(out)
+    assert state is not None
+    assert state.fingerprint == read_study(file, "one").fingerprint() == done.analysis.fingerprint
+
+
+def test_a_foreign_folder_is_refused(file, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"is no folder of a study and holds other files \(notes.txt\)"):
         tcsae.study(file, out=tmp_path, device="cpu", fresh=True)
