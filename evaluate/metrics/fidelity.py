@@ -213,7 +213,8 @@ class Fidelity:
         }
         if z_BTF is not None and self.decoder_norms_F is not None:
             z_NF = z_BTF[real]
-            values |= {"l0": (z_NF > 0).sum(-1), "l1": z_NF @ self.decoder_norms_F}
+            # TFA's predicted codes are negative where they point away from the token.
+            values |= {"l0": (z_NF != 0).sum(-1), "l1": z_NF.abs() @ self.decoder_norms_F}
         inlier_N = batch.valid_BT[real]
         self._add(batch.units_BT[real], inlier_N, values)
         for suffix, rows in (("", centred_ND), (OUTLIERS, centred_ND[inlier_N])):

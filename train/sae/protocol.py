@@ -36,7 +36,7 @@ class SAEOutput:
     """
 
     reconstruction: Tensor  # [.., D], in the units of x
-    features: Tensor  # [.., F], ≥ 0
+    features: Tensor  # [.., F], ≥ 0 (what Temporal Feature Analysis predicts may be negative)
     pre_activations: Tensor  # [.., F]
     parts: dict[str, Tensor] = field(default_factory=dict)
     sparse: Tensor | None = None  # [.., F], the part of the codes that is sparse, where not all of them are

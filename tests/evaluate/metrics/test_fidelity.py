@@ -71,6 +71,20 @@ def test_an_sae_that_gives_nothing_has_no_cosine_and_no_bias():
     assert (metric.value, metric.n) == (None, 0)
 
 
+def test_negative_codes_are_active_too():
+    """Temporal Feature Analysis predicts codes times a projection, which may be negative."""
+    text, batch = a_text(), a_batch(a_text())
+    z = untrained_sae(5, 0).encode(batch.x_BTD).detach()
+    found = []
+    for sign in (1, -1):
+        fidelity = Fidelity(torch.zeros(5), torch.ones(z.shape[-1]))
+        fidelity.add_reconstruction(batch, batch.x_BTD, sign * z)
+        sums = fidelity.sums()
+        found.append([Resampler.of(text.unit_documents, 0).metric(sums[name]).value for name in ("l0", "l1")])
+    assert found[0] == found[1]
+    assert min(found[0]) > 0
+
+
 def test_the_papers_table_is_an_untrained_sae():
     """As many features as dimensions, on activations of layer 19's norm: L0 ≈ k/2, L1 ≈ 8260 at k = 2304,
     cosine ≈ 0.
