@@ -125,7 +125,7 @@ def run_study(
         run = _Run(plan, state.model_copy(update={"machine": describe_machine(here)}), client)
         try:
             with stop_signals():
-                run.check()
+                run.begin()
                 for text in plan.texts:
                     run.text(text)
                 return run.conclude(write_docs)
@@ -150,10 +150,9 @@ class _Run:
     def __init__(self, plan: StudyPlan, state: StudyState, client: Any):
         self.plan, self.state, self.client = plan, state, client
         self.failures: dict[str, str] = {}
-        self.state.save(plan.out)
 
-    def check(self) -> None:
-        """Look at outcomes, and at every configuration with its model's width and the text's rows.
+    def begin(self) -> None:
+        """Look at outcomes, and at every configuration with its model's width and the text's rows; then it is begun.
 
         Raises:
             UsageError: a configuration that cannot be trained, or an outcome that is no metric.
@@ -174,6 +173,7 @@ class _Run:
             with speaking(False):  # training says the same in its turn
                 for training in text.trainings:
                     member_plans(training, outline.d_model, text.extraction.rows * context, context)
+        self.state.save(self.plan.out)
 
     def text(self, text: PlannedText) -> None:
         """Everything that has to do with one text; a failure of its own leaves the other texts alone."""
@@ -250,7 +250,8 @@ class _Run:
                 else:
                     evaluate(config)
                 report = read_results(text.report)
-                stage.units = float(report.n_rows * report.text.context * len(report.records))
+                if not known.done:  # else most rows were there
+                    stage.units = float(report.n_rows * report.text.context * len(report.records))
                 stage.code = "" if report.failures else code  # what failed is tried again by the next command
         of_path = {str(each.folder): each.key for each in text.members}
         for failure in read_results(text.report).failures:
@@ -354,7 +355,10 @@ def _beside(folder: Path) -> list[Analysis]:
 
 
 def _settled(folder: Path) -> bool:
-    record = load_run(folder)
+    try:
+        record = load_run(folder)
+    except RunError:
+        return False  # training says what is wrong with it
     return bool(record.failure) or (record.finished and (folder / SAE_WEIGHTS).is_file())
 
 

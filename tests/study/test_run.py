@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,15 @@ def test_a_member_that_fails_is_a_row_with_its_sentence_and_the_rest_is_as_witho
     assert again.failures == done.failures
 
 
+def test_a_damaged_run_is_said_and_the_other_layer_is_judged(whole, file, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "out")
+    record = next((tmp_path / "out/runs").glob("*/l1-next-s0")) / "train.json"
+    record.write_text(record.read_text().replace('"steps": 20', '"steps": 21'))
+    done = tcsae.study(file, out=tmp_path / "out", device="cpu")
+    assert (done.analysis.finished, len(done.failures)) == (6, 6)
+    assert all("train.json is damaged or was changed" in sentence for sentence in done.failures.values())
+
+
 def test_all_members_failing_is_one_sentence(tiny_gemma2, text, tmp_path):
     file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{'"sae.k" = 4': '"sae.k" = 4\n"optimiser.lr" = 1e30'})
     with pytest.raises(RunError, match=r"no SAE of the study has a result: .*not finite at step"):
@@ -181,8 +191,6 @@ def test_a_changed_file_is_refused(whole, tiny_gemma2, text, tmp_path):
 
 def test_stores_and_runs_that_were_taken_along_are_used(whole, tiny_gemma2, text, tmp_path, monkeypatch):
     changed = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02"})
-    import shutil
-
     for part in ("stores", "runs", "reports"):
         shutil.copytree(whole.folder / part, tmp_path / "out" / part)
     monkeypatch.setattr("tcsae.extract.run.StoreSetRun.run", lambda *_: pytest.fail("the store is there"))
@@ -212,7 +220,7 @@ def test_a_configuration_that_cannot_be_is_said_before_anything_runs(tiny_gemma2
     file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{'"sae.k" = 4': '"sae.k" = 64'})
     with pytest.raises(UsageError, match="k is 64, the dictionary has 32 features"):
         tcsae.study(file, out=tmp_path / "out", device="cpu")
-    assert not (tmp_path / "out" / "stores").exists()
+    assert not list((tmp_path / "out").iterdir())  # so that the corrected file may have the folder
 
 
 def test_ctrl_c_says_how_far_it_is(file, tmp_path, monkeypatch):
