@@ -12,10 +12,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from ..evaluate.intervals.holm import holm
 from ..evaluate.results import Frozen, Number
 from .file import Comparison, Outcome
 from .observations import Observations
-from .resampling import Estimate, Sampled, Sampling, holm, mean_over_places
+from .resampling import Estimate, Sampled, Sampling, mean_over_places
 
 At = tuple[str, str]
 """Model and place."""

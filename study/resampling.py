@@ -242,17 +242,3 @@ def _ratios(observed: Sequence[Observed], resampler: Resampler) -> np.ndarray:
     offset_S, scale_S = (np.array([getattr(one, name) for one in observed]) for name in ("offset", "scale"))
     with np.errstate(divide="ignore", invalid="ignore"):
         return offset_S + scale_S * above_RS / below_RS
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjusted p-values of a family (Holm 1979): compared with alpha, they bound the error of the whole family.
-
-    None, of an effect without an interval, stays None and counts as a member of the family.
-    """
-    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
-    adjusted: list[float | None] = [None] * len(p_values)
-    worst = 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * (p_values[i] or 0.0)))
-        adjusted[i] = worst
-    return adjusted

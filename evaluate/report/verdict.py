@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..intervals.holm import holm
 from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
 from .wording import decimals, listed, metric_label, show, show_interval
@@ -138,17 +139,17 @@ def judge(differences: Mapping[str, Metric], report: EvaluationReport) -> list[J
         if _better(key, report) is None or difference.value is None:
             continue
         found.append((key, _gain(key, difference, report), _p(difference), difference))
-    decided = _holm([p for _, _, p, _ in found])
+    adjusted = holm([p for _, _, p, _ in found])
     order = {key: i for i, key in enumerate(OUTCOMES)}
     judged = [
         Judged(
             key,
             metric_label(key, report),
             OUTCOMES[key][0] if key in OUTCOMES else "benefit",
-            ("better" if gain > 0 else "worse") if sure else "undecided",
+            ("better" if gain > 0 else "worse") if p is not None and p < _ALPHA else "undecided",
             difference,
         )
-        for (key, gain, _, difference), sure in zip(found, decided, strict=True)
+        for (key, gain, _, difference), p in zip(found, adjusted, strict=True)
     ]
     return sorted(judged, key=lambda one: order.get(one.key, len(order)))
 
@@ -173,17 +174,6 @@ def _p(difference: Metric) -> float:
     if low is None or high is None or value is None or high <= low:
         return 1.0
     return math.erfc(abs(value) / ((high - low) / 3.92) / math.sqrt(2))
-
-
-def _holm(p_values: Sequence[float]) -> list[bool]:
-    """Which of them are below 5 % after Holm's step-down correction."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    decided = [False] * len(p_values)
-    for rank, i in enumerate(order):
-        if p_values[i] * (len(p_values) - rank) >= _ALPHA:
-            break
-        decided[i] = True
-    return decided
 
 
 def _few(report: EvaluationReport) -> bool:
