@@ -75,6 +75,9 @@ def train(
     log: list[str] = _output([], "--log", help="jsonl (always written), tensorboard, wandb."),
     log_every: int | None = _output(None, "--log-every", help="Steps between two lines of metrics."),
     checkpoint_every: int | None = _output(None, "--checkpoint-every", help="Steps between two checkpoints."),
+    checkpoint_minutes: float | None = _output(
+        None, "--checkpoint-minutes", help="Write one also after so many minutes; 0: do not."
+    ),
     show_config: bool = _output(False, "--show-config", help="Print the resolved configuration as TOML and leave."),
     json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
@@ -133,6 +136,7 @@ def train(
         log=log,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
     )
     grid = sweep_grid(sweep)
     if show_config:

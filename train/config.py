@@ -285,6 +285,8 @@ class RunConfig(_Group):
     """Steps between two lines of metrics."""
     checkpoint_every: int = Field(default=1000, ge=1)
     """Steps between two checkpoints."""
+    checkpoint_minutes: float = Field(default=5.0, ge=0)
+    """A checkpoint is also written after so many minutes; 0: it is not."""
 
 
 class TrainConfig(_Group):

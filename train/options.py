@@ -58,6 +58,7 @@ class TrainOptions(TypedDict, total=False):
     log: str | Sequence[str] | None
     log_every: int | None
     checkpoint_every: int | None
+    checkpoint_minutes: float | None
 
 
 def train_config(config: str | Path | None = None, **asked: Unpack[TrainOptions]) -> TrainConfig:

@@ -62,6 +62,7 @@ OPTIONS = {
     "log": "run.log",
     "log-every": "run.log_every",
     "checkpoint-every": "run.checkpoint_every",
+    "checkpoint-minutes": "run.checkpoint_minutes",
 }
 _COUNTS = {"sae.width", "run.steps", "run.tokens", "data.batch_size", "data.pool", "sae.k"}
 _AUTOMATIC = {  # what 0 stands for in a configuration, and auto on the command line

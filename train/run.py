@@ -43,7 +43,7 @@ from .run_folder.record import RunRecord, load_run
 from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
-_OF_A_PASS = ("out", "device", "dtype", "log", "log_every", "checkpoint_every")
+_OF_A_PASS = ("out", "device", "dtype", "log", "log_every", "checkpoint_every", "checkpoint_minutes")
 
 
 @dataclass(frozen=True)

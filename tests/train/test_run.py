@@ -222,6 +222,24 @@ def pull_the_plug(config, monkeypatch, *, after):
             run.train(config)
 
 
+@pytest.mark.parametrize(("minutes", "kept"), [(5.0, 15), (0.0, None), (60.0, None)])
+def test_a_checkpoint_is_written_by_time_too(store, tmp_path, monkeypatch, minutes, kept):
+    """A clock on which a step takes 61 seconds, and nothing else takes time."""
+    real, now = BatchReader.next_batches, [0.0]
+
+    def next_batches(self):
+        now[0] += 61
+        return real(self)
+
+    monkeypatch.setattr(BatchReader, "next_batches", next_batches)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    often = {"run__checkpoint_every": 1000, "run__checkpoint_minutes": minutes}
+    config = config_for(store, tmp_path, run__steps=20, run__baseline=False, **often)
+    pull_the_plug(config, monkeypatch, after=18)
+    (path,) = tmp_path.iterdir()
+    assert max(checkpoints(path), default=None) == kept
+
+
 def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
     whole = run.train(config_for(store, tmp_path / "whole", run__steps=250, run__log_every=1, run__checkpoint_every=23))
     config = config_for(store, tmp_path / "parts", run__steps=250, run__log_every=1, run__checkpoint_every=23)

@@ -127,6 +127,7 @@ class Pass:
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
         self._rate, self._clock = _Rate(), _Clock(device)
+        self._kept, self._keeping = time.perf_counter(), 0.0  # the last checkpoint: when, and how long it took
 
     def restore(self, step: int) -> None:
         """Go to the checkpoint of ``step`` that every member has."""
@@ -161,6 +162,7 @@ class Pass:
         """
         logs = self._open_logs()
         self._rate.start(self.step, self.feed.seconds_waiting)
+        self._kept = time.perf_counter()
         try:
             with interruptible() as stop:
                 while self.step < self.steps:
@@ -170,7 +172,7 @@ class Pass:
                         raise KeyboardInterrupt(
                             f"Checkpoint written at step {self.step}; the same command goes on from there."
                         )
-                    if self.step % self.config.run.checkpoint_every == 0 and self.step < self.steps:
+                    if self.step < self.steps and self._checkpoint_is_due():
                         self.checkpoint()
                 self.calibrate()
                 self._say_missed_targets()
@@ -299,6 +301,13 @@ class Pass:
             if found and member.sae.running_threshold is not None:
                 member.sae.running_threshold.fill_(sum(found) / len(found))
 
+    def _checkpoint_is_due(self) -> bool:
+        run = self.config.run
+        passed = time.perf_counter() - self._kept
+        # Large states take long to write: never more than a twentieth of the time.
+        long_ago = 0 < run.checkpoint_minutes * 60 <= passed and passed >= 20 * self._keeping
+        return self.step % run.checkpoint_every == 0 or self.world.any(long_ago)
+
     def checkpoint(self) -> None:
         """Write the state of every member, all of the same step.
 
@@ -311,10 +320,13 @@ class Pass:
             with failures.of(member):
                 check_weights(member)
         failures.tell()
+        began = time.perf_counter()
         if self.world.writes:
             for member in self.members:
                 save_checkpoint(self.folder(member), self.step, self._state(member))
         self.world.wait()
+        self._kept = time.perf_counter()
+        self._keeping = self._kept - began
 
     def _state(self, member: Member) -> dict[str, Any]:
         return {

@@ -30,6 +30,7 @@ _FREE = {
     "run.device",
     "run.log",
     "run.checkpoint_every",
+    "run.checkpoint_minutes",
     "run.log_every",
     "run.plugins",
     "data.store",
