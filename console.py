@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .progress_bar import Table
 
 _quiet = True
-_plain_progress = False  # lines in place of a bar where there is no terminal: a notebook, a log
-_SECONDS_BETWEEN_LINES = 10.0
+_seldom = False  # how often a line stands in for a bar where there is no terminal
+_OFTEN, _SELDOM = 10.0, 30.0  # seconds between lines, in a notebook and in a pipe or log file
 _COUNT = re.compile(r"^([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgGtT]?)$")
 _POWERS = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
@@ -34,21 +34,22 @@ def set_quiet(quiet: bool) -> None:
 
 
 @contextmanager
-def speaking(progress: bool, *, off_terminals: bool = True) -> Iterator[None]:
+def speaking(progress: bool, *, seldom: bool = False) -> Iterator[None]:
     """Inside, notes and progress are shown, or are not, whatever was said before.
 
     Args:
         progress: whether they are.
-        off_terminals: whether progress is shown as lines where there is no terminal.
+        seldom: where there is no terminal, a line every half minute and none for what is done sooner; otherwise one
+            every ten seconds and one at the end.
 
     """
-    global _quiet, _plain_progress
-    before = _quiet, _plain_progress
-    _quiet, _plain_progress = not progress, off_terminals
+    global _quiet, _seldom
+    before = _quiet, _seldom
+    _quiet, _seldom = not progress, seldom
     try:
         yield
     finally:
-        _quiet, _plain_progress = before
+        _quiet, _seldom = before
 
 
 def parse_count(text: str | int) -> int:
@@ -136,7 +137,8 @@ class _Lines:
         """Count, and say how far it is if the last line is some seconds old or all is done."""
         self._done += n
         now = time.monotonic()
-        if now - self._said >= _SECONDS_BETWEEN_LINES or self._done == self._total:
+        ended = self._done == self._total and (not _seldom or self._said > self._began)
+        if ended or now - self._said >= (_SELDOM if _seldom else _OFTEN):
             self._said = now
             far = f"{self._done / self._total:.0%}" if self._total else format_count(self._done)
             rate = (self._done - self._begun_at) / max(now - self._began, 1e-9)
@@ -152,10 +154,10 @@ class _Lines:
 def progress(description: str, total: float | None, *, unit: str = "tokens", done: float = 0) -> Iterator[Progress]:
     """A bar with rate and time left, counting ``unit`` from ``done`` to ``total``.
 
-    Nothing when quiet; without a terminal nothing either, or lines where :func:`speaking` asked for progress.
+    Nothing when quiet; without a terminal a line now and then, see :func:`speaking`.
     """
     if _quiet or not sys.stderr.isatty():
-        yield _Lines(description, total, unit, done) if _plain_progress and not _quiet else _Silent()
+        yield _Silent() if _quiet else _Lines(description, total, unit, done)
         return
     from .progress_bar import Bar
 

@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
     args = shared + [arg for arg in args if arg not in shared]
-    with speaking(True, off_terminals=False):
+    with speaking(True, seldom=True):
         return _status(args, debug="--debug" in shared)
 
 

@@ -69,9 +69,22 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
             bar.advance(75, "well")
     first, last = capsys.readouterr().err.splitlines()
     assert (first, last) == ("working 62%, 15 rows/s, well", "working 100%, 25 rows/s, well")
-    with speaking(True, off_terminals=False), progress("working", 1) as bar:
-        bar.advance(1)
-    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_hears_something_every_half_minute_and_nothing_of_what_is_short(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with speaking(True, seldom=True):
+        with progress("short", 1) as bar:
+            now[0] += 20
+            bar.advance(1)
+        assert capsys.readouterr().err == ""
+        with progress("long", 100, unit="rows") as bar:
+            for _ in range(10):
+                now[0] += 10
+                bar.advance(10)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["long 30%, 1 rows/s", "long 60%, 1 rows/s", "long 90%, 1 rows/s", "long 100%, 1 rows/s"]
 
 
 def test_names_are_shown_as_they_are(capsys):
