@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
@@ -24,10 +25,13 @@ _LOG, _PERCENT = {"loss", "reconstruction", "grad_norm"}, {"temporal_share", "de
 DOTS = 0.3
 """How far below an effect the dots of its seeds are, in rows."""
 
+_ASCII = str.maketrans({"λ": "lambda", "η": "eta", "θ": "theta", "−": "-"})
+
 
 def slug(text: str) -> str:
-    """A name fit for a key."""
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+    """A text as the name of a file and of a place in a page: ASCII letters and digits, with single dashes between."""
+    plain = text.lower().translate(_ASCII)
+    return "-".join(re.findall(r"[a-z0-9.]+", plain)).strip(".")
 
 
 def effect_panels(comparison: ComparisonEffects, analysis: Analysis) -> list[Panel]:

@@ -48,7 +48,7 @@ def test_python_examples_run(tmp_path, monkeypatch, corpus):
     Path(built).rename(tmp_path / "cache/l12.zarr")
     monkeypatch.chdir(tmp_path)
     small_model = tiny_model("llama", tmp_path / "model", n_layers=12)
-    monkeypatch.setattr("tcsae.extract.assets.demo_model", lambda: small_model)
+    monkeypatch.setattr("tcsae.extract.assets.demo_model", lambda *_: small_model)
     monkeypatch.setattr("tcsae.extract.assets.demo_text", lambda: corpus)
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda *_: [])
     small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}

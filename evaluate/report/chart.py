@@ -242,6 +242,6 @@ def number(value: float, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def shortened(text: str, length: int = 24) -> str:
+def shortened(text: str, length: int = 32) -> str:
     """A row's name where there is little room: its beginning and its end, where names of one sweep differ."""
     return text if len(text) <= length else f"{text[: length - 9]}…{text[-8:]}"

@@ -9,16 +9,12 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import needs
 from ...system.atomic_files import plain_errors, write_file
-from ..results import EvaluationReport
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
-from .panels.fidelity import plane_zoomed
-from .panels.time import time_plane, weight_fidelity, weight_variation
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
@@ -54,40 +50,11 @@ def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     return written
 
 
-def write_picture(report: EvaluationReport, path: Path, layer: int | None = None) -> Path:
-    """The README's picture at one layer: of a sweep fidelity and variation by λ2, else fidelity against both L0 and
-    variation.
-
-    Args:
-        report: of an evaluation, e.g. ``read_results("reports/demo")``.
-        path: a .png; legible at a width of 800 pixels.
-        layer: of the report's; the deepest if None.
-
-    Raises:
-        ValueError: nothing at that layer can be drawn.
-
-    """
-    layer = max(report.layers) if layer is None else layer
-    drawn = [make(report, layer) for make in (weight_fidelity, weight_variation)]
-    if None in drawn:
-        drawn = [make(report, layer) for make in (plane_zoomed, time_plane)]
-    titles = {"plane": f"Fidelity against sparsity, layer {layer}"}
-    found = [replace(panel, title=titles.get(panel.key.split("-")[0], panel.title)) for panel in drawn if panel]
-    if not found:
-        raise ValueError(f"no SAE of layer {layer} has both L0 and CE recovered; the report has layers {report.layers}")
-    with _figure(len(found), SIZE[1]) as (figure, axes):
-        for ax, panel in zip(axes, found, strict=True):
-            draw(ax, panel)
-        about = {"Software": None}
-        write_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI * 1.25, metadata=about))
-    return path
-
-
 def draw(ax: Any, panel: Panel) -> None:
     """Draw a panel into matplotlib axes."""
     x_ends, y_ends = panel.ends()
     for rule in panel.rules:
-        _rule(ax, rule)
+        _rule(ax, rule, above=bool(panel.y.categories))
     xs = _abscissae(panel, x_ends)
     for a, b in panel.links:
         ax.plot([xs[a], xs[b]], [panel.marks[a].y, panel.marks[b].y], color="#5c5f66", linewidth=0.7, zorder=1)
@@ -98,7 +65,11 @@ def draw(ax: Any, panel: Panel) -> None:
     _labels(ax, panel, xs)
     _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
     _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
-    ax.set(xlabel=panel.x.label, ylabel=panel.y.label, title=panel.title)
+    ax.set(xlabel=panel.x.label, ylabel=panel.y.label)
+    if panel.y.categories:  # whose names take much of the width: the title begins above them
+        ax.figure.suptitle(panel.title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    else:
+        ax.set_title(panel.title)
     _legend(ax, panel)
 
 
@@ -111,12 +82,16 @@ def _abscissae(panel: Panel, ends: tuple[float, float]) -> list[float]:
     return [panel.x.value(moved[i], ends) if i in moved else mark.x for i, mark in enumerate(panel.marks)]
 
 
-def _rule(ax: Any, rule: Rule) -> None:
+def _rule(ax: Any, rule: Rule, *, above: bool) -> None:
     if rule.y is not None:
         ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
         ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right", **_NOTE)
     if rule.x is not None:
         ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
+        if above:
+            side: dict[str, Any] = {"ha": "right" if rule.x < 0 else "left", "va": "bottom"}
+            ax.annotate(rule.label, (rule.x, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), **side, **_NOTE)
+            return
         up: dict[str, Any] = {"ha": "right", "va": "bottom", "rotation": 90}
         ax.annotate(rule.label, (rule.x, 0), xycoords=("data", "axes fraction"), xytext=(-2, 3), **up, **_NOTE)
 

@@ -19,7 +19,7 @@ from tcsae.evaluate.report.chart import (
     power_label,
     set_apart,
 )
-from tcsae.evaluate.report.figures import write_figures, write_picture
+from tcsae.evaluate.report.figures import write_figures
 from tcsae.evaluate.report.page import render_page
 from tcsae.evaluate.report.panels.fidelity import plane, plane_zoomed
 from tcsae.evaluate.report.panels.registry import sections
@@ -257,14 +257,3 @@ def test_figures_are_written_twice_the_same(report, tmp_path):
     svg = one[1].read_text()
     assert "previous token" in svg  # text stays text
     assert "<dc:date>" not in svg
-
-
-def test_picture_for_the_readme(report, tmp_path):
-    path = write_picture(report, tmp_path / "docs" / "results.png")
-    data = path.read_bytes()
-    assert data.startswith(PNG)
-    width, height = (int.from_bytes(data[i : i + 4]) for i in (16, 20))
-    assert width >= 1600  # sharp at 800 pixels on dense screens
-    assert 2 < width / height < 3.5
-    with pytest.raises(ValueError, match=r"layers \[5, 12\]"):
-        write_picture(report, tmp_path / "x.png", layer=7)
