@@ -24,16 +24,16 @@ from ..system.atomic_files import write_json
 from ..system.untrusted_files import read_json
 from ..train.run_folder.metrics_log import read_metrics
 from ..train.run_folder.record import load_run
-from .between_seeds import DEFINITIONS as BETWEEN_SEEDS
-from .between_seeds import add_between_seeds
 from .claims import ClaimRow, check_claims
-from .decision import Decision, decide
-from .effects import At, ComparisonEffects, Measured, comparison_effects
 from .file import StudyFile
 from .members import StudyMember
-from .observations import Key, MemberFailure, Observations
 from .published import PublishedTable, published_table
-from .resampling import Estimate, Sampling
+from .statistics.between_seeds import DEFINITIONS as BETWEEN_SEEDS
+from .statistics.between_seeds import add_between_seeds
+from .statistics.decision import Decision, decide
+from .statistics.effects import At, ComparisonEffects, Measured, comparison_effects
+from .statistics.observations import Key, MemberFailure, Observations
+from .statistics.resampling import Estimate, Sampling
 
 ANALYSIS_FILE = "analysis.json"
 CURVE_POINTS = 80

@@ -14,10 +14,10 @@ import numpy as np
 
 from ..evaluate.report.wording import decimals, show
 from ..evaluate.results import Frozen
-from .decision import figures
-from .effects import At, Measured
 from .file import StudyFile
-from .resampling import Estimate, Sampled
+from .statistics.decision import figures
+from .statistics.effects import At, Measured
+from .statistics.resampling import Estimate, Sampled
 
 Settings = Mapping[str, Any]
 Chooser = Callable[[Settings], bool]

@@ -10,11 +10,11 @@ from ..evaluate.report.figures import write_figures
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, listed, show
 from ..system.atomic_files import write_file
 from .analysis import Analysis
-from .decision import figures
-from .effects import ComparisonEffects, OutcomeEffect
 from .page import command, provenance, question_panels, told
 from .panels import cost_panels, curve_panels, level_panels, metric_name, sweep_panels
-from .resampling import Estimate
+from .statistics.decision import figures
+from .statistics.effects import ComparisonEffects, OutcomeEffect
+from .statistics.resampling import Estimate
 
 _WORDS = {
     "better": "**better**",

@@ -17,8 +17,6 @@ from ..evaluate.report.svg import interval_glyph, render, swatch
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, show
 from ..system.atomic_files import write_file
 from .analysis import Analysis, VariantRow, write_analysis
-from .decision import Decision, figures
-from .effects import ComparisonEffects, OutcomeEffect
 from .panels import (
     cost_panels,
     curve_panels,
@@ -29,7 +27,9 @@ from .panels import (
     summary_panel,
     sweep_panels,
 )
-from .resampling import Estimate
+from .statistics.decision import Decision, figures
+from .statistics.effects import ComparisonEffects, OutcomeEffect
+from .statistics.resampling import Estimate
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"

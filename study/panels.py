@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
 from ..evaluate.report.wording import ARROWS
 from .analysis import Analysis, VariantRow
-from .decision import figures
-from .effects import ComparisonEffects, OutcomeEffect
-from .resampling import Estimate
+from .statistics.decision import figures
+from .statistics.effects import ComparisonEffects, OutcomeEffect
+from .statistics.resampling import Estimate
 
 _SERIES_NAMES = {
     "loss": "total loss (log scale)",

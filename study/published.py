@@ -10,9 +10,9 @@ from pydantic import Field
 
 from ..evaluate.results import Frozen, Number
 from .claims import baseline_variant, paper_variant
-from .effects import At, Measured
 from .file import StudyFile
-from .resampling import Estimate
+from .statistics.effects import At, Measured
+from .statistics.resampling import Estimate
 
 TABLE = (  # quantity, the paper's baseline and TC-SAE (Gemma-2-2b, layer 19, width 2304), our metric
     ("KL (nats)", "10.06", "17.75", "kl"),

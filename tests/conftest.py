@@ -32,8 +32,10 @@ from tiny import KINDS, tiny_corpus, tiny_model
 # The same examples in every run: what is found by chance belongs into a test of its own.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
-# Under nohup, the processes that tests start would inherit that SIGHUP is ignored.
+# Under nohup or behind a shell's &, the processes that tests start would inherit that SIGHUP or SIGINT is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _connect = socket.socket.connect
 
 

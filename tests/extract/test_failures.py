@@ -189,7 +189,7 @@ def test_command_line_of_a_config_makes_the_config_again(monkeypatch):
     config = ExtractConfig(
         (3, 1),
         ModelSource("a b/c", "v1", None, "cpu", "float32"),
-        TextSource("x:y", "r", "test", "body", "concat", 64, 7, 0.05),
+        TextSource("x:y", "r", "test", "body", "topic", "concat", 64, 7, 0.05),
         tokens=12345,
         batch_size=3,
         out="s3://bucket/x",

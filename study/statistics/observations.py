@@ -14,13 +14,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..errors import RunError, TcsaeError
-from ..evaluate.assemble import scored
-from ..evaluate.intervals.jackknife import Jackknifed
-from ..evaluate.protocol import UnitSums
-from ..evaluate.results import EvaluationReport, Metric, Record, read_results
-from ..evaluate.table_row import MeasuredRow
-from .members import StudyMember
+from ...errors import RunError, TcsaeError
+from ...evaluate.assemble import scored
+from ...evaluate.intervals.jackknife import Jackknifed
+from ...evaluate.protocol import UnitSums
+from ...evaluate.results import EvaluationReport, Metric, Record, read_results
+from ...evaluate.table_row import MeasuredRow
+from ..members import StudyMember
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..evaluate.report.wording import decimals, listed, show
-from ..evaluate.results import Frozen
+from ...evaluate.report.wording import decimals, listed, show
+from ...evaluate.results import Frozen
+from ..file import Rule
 from .effects import ComparisonEffects, OutcomeEffect
-from .file import Rule
 from .resampling import Estimate
 
 Verdict = Literal["helps", "harms", "no difference", "undecided"]

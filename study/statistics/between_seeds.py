@@ -13,10 +13,10 @@ from itertools import combinations
 import numpy as np
 from torch import Tensor
 
-from ..errors import TcsaeError
-from ..evaluate.report.wording import listed
-from ..evaluate.results import Definition
-from ..train.sae.protocol import SparseAutoencoder
+from ...errors import TcsaeError
+from ...evaluate.report.wording import listed
+from ...evaluate.results import Definition
+from ...train.sae.protocol import SparseAutoencoder
 from .observations import Observations, Observed
 from .stability import MATCHED, stability
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..evaluate.intervals.holm import holm
-from ..evaluate.results import Frozen, Number
-from .file import Comparison, Outcome
+from ...evaluate.intervals.holm import holm
+from ...evaluate.results import Frozen, Number
+from ..file import Comparison, Outcome
 from .observations import Observations
 from .resampling import Estimate, Sampled, Sampling, mean_over_places
 

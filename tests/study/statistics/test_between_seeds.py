@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import analyse
-from tcsae.study.between_seeds import pseudo_values
+from tcsae.study.statistics.between_seeds import pseudo_values
 from tcsae.train.sae.activation import Activation
 from tiny_runs import random_sae
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tcsae.errors import UsageError
 from tcsae.study import stability as module
-from tcsae.study.stability import MATCHED, stability
+from tcsae.study.statistics.stability import MATCHED, stability
 
 
 def directions(n: int, d: int, seed: int):

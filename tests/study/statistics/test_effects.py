@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import analyse
-from tcsae.study.decision import decide
-from tcsae.study.effects import comparison_effects
 from tcsae.study.file import Comparison, Outcome, Rule
-from tcsae.study.observations import Observed, ObservedText
-from tcsae.study.resampling import Sampling
+from tcsae.study.statistics.decision import decide
+from tcsae.study.statistics.effects import comparison_effects
+from tcsae.study.statistics.observations import Observed, ObservedText
+from tcsae.study.statistics.resampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 MATCHED = 0.7
 """Cosine above which two features are taken for the same."""

@@ -11,7 +11,7 @@ from synthetic_study import World, make_members, study_file
 from tcsae.errors import RunError
 from tcsae.evaluate.results import RESULTS_FILE
 from tcsae.study.analysis import analyse
-from tcsae.study.observations import Observations, place_order
+from tcsae.study.statistics.observations import Observations, place_order
 
 
 @pytest.fixture

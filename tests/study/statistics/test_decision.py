@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from synthetic_study import World, make_members, study_file
 from tcsae.study.analysis import analyse
-from tcsae.study.decision import figures
-from tcsae.study.resampling import Estimate
+from tcsae.study.statistics.decision import figures
+from tcsae.study.statistics.resampling import Estimate
 
 
 def decided(folder, world: World, **changes):

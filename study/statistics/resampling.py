@@ -18,9 +18,9 @@ from hashlib import sha256
 import numpy as np
 from pydantic import Field
 
-from ..evaluate.intervals.bootstrap import Resampler
-from ..evaluate.intervals.jackknife import GROUPS
-from ..evaluate.results import Frozen, Number
+from ...evaluate.intervals.bootstrap import Resampler
+from ...evaluate.intervals.jackknife import GROUPS
+from ...evaluate.results import Frozen, Number
 from .observations import Observed, ObservedText
 
 _FINER = 64  # draws of Student's t per resample that its quantiles are taken from: its tails are heavy

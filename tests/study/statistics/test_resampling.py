@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcsae.evaluate.intervals.holm import holm
 from tcsae.evaluate.intervals.jackknife import GROUPS, STUDENT, leave_out
-from tcsae.study.observations import Observed, ObservedText
-from tcsae.study.resampling import Sampled, Sampling, mean_over_places
+from tcsae.study.statistics.observations import Observed, ObservedText
+from tcsae.study.statistics.resampling import Sampled, Sampling, mean_over_places
 
 
 def text(documents: int, units: int = 1, key: str = "a") -> ObservedText:

@@ -1,0 +1,1 @@
+"""From kept rows to a verdict: observations, resampling over seeds and documents, effects, the decision rule."""
