@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tcsae.errors import UsageError
-from tcsae.study import stability as module
+from tcsae.study.statistics import stability as module
 from tcsae.study.statistics.stability import MATCHED, stability
 
 
