@@ -131,6 +131,23 @@ def test_without_a_sound_checkpoint_a_run_begins_again_and_says_so(store, finish
     assert (done.runs[0] / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(("back", "bit"), [(32, 0), (30, 7), (75, 3)])
+def test_a_checkpoint_without_a_hash_must_open(store, finished, unfinished, tmp_path, capsys, back, bit):
+    """Bits of the archive's end that its own sums do not cover, though torch cannot open it without them."""
+    shutil.copytree(unfinished, tmp_path / "a")
+    for file in (tmp_path / "a/checkpoint").glob("*.xxh3"):
+        file.unlink()
+    file = tmp_path / "a/checkpoint/step-0000000006.pt"
+    content = bytearray(file.read_bytes())
+    content[-back] ^= 1 << bit
+    file.write_bytes(content)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+    done = train(config_for(store, tmp_path))
+    assert "step-0000000006.pt is damaged and was removed" in capsys.readouterr().err
+    assert (done.runs[0] / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
 def test_records_without_hashes_open_and_edits_are_refused_with_the_way_out(finished, tmp_path):
     record = json.loads((finished / "train.json").read_text())
     assert set(record["hashes"]) == {"train.json", "cfg.json", WEIGHTS}
