@@ -89,7 +89,7 @@ class Ended:
 
 def child(work: Callable[[], int], *, memory: int | None = None) -> Ended:
     """Run in a process of its own: forked, so that torch need not be imported again."""
-    with tempfile.TemporaryFile("w+") as words:
+    with tempfile.TemporaryFile("w+", errors="replace") as words:
         pid = os.fork()
         if pid == 0:
             status = 70
