@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ..evaluate.report.chart import Panel
 from ..evaluate.report.figures import write_figures
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, listed, show
 from ..system.atomic_files import write_file
-from .analysis import Analysis
+from .findings import Analysis
 from .page import command, provenance, question_panels, told
 from .panels import cost_panels, curve_panels, level_panels, metric_name, sweep_panels
 from .statistics.decision import figures
@@ -55,7 +56,16 @@ def document(analyses: Sequence[Analysis]) -> str:
         parts += [f"- **{analysis.question}** {analysis.headline}"]
     for analysis in analyses:
         parts += ["", *_study(analysis)]
-    return "\n".join(parts).rstrip() + "\n"
+    lines = "\n".join(parts).rstrip().split("\n")
+    return "\n".join(map(_wrapped, lines)) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """A line of prose within the width of the other documents; tables and pictures are lines by nature."""
+    if line.startswith(("|", "![", "#")):
+        return line
+    behind = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False)
 
 
 def _study(a: Analysis) -> list[str]:

@@ -16,7 +16,7 @@ from ..evaluate.report.page import asset, colours, page_environment
 from ..evaluate.report.svg import interval_glyph, render, swatch
 from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, show
 from ..system.atomic_files import write_file
-from .analysis import Analysis, VariantRow, write_analysis
+from .findings import Analysis, VariantRow, write_analysis
 from .panels import (
     cost_panels,
     curve_panels,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
 from ..evaluate.report.wording import ARROWS
-from .analysis import Analysis, VariantRow
+from .findings import Analysis, VariantRow
 from .statistics.decision import figures
 from .statistics.effects import ComparisonEffects, OutcomeEffect
 from .statistics.resampling import Estimate

@@ -40,7 +40,7 @@ from .plan import PlannedMember, PlannedText, StudyPlan, Training, output_folder
 from .state import ANALYSIS, PARTS, STATE, StageState, StudyState, check_free, check_same, locked, new_state, read_state
 
 if TYPE_CHECKING:
-    from .analysis import Analysis
+    from .findings import Analysis
 
 _GO_ON = "finished runs and checkpoints stay; start it again, and the same command goes on from there"
 # Failures of one text or one SAE: the others go on. Of the machine (a full disk, no memory) nothing goes on.
@@ -349,7 +349,7 @@ class _Open:
 
 def _beside(folder: Path) -> list[Analysis]:
     """The analyses of this study and of those that lie beside it, in the order of their names."""
-    from .analysis import read_analysis
+    from .findings import read_analysis
 
     return [read_analysis(path.parent) for path in sorted(folder.parent.glob(f"*/{ANALYSIS}"))]
 

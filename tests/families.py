@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,34 +220,36 @@ def matrix() -> str:
         else:
             rows.append(_row(found))
     head = ["family", "class", *HOOK_POINTS, "spliced"]
+    lines = [
+        "# Model families",
+        "",
+        f"Written by `python tests/families.py docs/FAMILIES.md` with transformers {transformers.__version__}: "
+        f"every family of causal language models of which a small random model can be made, {len(rows)} of them "
+        "below, with three blocks in float32. What is stored is compared with the model's own hidden states and "
+        "with what its blocks add, every splice on a shared prefix with a full run with a hook, every truncated "
+        "model with the whole one.",
+        "",
+        "*some* means that only some blocks have it (attention, in models that have it in some blocks). A dash: "
+        "asking for it ends in a sentence that says why. *shared prefix*: only the blocks above the splice run "
+        "again; *whole model*: the family does not allow that, and the whole model runs with a hook.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *rows,
+        "",
+        "Refused as a whole, with this sentence:",
+        "",
+        "| family | sentence |",
+        "|---|---|",
+        *refused,
+        "",
+        f"Not tried, since no small random model could be made from the configuration's defaults: "
+        f"{', '.join(unbuilt)}.",
+        "",
+    ]
+    # Prose within the width of the other documents; rows of tables are lines by nature.
     return "\n".join(
-        [
-            "# Model families",
-            "",
-            f"Written by `python tests/families.py docs/FAMILIES.md` with transformers {transformers.__version__}: "
-            f"every family of causal language models of which a small random model can be made, {len(rows)} of them "
-            "below, with three blocks in float32. What is stored is compared with the model's own hidden states and "
-            "with what its blocks add, every splice on a shared prefix with a full run with a hook, every truncated "
-            "model with the whole one.",
-            "",
-            "*some* means that only some blocks have it (attention, in models that have it in some blocks). A dash: "
-            "asking for it ends in a sentence that says why. *shared prefix*: only the blocks above the splice run "
-            "again; *whole model*: the family does not allow that, and the whole model runs with a hook.",
-            "",
-            f"| {' | '.join(head)} |",
-            f"|{'---|' * len(head)}",
-            *rows,
-            "",
-            "Refused as a whole, with this sentence:",
-            "",
-            "| family | sentence |",
-            "|---|---|",
-            *refused,
-            "",
-            f"Not tried, since no small random model could be made from the configuration's defaults: "
-            f"{', '.join(unbuilt)}.",
-            "",
-        ]
+        line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False) for line in lines
     )
 
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 from synthetic_study import World, make_members, study_file
-from tcsae.study.analysis import Analysis, analyse, read_analysis
+from tcsae.study.analysis import analyse
+from tcsae.study.findings import Analysis, read_analysis
 from tcsae.study.page import PAGE, all_panels, render_page, write_page
 from tcsae.study.panels import curve_panels, effect_panels, level_panels, summary_panel, sweep_panels
 
