@@ -20,6 +20,27 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and names inside are made o
 DEEPEST_JSON = 64  # no file of ours or of any format read here comes near
 
 
+class IrregularFileError(ValueError):
+    """A folder, FIFO, device or socket in place of a file; its text says which."""
+
+
+def regular_descriptor(path: str | Path) -> int:
+    """A descriptor of a regular file, for reading. Opening a FIFO would wait for ever; this does not wait.
+
+    Raises:
+        OSError: there is none, or it may not be read.
+        IrregularFileError: it is something else.
+
+    """
+    # O_NONBLOCK: a FIFO without a writer is opened at once, to be refused; it changes nothing for regular files.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    raise IrregularFileError(_kind(mode))
+
+
 def open_regular(path: str | Path, *, missing: str | None = None, remedy: str = "name another file") -> BinaryIO:
     """Open a regular file for reading.
 
@@ -33,17 +54,13 @@ def open_regular(path: str | Path, *, missing: str | None = None, remedy: str = 
 
     """
     try:
-        # O_NONBLOCK: a FIFO without a writer is opened at once, to be refused; it changes nothing for regular files.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.fdopen(regular_descriptor(path), "rb")
+    except IrregularFileError as other:
+        raise RunError(f"{shown(path)} is {other} and no regular file: {remedy}") from None
     except FileNotFoundError:
         raise RunError(missing or f"{shown(path)} is missing") from None
     except (OSError, ValueError) as failure:
         raise RunError(f"{shown(path)} cannot be read ({reason(failure)}): {remedy}") from failure
-    mode = os.fstat(handle).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(handle, "rb")
-    os.close(handle)
-    raise RunError(f"{shown(path)} is {_kind(mode)} and no regular file: {remedy}")
 
 
 def read_bytes(path: str | Path, *, most: int, missing: str | None = None, remedy: str = "name another file") -> bytes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import sys
 import threading
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 
 from ...errors import StoreError
 from ...system.atomic_files import sync_folder
+from ...system.untrusted_files import IrregularFileError, regular_descriptor
 from .os_errors import plain_errors
 
 _MOST_BYTES = 1 << 32  # of a file that is read at once
@@ -49,7 +49,7 @@ class LocalPlace:
             return self.path(key).stat().st_size
 
     def read(self, key: str) -> bytes:  # noqa: D102
-        with plain_errors(f"read {self}/{key}"), os.fdopen(open_regular(self.path(key)), "rb") as file:
+        with plain_errors(f"read {self}/{key}"), os.fdopen(_descriptor(self.path(key)), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > _MOST_BYTES:
                 raise StoreError(f"{self}/{key} has {size:,} bytes, more than it can have: restore it")
@@ -149,7 +149,7 @@ class LocalFiles:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-            file = self._open[key] = _OpenFile(open_regular(self._place.path(key)))
+            file = self._open[key] = _OpenFile(_descriptor(self._place.path(key)))
             if len(self._open) > self._KEEP:
                 self._open.popitem(last=False)
             return file
@@ -210,25 +210,17 @@ class LocalSink:
             os.close(fd)
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file. Opening a FIFO, say, would wait for ever; so it does not wait, and is refused.
-
-    Raises:
-        OSError: there is none, or it may not be read.
-        StoreError: it is something else.
-
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    raise StoreError(f"{path} is no regular file: restore it, or extract anew with --fresh")
+def _descriptor(path: Path) -> int:
+    try:
+        return regular_descriptor(path)
+    except IrregularFileError as other:
+        raise StoreError(f"{path} is {other} and no regular file: restore it, or extract anew with --fresh") from None
 
 
 @contextmanager
 def open_readonly(path: Path) -> Iterator[int]:
     """Open a file for reading and yield its descriptor."""
-    fd = open_regular(path)
+    fd = _descriptor(path)
     try:
         yield fd
     finally:

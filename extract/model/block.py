@@ -48,7 +48,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Structure:
-    """The block's arithmetic: module_hooks by the names of modules inside the block."""
+    """The block's arithmetic: hooks by the names of modules inside the block."""
 
     attention: tuple[str, float] | None
     """Module and factor; None where the branch that mixes tokens is something else."""

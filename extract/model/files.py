@@ -145,7 +145,7 @@ def tokenizer_fingerprint(files: ModelFiles, serialized: str) -> str:
 
 
 def hash_file(digest: xxhash.xxh3_128, path: Path) -> None:
-    """BatchReader a file's bytes to ``digest``."""
+    """Feed a file's bytes to ``digest``."""
     with path.open("rb") as file:
         while part := file.read(8_000_000):
             digest.update(part)

@@ -31,7 +31,7 @@ from .tensor_files import read_safetensors
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 _OWN = "tcsae:"  # an architecture, or an activation, that SAELens does not have
 _THRESHOLDS = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
-# SAELens drops the model's name, the hook and the context size of anything that folders to be older than 6.
+# SAELens drops the model's name, the hook and the context size of anything that claims to be older than 6.
 _SAE_LENS_FORMAT = "6.0.0"
 
 

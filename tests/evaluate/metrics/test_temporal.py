@@ -18,7 +18,7 @@ FEW = settings(max_examples=15, deadline=None)
 
 
 def measure(sae, *batches, lags: int = 4, seed: int = 0):
-    """BatchReader (z, batch) pairs; the reconstruction is the activation itself."""
+    """Feed (z, batch) pairs; the reconstruction is the activation itself."""
     part = TemporalStatistics(sae, context=batches[0][0].shape[1], seed=seed, lags=lags)
     for z, batch in batches:
         part.update(batch, ActiveEntries.from_dense(z, batch.valid_BT), batch.x_BTD)
