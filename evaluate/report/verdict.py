@@ -164,8 +164,7 @@ def _better(key: str, report: EvaluationReport) -> str | None:
 
 
 def _added(report: EvaluationReport) -> set[str]:
-    own = definitions()
-    return {key for key in report.definitions if key not in own} if report.plugins else set()
+    return report.definitions.keys() - definitions().keys() if report.plugins else set()
 
 
 def _p(difference: Metric) -> float:

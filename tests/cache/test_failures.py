@@ -272,3 +272,12 @@ def test_local_urls_are_folders(tmp_path):
     path = make_store(tmp_path, rows=20)
     assert place_of(f"file://{path}").local
     assert ActivationStore.open(f"file://{path}").n_rows == 20
+
+
+@pytest.mark.parametrize("name", ["zarr.json", LOG])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, name):
+    path = make_store(tmp_path)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(StoreError, match="is a FIFO and no regular file: restore it"):
+        ActivationStore.open(path)

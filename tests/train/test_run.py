@@ -222,7 +222,7 @@ def pull_the_plug(config, monkeypatch, *, after):
             run.train(config)
 
 
-@pytest.mark.parametrize(("minutes", "kept"), [(5.0, 15), (0.0, None), (60.0, None)])
+@pytest.mark.parametrize(("minutes", "kept"), [(5.0, 15), (7.0, 10), (0.0, None), (60.0, None)])
 def test_a_checkpoint_is_written_by_time_too(store, tmp_path, monkeypatch, minutes, kept):
     """A clock on which a step takes 61 seconds, and nothing else takes time."""
     real, now = BatchReader.next_batches, [0.0]

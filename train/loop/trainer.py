@@ -77,6 +77,7 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
 
 _CALIBRATION_BATCHES = 16
 _EVENTS_KEPT = 256
+_CLOCK_EVERY = 5  # steps between two looks at the time of the last checkpoint
 _CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
 
 
@@ -306,7 +307,10 @@ class Pass:
         passed = time.perf_counter() - self._kept
         # Large states take long to write: never more than a twentieth of the time.
         long_ago = 0 < run.checkpoint_minutes * 60 <= passed and passed >= 20 * self._keeping
-        return self.step % run.checkpoint_every == 0 or self.world.any(long_ago)
+        if self.step % run.checkpoint_every == 0:
+            return True
+        # Clocks differ between processes, so they ask each other, which is not for every step.
+        return self.step % _CLOCK_EVERY == 0 and self.world.any(long_ago)
 
     def checkpoint(self) -> None:
         """Write the state of every member, all of the same step.
