@@ -5,7 +5,7 @@ Shapes: M samples, F features, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -141,9 +141,9 @@ class _Probes:
             if len(question.asked) > 1:
                 yield name, question
 
-    def _left_out(self) -> list[str]:
-        asked = dict(self._questions())
-        return [f"no probe for the {TARGETS[name].label}: {why}" for name, why in _WHY.items() if name not in asked]
+
+def _left_out(asked: Collection[str]) -> list[str]:
+    return [f"no probe for the {TARGETS[name].label}: {why}" for name, why in _WHY.items() if name not in asked]
 
 
 _WHY = {
@@ -166,8 +166,9 @@ class SparseProbes(_Probes):
 
     def result(self) -> Findings:
         """Accuracies for every target and k, and the control."""
-        found = Findings(notes=self._left_out())
-        for name, question in self._questions():
+        asked = dict(self._questions())
+        found = Findings(notes=_left_out(asked))
+        for name, question in asked.items():
             columns = self._columns(question)
             for k in KS:
                 found.sums |= question.answered(f"probe_{name}_k{k}", partial(columns, k=k))
