@@ -40,7 +40,7 @@ def write_document(analyses: Sequence[Analysis], path: Path) -> Path:
     """
     path = Path(path)
     for analysis in analyses:
-        write_figures(_shown(analysis), path.parent / "results" / analysis.study)
+        write_figures(_shown(analysis), path.parent / _figures_folder(analysis))
     return write_file(path, document(analyses))
 
 
@@ -53,7 +53,8 @@ def document(analyses: Sequence[Analysis]) -> str:
         "",
     ]
     for analysis in analyses:
-        parts += [f"- **{analysis.question}** {analysis.headline}"]
+        parts += [f"- {_title(analysis)} {analysis.headline}"]
+    parts += ["", *_verdicts(analyses)]
     for analysis in analyses:
         parts += ["", *_study(analysis)]
     lines = "\n".join(parts).rstrip().split("\n")
@@ -68,8 +69,28 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, 120, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False)
 
 
+def _title(a: Analysis) -> str:
+    return f"**{a.study}, scale {a.scale}: {a.question}**"
+
+
+def _figures_folder(a: Analysis) -> str:
+    """Relative to the document. A study may have been run at several scales."""
+    return f"results/{a.study}-{a.scale}"
+
+
+def _verdicts(analyses: Sequence[Analysis]) -> list[str]:
+    """Every comparison of every study in one table, so that the reader sees all of them before the first number."""
+    rows = [
+        [analysis.study, analysis.scale, one.comparison, f"**{one.verdict}**"]
+        for analysis in analyses
+        for one in analysis.decisions
+        if one.model is None
+    ]
+    return _table(["study", "scale", "comparison", "verdict"], rows) if rows else []
+
+
 def _study(a: Analysis) -> list[str]:
-    parts = [f"## {a.study}: {a.question}", "", a.headline, ""]
+    parts = [f"## {a.study}, scale {a.scale}: {a.question}", "", a.headline, ""]
     parts += [f"```\n{command(a)}\n```", ""]
     for one in a.comparisons:
         if one.model is None:
@@ -90,7 +111,7 @@ def _comparison(one: ComparisonEffects, a: Analysis) -> list[str]:
     words = {reason.metric: reason.word for reason in decision.reasons}
     parts = [f"### {one.name}: {decision.verdict}", "", decision.sentence, ""]
     panels = question_panels(one, a)
-    parts += [f"![{panel.title}](results/{a.study}/{panel.key}.png)" for panel in panels]
+    parts += [f"![{panel.title}]({_figures_folder(a)}/{panel.key}.png)" for panel in panels]
     header = ["outcome", "effect", "finding", "seeds, least … most", "signs", "p", "p, Holm", "less each control"]
     parts += ["", *_table([*header, "beyond untrained"], [_outcome(each, words[each.metric]) for each in one.outcomes])]
     parts += [f"- **{reason.word}**: {reason.sentence}." for reason in decision.reasons]
@@ -248,5 +269,5 @@ _CURVES = ("curve-loss", "curve-temporal-share")
 
 
 def _pictures(analysis: Analysis) -> list[str]:
-    found = [f"![{panel.title}](results/{analysis.study}/{panel.key}.png)" for panel in _beside(analysis)]
+    found = [f"![{panel.title}]({_figures_folder(analysis)}/{panel.key}.png)" for panel in _beside(analysis)]
     return ["### Across variants", "", *found, ""] if found else []

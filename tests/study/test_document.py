@@ -28,6 +28,15 @@ def test_it_is_written_with_the_figures_that_it_names(tmp_path):
     assert "_alone_" not in text
 
 
+def test_two_scales_of_one_study_keep_their_own_figures(tmp_path):
+    one = make(tmp_path)
+    two = one.model_copy(update={"scale": "medium"})
+    text = document([one, two])
+    folders = set(re.findall(r"\]\((results/[^/]+)/", text))
+    assert folders == {"results/made_up-small", "results/made_up-medium"}
+    assert "| made_up | medium | the term | **helps** |" in text
+
+
 def test_it_says_how_to_run_it_again_and_larger(tmp_path):
     text = document([make(tmp_path)])
     assert "pipeline study studies/made_up.toml --scale small" in text
