@@ -70,6 +70,8 @@ _READS = ("hook_name", "hook_point", "hf_hook_point_in", "submodule_name")
 _WRITES = ("hook_name_out", "hook_point_out", "hf_hook_point_out")
 _LAYERS = ("layer", "hook_layer", "hook_point_layer")
 _HEADS = ("hook_head_index", "hook_point_head_index")
+PLACE = (*_READS, *_WRITES, *_LAYERS, *_HEADS, "io", "model_class_name")
+"""All keys of an SAE's description that bear on its place."""
 
 # A block of a transformers model by its path: model.layers.12, transformer.h.12, gpt_neox.layers.12 …
 _BLOCK = r"(?:[\w.]*\.)?(?:layers|layer|h|blocks|block)\.(\d+)"

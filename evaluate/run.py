@@ -32,6 +32,7 @@ from ..system.free_memory import peak_memory
 from .assemble import compose
 from .config import ACTIVATIONS, EvaluateConfig
 from .features.collect import FeatureBrowser
+from .made_for import made_for_notes
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
@@ -145,6 +146,7 @@ class _Evaluation:
         self.lm = load_language_model(group.model)
         self._compare_model()
         self._drop_unfit()
+        self._compare_origins()
         self.locations = sorted({subject.at for subject in group.subjects})
         documents = open_documents(group.text)
         identity = resolve_text(group.text, self.lm, documents)
@@ -198,6 +200,14 @@ class _Evaluation:
                 f"the weights of {found.id} are not those the store was extracted with (fingerprint "
                 f"{found.fingerprint[:12]}, the store's {expected[:12]})"
             )
+
+    def _compare_origins(self) -> None:
+        """Say where an SAE from elsewhere was made for something else."""
+        for number, subject in enumerate(self.group.subjects):
+            notes = made_for_notes(subject.made_for, self.lm, self.group.text.context)
+            for message in notes:
+                warn(f"{subject.facts.path}: {message}")
+            self.group.subjects[number] = replace(subject, notes=(*subject.notes, *notes))
 
     def _drop_unfit(self) -> None:
         """Leave out SAEs of another width or depth; fail when none is left."""

@@ -22,6 +22,7 @@ from ..extract.config import ModelSource, TextSource
 from ..sites import Location, named_module
 from ..system.untrusted_files import reason, shown
 from ..train.config import SAEConfig
+from ..train.formats.from_weights import MADE_FOR
 from ..train.formats.locate import load_external
 from ..train.formats.saelens import WEIGHTS
 from ..train.run_folder.record import RunRecord, find_runs, load_run
@@ -53,6 +54,8 @@ class Subject:
     """The module whose output it says it reads, where its files name one."""
     notes: tuple[str, ...] = ()
     """What a reader must know of it beforehand."""
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+    """Of an SAE from elsewhere: what its files say of the model and the text it was trained on."""
     n_bytes: int = 0
     """Of its weights in float32."""
     untrained: UntrainedTwin | None = None
@@ -270,6 +273,7 @@ def _add_external(
             name=_free_name(found.name, found.at, group),
             at=found.at,
             module=named_module(found.sae.metadata),
+            made_for={name: found.sae.metadata[name] for name in MADE_FOR if name in found.sae.metadata},
             facts=SAEFacts(
                 path=path,
                 source=found.source,

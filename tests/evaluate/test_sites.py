@@ -139,6 +139,18 @@ def test_an_sae_from_elsewhere_is_measured_where_it_says(place, tmp_path):
     assert {(one.layer, one.site) for one in report.records} == {(2, "attn_out")}
 
 
+def test_what_it_was_made_for_is_said_in_its_row(place, tmp_path, capsys):
+    folder = external(place, tmp_path, "blocks.2.hook_attn_out")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] |= {"model_name": "gpt2-small", "prepend_bos": False, "context_size": 4}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    (row,) = (one for one in evaluate_external(place, folder, tmp_path).records if one.kind == "sae")
+    said = capsys.readouterr().err
+    for words in ("made for gpt2-small", "(prepend_bos)", "rows of 4 tokens"):
+        assert words in " ".join(row.notes)
+        assert words in " ".join(said.split())
+
+
 def test_a_module_path_counts_only_where_it_is_the_module_that_adds(place, tmp_path):
     """Gemma 2's MLP is followed by a norm: the output of the MLP itself is not what is added."""
     with pytest.raises(RunError, match=r"reads the output of model\.layers\.1\.mlp, but mlp_out of Gemma2ForCausalLM"):

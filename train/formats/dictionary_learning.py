@@ -31,7 +31,7 @@ _BATCH_TOP_K = (
 _CLASSES = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
 # Their names (and, for the linear layers, transposition) of our four weights.
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
-_OTHER = {"bias": "b_dec", "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
+_OTHER = {"bias": "b_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
 
 
 @sae_format("dictionary-learning")
@@ -54,13 +54,15 @@ class DictionaryLearning(SAEFormat):
         file = path if path.suffix == ".pt" else path / WEIGHTS
         weights = read_torch(file)
         trainer = _trainer(file.with_name(CONFIG))
-        place = {"model_name": "lm_name", "hook_name": "submodule_name", "layer": "layer"}
+        place = {"model_name": "lm_name", "hook_name": "submodule_name", "layer": "layer", "io": "io"}
         metadata = {ours: trainer[theirs] for ours, theirs in place.items() if trainer.get(theirs) is not None}
         metadata = place_of(file.with_name(CONFIG), metadata)
         kind = trainer.get("dict_class") or _class_of(file, weights)
         named = _own_names(weights)
         if kind == "AutoEncoder":
             return plain_sae(file, named, Activation("relu"), metadata=metadata)
+        if kind == "AutoEncoderNew":
+            return plain_sae(file, named, Activation("relu"), subtract_b_dec=False, metadata=metadata)
         if kind == "AutoEncoderTopK":
             return plain_sae(file, named, Activation("topk", k=_k(file, weights)), metadata=metadata)
         if kind in _BATCH_TOP_K:
@@ -70,7 +72,7 @@ class DictionaryLearning(SAEFormat):
             return plain_sae(file, named, Activation("jumprelu"), subtract_b_dec=False, metadata=metadata)
         if kind == "GatedAutoEncoder":
             return gated_sae(file, named, metadata=metadata)
-        known = "AutoEncoder, TopK, BatchTopK, Matryoshka, Temporal, JumpRelu and Gated"
+        known = "AutoEncoder, AutoEncoderNew, TopK, BatchTopK, Matryoshka, Temporal, JumpRelu and Gated"
         raise RunError(f"{shown(file)} is a dictionary of class '{shown(kind)}'; {known} can be read")
 
     def write(self, sae: SparseAutoencoder, folder: Path) -> None:

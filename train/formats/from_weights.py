@@ -22,6 +22,11 @@ from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
 
 MOST_FEATURES = 1 << 31
+MADE_FOR = (
+    *("model_name", "prepend_bos", "context_size", "seqpos_slice"),
+    *("model_class_name", "model_from_pretrained_kwargs"),
+)
+"""What an SAE says of the model and the text that it was trained on, under SAELens' names."""
 S = TypeVar("S", bound=SparseAutoencoder)
 
 

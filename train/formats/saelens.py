@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import RunError
+from ...sites import PLACE
 from ...system.atomic_files import write_file, write_json
 from ...system.untrusted_files import read_json, shown
 from ..run_folder.record import RECORD, load_run
@@ -24,12 +25,14 @@ from ..sae.activation import Activation
 from ..sae.gated import GatedSAE
 from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.temporal_sae import TemporalSAE
-from .from_weights import count, gated_sae, place_of, plain_sae, registered_sae, shape_of, unit_decoder
+from .from_weights import MADE_FOR, count, gated_sae, place_of, plain_sae, registered_sae, shape_of, unit_decoder
 from .registry import SAEFormat, sae_format
 from .tensor_files import read_safetensors
 
 _ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 _OWN = "tcsae:"  # an architecture, or an activation, that SAELens does not have
+# What folders of before 6 have at the top rather than under metadata.
+_OUTSIDE = (*PLACE, *MADE_FOR, PREFIX_SIZES)
 _THRESHOLDS = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
 # SAELens drops the model's name, the hook and the context size of anything that claims to be older than 6.
 _SAE_LENS_FORMAT = "6.0.0"
@@ -61,8 +64,7 @@ class SAELens(SAEFormat):
         if kept is not None and not isinstance(kept, dict):
             raise RunError(f"{shown(path / CONFIG)}: 'metadata' is {shown(repr(kept))}, an object was expected")
         metadata = dict(kept or {})
-        outside = ("hook_name", "model_name", PREFIX_SIZES)
-        metadata |= {key: config[key] for key in outside if config.get(key) and key not in metadata}
+        metadata |= {key: config[key] for key in _OUTSIDE if config.get(key) is not None and metadata.get(key) is None}
         common: dict[str, Any] = {
             "subtract_b_dec": bool(config.get("apply_b_dec_to_input", True)),
             "metadata": place_of(path / CONFIG, metadata),
@@ -135,22 +137,21 @@ _DEFAULT_METADATA: dict[str, Any] = {
 
 def _sae(path: Path, config: dict[str, Any], weights: dict[str, Tensor], common: dict[str, Any]) -> SparseAutoencoder:
     source = path / WEIGHTS
-    architecture = config.get("architecture", "standard")
+    architecture, activation = config.get("architecture", "standard"), _activation(config)
     if architecture == "gated":
         return gated_sae(source, weights, **common)
-    if architecture == "standard" and config.get("activation_fn_str", "relu") == "relu":
+    if architecture == "standard" and activation == "relu":
         return plain_sae(source, weights, Activation("relu"), **common)
-    if architecture in ("standard", "topk"):  # before SAELens 6, topk was a standard SAE with another activation
-        k = count(path / CONFIG, _with_kwargs(config), "k") if _is_topk(config) else None
-        if k is not None:
-            return plain_sae(source, _rescaled(source, config, weights), Activation("topk", k=k), **common)
-    elif architecture in _THRESHOLDS:
+    if architecture == "topk" or (architecture == "standard" and activation == "topk"):  # the latter before SAELens 6
+        k = count(path / CONFIG, _with_kwargs(config), "k")
+        return plain_sae(source, _rescaled(source, config, weights), Activation("topk", k=k), **common)
+    if architecture in _THRESHOLDS:
         if "threshold" not in weights and "topk_threshold" in weights:
             weights = weights | {"threshold": weights["topk_threshold"]}
         return plain_sae(source, _rescaled(source, config, weights), Activation("jumprelu"), **common)
     found = f"architecture '{shown(architecture)}'"
     if architecture == "standard":
-        found += f" with activation '{shown(config.get('activation_fn_str'))}'"
+        found += f" with activation '{shown(activation)}'"
     known = "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu and gated"
     raise RunError(f"{shown(path)} is a SAELens SAE of {found}; {known} can be read")
 
@@ -168,8 +169,9 @@ def _own(
     return registered_sae(path / WEIGHTS, weights, name, widths, settings, metadata)
 
 
-def _is_topk(config: dict[str, Any]) -> bool:
-    return config.get("architecture") == "topk" or config.get("activation_fn_str") == "topk"
+def _activation(config: dict[str, Any]) -> Any:
+    """Of a standard SAE of before SAELens 6, by either name of the field."""
+    return config.get("activation_fn_str") or config.get("activation_fn") or "relu"
 
 
 def _with_kwargs(config: dict[str, Any]) -> dict[str, Any]:
@@ -190,10 +192,12 @@ def _rescaled(source: Path, config: dict[str, Any], weights: dict[str, Tensor]) 
 def _check_what_is_folded(path: Path, config: dict[str, Any]) -> None:
     """Refuse what SAELens does at run time and the weights do not have in them."""
     how = config.get("normalize_activations", "none")
-    if how not in ("none", None):
+    if how not in ("none", None, False):  # yes or no in the first versions
         raise RunError(
             f"{shown(path)} normalises its inputs by '{shown(how)}' at run time: fold that into the weights with "
             "SAELens first"
         )
+    if (shape := config.get("reshape_activations")) not in ("none", None):
+        raise RunError(f"{shown(path)} reshapes its inputs ({shown(shape)}): no hook point of this program gives them")
     if config.get("finetuning_scaling_factor"):
         raise RunError(f"{shown(path)} scales its features at run time: fold that into the weights with SAELens first")

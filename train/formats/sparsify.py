@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ...errors import RunError
@@ -27,7 +28,7 @@ class Sparsify(SAEFormat):
         return (path / CONFIG).exists() and (path / WEIGHTS).exists()
 
     def read(self, path: Path) -> TemporalSAE:
-        """A topk SAE; its place is in the folder's name, ``layers.23``."""
+        """A topk SAE; its place is the folder's name, ``layers.23`` or ``layers.23.mlp``."""
         config, weights = read_json(path / CONFIG), read_safetensors(path / WEIGHTS)
         for option, what in _REFUSED.items():
             if config.get(option):
@@ -38,4 +39,7 @@ class Sparsify(SAEFormat):
             weights |= {"W_enc": transposed(weights.pop("encoder.weight"))}
         if "encoder.bias" in weights:
             weights |= {"b_enc": weights.pop("encoder.bias")}
-        return plain_sae(path / WEIGHTS, weights, Activation("topk", k=count(path / CONFIG, config, "k")))
+        named = re.fullmatch(r"[a-z]+\.\d+(?:\.\w+)*", path.name)  # the module whose output it reads: layers.23.mlp
+        metadata = {"hook_name": path.name} if named else {}
+        k = count(path / CONFIG, config, "k")
+        return plain_sae(path / WEIGHTS, weights, Activation("topk", k=k), metadata=metadata)
