@@ -418,7 +418,7 @@ def page() -> str:
         "where the program that the format comes from is installed they compare with what it computes itself.",
         "",
         "*honoured*: the SAE computes here what it computes there. *refused*: one sentence that names the field, and",
-        "nothing is measured. *noted*: it is measured; the difference is said in the terminal and in the SAE's row of the",
+        "nothing is measured. *noted*: it is measured, and the difference is said in the terminal and in its row of the",
         "report. What only concerns an SAE's training (learning rates, auxiliary losses, …) is not read.",
     ]
     for name in dict.fromkeys(case.format for case in CASES):
@@ -426,8 +426,9 @@ def page() -> str:
         lines += [_row(case) for case in CASES if case.format == name]
     lines += [
         "",
-        "Gemma Scope's first edition (`params.npz`), Temporal Feature Analysis and temporal crosscoders have no fields",
-        "that could be overlooked: their weights say everything, and a checkpoint whose shapes disagree is refused.",
+        "Gemma Scope's first edition (`params.npz`) has weights alone. Temporal Feature Analysis (`conf.yaml`) and",
+        "temporal crosscoders (`training_logs/NAME.json`) are compared with their formulas in",
+        "`tests/train/formats/test_rivals.py`; files that disagree with their shapes are refused.",
     ]
     return "\n".join(lines) + "\n"
 
