@@ -418,7 +418,7 @@ def page() -> str:
         "where the program that the format comes from is installed they compare with what it computes itself.",
         "",
         "*honoured*: the SAE computes here what it computes there. *refused*: one sentence that names the field, and",
-        "nothing is measured. *noted*: it is measured, and the difference is said in the terminal and in its row of the",
+        "nothing is measured. *noted*: it is measured, and the difference said in the terminal and in its row of the",
         "report. What only concerns an SAE's training (learning rates, auxiliary losses, …) is not read.",
     ]
     for name in dict.fromkeys(case.format for case in CASES):
