@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stores import make_store
+from stores import make_activations, make_block, make_store, manifests, write_rows
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.views import Pairs
+from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import UsageError
 from tcsae.train import plan as plan_module
 from tcsae.train import run
@@ -114,3 +116,21 @@ def test_a_running_threshold_is_the_moving_average_from_its_first_step_on(tmp_pa
     sae = SparseAutoencoder.load(path)
     assert isinstance(sae, TemporalSAE)
     torch.testing.assert_close(sae.threshold, torch.full((32,), expected))
+
+
+def test_its_threshold_is_calibrated_on_every_token_not_on_pairs_alone(tmp_path):
+    """A row's first token is never the current one of a pair; here it is three times as long as the others."""
+    block = make_block(192, 6)
+    x_RTD = torch.from_numpy(make_activations(block, 8)).view(torch.bfloat16).clone()
+    x_RTD[:, 1] *= 3  # the first token of text: position 0 is special
+    layout = StoreLayout(8, 6, 4, 16)
+    store = tmp_path / "l3.zarr"
+    with StoreSetWriter.open({3: store}, manifests([3], 192, layout)) as writer:
+        write_rows(writer, block, {3: x_RTD.view(torch.uint16).numpy()})
+    changes = {"data.store": str(store), "run.out": str(tmp_path / "runs"), "run.steps": 60, "sae.width": 64,
+               "sae.k": 4, "data.batch_size": 96, "sae.threshold_rule": "calibrated", "run.device": "cpu",
+               "run.dtype": "float32", "optimiser.lr": 1e-3, "run.baseline": False}  # fmt: skip
+    sae = TemporalSAE.load(run.train(build_config("tsae", None, changes)).runs[0])
+    l0_RT = (sae.encode(x_RTD.float()) > 0).sum(-1).float()
+    assert l0_RT[:, 1:].mean() == pytest.approx(4, rel=0.05)
+    assert l0_RT[:, 1].mean() > 1.3 * l0_RT[:, 2:].mean(), "or the first token would not matter"

@@ -40,6 +40,7 @@ from .member import Member, Update
 from .memory_plan import alone, stacks
 from .single import Single
 from .stack import Stack
+from .threshold import calibrate_thresholds
 
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", "{:.4g}".format),
@@ -75,7 +76,6 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
     return "—" if value is None else form(value)
 
 
-_CALIBRATION_BATCHES = 16
 _EVENTS_KEPT = 256
 _CLOCK_EVERY = 5  # steps between two looks at the time of the last checkpoint
 _CUDA_CHECK_EVERY = 16  # looking at a loss waits for the device
@@ -113,7 +113,7 @@ class Pass:
         dtype: torch.dtype,
         world: World,
     ):
-        self.inputs, self.device, self.world = inputs, device, world
+        self.store, self.inputs, self.device, self.world = store, inputs, device, world
         self.config = plans[0].config
         self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
         by_name = {member.plan.name: member for member in self.members}
@@ -175,7 +175,7 @@ class Pass:
                         )
                     if self.step < self.steps and self._checkpoint_is_due():
                         self.checkpoint()
-                self.calibrate()
+                calibrate_thresholds(self.members, self.feed, self.store, self.inputs, self.device)
                 self._say_missed_targets()
         finally:
             self.feed.close()
@@ -276,31 +276,6 @@ class Pass:
             missed = None if member.target is None else member.target.missed()
             if missed:
                 warn(f"{member.plan.name}: {missed}")
-
-    @torch.no_grad()
-    def calibrate(self) -> None:
-        """Set the thresholds of batchtopk members from fresh batches and the final weights, so that L0 is k outside
-        training.
-
-        What they kept while training follows weights that have moved on since (arXiv 2412.06410, eq 5).
-        """
-        members = [
-            member
-            for member in self.members
-            if member.sae.running_threshold is not None and member.config.sae.threshold_rule == "calibrated"
-        ]
-        smallest: dict[str, list[float]] = {member.plan.name: [] for member in members}
-        for _ in range(_CALIBRATION_BATCHES if members else 0):
-            batches = self.feed.next_batches()
-            for member in members:
-                x_NWD = self.inputs.prepare(batches[view_of(member.config.data)].x_NWD, self.device)
-                z = member.sae.encode(x_NWD[:, 1] if member.objective.current_only else x_NWD)
-                kept = z[z > 0]
-                smallest[member.plan.name] += [float(kept.min())] if kept.numel() else []
-        for member in members:
-            found = smallest[member.plan.name]
-            if found and member.sae.running_threshold is not None:
-                member.sae.running_threshold.fill_(sum(found) / len(found))
 
     def _checkpoint_is_due(self) -> bool:
         run = self.config.run
