@@ -112,7 +112,8 @@ class OutcomeLine:
     adjusted: str
     word: str
     tone: str
-    controls: list[str]
+    nearest: str
+    """The effect less that of the control that does most like it."""
     untrained: str
 
 
@@ -155,15 +156,15 @@ def _question(comparison: ComparisonEffects, analysis: Analysis) -> Question:
 def _outcome_line(one: OutcomeEffect, word: str) -> OutcomeLine:
     effect = one.effect
     tone = {"better": "good", "worse": "bad", "lost": "bad"}.get(word, "plain")
-    beaten = [each for each in one.controls if each.advantage is not None]
+    nearest = _nearest_control(one)
     about = {
         "label": one.label,
         "arrow": ARROWS[one.better],
         "kind": one.kind,
         "word": word,
         "tone": tone,
-        "controls": [f"{each.control} {figures(each.advantage)}" for each in beaten if each.advantage],
-        "untrained": figures(one.untrained) if one.untrained else "—",
+        "nearest": f"{figures(nearest[1])} beyond {nearest[0]}" if nearest else "",
+        "untrained": f"{figures(one.untrained)} beyond the untrained" if one.untrained else "",
     }
     if effect is None or effect.value is None:
         missing = dict.fromkeys(("effect", "glyph", "seeds", "p"), "—") | {"signs": "", "adjusted": ""}
@@ -178,6 +179,14 @@ def _outcome_line(one: OutcomeEffect, word: str) -> OutcomeLine:
         adjusted="" if one.p_worse_holm is None else f"{_HOLM[one.kind == 'fidelity']} {one.p_worse_holm:.2g}",
         **about,
     )
+
+
+def _nearest_control(one: OutcomeEffect) -> tuple[str, Estimate] | None:
+    """The control over which the treatment gains least, and by how much."""
+    gain = 1 if one.better == "higher" else -1
+    found = [(gain * each.advantage.value, each.control, each.advantage)
+             for each in one.controls if each.advantage is not None and each.advantage.value is not None]  # fmt: skip
+    return min(found, key=lambda each: each[0])[1:] if found else None
 
 
 def _range(estimate: Estimate) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
-from ..evaluate.report.wording import ARROWS
+from ..evaluate.report.wording import ARROWS, capitalised
 from .findings import Analysis, VariantRow
 from .statistics.decision import figures
 from .statistics.effects import ComparisonEffects, OutcomeEffect
@@ -117,7 +117,7 @@ def _caption(one: OutcomeEffect) -> str:
     good = "right" if one.better == "higher" else "left"
     parts = [f"Better is to the {good}."]
     if one.effect is not None:
-        parts.append(f"{one.effect.levels[:1].upper()}{one.effect.levels[1:]}.")
+        parts.append(f"{capitalised(one.effect.levels)}.")
     if lacking := [each.control for each in one.controls if each.effect is None]:
         parts.append(f"No numbers of control {', '.join(lacking)}.")
     if one.wants_untrained and one.untrained is None:

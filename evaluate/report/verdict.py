@@ -15,7 +15,7 @@ from typing import Literal
 from ..intervals.holm import holm
 from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
-from .wording import decimals, listed, metric_label, show, show_interval
+from .wording import capitalised, decimals, listed, metric_label, show, show_interval
 
 Aspect = Literal["cost", "benefit", "position"]
 Word = Literal["better", "worse", "undecided"]
@@ -113,7 +113,9 @@ def _verdict(pair: Paired, report: EvaluationReport) -> PairVerdict:
     elif not judged:
         said = "undecided: no outcome was measured of both"
     elif word == "helps":
-        said = f"the temporal term helps: better in {_named(gained)}. {_upper(_cost(judged))}. Of {n}, none is worse"
+        said = (
+            f"the temporal term helps: better in {_named(gained)}. {capitalised(_cost(judged))}. Of {n}, none is worse"
+        )
     elif word == "harms":
         also = f". Better in {_named(gained)}" if gained else ". Better in none"
         said = (
@@ -124,7 +126,7 @@ def _verdict(pair: Paired, report: EvaluationReport) -> PairVerdict:
         said = f"the temporal term does both. {both}. These are of {n}"
     else:
         found = f"better in {_named(gained)} alone" if gained else "none is decided"
-        said = f"undecided. Of {n}, {found}. {_upper(_cost(judged))}"
+        said = f"undecided. Of {n}, {found}. {capitalised(_cost(judged))}"
     warning = f" ({pair.warning})" if pair.warning else ""
     lines = [_line(aspect, judged) for aspect in ("cost", "benefit", "position")]
     return PairVerdict(
@@ -190,10 +192,6 @@ def _cost(judged: Sequence[Judged]) -> str:
         return f"it costs {_named(lost)}"
     measured = [one for one in judged if one.aspect == "cost"]
     return f"no cost is decided ({_named(measured)})" if measured else "its cost was not measured"
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _line(aspect: str, judged: Sequence[Judged]) -> Line:

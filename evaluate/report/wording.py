@@ -216,6 +216,11 @@ def named(identity: str, kind: str) -> str:
     return built_in.get(identity, identity)
 
 
+def capitalised(text: str) -> str:
+    """With a capital as its first letter; a symbol such as λ stays what it is."""
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
 def listed(items: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = list(items) or [""]

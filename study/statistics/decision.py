@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ...evaluate.report.wording import decimals, listed, show
+from ...evaluate.report.wording import capitalised, decimals, listed, show
 from ...evaluate.results import Frozen
 from ..file import Rule
 from .effects import ComparisonEffects, OutcomeEffect
@@ -64,7 +64,7 @@ def decide(effects: ComparisonEffects, rule: Rule, names: dict[str, str] | None 
         baseline=effects.baseline,
         model=effects.model,
         verdict=verdict,
-        sentence=_upper(f"{pair}{where}: {_because(verdict, effects, reasons, rule)}"),
+        sentence=capitalised(f"{pair}{where}: {_because(verdict, effects, reasons, rule)}"),
         reasons=reasons,
     )
 
@@ -183,13 +183,13 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
     if verdict == "harms":
         good = by_word.get("better", [])
         but = f"; against that, {listed(good)}" if good else ""
-        return f"it harms. {_upper(listed([*by_word.get('lost', []), *by_word.get('worse', [])]))}{but} ({n})."
+        return f"it harms. {capitalised(listed([*by_word.get('lost', []), *by_word.get('worse', [])]))}{but} ({n})."
     if verdict == "helps":
         kept = by_word.get("kept", [])
         beside = f", while {listed(kept)}" if kept else ""
-        return f"it helps. {_upper(listed(by_word['better']))}{beside} ({n})."
+        return f"it helps. {capitalised(listed(by_word['better']))}{beside} ({n})."
     if verdict == "no difference":
-        return f"no difference. {_upper(listed(r.sentence for r in reasons))}: all of it negligible ({n})."
+        return f"no difference. {capitalised(listed(r.sentence for r in reasons))}: all of it negligible ({n})."
     if not reasons:
         return "undecided: the study names no outcome."
     without = {one.effect.levels for one in effects.outcomes if one.effect is not None and one.effect.low is None}
@@ -200,7 +200,7 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
     better = len(by_word.get("better", []))
     if better >= rule.least_benefits:
         why = [r.sentence for r in reasons if r.metric in fidelity and r.word != "kept"]
-        return f"undecided. {_upper(listed(by_word['better']))}; but {listed(why)} ({n})."
+        return f"undecided. {capitalised(listed(by_word['better']))}; but {listed(why)} ({n})."
     found = [sentence for word in order for sentence in by_word.get(word, [])]
     pairs = zip(reasons, effects.outcomes, strict=True)
     unclear = [(one.label, one.effect) for reason, one in pairs if reason.word == "unclear" and one.effect is not None]
@@ -210,8 +210,4 @@ def _because(verdict: Verdict, effects: ComparisonEffects, reasons: Sequence[Rea
     kept = [reason.word for reason in reasons if reason.metric in fidelity]
     if found and kept and set(kept) == {"kept"}:
         found.append("fidelity is kept")
-    return f"undecided. {_upper('; '.join(found)) or 'Fidelity is kept, and nothing else was asked for'} ({n})."
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"undecided. {capitalised('; '.join(found)) or 'Fidelity is kept, and nothing else was asked for'} ({n})."
