@@ -136,7 +136,7 @@ def _read(plan: ImportPlan, rows: Rows, start: int, stop: int) -> tuple[RowBlock
                 tokens_RT[here][inside_RT[here]] = plan.tokens.flat(first, last, plan.axes).numpy().astype(np.int32)
     bits = to_bits(x_RTD)
     if nonfinite_tokens(bits):
-        _refuse_nonfinite(plan, rows, start, bits, x_RTD)
+        _refuse_nonfinite(plan, rows, start, bits)
     documents_RT = np.repeat(rows.sequence_R[start:stop, None].astype(np.int32), context, axis=1)
     flags_RT = np.where(inside_RT, 0, PADDING).astype(np.uint8)
     return RowBlock(tokens_RT, documents_RT, flags_RT), bits
@@ -150,11 +150,11 @@ def _reading(config: ImportConfig) -> Iterator[None]:
         raise ArrayError(f"{shown(config.array)} cannot be read to its end ({failure}): write it again") from failure
 
 
-def _refuse_nonfinite(plan: ImportPlan, rows: Rows, start: int, bits: np.ndarray, x_RTD: torch.Tensor) -> None:
+def _refuse_nonfinite(plan: ImportPlan, rows: Rows, start: int, bits: np.ndarray) -> None:
     row, position = np.argwhere((bits & 0x7FFF).max(-1) >= 0x7F80)[0].tolist()
     index = int(rows.start_R[start + row]) + position
     where = f"vector {index}" if plan.axes == 1 else f"row {index // plan.vectors.shape[1]}, position "
     where += "" if plan.axes == 1 else str(index % plan.vectors.shape[1])
-    finite = bool(torch.isfinite(x_RTD[row, position]).all())
+    finite = bool(torch.isfinite(plan.vectors.flat(index, index + 1, plan.axes)).all())
     what = "a number too large for bfloat16 (3.4e38)" if finite else "NaN or infinity"
     raise ArrayError(f"{shown(plan.config.array)} holds {what} at {where}: mend the array, or leave its sequence out")

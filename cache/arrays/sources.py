@@ -163,7 +163,27 @@ def _numbers(dtype: np.dtype[Any], path: Path) -> str:
 
 def _npy(path: Path, key: str | None, what: str) -> ArrayFile:  # noqa: ARG001 - as all readers
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return _Sliced(array, array.shape, _numbers(array.dtype, path))
+    sliced = array if array.flags.f_contiguous and array.ndim > 1 else _FromFile(path, array)
+    return _Sliced(sliced, array.shape, _numbers(array.dtype, path))
+
+
+class _FromFile:
+    """Slices of a file in C order by ordinary reads: pages of a mapped file would stay in memory until it is full."""
+
+    def __init__(self, path: Path, array: np.memmap[Any, Any]):
+        self._path, self._offset, self._shape, self._dtype = path, array.offset, array.shape, array.dtype
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+        rows, positions = part if isinstance(part, tuple) else (part, None)
+        first, shape = int(rows.start), [rows.stop - rows.start, *self._shape[1:]]
+        each = int(np.prod(self._shape[1:], dtype=np.int64))
+        if positions is not None:  # of one row
+            each = int(np.prod(self._shape[2:], dtype=np.int64))
+            first = first * self._shape[1] + positions.start
+            shape = [1, positions.stop - positions.start, *self._shape[2:]]
+        offset = self._offset + first * each * self._dtype.itemsize
+        found = np.fromfile(self._path, self._dtype, count=int(np.prod(shape)), offset=offset)
+        return found.reshape(shape)
 
 
 def _npz(path: Path, key: str | None, what: str) -> ArrayFile:
