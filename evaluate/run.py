@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from ..system.free_memory import peak_memory
 from .assemble import compose
 from .config import ACTIVATIONS, EvaluateConfig
 from .features.collect import FeatureBrowser
-from .made_for import made_for_notes
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
@@ -190,7 +189,7 @@ class _Evaluation:
     def _compare_origins(self) -> None:
         """Say where an SAE from elsewhere was made for something else."""
         for number, subject in enumerate(self.group.subjects):
-            notes = made_for_notes(subject.made_for, self.lm, self.group.text.context)
+            notes = self.source.differences(subject)
             for message in notes:
                 warn(f"{subject.facts.path}: {message}")
             self.group.subjects[number] = replace(subject, notes=(*subject.notes, *notes))

@@ -22,6 +22,7 @@ from ..extract.text.rows import row_blocks
 from ..sites import Location
 from ..system.device import resolve_device
 from .config import EvaluateConfig
+from .made_for import made_for_notes
 from .model.heldout_text import HeldOutText
 from .model.logit_effects import LogitEffects
 from .model.probes import ProbedModel
@@ -56,6 +57,10 @@ class Source(Protocol):
 
     def unfit(self, subject: Subject) -> str | None:
         """Why an SAE cannot be measured in it; None where it can."""
+        ...
+
+    def differences(self, subject: Subject) -> Sequence[str]:
+        """What an SAE from elsewhere was made for, and is not here."""
         ...
 
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
@@ -122,6 +127,10 @@ class InModel:
         if f".{there}".endswith(f".{said}") or f".{said}".endswith(f".{there}"):  # with or without "model." before it
             return None
         return f"the SAE reads the output of {said}, but {at.site} of {lm.identity.architecture} is that of {there}"
+
+    def differences(self, subject: Subject) -> Sequence[str]:
+        """Another model, BOS, context …: see :mod:`.made_for`."""
+        return made_for_notes(subject.made_for, self.lm, self.group.text.context)
 
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """The held-out documents of the text, and what identifies it."""
@@ -190,6 +199,10 @@ class InVectors:
             f"the SAE is of layer {said[0]} and width {said[1]}, {store.path} of layer {found[0]} and width "
             f"{found[1]}: name the held-out store of its vectors with --dataset"
         )
+
+    def differences(self, subject: Subject) -> Sequence[str]:  # noqa: ARG002 - as of a model
+        """Nothing is known."""
+        return []
 
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """Rows of the store."""
