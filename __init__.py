@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names once more, for editors and type checkers
+    from .cache.arrays.config import ImportConfig as ImportConfig
+    from .cache.arrays.run import ImportSummary as ImportSummary
     from .cache.store import ActivationStore as ActivationStore
     from .errors import TcsaeError as TcsaeError
     from .evaluate.config import EvaluateConfig as EvaluateConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .extract.summary import ExtractSummary as ExtractSummary
     from .interface import evaluate as evaluate
     from .interface import extract as extract
+    from .interface import import_array as import_array
     from .interface import load_report as load_report
     from .interface import study as study
     from .interface import train as train
@@ -60,6 +63,7 @@ _HOMES = {
     "train": "train",
     "evaluate": "evaluate",
     "study": "study",
+    "import_array": "interface",
     "load_report": "interface",
     "ActivationStore": "cache.store",
     "TemporalSAE": "train.sae.temporal_sae",
@@ -68,6 +72,8 @@ _HOMES = {
     "ModelSource": "extract.config",
     "TextSource": "extract.config",
     "ExtractSummary": "extract.summary",
+    "ImportConfig": "cache.arrays.config",
+    "ImportSummary": "cache.arrays.run",
     "TrainConfig": "train.config",
     "DataConfig": "train.config",
     "SAEConfig": "train.config",

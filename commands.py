@@ -229,6 +229,10 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
 
     manifest = read_manifest(store)
     recorded = manifest.model
+    if not manifest.of_language_model:
+        raise UsageError(
+            f"{store} holds imported vectors of {recorded.id}: no language model made them, leave --model out"
+        )
     if model == recorded.id:
         revision, gguf_file = revision or recorded.revision, gguf_file or recorded.gguf_file
     device = manifest.execution.device

@@ -37,8 +37,16 @@ class TextError(TcsaeError):
     """A dataset or text file is missing, empty, or lacks the column that was named."""
 
 
+class ArrayError(TcsaeError):
+    """A file of vectors is missing, cannot be read, or holds none that a store can be made of."""
+
+
 class RunError(TcsaeError):
     """A training run is missing, unfinished, diverged, or does not fit what it is used with."""
+
+
+class NoLanguageModelError(TcsaeError):
+    """Something was asked that only a language model can answer, and there is none."""
 
 
 class ResourceError(TcsaeError):

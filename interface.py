@@ -14,6 +14,8 @@ from .console import speaking
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from .cache.arrays.config import ImportConfig, ImportOptions
+    from .cache.arrays.run import ImportSummary
     from .evaluate.config import EvaluateConfig, EvaluateOptions
     from .evaluate.flat import Report
     from .evaluate.run import Outcome
@@ -47,6 +49,29 @@ def extract(
 
     with speaking(progress):
         return run(_either(config, options, lambda: extract_config(**options)))
+
+
+def import_array(
+    config: ImportConfig | None = None, *, progress: bool = False, **options: Unpack[ImportOptions]
+) -> ImportSummary:
+    """Make a store of vectors that no language model produced, as ``pipeline import`` does; go on with what was begun.
+
+    ``tcsae.import_array(array="hidden.npy", tokens="characters.npy", context=64)``
+
+    Args:
+        config: everything at once; or
+        options: by name, as on the command line (:class:`~tcsae.cache.arrays.config.ImportOptions`).
+        progress: whether notes and progress are shown.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; what was committed stays.
+
+    """
+    from .cache.arrays.config import import_config
+    from .cache.arrays.run import import_array as run
+
+    with speaking(progress):
+        return run(_either(config, options, lambda: import_config(**options)))
 
 
 def train(

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__, demo
 from . import commands as cache_command
+from .cache.arrays import command as import_command
 from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
@@ -118,9 +119,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (extract_command, train_command, evaluate_command, study_command, cache_command, demo):
+for module in (extract_command, import_command, train_command, evaluate_command, study_command, cache_command, demo):
     for function in module.COMMANDS:
-        app.command(cls=ListCommand)(function)
+        app.command(function.__name__.rstrip("_"), cls=ListCommand)(function)  # `import` is a keyword of Python
 
 
 def _print_version(asked: bool) -> None:

@@ -74,7 +74,7 @@ def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSum
     """
     sums = dict(row.sums)
     floor = _reference(others, row.location, ACTIVATIONS)
-    for suffix in ("", OUTLIERS):
+    for suffix in ("", OUTLIERS) if "ce" in row.sums else ():  # none where there is no language model
         own = {name: row.sums[name + suffix] for name in ("ce", "ce_clean", "kl")}
         for reference in ("mean", "zero"):
             other = _reference(others, row.location, reference)
@@ -104,7 +104,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
     """The finished record, with intervals."""
     metrics: dict[str, Metric] = {name: resampler.metric(sums) for name, sums in scored(row, rows).items()}
     zero_all = _reference(rows, row.location, "zero_all")
-    compat = SAEBenchSums.from_state(row.compat)
+    compat = SAEBenchSums.from_state(row.compat) if row.compat else SAEBenchSums()
     return Record(
         name=row.name,
         kind=row.kind,

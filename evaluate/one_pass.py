@@ -22,6 +22,7 @@ from .metrics.fidelity import LogitBuffers, predictions, token_losses
 from .model.heldout_text import HeldOutText
 from .model.reference_rows import spliced_in
 from .model.splice import CleanPass, Head, SplicedModel
+from .model.stored_vectors import StoredVectors
 from .protocol import TokenBatch
 from .results import Failure
 from .table_row import Candidate
@@ -31,8 +32,9 @@ from .table_row import Candidate
 class Measurement:
     """The model, the text and the candidates of one pass. A candidate that fails is left out, the others go on."""
 
-    model: SplicedModel
-    head: Head
+    model: SplicedModel | StoredVectors
+    head: Head | None
+    """None where nothing can be spliced."""
     text: HeldOutText
     candidates: list[Candidate]
     uniform_at: frozenset[Location] = frozenset()
@@ -50,9 +52,8 @@ class Measurement:
             progress.advance((rows.stop - rows.start) * self.text.context)
 
     def _batch(self, rows: slice) -> None:
-        tokens_BT = self.text.tokens(rows, self.model.lm.device)
         spliced = self.text.spliced(rows)
-        at_BTD, clean = self._activations(tokens_BT, spliced)
+        at_BTD, clean = self._activations(rows, spliced)
         batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in at_BTD.items()}
         parts = {at: batch if clean is None else batch.rows(spliced) for at, batch in batches.items()}
         finals: list[tuple[Candidate, Tensor | None]] = []
@@ -68,11 +69,12 @@ class Measurement:
         if clean is not None:
             self._losses(parts, clean.final_BTD, finals)
 
-    def _activations(self, tokens_BT: Tensor, spliced: Tensor) -> tuple[dict[Location, Tensor], CleanPass | None]:
+    def _activations(self, rows: slice, spliced: Tensor) -> tuple[dict[Location, Tensor], CleanPass | None]:
         """The tensor [B, T, D] at every location, and the whole pass of the rows that are spliced, if there are any."""
         locations = sorted({candidate.row.location for candidate in self.candidates})
-        if not len(spliced):
-            return self.model.activations(tokens_BT, locations), None
+        if isinstance(self.model, StoredVectors) or not len(spliced):
+            return self.model.of_rows(self.text, rows, locations), None
+        tokens_BT = self.text.tokens(rows, self.model.device)
         clean = self.model.clean(tokens_BT[spliced], locations)
         at_BTD = dict(clean.at)
         clean.at.clear()
@@ -93,6 +95,7 @@ class Measurement:
         if row.kind == "reference" and row.name == "zero_all" and row.location in self.uniform_at:
             return None
         name = row.name if row.kind == "reference" else ""
+        assert isinstance(self.model, SplicedModel)  # noqa: S101 - there was a clean pass
         return self.model.spliced(row.location, spliced_in(name, batch, x_hat_BTD), batch.tokens_BT, clean)
 
     def _losses(
@@ -105,6 +108,7 @@ class Measurement:
         has_target_N = (torch.arange(real_BT.shape[1], device=real_BT.device) < real_BT.shape[1] - 1).expand_as(
             real_BT
         )[real_BT]
+        assert self.head is not None  # noqa: S101 - there was a clean pass
         states = [None if one is None else one[real_BT] for _, one in finals]
         ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.buffers)
         units_N = batch.units_BT[real_BT][counted_N]

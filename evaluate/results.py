@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..cache.format.manifest import NO_MODEL
 from ..errors import RunError
 from ..sites import RESIDUAL, Location
 from ..system.atomic_files import write_json
@@ -222,6 +223,11 @@ class ModelFacts(Frozen):
     vocab_size: int
     attn_implementation: str
     dtype: str
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether it is a language model; false of the network or file that imported vectors are of."""
+        return self.architecture != NO_MODEL
 
 
 class TextFacts(Frozen):

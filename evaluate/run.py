@@ -22,38 +22,28 @@ import torch
 from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
-from ..extract.model.hooks import module_path
-from ..extract.model.load import LanguageModel, load_language_model
-from ..extract.text.open import open_documents, resolve_text
-from ..extract.text.rows import row_blocks
 from ..plugins import load_plugins
 from ..sites import Location
 from ..system.free_memory import peak_memory
 from .assemble import compose
 from .config import ACTIVATIONS, EvaluateConfig
 from .features.collect import FeatureBrowser
-from .made_for import made_for_notes
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
-from .model.heldout_text import HeldOutText, Survey, survey
-from .model.logit_effects import LogitEffects
-from .model.probes import ProbeContext, ProbedModel
+from .model.heldout_text import Survey, survey
+from .model.probes import ProbeContext
 from .model.reference_rows import untrained_sae, zero_sae
-from .model.splice import Head, SplicedModel
-from .model.token_text import token_classes
-from .one_pass import Measurement
 from .protocol import RawActivations
 from .report.page import write_report
-from .results import EvaluationReport, Failure, ModelFacts, write_results
+from .results import EvaluationReport, Failure, write_results
 from .row_cache import RowCache, measuring_code, slug
+from .sources import source_of
 from .subjects import Group, Subject, UntrainedTwin, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
 
 PASS_BYTES = 4e9
 """Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
-VERIFY_ROWS = 2
-"""Rows on which the shared prefix is tried."""
 BROWSER_CARDS = 200
 """Cards over all SAEs of a report, at least a tenth of it each."""
 # What torch says where it has no exception of its own for it.
@@ -143,30 +133,24 @@ class _Evaluation:
     def run(self) -> Outcome:
         started = time.perf_counter()
         config, group = self.config, self.group
-        self.lm = load_language_model(group.model)
-        self._compare_model()
+        self.source = source_of(config, group)
+        for sentence in self.source.about():
+            self._say(sentence)
         self._drop_unfit()
         self._compare_origins()
         self.locations = sorted({subject.at for subject in group.subjects})
-        documents = open_documents(group.text)
-        identity = resolve_text(group.text, self.lm, documents)
-        blocks = row_blocks(
-            group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
-        )
-        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label)
-        text = replace(text, classes_RT=token_classes(self.lm.tokenizer, text.tokens_RT))
-        self.text = text.spliced_in(config.splice_rows)
+        text, identity = self.source.gather()
+        self.text = text.spliced_in(config.splice_rows) if self.source.spliced else text
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
         if self.text.spliced_R is not None:
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
-        self.model, self.head = SplicedModel(self.lm), Head(self.lm)
-        model = self.lm.identity
+        model = self.source.facts
         settings = (config.batch_rows, config.seed, config.quick, tuple(self.families))
         if self.text.spliced_R is not None:
             settings = (*settings, config.splice_rows)
         facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
-        self.rows = RowCache(self.folder, facts, self.locations, config.references, group.subjects, fresh=config.fresh)
+        self.rows = RowCache(self.folder, facts, self.locations, self._references(), group.subjects, fresh=config.fresh)
         if self.rows.missing:
             with within_memory(config.batch_rows):
                 self._measure()
@@ -174,17 +158,17 @@ class _Evaluation:
             self.rows.finished,
             self.text,
             name=self.name,
-            machine=describe_machine(self.lm.device),
+            machine=describe_machine(self.source.device),
             versions=versions(),
             plugins=dict(self.plugins),
-            model=_model_facts(self.lm),
+            model=model,
             identity=identity,
             seed=config.seed,
             layers=sorted({at.layer for at in self.locations}),
             failures=self.failures,
             notes=self.notes,
             seconds=round(time.perf_counter() - started, 1),
-            peak_memory_bytes=peak_memory(self.lm.device),
+            peak_memory_bytes=peak_memory(self.source.device),
         )
         write_results(report, self.folder)
         return Outcome(report, self.folder, write_report(report, self.folder))
@@ -193,18 +177,19 @@ class _Evaluation:
         self.notes.append(message)
         note(message)
 
-    def _compare_model(self) -> None:
-        expected, found = self.group.model_fingerprint, self.lm.identity
-        if expected is not None and expected != found.fingerprint:
-            self._say(
-                f"the weights of {found.id} are not those the store was extracted with (fingerprint "
-                f"{found.fingerprint[:12]}, the store's {expected[:12]})"
-            )
+    def _say_once(self, message: str) -> None:
+        if message not in self.notes:
+            self._say(message)
+
+    def _references(self) -> tuple[str, ...]:
+        """Without a splice, zero at every position is the same as zero at those that count."""
+        asked = self.config.references
+        return asked if self.source.spliced else tuple(name for name in asked if name != "zero_all")
 
     def _compare_origins(self) -> None:
         """Say where an SAE from elsewhere was made for something else."""
         for number, subject in enumerate(self.group.subjects):
-            notes = made_for_notes(subject.made_for, self.lm, self.group.text.context)
+            notes = self.source.differences(subject)
             for message in notes:
                 warn(f"{subject.facts.path}: {message}")
             self.group.subjects[number] = replace(subject, notes=(*subject.notes, *notes))
@@ -212,30 +197,12 @@ class _Evaluation:
     def _drop_unfit(self) -> None:
         """Leave out SAEs of another width or depth; fail when none is left."""
         for subject in list(self.group.subjects):
-            if (message := self._unfit(subject)) is not None:
+            if (message := self.source.unfit(subject)) is not None:
                 warn(f"{subject.facts.path}: {message}")
                 self.group.subjects.remove(subject)
                 self.failures.append(Failure(path=subject.facts.path, message=message))
         if not self.group.subjects:
             raise RunError(self.failures[-1].message)
-
-    def _unfit(self, subject: Subject) -> str | None:
-        lm, at = self.lm, subject.at
-        if not 0 <= at.layer < lm.n_layers:
-            return f"the SAE belongs to layer {at.layer}; {lm.identity.id} has layers 0 to {lm.n_layers - 1}"
-        if subject.facts.d_model != lm.d_model:
-            return (
-                f"{lm.identity.id} has width {lm.d_model}; the SAE expects {subject.facts.d_model}: name the model "
-                "it was trained on with --model"
-            )
-        try:
-            there = module_path(lm, at)
-        except TcsaeError as failure:
-            return str(failure)
-        said = subject.module or there
-        if f".{there}".endswith(f".{said}") or f".{said}".endswith(f".{there}"):  # with or without "model." before it
-            return None
-        return f"the SAE reads the output of {said}, but {at.site} of {lm.identity.architecture} is that of {there}"
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -244,42 +211,27 @@ class _Evaluation:
         kept = len(self.rows.finished)
         if kept:
             note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
-        tokens = self.text.tokens(slice(0, VERIFY_ROWS), self.lm.device)
-        for message in self.model.verify(tokens, self.locations):
+        for message in self.source.prepare(self.text, self.locations):
             self._say(message)
-        clean = self.model.clean(tokens[:1], self.locations)
-        self.head.verify(tokens[:1], clean.final_BTD)
-        self.effects = LogitEffects(self.lm, self.head)
-        for message in (self.head.note, None if config.quick else self.effects.note):
-            if message:
-                self._say(message)
-        uniform = frozenset(
-            at
-            for at, x_BTD in clean.at.items()
-            if self.head.uniform_at_zero
-            and not self.model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
-        )
-        surveys = survey(self.model, self.text, self.locations, config.batch_rows)
-        limit = PASS_BYTES
-        if self.lm.device.type == "cuda":
-            limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
+        surveys = survey(self.source.activations, self.text, self.locations, config.batch_rows)
+        limit, device = PASS_BYTES, self.source.device
+        if device.type == "cuda":
+            limit = torch.cuda.get_device_properties(device).total_memory / 4
         passes = deque(self.rows.passes(limit))
         with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
             while passes:
                 part = passes.popleft()
-                if not self._fits(part, surveys, uniform, bar):
+                if not self._fits(part, surveys, bar):
                     release()
                     left = [key for key in part if key in self.rows.missing]
                     self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
                     passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
 
-    def _fits(
-        self, part: list[str], surveys: dict[Location, Survey], uniform: frozenset[Location], bar: Progress
-    ) -> bool:
+    def _fits(self, part: list[str], surveys: dict[Location, Survey], bar: Progress) -> bool:
         """Measure these rows in one pass; false where they do not fit into memory together."""
         try:
             candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-            measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
+            measurement = self.source.measurement(self.text, candidates)
             measurement.run(self.config.batch_rows, bar)
             for failure in measurement.failures:
                 warn(f"{failure.path}: {failure.message}")
@@ -299,9 +251,9 @@ class _Evaluation:
         elif isinstance(what, str):
             row = MeasuredRow(what, "reference", at.layer, site=at.site)
             if what == "untrained":
-                sae = untrained_sae(self.lm.d_model, self.config.seed)
+                sae = untrained_sae(self.source.facts.d_model, self.config.seed)
             elif what == "zero_sae":
-                sae = zero_sae(self.lm.d_model)
+                sae = zero_sae(self.source.facts.d_model)
         else:
             row = row_of(what)
             try:
@@ -311,15 +263,15 @@ class _Evaluation:
                 self.failures.append(Failure(path=what.facts.path, message=str(failure)))
                 return None
         if sae is not None:
-            sae = sae.to(self.lm.device, torch.float32).token_coder()
+            sae = sae.to(self.source.device, torch.float32).token_coder()
         scope = what.scope if isinstance(what, Subject) else 1.0
         accumulators = self._accumulators(row, sae, scope, surveys[at])
-        return Candidate(row, sae, surveys[at], accumulators, key)
+        return Candidate(row, sae, surveys[at], accumulators, key, spliced=self.source.spliced)
 
     def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
         common = {"context": self.text.context, "seed": self.config.seed}
         if row.name == ACTIVATIONS and row.kind == "reference":
-            raw = RawActivations(self.lm.d_model, self.lm.device)
+            raw = RawActivations(self.source.facts.d_model, self.source.device)
             return {"metrics": AllMetrics(raw, self.families, **common)}
         if sae is None or row.name == "zero_sae":
             return {}
@@ -338,7 +290,7 @@ class _Evaluation:
 
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
-        probed = ProbedModel.of(self.model, self.effects, self.text)
+        probed = self.source.probed(self.text)
         at = None
         for candidate in sorted(candidates, key=lambda one: one.row.location):
             if candidate.row.location != at:
@@ -356,11 +308,8 @@ class _Evaluation:
                     shown: Any = candidate.accumulators["browser"]
                     candidate.row.cards = shown.cards(context)
             self.rows.put(candidate.key, candidate.row)
-
-
-def _model_facts(lm: LanguageModel) -> ModelFacts:
-    shared = {name: getattr(lm.identity, name) for name in ModelFacts.model_fields if name != "d_model"}
-    return ModelFacts(d_model=lm.d_model, **shared)
+        for name in sorted(probed.left_out):
+            self._say_once(f"{name} is left out: it needs a language model that altered text is run in")
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

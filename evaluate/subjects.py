@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ..cache.arrays.config import held_out_beside
 from ..cache.format.manifest import StoreManifest
 from ..console import warn
 from ..errors import RunError, TcsaeError, UsageError
@@ -83,6 +84,10 @@ class Group:
     held_out: bool
     """Whether only held-out documents may be read; false for a text that no run was trained on."""
     model_fingerprint: str | None
+    vectors: str | None = None
+    """The store that is evaluated on where no language model made what the SAEs reconstruct."""
+    trained_on: str | None = None
+    """The store of the first of its runs, then."""
     subjects: list[Subject] = field(default_factory=list)
 
 
@@ -210,7 +215,7 @@ def _add_run(
     sae = SparseAutoencoder.load(path)
     _check_fits(path, record, manifest, sae)
     _check_computes(path, sae)
-    group = _group(groups, config, manifest)
+    group = _group(groups, config, manifest, store=record.store)
     original = sae.metadata.get("pruned_from")
     group.subjects.append(
         Subject(
@@ -295,7 +300,22 @@ def _group(
     config: EvaluateConfig,
     manifest: StoreManifest | None,
     model_name: str | None = None,
+    store: str = "",
 ) -> Group:
+    if manifest is not None and not manifest.of_language_model and config.model is None:
+        vectors = config.dataset or held_out_beside(store)
+        if not Path(vectors).exists():
+            raise RunError(
+                f"the vectors of {manifest.model.id} that were held out are not at {vectors}: name their store with "
+                "--dataset, or import with --held-out"
+            )
+        source = ModelSource(id=manifest.model.id, device=config.device), TextSource(dataset=vectors)
+        key = (*source, vectors)
+        return groups.setdefault(key, Group(*source, True, manifest.model.fingerprint, vectors, store))
+    if manifest is not None and not manifest.of_language_model and config.dataset is None:
+        raise UsageError(
+            f"{store} holds imported vectors, of which no text is known: with --model, name a text with --dataset"
+        )
     model, text, held_out = _model(config, manifest, model_name), _text(config, manifest), True
     if config.dataset is not None and (manifest is None or config.dataset != manifest.text.dataset):
         held_out = False  # a text no run has seen: all of it may be read

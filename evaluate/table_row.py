@@ -146,6 +146,8 @@ class Candidate:
         sae: on the device of the batches; None for a reference without features.
         survey: of its location.
         accumulators: what is measured of its features; empty for a reference.
+        key: under which the row is kept.
+        spliced: whether there is a language model that reconstructions are spliced into.
 
     """
 
@@ -156,9 +158,12 @@ class Candidate:
         survey: Survey,
         accumulators: Mapping[str, Accumulator],
         key: str,
+        *,
+        spliced: bool = True,
     ):
         self.row, self.sae, self.survey, self.key = row, sae, survey, key
         self.accumulators = dict(accumulators)
+        self.spliced = spliced
         self.fidelity = Fidelity(survey.mean_D, None if sae is None else sae.W_dec.norm(dim=1))
         self.compat = SAEBenchSums()
         self.shares = SHARED_SPLICES.get(row.name) if row.kind == "reference" else None
@@ -183,8 +188,8 @@ class Candidate:
 
     def finish(self) -> dict[str, np.ndarray]:
         """Complete the row; returns what is known per feature."""
-        self.row.sums |= self.fidelity.sums()
-        self.row.compat = self.compat.state()
+        self.row.sums |= self.fidelity.sums(spliced=self.spliced)
+        self.row.compat = self.compat.state() if self.spliced else {}
         per_feature: dict[str, np.ndarray] = {}
         for accumulator in self.accumulators.values():
             found = accumulator.result()

@@ -16,7 +16,7 @@ from tcsae.train.run import train
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/GUIDE.md"]
+PAGES = ["README.md", "docs/GUIDE.md", "docs/SEQUENCES.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -14,6 +14,7 @@ import tcsae
 import typer
 from stores import make_store
 from tcsae import pipeline
+from tcsae.cache.arrays.config import ImportOptions
 from tcsae.errors import UsageError
 from tcsae.evaluate.config import EvaluateConfig, EvaluateOptions, evaluate_config
 from tcsae.evaluate.results import read_results
@@ -69,6 +70,19 @@ def test_every_option_of_a_command_has_its_name_in_python(command, options):
     else:
         in_python.remove("config")
     assert on_the_line == in_python
+
+
+def test_every_option_of_an_import_has_its_name_in_python(tmp_path):
+    on_the_line = {param.name for param in COMMANDS["import"].params} - {"json_output", "dry_run"}
+    assert on_the_line == {"resume" if name == "fresh" else name for name in ImportOptions.__annotations__}
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 8)))
+    done = tcsae.import_array(array=tmp_path / "x.npy", context=4, out=tmp_path / "x.zarr")
+    assert tcsae.ActivationStore.open(done.stores[0]).n_rows == 9
+    assert tcsae.import_array(done.plan.config).already_complete
+    with pytest.raises(UsageError, match=r"import has no option 'kye': did you mean key\?"):
+        tcsae.import_array(kye=1)
+    with pytest.raises(UsageError, match="no array was named"):
+        tcsae.import_array()
 
 
 def test_options_of_training_are_those_that_sweeps_know():

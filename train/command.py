@@ -33,6 +33,9 @@ def train(
     baseline: bool | None = _main(
         None, "--baseline/--no-baseline", help="Train the λ2 = 0 twin on the same stream; done unless you say no."
     ),
+    init_from: str | None = _main(
+        None, "--init-from", help="Begin with the weights of this SAE: a run, or any format that evaluate reads."
+    ),
     plugin: list[str] = _main([], "--plugin", help="Python file that registers something; repeatable."),
     seed: int | None = _main(None, "--seed", help="Of the initial weights."),
     architecture: str | None = _sparsity(None, "--architecture", help=f"One of {', '.join(ARCHITECTURES)}."),
@@ -94,6 +97,8 @@ def train(
 
         pipeline train --store cache/l12.zarr --rivals --k 32 --sweep seed=0,1,2
 
+        pipeline train --store cache/l12.zarr --init-from runs/l12-topk64-none-s0 --name further
+
         pipeline train --show-config > my.toml
 
     """
@@ -107,6 +112,7 @@ def train(
         width=width,
         preset=preset,  # pyright: ignore[reportArgumentType] - the configuration checks it
         baseline=baseline,
+        init_from=init_from,
         plugin=plugin,
         seed=seed,
         architecture=architecture,

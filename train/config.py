@@ -265,6 +265,8 @@ class RunConfig(_Group):
     """Tokens to train on; 0: each counted token of the store once."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights."""
+    init_from: str = ""
+    """An SAE of any readable format, by path or hub id, whose weights training begins with; the twin's too."""
     out: str = "runs"
     """Folder of the run folders."""
     name: str = ""

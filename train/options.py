@@ -43,6 +43,8 @@ class TrainOptions(TypedDict, total=False):
     lr: float | None
     warmup: int | None
     seed: int | None
+    init_from: str | Path | None
+    """An SAE of any readable format, whose weights training begins with."""
     baseline: bool | None
     pool: int | str | None
     scale: Literal["rms", "none"] | None

@@ -52,6 +52,7 @@ OPTIONS = {
     "lr": "optimiser.lr",
     "warmup": "optimiser.warmup",
     "seed": "run.seed",
+    "init-from": "run.init_from",
     "out": "run.out",
     "name": "run.name",
     "baseline": "run.baseline",

@@ -33,6 +33,7 @@ from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
 from .loop.trainer import Pass, siblings_wanted
+from .loop.warm_start import begin_from_source, check_sources
 from .loss.objective import group_sizes
 from .plan import MemberPlan, plan_together, tokens_per_step, view_of
 from .presets import changed
@@ -108,6 +109,7 @@ def train(
         folders = member_folders(
             members, store, fresh=fresh, default_length=not (config.run.steps or config.run.tokens)
         )
+        check_sources([each.plan for each in folders if not each.settled and not each.has_checkpoint], store)
         failures = {each.plan.name: each.failure for each in folders if each.failure}
         metrics: dict[str, Metrics] = {}
         mine.enter_context(locked(folders if world.writes else []))
@@ -284,6 +286,9 @@ def _train_pass(
     config = plans[0].config
     kept = {each.plan.name: each.record for each in folders if each.record and step is not None}
     records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs, device) for plan in plans}
+    for member in work.members if step is None else ():
+        origin = begin_from_source(member, inputs.scale)
+        records[member.plan.name] = records[member.plan.name].model_copy(update={"origin": origin})
     if world.writes:
         for each in folders:
             records[each.plan.name].save(each.folder)

@@ -32,6 +32,7 @@ from ..storage.places import Place
 from .layout import StoreLayout
 
 FORMAT_VERSION = 1
+NO_MODEL = "none"  # the model's `architecture` in a store of imported vectors, which no language model produced
 PLUGIN = "plug-in "  # in `versions`, "plug-in FILE" holds the SHA-256 of the file that registered the hook point
 _PACKAGES = ("tcsae", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -127,6 +128,11 @@ class StoreManifest(_Record):
     def location(self) -> Location:
         """The layer and the hook point of these activations."""
         return location_of(self.hook_name)
+
+    @property
+    def of_language_model(self) -> bool:
+        """Whether a language model produced the activations; false of imported vectors."""
+        return self.model.architecture != NO_MODEL
 
     @property
     def plugins(self) -> dict[str, str]:

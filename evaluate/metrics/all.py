@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...errors import MissingPackageError, UsageError, needs
+from ...errors import MissingPackageError, NoLanguageModelError, UsageError, needs
 from ...plugins import plugin_at_work
 from ...train.sae.protocol import SparseCoder
 from .. import cost
@@ -100,12 +100,19 @@ class AllMetrics:
 
 
 def probes(context: ProbeContext, chosen: Mapping[str, MetricFamily]) -> Findings:
-    """What the families that ask the model after the pass find."""
+    """What the families that ask the model after the pass find.
+
+    A family that asks for what only a language model can do, where there is none, is noted in ``probed.left_out``.
+    """
     found = Findings()
     for name, family in chosen.items():
         if family.probe is not None:
-            with plugin_at_work(METRICS, name):
-                more = family.probe(context)
+            try:
+                with plugin_at_work(METRICS, name):
+                    more = family.probe(context)
+            except NoLanguageModelError:
+                context.probed.left_out.add(name)
+                continue
             _check_defined(name, more, family.definitions)
             found.add(more)
     return found

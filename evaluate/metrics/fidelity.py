@@ -21,6 +21,7 @@ from ..protocol import SumsByUnit, TokenBatch, UnitSums
 from ..results import Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
+OF_THE_SPLICE = ("ce", "ce_clean", "kl")
 OUTLIERS = "_without_outliers"
 
 DEFINITIONS = {
@@ -224,9 +225,15 @@ class Fidelity:
         self.by_unit.add(units_N, **values)
         self.by_unit.add(units_N[inlier_N], **{name + OUTLIERS: value[inlier_N] for name, value in values.items()})
 
-    def sums(self) -> dict[str, UnitSums]:
-        """Everything that needs no other record, with and without outliers."""
-        return {name + suffix: one for suffix in ("", OUTLIERS) for name, one in self._sums(suffix).items()}
+    def sums(self, *, spliced: bool = True) -> dict[str, UnitSums]:
+        """Everything that needs no other record, with and without outliers; CE and KL only where there is a splice."""
+        left_out = () if spliced else OF_THE_SPLICE
+        return {
+            name + suffix: one
+            for suffix in ("", OUTLIERS)
+            for name, one in self._sums(suffix).items()
+            if name not in left_out
+        }
 
     def _sums(self, suffix: str) -> dict[str, UnitSums]:
         tokens_U = self.by_unit["tokens" + suffix]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from ...console import progress
 from ...errors import TextError
 from ...sites import Location
 from ..protocol import TokenBatch
-from .splice import SplicedModel
 
 UNIT_TOKENS = 1000
 OUTLIER_FACTOR = 10.0
@@ -42,6 +42,7 @@ class HeldOutText:
     labels_RT: np.ndarray | None = None  # int64: the label of the token's document, −1 where it has none
     label_names: tuple[str, ...] = ()
     classes_RT: np.ndarray | None = None  # int64: see token_text.py
+    read_R: np.ndarray | None = None  # int64: the number of each row among all that could be read
 
     @classmethod
     def gather(
@@ -77,8 +78,8 @@ class HeldOutText:
         tokens_RT, documents_RT, flags_RT = tokens_RT[chosen], documents_RT[chosen], flags_RT[chosen]
         real_RT = (flags_RT & (SPECIAL | PADDING)) == 0
         units_RT, unit_documents = number_units(documents_RT, real_RT)
-        text = cls(tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT, real_RT, unit_documents)
-        return text.labelled(label)
+        numbers = (tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT)
+        return cls(*numbers, real_RT, unit_documents, read_R=chosen).labelled(label)
 
     def labelled(self, label: Callable[[int], str | None]) -> HeldOutText:
         """The same text with the label of every document, numbered in alphabetical order."""
@@ -139,8 +140,8 @@ class HeldOutText:
         for start in list(range(0, len(self), rows))[:limit]:
             yield slice(start, min(start + rows, len(self)))
 
-    def tokens(self, rows: slice, device: torch.device) -> Tensor:
-        """Tokens [B, T] of a range of rows."""
+    def tokens(self, rows: slice | Sequence[int], device: torch.device) -> Tensor:
+        """Tokens [B, T] of some rows."""
         return torch.from_numpy(self.tokens_RT[rows]).to(device)
 
     def batch(self, rows: slice, x_BTD: Tensor, norm_limit: float) -> TokenBatch:
@@ -186,6 +187,21 @@ def number_units(documents_RT: np.ndarray, real_RT: np.ndarray) -> tuple[np.ndar
     return units_RT, np.array(owners, dtype=np.int64)
 
 
+class Activations(Protocol):
+    """Where the activations of a text come from: a language model that is run, or a store that is read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+    def of_rows(
+        self, text: HeldOutText, rows: slice | Sequence[int], locations: Sequence[Location]
+    ) -> dict[Location, Tensor]:
+        """The tensor [B, T, D] at every location, of some rows of the text."""
+        ...
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a look at a location finds: the mean that ablation uses, and where outliers begin."""
@@ -199,7 +215,7 @@ class Survey:
 
 @torch.no_grad()
 def survey(
-    model: SplicedModel, text: HeldOutText, locations: Sequence[Location], batch_rows: int
+    model: Activations, text: HeldOutText, locations: Sequence[Location], batch_rows: int
 ) -> dict[Location, Survey]:
     """Look at the whole text in a pass that ends at the deepest location.
 
@@ -209,8 +225,8 @@ def survey(
     while open_ := [at for at, look in looks.items() if look.found is None]:
         with progress("looking at the text", len(text) * text.context) as bar:
             for rows in text.batches(batch_rows):
-                real_BT = torch.from_numpy(text.real_RT[rows]).to(model.lm.device)
-                for at, x_BTD in model.activations(text.tokens(rows, model.lm.device), open_).items():
+                real_BT = torch.from_numpy(text.real_RT[rows]).to(model.device)
+                for at, x_BTD in model.of_rows(text, rows, open_).items():
                     looks[at].add(x_BTD.float()[real_BT])
                 bar.advance((rows.stop - rows.start) * text.context)
         for at in open_:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
@@ -20,7 +20,7 @@ from ...train.sae.protocol import RowTokens, SparseCoder
 from .heldout_text import HeldOutText
 from .logit_effects import LogitEffects
 from .splice import SplicedModel
-from .token_text import token_text
+from .stored_vectors import StoredVectors
 
 PROBE_ROWS = 256
 
@@ -29,34 +29,36 @@ PROBE_ROWS = 256
 class ProbedModel:
     """The model and the text, shared by all probes; keeps the activations of rows asked for more than once."""
 
-    model: SplicedModel
+    model: SplicedModel | StoredVectors
     text: HeldOutText
-    effects: LogitEffects
+    effects: LogitEffects | None
     _kept: dict[tuple[Location, int], Tensor]
     _altered: dict[tuple[Location, bytes], Tensor]
+    left_out: set[str] = field(default_factory=set)
+    """Families of metrics that need a language model where there is none."""
 
     @classmethod
-    def of(cls, model: SplicedModel, effects: LogitEffects, text: HeldOutText) -> ProbedModel:
+    def of(cls, model: SplicedModel | StoredVectors, effects: LogitEffects | None, text: HeldOutText) -> ProbedModel:
         """With nothing kept yet."""
         return cls(model, text, effects, {}, {})
 
     def run(self, tokens_BT: Tensor, at: Location) -> Tensor:
         """The tensor [B, T, D] at ``at`` for any tokens, in float32."""
-        return self.model.activations(tokens_BT.to(self.model.lm.device), [at])[at].float()
+        return self.model.activations(tokens_BT.to(self.model.device), [at])[at].float()
 
     def run_once(self, tokens_BT: Tensor, at: Location) -> Tensor:
         """The same, kept for the location's other SAEs: probes ask each of them about the same altered rows."""
         key = (at, sha256(tokens_BT.cpu().numpy().tobytes()).digest())
         if key not in self._altered:
-            self._altered[key] = self.run(tokens_BT, at).to(self.model.lm.dtype)
+            self._altered[key] = self.run(tokens_BT, at).to(self.model.dtype)
         return self._altered[key].float()
 
     def rows(self, rows: Sequence[int], at: Location) -> Tensor:
         """The same for rows of the text; each is run once."""
         missing = [row for row in rows if (at, row) not in self._kept]
         if missing:
-            x_BTD = self.run(torch.from_numpy(self.text.tokens_RT[missing]), at)
-            self._kept |= {(at, row): x_TD for row, x_TD in zip(missing, x_BTD.to(self.model.lm.dtype), strict=True)}
+            x_BTD = self.model.of_rows(self.text, missing, [at])[at].to(self.model.dtype)
+            self._kept |= {(at, row): x_TD for row, x_TD in zip(missing, x_BTD, strict=True)}
         return torch.stack([self._kept[at, row] for row in rows]).float()
 
     def forget(self) -> None:
@@ -90,7 +92,7 @@ class ProbeContext:
     @property
     def bos_token_id(self) -> int | None:
         """What every row begins with."""
-        return self.probed.model.lm.bos_token_id
+        return self.probed.model.bos_token_id
 
     @property
     def rows(self) -> list[RowBlock]:
@@ -124,13 +126,13 @@ class ProbeContext:
 
     def token_text(self, token: int) -> str:
         """A token as readers see it, its leading space kept."""
-        return token_text(self.probed.model.lm.tokenizer, token)
+        return self.probed.model.token_text(token)
 
     def logit_effects(self, directions_nD: Tensor) -> Tensor | None:
         """What adding each direction to the residual stream does to the logits [n, V].
 
         None where that is unknown, and where the SAE's directions are none of the residual stream.
         """
-        if self.at.site not in BUILT_IN:
+        if self.at.site not in BUILT_IN or self.probed.effects is None:
             return None
-        return self.probed.effects(directions_nD.to(self.probed.model.lm.device))
+        return self.probed.effects(directions_nD.to(self.probed.model.device))

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ...extract.model.hooks import hook_of
 from ...extract.model.module_hook import ModuleHook, with_first
 from ...sites import Location
+from .heldout_text import HeldOutText
+from .token_text import token_text
 
 if TYPE_CHECKING:
     from ...extract.model.load import LanguageModel
@@ -56,6 +58,31 @@ class SplicedModel:
         self._by_hook: set[Location] = set()
         # An output of a block, for stand-ins to answer in kind: transformers 5 gives tensors, 4 tuples, GPT-1 lists.
         self._output: Any = torch.zeros(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its states."""
+        return self.lm.dtype
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What every row begins with."""
+        return self.lm.bos_token_id
+
+    def token_text(self, token: int) -> str:
+        """A token as readers see it, its leading space kept."""
+        return token_text(self.lm.tokenizer, token)
+
+    def of_rows(
+        self, text: HeldOutText, rows: slice | Sequence[int], locations: Sequence[Location]
+    ) -> dict[Location, Tensor]:
+        """The tensor [B, T, D] at every location, of some rows of the text."""
+        return self.activations(text.tokens(rows, self.device), locations)
 
     @torch.no_grad()
     def clean(self, tokens_BT: Tensor, locations: Sequence[Location]) -> CleanPass:

@@ -278,8 +278,10 @@ UNTRAINED = ("zero_all", "zero_sae", "untrained")
 
 def published(report: EvaluationReport) -> tuple[Location, list[PublishedQuantity]] | None:
     """The paper's table beside our reference rows at the deepest layer, of the residual stream where that was
-    evaluated; None where none of them was.
+    evaluated; None where none of them was, or no language model.
     """
+    if not report.model.predicts_tokens:
+        return None
     at = max(report.locations, key=lambda one: (one.site == RESIDUAL, one.layer), default=Location(0))
     rows = [report.record(name, *at) for name in UNTRAINED]
     if not any(rows):

@@ -51,15 +51,21 @@ def _table(report: EvaluationReport) -> Any:
     table = Table(title=f"{report.model.id}, {report.text.dataset}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("record", overflow="fold", min_width=14)
-    for key in COLUMNS:
+    columns = _columns(report)
+    for key in columns:
         definition = report.definitions.get(key)
         table.add_column(definition.label or key if definition else key, justify="right", no_wrap=True)
     for at in report.locations:
         for record in sorted((one for one in report.records if one.location == at), key=lambda one: one.kind):
-            cells = [_cell(record, key) for key in COLUMNS]
+            cells = [_cell(record, key) for key in columns]
             table.add_row(str(at), record.name, *cells, style="dim" if record.kind == "reference" else "")
         table.add_section()
     return table
+
+
+def _columns(report: EvaluationReport) -> list[str]:
+    """Those that some record has: without a language model there is no CE."""
+    return [key for key in COLUMNS if any(key in record.metrics for record in report.records)]
 
 
 def _cell(record: Record, key: str) -> str:
@@ -83,7 +89,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
         "seconds": report.seconds,
         "records": [
             {"layer": record.layer, "site": record.site, "name": record.name, "kind": record.kind}
-            | {key: record.metrics[key].value if key in record.metrics else None for key in COLUMNS}
+            | {key: record.metrics[key].value if key in record.metrics else None for key in _columns(report)}
             for record in report.records
         ],
         "failures": [failure.model_dump() for failure in report.failures],

@@ -153,6 +153,12 @@ def evaluated(report: EvaluationReport) -> str:
         or "an unnamed machine"
     )
     model = f"{named(report.model.id, 'model')} ({report.model.architecture}, {report.model.dtype})"
+    if not report.model.predicts_tokens:
+        return (
+            f"{what} at {where} of {named(report.model.id, 'model')}, on {report.n_tokens:,} held-out vectors from "
+            f"{_documents(report).replace('document', 'sequence')} in rows of {report.text.context}, seed "
+            f"{report.seed}, on {machine}."
+        )
     return (
         f"{what} at {where} of {model}, spliced into the model on {report.n_tokens:,} held-out tokens from "
         f"{_documents(report)} of {named(report.text.dataset, 'text')}, {report.text.context} tokens of context, seed "
@@ -229,14 +235,9 @@ def listed(items: Iterable[str]) -> str:
 
 def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
     """Name and value of everything that says how the report came about."""
-    model, text = report.model, report.text
     facts = [
         ("created", report.created),
-        ("model", f"{model.id}, revision {model.revision or '—'}, fingerprint {model.fingerprint}"),
-        ("", f"{model.architecture}, {model.n_layers} layers, width {model.d_model}, vocabulary {model.vocab_size:,}"),
-        ("arithmetic", f"{model.dtype}, {model.attn_implementation} attention; cross-entropy and KL in float32"),
-        ("text", f"{text.dataset}, split {text.split or '—'}, fingerprint {text.fingerprint}, packing {text.packing}"),
-        ("held out", f"{text.held_out:.1%} of the documents, by a hash of their text; none was trained on"),
+        *(_of_model(report) if report.model.predicts_tokens else _of_vectors(report)),
         (
             "evaluated",
             f"{report.n_tokens:,} tokens, {report.n_rows:,} rows, {_documents(report)}; seed {report.seed}",
@@ -253,6 +254,26 @@ def provenance(report: EvaluationReport) -> list[tuple[str, str]]:
     if report.plugins:
         facts.append(("plug-ins", ", ".join(f"{name} (SHA-256 {one[:12]}…)" for name, one in report.plugins.items())))
     return facts
+
+
+def _of_model(report: EvaluationReport) -> list[tuple[str, str]]:
+    model, text = report.model, report.text
+    return [
+        ("model", f"{model.id}, revision {model.revision or '—'}, fingerprint {model.fingerprint}"),
+        ("", f"{model.architecture}, {model.n_layers} layers, width {model.d_model}, vocabulary {model.vocab_size:,}"),
+        ("arithmetic", f"{model.dtype}, {model.attn_implementation} attention; cross-entropy and KL in float32"),
+        ("text", f"{text.dataset}, split {text.split or '—'}, fingerprint {text.fingerprint}, packing {text.packing}"),
+        ("held out", f"{text.held_out:.1%} of the documents, by a hash of their text; none was trained on"),
+    ]
+
+
+def _of_vectors(report: EvaluationReport) -> list[tuple[str, str]]:
+    model, text = report.model, report.text
+    return [
+        ("vectors", f"of {model.id}, imported from {text.dataset} ({model.dtype}), width {model.d_model}"),
+        ("", f"fingerprint {text.fingerprint}"),
+        ("held out", f"{text.held_out:.1%} of the sequences, or of the positions of a single one"),
+    ]
 
 
 def _machine(name: str, value: str | int | float) -> str:

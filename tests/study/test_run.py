@@ -195,7 +195,7 @@ def test_stores_and_runs_that_were_taken_along_are_used(whole, tiny_gemma2, text
         shutil.copytree(whole.folder / part, tmp_path / "out" / part)
     monkeypatch.setattr("tcsae.extract.run.StoreSetRun.run", lambda *_: pytest.fail("the store is there"))
     monkeypatch.setattr("tcsae.train.loop.trainer.Pass.run", lambda *_: pytest.fail("the runs are there"))
-    monkeypatch.setattr("tcsae.evaluate.run.Measurement.run", lambda *_: pytest.fail("the rows are there"))
+    monkeypatch.setattr("tcsae.evaluate.one_pass.Measurement.run", lambda *_: pytest.fail("the rows are there"))
     assert tcsae.study(changed, out=tmp_path / "out", device="cpu").analysis.finished == 12
 
 

@@ -65,6 +65,10 @@ class RunRecord(BaseModel):
     """
     plugins: dict[str, str] = {}
     """Plug-ins used in training: name of the file → SHA-256 of its bytes."""
+    origin: dict[str, Any] = {}
+    """Of the SAE whose weights it began with (``run.init_from``): path, format, SHA-256 of its weights, and the model
+    and hook name that it says. Empty: it began with random weights.
+    """
     cost: dict[str, float] = {}
     """seconds: of this SAE's steps. peak_memory_bytes: of the process or its GPU. members: SAEs that trained beside."""
     versions: dict[str, str]

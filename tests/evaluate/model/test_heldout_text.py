@@ -49,8 +49,8 @@ def test_the_survey_is_of_the_whole_text_whatever_the_batches(first_row):
     tokens = np.arange(23 * 8).reshape(23, 8)
     real = tokens % 8 > 0
     text = HeldOutText(tokens, tokens * 0, tokens * 0, real, np.zeros(1, dtype=np.int64))
-    activations = lambda tokens, locations: {locations[0]: x_RTD[tokens[:, 0] // 8]}  # noqa: E731
-    model = SimpleNamespace(activations=activations, lm=SimpleNamespace(device=torch.device("cpu")))
+    of_rows = lambda _text, rows, locations: {locations[0]: x_RTD[rows]}  # noqa: E731
+    model = SimpleNamespace(of_rows=of_rows, device=torch.device("cpu"))
     x_ND = x_RTD[torch.from_numpy(real)].double()
     norms = x_ND.norm(dim=-1)
     limit = 10 * float(norms.float().median())
