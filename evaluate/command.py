@@ -101,6 +101,15 @@ def evaluate(
     splice_rows: int = _amount(
         EvaluateConfig.splice_rows, "--splice-rows", help="Rows in which SAEs are spliced for CE and KL; 0: all."
     ),
+    references: list[str] = _amount(
+        [],
+        "--references",
+        help="Reference rows: all (default), none, or names: identity_bf16, zero_all, zero, mean, previous_token, "
+        "untrained, zero_sae, untrained_twins.",
+    ),
+    only: list[str] = _amount(
+        [], "--only", help="Measure just fidelity, features, temporal or position; repeatable. Default: everything."
+    ),
     seed: int = _amount(
         EvaluateConfig.seed, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."
     ),
@@ -135,6 +144,8 @@ def evaluate(
 
         pipeline evaluate --run runs/l12-topk64-pairwise0.03-w5-s0 --batches 50
 
+        pipeline evaluate --only temporal position --references none
+
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 
     """
@@ -150,6 +161,8 @@ def evaluate(
         batches=batches,
         batch_size=batch_size,
         splice_rows=splice_rows,
+        references=references,
+        only=only,
         seed=seed,
         model=model,
         revision=revision,

@@ -30,7 +30,7 @@ from ..plugins import load_plugins
 from ..sites import Location
 from ..system.free_memory import peak_memory
 from .assemble import compose
-from .config import ACTIVATIONS, EvaluateConfig
+from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
 from .features.collect import FeatureBrowser
 from .made_for import made_for_notes
 from .metrics.all import AllMetrics, families, installed, probes
@@ -39,7 +39,7 @@ from .metrics.windows import WindowMetrics
 from .model.heldout_text import HeldOutText, Survey, survey
 from .model.logit_effects import LogitEffects
 from .model.probes import ProbeContext, ProbedModel
-from .model.reference_rows import untrained_sae, zero_sae
+from .model.reference_rows import share_of, untrained_sae
 from .model.splice import Head, SplicedModel
 from .model.token_text import token_classes
 from .one_pass import Measurement
@@ -47,6 +47,7 @@ from .protocol import RawActivations
 from .report.page import write_report
 from .results import EvaluationReport, Failure, ModelFacts, write_results
 from .row_cache import RowCache, measuring_code, slug
+from .shared_references import SharedReferences
 from .subjects import Group, Subject, UntrainedTwin, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
 
@@ -133,7 +134,7 @@ class _Evaluation:
         plugins: Mapping[str, str],
     ):
         self.config, self.group, self.name, self.plugins = config, group, name, plugins
-        self.families, left_out = installed(families(plugins))
+        self.families, left_out = installed(families(plugins, config.only))
         self.failures = list(failures)
         self.folder = Path(config.out) / name
         self.notes: list[str] = []
@@ -158,15 +159,24 @@ class _Evaluation:
         self.text = text.spliced_in(config.splice_rows)
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
-        if self.text.spliced_R is not None:
+        if config.only:
+            self._say(f"only what was asked for is measured: {', '.join(config.only)}, and L0 and L1")
+        if self.text.spliced_R is not None and config.measures(FIDELITY):
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
         self.model, self.head = SplicedModel(self.lm), Head(self.lm)
         model = self.lm.identity
-        settings = (config.batch_rows, config.seed, config.quick, tuple(self.families))
-        if self.text.spliced_R is not None:
-            settings = (*settings, config.splice_rows)
-        facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
-        self.rows = RowCache(self.folder, facts, self.locations, config.references, group.subjects, fresh=config.fresh)
+        splices = config.splice_rows if self.text.spliced_R is not None else 0
+        seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
+        settings = (config.seed, config.quick, tuple(self.families), config.only, measuring_code(self.plugins))
+        arithmetic = (self.lm.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
+        self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings)
+        self.rows = RowCache(
+            *(self.folder, (*seen, *settings), self.locations, config.reference_rows, group.subjects),
+            shared=self.shared,
+            fresh=config.fresh,
+        )
+        if self.rows.from_others:
+            note(f"{self.rows.from_others} reference rows were measured for other reports and are taken from there")
         if self.rows.missing:
             with within_memory(config.batch_rows):
                 self._measure()
@@ -259,7 +269,7 @@ class _Evaluation:
             if self.head.uniform_at_zero
             and not self.model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
         )
-        surveys = survey(self.model, self.text, self.locations, config.batch_rows)
+        surveys = self._surveys()
         limit = PASS_BYTES
         if self.lm.device.type == "cuda":
             limit = torch.cuda.get_device_properties(self.lm.device).total_memory / 4
@@ -273,13 +283,25 @@ class _Evaluation:
                     self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
                     passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
 
+    def _surveys(self) -> dict[Location, Survey]:
+        """What a look at the text finds at every location; each location is looked at once for all reports."""
+        kept = {at: None if self.config.fresh else self.shared.survey(at) for at in self.locations}
+        found = {at: one for at, one in kept.items() if one is not None}
+        if missing := [at for at in self.locations if at not in found]:
+            for at, one in survey(self.model, self.text, missing, self.config.batch_rows).items():
+                self.shared.put_survey(at, one)
+                found[at] = one
+        device = self.lm.device
+        return {at: replace(one, mean_D=one.mean_D.to(device)) for at, one in found.items()}
+
     def _fits(
         self, part: list[str], surveys: dict[Location, Survey], uniform: frozenset[Location], bar: Progress
     ) -> bool:
         """Measure these rows in one pass; false where they do not fit into memory together."""
         try:
             candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-            measurement = Measurement(self.model, self.head, self.text, candidates, uniform)
+            splices = self.config.measures(FIDELITY)
+            measurement = Measurement(self.model, self.head, self.text, candidates, uniform, splices)
             measurement.run(self.config.batch_rows, bar)
             for failure in measurement.failures:
                 warn(f"{failure.path}: {failure.message}")
@@ -300,8 +322,6 @@ class _Evaluation:
             row = MeasuredRow(what, "reference", at.layer, site=at.site)
             if what == "untrained":
                 sae = untrained_sae(self.lm.d_model, self.config.seed)
-            elif what == "zero_sae":
-                sae = zero_sae(self.lm.d_model)
         else:
             row = row_of(what)
             try:
@@ -314,24 +334,29 @@ class _Evaluation:
             sae = sae.to(self.lm.device, torch.float32).token_coder()
         scope = what.scope if isinstance(what, Subject) else 1.0
         accumulators = self._accumulators(row, sae, scope, surveys[at])
-        return Candidate(row, sae, surveys[at], accumulators, key)
+        share_R = share_of(self.text) if what in (ACTIVATIONS, "untrained") else None
+        seen_R = share_R if what == "untrained" else None  # the activations of all rows are the ceiling of all codes
+        fidelity = self.config.measures(FIDELITY)
+        rows = {"seen_R": seen_R, "spliced_R": share_R}
+        return Candidate(row, sae, surveys[at], accumulators, key, **rows, fidelity=fidelity)
 
     def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
         common = {"context": self.text.context, "seed": self.config.seed}
         if row.name == ACTIVATIONS and row.kind == "reference":
             raw = RawActivations(self.lm.d_model, self.lm.device)
             return {"metrics": AllMetrics(raw, self.families, **common)}
-        if sae is None or row.name == "zero_sae":
+        if sae is None:
             return {}
         found: dict[str, Any] = {"metrics": AllMetrics(sae, self.families, **common)}
         inside = max(1, round(scope * sae.n_features))
+        fidelity = self.config.measures(FIDELITY)
         if inside < sae.n_features:
-            found["by_scope"] = ByScope(sae, self.families, **common, inside=inside)
+            found["by_scope"] = ByScope(sae, self.families, **common, fidelity=fidelity, inside=inside)
         if sae.summands:
-            found["by_summand"] = BySummand(sae, self.families, **common)
-        if sae.sees == "window":
+            found["by_summand"] = BySummand(sae, self.families, **common, fidelity=fidelity)
+        if sae.sees == "window" and fidelity:
             found["windows"] = WindowMetrics(seen.mean_D)
-        if row.kind == "sae" and not self.config.quick:
+        if row.kind == "sae" and not self.config.quick and self.config.measures(FEATURES):
             cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
             found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=cards)
         return found

@@ -22,6 +22,8 @@ from ..results import Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
 OUTLIERS = "_without_outliers"
+SPARSITY = ("l0", "l1")
+"""What is measured even where fidelity is not asked for."""
 
 DEFINITIONS = {
     "ce": Definition(

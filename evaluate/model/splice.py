@@ -44,6 +44,11 @@ class CleanPass:
     final_BTD: Tensor
     """After the model's last norm: what its head multiplies."""
 
+    def rows(self, chosen: Tensor) -> CleanPass:
+        """Of some of its rows, by their number in it."""
+        at, before = ({key: x[chosen] for key, x in part.items()} for part in (self.at, self.before))
+        return CleanPass(at, before, self.final_BTD[chosen])
+
 
 class SplicedModel:
     """A language model in which the tensor at a location can be replaced.
