@@ -266,7 +266,8 @@ class _Evaluation:
         uniform = frozenset(
             at
             for at, x_BTD in clean.at.items()
-            if self.head.uniform_at_zero
+            if "zero_all" in config.reference_rows
+            and self.head.uniform_at_zero
             and not self.model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
         )
         surveys = self._surveys()
