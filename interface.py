@@ -15,8 +15,8 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from .evaluate.config import EvaluateConfig, EvaluateOptions
+    from .evaluate.finished import Outcome
     from .evaluate.flat import Report
-    from .evaluate.run import Outcome
     from .extract.config import ExtractConfig, ExtractOptions
     from .extract.summary import ExtractSummary
     from .study.file import StudyFile

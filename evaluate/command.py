@@ -149,6 +149,7 @@ def evaluate(
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 
     """
+    from ..console import note, warn
     from .config import evaluate_config
 
     config = evaluate_config(
@@ -178,10 +179,19 @@ def evaluate(
         plugin=plugin,
         fresh=not resume,
     )
+    from .finished import shown_again
     from .report.terminal import print_outcomes
-    from .run import evaluate as run_evaluation
 
-    outcomes = run_evaluation(config)
+    outcomes = shown_again(config)
+    if outcomes is None:
+        from .run import evaluate as run_evaluation
+
+        outcomes = run_evaluation(config)
+    else:
+        note("nothing has changed since this was evaluated: the report is shown as it is")
+        for outcome in outcomes:
+            for failure in outcome.report.failures:
+                warn(f"{failure.path}: {failure.message}")
     print_outcomes(outcomes, as_json=json_output)
     if any(outcome.report.failures for outcome in outcomes):
         raise typer.Exit(1)

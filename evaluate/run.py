@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ import torch
 from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
+from ..extract.assets import MODELS, demo_text
 from ..extract.model.hooks import module_path
-from ..extract.model.load import LanguageModel, load_language_model
+from ..extract.model.load import LanguageModel, load_language_model, outline_model
+from ..extract.text.local_files import local_path
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
 from ..plugins import load_plugins
@@ -32,6 +35,7 @@ from ..system.free_memory import peak_memory
 from .assemble import compose
 from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
 from .features.collect import FeatureBrowser
+from .finished import Asked, Outcome
 from .made_for import made_for_notes
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
@@ -45,7 +49,7 @@ from .model.token_text import token_classes
 from .one_pass import Measurement
 from .protocol import RawActivations
 from .report.page import write_report
-from .results import EvaluationReport, Failure, ModelFacts, write_results
+from .results import Failure, ModelFacts, write_results
 from .row_cache import RowCache, measuring_code, slug
 from .shared_references import SharedReferences
 from .subjects import Group, Subject, UntrainedTwin, gather_subjects
@@ -61,21 +65,6 @@ BROWSER_CARDS = 200
 _WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One report and where it lies."""
-
-    report: EvaluationReport
-    folder: Path
-    page: Path | None
-
-    def with_failures(self, failures: Sequence[Failure]) -> Outcome:
-        """The same, with what failed after its report was written; written again."""
-        report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
-        write_results(report, self.folder)
-        return Outcome(report, self.folder, write_report(report, self.folder))
-
-
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
     """Evaluate everything asked for: one report per language model and text.
 
@@ -85,6 +74,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
 
     """
     needs("matplotlib", extra="report", what="a report")
+    asked = Asked.of(config)
     plugins = load_plugins(config.plugins)
     groups, failures = gather_subjects(config, plugins)
     for failure in failures:
@@ -97,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     outcomes = []
     for group, name in zip(groups, names, strict=True):
         try:
-            outcomes.append(_Evaluation(config, group, name, failures, plugins).run())
+            outcomes.append(_Evaluation(config, group, name, failures, plugins, asked).run())
             failures = []  # reported
         except TcsaeError as failure:
             if len(groups) == 1:
@@ -108,6 +98,8 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
         raise RunError(f"none of the {len(groups)} language models could be evaluated in; the messages above say why")
     if failures:
         outcomes[-1] = outcomes[-1].with_failures(failures)
+    if len(outcomes) == len(groups):
+        asked.remember(outcomes)
     return outcomes
 
 
@@ -132,8 +124,10 @@ class _Evaluation:
         name: str,
         failures: Sequence[Failure],
         plugins: Mapping[str, str],
+        asked: Asked,
     ):
         self.config, self.group, self.name, self.plugins = config, group, name, plugins
+        self.asked = asked
         self.families, left_out = installed(families(plugins, config.only))
         self.failures = list(failures)
         self.folder = Path(config.out) / name
@@ -144,7 +138,9 @@ class _Evaluation:
     def run(self) -> Outcome:
         started = time.perf_counter()
         config, group = self.config, self.group
-        self.lm = load_language_model(group.model)
+        outline = outline_model(group.model)
+        self.asked.reads(self._read_besides(outline.files.folder))
+        self.lm = load_language_model(outline)
         self._compare_model()
         self._drop_unfit()
         self._compare_origins()
@@ -198,6 +194,15 @@ class _Evaluation:
         )
         write_results(report, self.folder)
         return Outcome(report, self.folder, write_report(report, self.folder))
+
+    def _read_besides(self, model: Path) -> list[Path] | None:
+        """Files of the language model and the text; None where the hub may have others tomorrow."""
+        text = demo_text() if self.group.text.dataset == "demo" else local_path(self.group.text.dataset)
+        here = Path(self.group.model.id).exists() or self.group.model.id in MODELS
+        pinned = re.fullmatch("[0-9a-f]{40}", self.group.model.revision or "") is not None
+        if text is None or not (here or pinned):
+            return None
+        return [text, *sorted(path for path in model.iterdir() if path.is_file())]
 
     def _say(self, message: str) -> None:
         self.notes.append(message)
