@@ -44,12 +44,12 @@ def share_of(text: HeldOutText) -> np.ndarray | None:
     wanted = max(LEAST_ROWS, round(SHARE * n_rows))
     chosen = spread_over_documents(text.unit_documents, max(1, round(wanted / n_rows * n_units)))
     chosen_U = np.isin(np.arange(n_units), chosen)
-    share_R = np.zeros(n_rows, dtype=bool)
+    share_R: np.ndarray = np.zeros(n_rows, dtype=bool)
     while True:  # a row may hold parts of several units, and a unit parts of several rows
-        more_R = chosen_U[text.units_RT].any(1)
+        more_R = np.any(chosen_U[text.units_RT], axis=1)
         if 2 * int(more_R.sum()) > n_rows:
             return None
-        if (more_R == share_R).all():
+        if np.array_equal(more_R, share_R):
             return share_R
         share_R = more_R
         chosen_U[text.units_RT[share_R]] = True

@@ -46,7 +46,8 @@ class CleanPass:
 
     def rows(self, chosen: Tensor) -> CleanPass:
         """Of some of its rows, by their number in it."""
-        at, before = ({key: x[chosen] for key, x in part.items()} for part in (self.at, self.before))
+        at = {key: x_BTD[chosen] for key, x_BTD in self.at.items()}
+        before = {key: x_BTD[chosen] for key, x_BTD in self.before.items()}
         return CleanPass(at, before, self.final_BTD[chosen])
 
 
