@@ -28,7 +28,7 @@ Json = Annotated[bool, _output("--json", help="Print one line of JSON.")]
 
 def ls(
     folders: Annotated[list[str] | None, typer.Argument(help="Folders to search; by default the present one.")] = None,
-    kind: Annotated[str | None, _output("--kind", help="Only store, run or report.")] = None,
+    kind: Annotated[str | None, _output("--kind", help="Only store, run, report or references.")] = None,
     unfinished: Annotated[bool, _output("--unfinished", help="Only what is not finished, or damaged.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -50,7 +50,7 @@ def ls(
         print(json.dumps([entry.facts() for entry in found]))
         return
     for entry in found:
-        print(f"{entry.kind:<7} {format_bytes(entry.n_bytes):>8}  {entry.path}\n{'':<18}{entry.state}")
+        print(f"{entry.kind:<10} {format_bytes(entry.n_bytes):>8}  {entry.path}\n{'':<21}{entry.state}")
     if not found:
         note("nothing of ours here: `pipeline extract` writes stores, `train` runs, `evaluate` reports")
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .cache.arrays.config import ImportConfig, ImportOptions
     from .cache.arrays.run import ImportSummary
     from .evaluate.config import EvaluateConfig, EvaluateOptions
+    from .evaluate.finished import Outcome
     from .evaluate.flat import Report
-    from .evaluate.run import Outcome
     from .extract.config import ExtractConfig, ExtractOptions
     from .extract.summary import ExtractSummary
     from .study.file import StudyFile

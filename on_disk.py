@@ -13,20 +13,21 @@ from typing import Any
 
 from .console import format_count
 from .errors import TcsaeError, UsageError
+from .evaluate.config import REFERENCES_FOLDER
 from .system.atomic_files import plain_errors, sync_folder
 from .system.untrusted_files import shown
 
-KINDS = ("store", "run", "report")
+KINDS = ("store", "run", "report", "references")
 _DEEPEST = 6  # folders below the one that is searched
 _REMOVED = ".removed-"  # what a folder is renamed to before it is emptied, so that half of one is never taken for it
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A store, a run or a report.
+    """A store, a run, a report, or the reference rows that reports share.
 
     Attributes:
-        kind: store, run, report, or removed: what a stopped ``rm`` left over.
+        kind: store, run, report, references, or removed: what a stopped ``rm`` left over.
         path: its folder.
         n_bytes: of all files in it.
         finished: whether nothing is left to do.
@@ -51,7 +52,8 @@ class Entry:
 
 
 def entries(folders: Sequence[str | Path]) -> list[Entry]:
-    """Everything of ours below ``folders``, sorted by path; folders that begin with a dot are not searched.
+    """Everything of ours below ``folders``, sorted by path; folders that begin with a dot are not searched, but for
+    the reference rows beside reports.
 
     Raises:
         UsageError: one of them is no folder.
@@ -76,12 +78,16 @@ def _below(folder: Path) -> Iterator[tuple[str, Path]]:
             inside[:] = [] if kind != "report" else [name for name in inside if name not in ("rows", "figures")]
         elif len(path.relative_to(folder).parts) >= _DEEPEST:
             inside[:] = []
-        inside[:] = sorted(name for name in inside if not name.startswith(".") or _REMOVED in name)
+        inside[:] = sorted(
+            name for name in inside if not name.startswith(".") or _REMOVED in name or name == REFERENCES_FOLDER
+        )
 
 
 def _kind(path: Path) -> str | None:
     if _REMOVED in path.name:
         return "removed"
+    if path.name == REFERENCES_FOLDER:
+        return "references"
     for name, kind in (("train.json", "run"), ("results.json", "report")):
         if (path / name).is_file():
             return kind
@@ -94,9 +100,12 @@ def _entry(kind: str, path: Path) -> Entry:
     n_bytes = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     if kind == "removed":
         return Entry(kind, path, n_bytes, False, "left over by `pipeline rm`, which was stopped: remove it again")
-    describe: Callable[[Path], tuple[bool, str, tuple[Path, ...]]] = {"store": _store, "run": _run, "report": _report}[
-        kind
-    ]
+    describe: Callable[[Path], tuple[bool, str, tuple[Path, ...]]] = {
+        "store": _store,
+        "run": _run,
+        "report": _report,
+        "references": _references,
+    }[kind]
     try:
         return Entry(kind, path, n_bytes, *describe(path))
     except (TcsaeError, OSError) as failure:
@@ -142,6 +151,12 @@ def _report(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
     what = f"{saes} SAE{'s' if saes != 1 else ''} of {report.model.id} on {format_count(report.n_tokens)} tokens"
     failed = f", {len(report.failures)} could not be evaluated" if report.failures else ""
     return True, what + failed, ()
+
+
+def _references(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
+    rows = sum(not file.name.endswith("-survey.npz") for file in path.glob("*/*.npz"))
+    kept = f"{rows} row{'s' if rows != 1 else ''} that reports share"
+    return True, f"{kept}: removing them costs the next evaluation their time, no report needs them", ()
 
 
 def removable(paths: Sequence[str | Path], within: Sequence[str | Path], *, force: bool = False) -> list[Entry]:

@@ -74,16 +74,26 @@ def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSum
     """
     sums = dict(row.sums)
     floor = _reference(others, row.location, ACTIVATIONS)
-    for suffix in ("", OUTLIERS) if "ce" in row.sums else ():  # none where there is no language model
+    if "ce" in row.sums:
+        sums |= _scores(row, others, floor)
+    if floor is not None:  # and the ceilings
+        sums |= {name: one for name, one in floor.sums.items() if name in row.definitions and name not in sums}
+    return sums
+
+
+def _scores(row: MeasuredRow, others: Sequence[MeasuredRow], floor: MeasuredRow | None) -> dict[str, UnitSums]:
+    sums: dict[str, UnitSums] = {}
+    for suffix in ("", OUTLIERS):
         own = {name: row.sums[name + suffix] for name in ("ce", "ce_clean", "kl")}
         for reference in ("mean", "zero"):
             other = _reference(others, row.location, reference)
             if other is None:
                 continue
-            ce, kl = other.sums["ce" + suffix], other.sums["kl" + suffix]
+            # A reference that was measured on a share of the text is scored on that share.
+            ce, kl = (_numerator(other.sums[name + suffix], where=own[name]) for name in ("ce", "kl"))
             for name, above, below in (
-                ("ce", ce.numerator_U - own["ce"].numerator_U, ce.numerator_U - own["ce_clean"].numerator_U),
-                ("kl", kl.numerator_U - own["kl"].numerator_U, kl.numerator_U),
+                ("ce", ce - own["ce"].numerator_U, ce - own["ce_clean"].numerator_U),
+                ("kl", kl - own["kl"].numerator_U, kl),
             ):
                 key = f"{name}_score_{reference}{suffix}"
                 counted = round(float(own["ce"].denominator_U.sum()))
@@ -91,8 +101,6 @@ def scored(row: MeasuredRow, others: Sequence[MeasuredRow]) -> dict[str, UnitSum
         if floor is not None:
             key = "kl_noise_floor" + suffix
             sums[key] = replace(floor.sums["kl" + suffix], definition=key)
-    if floor is not None:  # and the ceilings
-        sums |= {name: one for name, one in floor.sums.items() if name in row.definitions and name not in sums}
     return sums
 
 
@@ -104,7 +112,6 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
     """The finished record, with intervals."""
     metrics: dict[str, Metric] = {name: resampler.metric(sums) for name, sums in scored(row, rows).items()}
     zero_all = _reference(rows, row.location, "zero_all")
-    compat = SAEBenchSums.from_state(row.compat) if row.compat else SAEBenchSums()
     return Record(
         name=row.name,
         kind=row.kind,
@@ -117,10 +124,24 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         | (cost_metrics(row.facts.settings) if row.facts else {})
         | {name: one.plain() if isinstance(one, Jackknifed) else one for name, one in row.metrics.items()},
         curves=row.curves,
-        saebench_compat=compat.result(SAEBenchSums.from_state(zero_all.compat) if zero_all else None),
+        saebench_compat=_compat(row, zero_all),
         notes=[*row.subject_notes, *row.notes],
         kept=row.file,
     )
+
+
+def _numerator(sums: UnitSums, *, where: UnitSums) -> np.ndarray:
+    """The numerators of the units in which another row has something."""
+    n = len(where.denominator_U)
+    return np.where(where.denominator_U > 0, sums.numerator_U[:n], 0.0)
+
+
+def _compat(row: MeasuredRow, zero_all: MeasuredRow | None) -> dict[str, float | None]:
+    if not row.compat:  # fidelity was not asked for
+        return {}
+    own = SAEBenchSums.from_state(row.compat)
+    ablated = SAEBenchSums.from_state(zero_all.compat) if zero_all is not None else None
+    return own.result(ablated if ablated is not None and ablated.n_losses == own.n_losses else None)
 
 
 def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:

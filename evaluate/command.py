@@ -101,6 +101,15 @@ def evaluate(
     splice_rows: int = _amount(
         EvaluateConfig.splice_rows, "--splice-rows", help="Rows in which SAEs are spliced for CE and KL; 0: all."
     ),
+    references: list[str] = _amount(
+        [],
+        "--references",
+        help="Reference rows: all (default), none, or names: identity_bf16, zero_all, zero, mean, previous_token, "
+        "untrained, zero_sae, untrained_twins.",
+    ),
+    only: list[str] = _amount(
+        [], "--only", help="Measure just fidelity, features, temporal or position; repeatable. Default: everything."
+    ),
     seed: int = _amount(
         EvaluateConfig.seed, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."
     ),
@@ -135,9 +144,12 @@ def evaluate(
 
         pipeline evaluate --run runs/l12-topk64-pairwise0.03-w5-s0 --batches 50
 
+        pipeline evaluate --only temporal position --references none
+
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 
     """
+    from ..console import note, warn
     from .config import evaluate_config
 
     config = evaluate_config(
@@ -150,6 +162,8 @@ def evaluate(
         batches=batches,
         batch_size=batch_size,
         splice_rows=splice_rows,
+        references=references,
+        only=only,
         seed=seed,
         model=model,
         revision=revision,
@@ -165,10 +179,19 @@ def evaluate(
         plugin=plugin,
         fresh=not resume,
     )
+    from .finished import shown_again
     from .report.terminal import print_outcomes
-    from .run import evaluate as run_evaluation
 
-    outcomes = run_evaluation(config)
+    outcomes = shown_again(config)
+    if outcomes is None:
+        from .run import evaluate as run_evaluation
+
+        outcomes = run_evaluation(config)
+    else:
+        note("nothing has changed since this was evaluated: the report is shown as it is")
+        for outcome in outcomes:
+            for failure in outcome.report.failures:
+                warn(f"{failure.path}: {failure.message}")
     print_outcomes(outcomes, as_json=json_output)
     if any(outcome.report.failures for outcome in outcomes):
         raise typer.Exit(1)

@@ -16,6 +16,13 @@ UNTRAINED_TWINS = "untrained_twins"
 ACTIVATIONS = "identity_bf16"
 """The reference row of the activations themselves, rounded to bfloat16: noise floor, and ceiling of all probes."""
 REFERENCES = (ACTIVATIONS, "zero_all", "zero", "mean", "previous_token", "untrained", "zero_sae", UNTRAINED_TWINS)
+WITH_FEATURES = (ACTIVATIONS, "untrained", UNTRAINED_TWINS)
+"""References of which more than the splice is measured."""
+REFERENCES_FOLDER = ".references"
+"""The folder beside the reports that holds what all of them share; named so that it is no report."""
+FIDELITY, FEATURES = "fidelity", "features"
+PARTS = (FIDELITY, FEATURES, "temporal", "position")
+"""What ``only`` chooses among; probes of the model belong to none of them."""
 QUICK_BATCHES = 10
 
 
@@ -55,6 +62,8 @@ class EvaluateConfig:
     """Rows in which SAEs are spliced into the model for CE and KL, which costs most; 0: all."""
     references: tuple[str, ...] = REFERENCES
     """Reference rows measured at every layer and site."""
+    only: tuple[str, ...] = ()
+    """The parts that are measured, among :data:`PARTS`; empty: everything. L0 and L1 always are."""
     out: str = "reports"
     """Where reports are written."""
     name: str | None = None
@@ -93,6 +102,18 @@ class EvaluateConfig:
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:
             raise UsageError(f"there is no reference '{unknown[0]}': choose among {', '.join(REFERENCES)}")
+        unknown = [name for name in self.only if name not in PARTS]
+        if unknown:
+            raise UsageError(f"--only {unknown[0]} is no part of an evaluation: choose among {', '.join(PARTS)}")
+
+    def measures(self, part: str) -> bool:
+        """Whether a part is measured."""
+        return not self.only or part in self.only
+
+    @property
+    def reference_rows(self) -> tuple[str, ...]:
+        """The references of which something is measured: without fidelity, a splice alone says nothing."""
+        return tuple(name for name in self.references if self.measures(FIDELITY) or name in WITH_FEATURES)
 
     @property
     def rows(self) -> int:
@@ -124,6 +145,10 @@ class EvaluateOptions(TypedDict, total=False):
     """Rows (model contexts) per batch."""
     splice_rows: int | None
     """Rows in which SAEs are spliced into the model; 0: all."""
+    references: str | Sequence[str] | None
+    """Names of reference rows; ``all`` or ``none``."""
+    only: str | Sequence[str] | None
+    """Measure just these: fidelity, features, temporal, position."""
     quick: bool | None
     seed: int | None
     device: str | None
@@ -154,9 +179,21 @@ def evaluate_config(**asked: Unpack[EvaluateOptions]) -> EvaluateConfig:
 
     """
     given = options.chosen(asked, EvaluateOptions, "evaluate")
-    for name in ("run", "sae", "layer", "site", "plugin"):
+    for name in ("run", "sae", "layer", "site", "plugin", "references", "only"):
         if name in given:
             given[name] = options.several(given[name])
+    if "references" in given:
+        given["references"] = _references(given["references"])
     return EvaluateConfig(
         **options.fields(given, {name: _FIELDS.get(name, name) for name in EvaluateOptions.__annotations__})
     )
+
+
+def _references(named: Sequence[str]) -> tuple[str, ...]:
+    """Names of reference rows, in the report's order; ``all`` and ``none`` stand alone."""
+    if len(named) > 1 and {"all", "none"} & set(named):
+        raise UsageError(f"--references {' '.join(named)}: say all, none, or names")
+    if named[0] in ("all", "none"):
+        return REFERENCES if named[0] == "all" else ()
+    known = tuple(name for name in REFERENCES if name in named)
+    return (*known, *(name for name in named if name not in REFERENCES))

@@ -9,7 +9,6 @@ Shapes: B rows, T positions, D model width, N positions whose input counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +28,29 @@ from .table_row import Candidate
 
 
 @dataclass
+class _SplicedRows:
+    """Some rows of a batch, and who is spliced into just these."""
+
+    clean: CleanPass
+    whole: dict[Location, TokenBatch]
+    chosen: Tensor
+    finals: list[tuple[Candidate, Tensor | None]] = field(default_factory=list)
+    _parts: dict[Location, TokenBatch] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batches: dict[Location, TokenBatch], clean: CleanPass, spliced: Tensor, mine: Tensor) -> _SplicedRows:
+        """``clean`` is of the rows ``spliced`` of the batch, the result of those of them that are ``mine``."""
+        same = len(mine) == len(spliced)
+        return cls(clean if same else clean.rows(torch.searchsorted(spliced, mine)), batches, mine)
+
+    def batch(self, at: Location) -> TokenBatch:
+        """The rows as a location sees them."""
+        if at not in self._parts:
+            self._parts[at] = self.whole[at].rows(self.chosen)
+        return self._parts[at]
+
+
+@dataclass
 class Measurement:
     """The model, the text and the candidates of one pass. A candidate that fails is left out, the others go on."""
 
@@ -39,6 +61,8 @@ class Measurement:
     candidates: list[Candidate]
     uniform_at: frozenset[Location] = frozenset()
     """Where zero at every position ends in logits that are all zero."""
+    splices: bool = True
+    """Whether CE and KL are measured."""
     failures: list[Failure] = field(default_factory=list)
     buffers: LogitBuffers = field(default_factory=LogitBuffers)
 
@@ -52,22 +76,30 @@ class Measurement:
             progress.advance((rows.stop - rows.start) * self.text.context)
 
     def _batch(self, rows: slice) -> None:
-        spliced = self.text.spliced(rows)
+        n_rows = rows.stop - rows.start
+        spliced = self.text.spliced(rows) if self.splices else torch.arange(0)
         at_BTD, clean = self._activations(rows, spliced)
         batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in at_BTD.items()}
-        parts = {at: batch if clean is None else batch.rows(spliced) for at, batch in batches.items()}
-        finals: list[tuple[Candidate, Tensor | None]] = []
+        groups: dict[tuple[int, ...], _SplicedRows] = {}  # candidates that are spliced into the same rows
         for candidate in list(self.candidates):
             at = candidate.row.location
+            seen, mine = candidate.seen(rows), candidate.spliced(rows, spliced)
+            if not len(seen):
+                continue
+            batch = batches[at] if len(seen) == n_rows else batches[at].rows(seen)
             try:
-                x_hat_BTD = _finite(candidate, candidate.observe(batches[at]), rows)
+                x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
             except RunError as failure:
                 self._drop(candidate, failure)
                 continue
-            if clean is not None and not self._shares_splice(candidate):
-                finals.append((candidate, self._final(candidate, parts[at], x_hat_BTD[spliced], clean)))
-        if clean is not None:
-            self._losses(parts, clean.final_BTD, finals)
+            if clean is None or not len(mine):
+                continue
+            group = groups.setdefault(tuple(mine.tolist()), _SplicedRows.of(batches, clean, spliced, mine))
+            part = group.batch(at)
+            final_BTD = self._final(candidate, part, x_hat_BTD[torch.searchsorted(seen, mine)], group.clean)
+            group.finals.append((candidate, final_BTD))
+        for group in groups.values():
+            self._losses(group)
 
     def _activations(self, rows: slice, spliced: Tensor) -> tuple[dict[Location, Tensor], CleanPass | None]:
         """The tensor [B, T, D] at every location, and the whole pass of the rows that are spliced, if there are any."""
@@ -98,42 +130,23 @@ class Measurement:
         assert isinstance(self.model, SplicedModel)  # noqa: S101 - there was a clean pass
         return self.model.spliced(row.location, spliced_in(name, batch, x_hat_BTD), batch.tokens_BT, clean)
 
-    def _losses(
-        self, batches: dict[Location, TokenBatch], final_BTD: Tensor, finals: Sequence[tuple[Candidate, Tensor | None]]
-    ) -> None:
-        batch = next(iter(batches.values()))
+    def _losses(self, group: _SplicedRows) -> None:
+        batch = group.batch(group.finals[0][0].row.location)
         real_BT = batch.real_BT
         counted_BT, targets_BT = predictions(batch.tokens_BT, batch.documents_BT, real_BT)
         counted_N = counted_BT[real_BT]
         has_target_N = (torch.arange(real_BT.shape[1], device=real_BT.device) < real_BT.shape[1] - 1).expand_as(
             real_BT
         )[real_BT]
+        states = [None if one is None else one[real_BT] for _, one in group.finals]
+        final_ND = group.clean.final_BTD[real_BT]
         assert self.head is not None  # noqa: S101 - there was a clean pass
-        states = [None if one is None else one[real_BT] for _, one in finals]
-        ce_clean_N, losses = token_losses(self.head, final_BTD[real_BT], states, targets_BT[real_BT], self.buffers)
+        ce_clean_N, losses = token_losses(self.head, final_ND, states, targets_BT[real_BT], self.buffers)
         units_N = batch.units_BT[real_BT][counted_N]
-        for (candidate, _), (ce_N, kl_N) in zip(finals, losses, strict=True):
-            inlier_N = batches[candidate.row.location].valid_BT[real_BT][counted_N]
-            for one in [candidate, *self._sharers(candidate)]:
-                one.compat.add_losses(has_target_N, ce_clean_N, ce_N, kl_N)
-                one.fidelity.add_losses(units_N, inlier_N, ce_clean_N[counted_N], ce_N[counted_N], kl_N[counted_N])
-
-    def _shares_splice(self, candidate: Candidate) -> bool:
-        """Whether another candidate of this pass splices the same tensor."""
-        return candidate.shares is not None and any(
-            other.row.kind == "reference"
-            and (other.row.location, other.row.name) == (candidate.row.location, candidate.shares)
-            for other in self.candidates
-        )
-
-    def _sharers(self, candidate: Candidate) -> list[Candidate]:
-        if candidate.row.kind != "reference":
-            return []
-        return [
-            other
-            for other in self.candidates
-            if other.row.location == candidate.row.location and other.shares == candidate.row.name
-        ]
+        for (candidate, _), (ce_N, kl_N) in zip(group.finals, losses, strict=True):
+            inlier_N = group.batch(candidate.row.location).valid_BT[real_BT][counted_N]
+            candidate.compat.add_losses(has_target_N, ce_clean_N, ce_N, kl_N)
+            candidate.fidelity.add_losses(units_N, inlier_N, ce_clean_N[counted_N], ce_N[counted_N], kl_N[counted_N])
 
     def _drop(self, candidate: Candidate, failure: RunError) -> None:
         self.candidates.remove(candidate)

@@ -23,6 +23,8 @@ from ..system.untrusted_files import read_json
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
+OUTLIERS = "_without_outliers"
+"""Ends the names of metrics without the tokens whose norm is outlying."""
 BOOTSTRAP = "bootstrap over what the report's `resampling` names"
 JACKKNIFE = "delete-a-group jackknife over the text"
 NO_INTERVAL = "none:"

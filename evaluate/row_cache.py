@@ -18,8 +18,9 @@ from ..registry import Registry
 from ..sites import Location
 from .config import UNTRAINED_TWINS
 from .metrics.registry import METRICS
+from .shared_references import SharedReferences, fingerprint_of
 from .subjects import Subject, UntrainedTwin, untrained_twins
-from .table_row import MeasuredRow
+from .table_row import MADE_OF, MeasuredRow, row_of_zero_sae
 
 MEASURING = (
     *("evaluate/features", "evaluate/intervals", "evaluate/metrics", "evaluate/model"),
@@ -28,10 +29,17 @@ MEASURING = (
 """The source that rows are made by: files, and folders with all their files."""
 _NOT_MEASURING = {"report panel", "temporal term", "partner"}
 """What a plug-in may register without any row depending on it: rows come before the page and after the training."""
+_OF_SAES = {
+    *("metric", "architecture", "activation", "SAE file format"),
+    *("hand-written step", "hand-written temporal gradient"),
+}
+"""What it may register without the splice of a reference depending on it."""
 
 
-def measuring_code(plugins: Mapping[str, str]) -> str:
+def measuring_code(plugins: Mapping[str, str], *, of_saes: bool = True) -> str:
     """Hash of everything that measures: this program's source and the plug-ins (file name → SHA-256) that matter.
+
+    ``of_saes``: SAEs and their features, too; else only what splices references.
 
     Raises:
         UsageError: a metric was registered by no file whose source could be hashed.
@@ -44,9 +52,9 @@ def measuring_code(plugins: Mapping[str, str]) -> str:
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     for name, plugin in sorted(plugins.items()):
         kinds = Registry.kinds(name)
-        if not kinds or kinds - _NOT_MEASURING:
+        if not kinds or kinds - _NOT_MEASURING - (set() if of_saes else _OF_SAES):
             digest.update(plugin.encode())
-    for name in METRICS.among(plugins):
+    for name in METRICS.among(plugins) if of_saes else ():
         if not METRICS.is_own(name) and METRICS.owner(name) is None:  # in a notebook, say
             try:
                 digest.update(getsource(METRICS.get(name).written_as).encode())
@@ -72,6 +80,7 @@ class RowCache:
         locations: at which references are measured.
         references: their names.
         subjects: the SAEs.
+        shared: the reference rows of all reports beside this one.
         fresh: take no row that was there before.
 
     """
@@ -84,13 +93,18 @@ class RowCache:
         references: Sequence[str],
         subjects: Sequence[Subject],
         *,
+        shared: SharedReferences,
         fresh: bool,
     ):
-        self._inside = f"rows/{sha256(repr(tuple(facts)).encode()).hexdigest()[:12]}"
-        self._folder = folder / self._inside
+        self._inside = f"rows/{fingerprint_of(facts)}"
+        self._folder, self._shared = folder / self._inside, shared
+        names = [name for name in references if name != UNTRAINED_TWINS]
         self.wanted: dict[str, tuple[Location, str | Subject | UntrainedTwin]] = {
-            f"{at.short}-{name}.npz": (at, name) for at in locations for name in references if name != UNTRAINED_TWINS
+            _key(at, name): (at, name) for at in locations for name in names
         }
+        bases = {_key(at, base): (at, base) for at in locations for name, base in MADE_OF.items() if name in names}
+        self._hidden = bases.keys() - self.wanted.keys()
+        self.wanted |= {key: bases[key] for key in self._hidden}
         for twin in untrained_twins(subjects) if UNTRAINED_TWINS in references else ():
             self.wanted[f"{twin.at.short}-{slug(twin.name)}-{twin.fingerprint[:8]}.npz"] = (twin.at, twin)
         for subject in subjects:
@@ -99,8 +113,15 @@ class RowCache:
             self.wanted[key] = (subject.at, subject)
         self._rows: dict[str, MeasuredRow] = {}
         if not fresh:
-            found = {key: MeasuredRow.load(self._folder / key) for key in self.wanted}
-            self._rows = {key: self._refreshed(key, row) for key, row in found.items() if row is not None}
+            for key in self.wanted:
+                if (row := MeasuredRow.load(self._folder / key)) is not None:
+                    self._rows[key] = self._refreshed(key, row)
+            for key in list(self._rows):
+                self._make_others(key)
+            self.from_others = sum(self._copied(key) for key in self.missing)
+
+    from_others = 0
+    """How many rows were measured for other reports."""
 
     def _refreshed(self, key: str, row: MeasuredRow) -> MeasuredRow:
         """A kept row, with what may have changed around unchanged weights: its path, name, pair and notes."""
@@ -108,21 +129,43 @@ class RowCache:
         row.file = f"{self._inside}/{key}"
         return row.described_by(what) if isinstance(what, Subject) else row
 
+    def _copied(self, key: str) -> bool:
+        """Whether a reference row was taken over from other reports."""
+        what = self.wanted[key][1]
+        row = None if isinstance(what, Subject) else self._shared.row(key, what if isinstance(what, str) else what.name)
+        if row is not None:
+            self._keep(key, row)
+        return row is not None
+
     def put(self, key: str, row: MeasuredRow) -> None:
         """Keep a finished row."""
+        if not isinstance(self.wanted[key][1], Subject):
+            self._shared.put(key, row)
+        self._keep(key, row)
+
+    def _keep(self, key: str, row: MeasuredRow) -> None:
         row.save(self._folder / key)
         row.file = f"{self._inside}/{key}"
         self._rows[key] = row
+        self._make_others(key)
+
+    def _make_others(self, key: str) -> None:
+        """Rows that are made of this one, without measuring."""
+        at, what = self.wanted[key]
+        for name, base in MADE_OF.items():
+            if what == base and (made := _key(at, name)) in self.wanted and made not in self._rows:
+                self._keep(made, row_of_zero_sae(self._rows[key]))
 
     @property
     def finished(self) -> list[MeasuredRow]:
         """All finished rows, in the report's order."""
-        return [self._rows[key] for key in self.wanted if key in self._rows]
+        return [self._rows[key] for key in self.wanted if key in self._rows and key not in self._hidden]
 
     @property
     def missing(self) -> list[str]:
         """Keys of rows still to be measured."""
-        return [key for key in self.wanted if key not in self._rows]
+        made = [key for key, (_, what) in self.wanted.items() if isinstance(what, str) and what in MADE_OF]
+        return [key for key in self.wanted if key not in self._rows and key not in made]
 
     def passes(self, limit_bytes: float) -> Iterator[list[str]]:
         """Missing rows that are measured together: references beside the first SAEs, SAEs while their weights fit."""
@@ -138,3 +181,7 @@ class RowCache:
             held += size
         if part:
             yield part
+
+
+def _key(at: Location, name: str) -> str:
+    return f"{at.short}-{name}.npz"

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,20 @@ from ..plugins import load_plugins
 from ..sites import Location
 from ..system.free_memory import peak_memory
 from .assemble import compose
-from .config import ACTIVATIONS, EvaluateConfig
+from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
 from .features.collect import FeatureBrowser
+from .finished import Asked, Outcome
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
 from .model.heldout_text import Survey, survey
 from .model.probes import ProbeContext
-from .model.reference_rows import untrained_sae, zero_sae
+from .model.reference_rows import share_of, untrained_sae
 from .protocol import RawActivations
 from .report.page import write_report
-from .results import EvaluationReport, Failure, write_results
+from .results import Failure, write_results
 from .row_cache import RowCache, measuring_code, slug
+from .shared_references import SharedReferences
 from .sources import source_of
 from .subjects import Group, Subject, UntrainedTwin, gather_subjects
 from .table_row import Candidate, MeasuredRow, row_of
@@ -50,21 +52,6 @@ BROWSER_CARDS = 200
 _WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One report and where it lies."""
-
-    report: EvaluationReport
-    folder: Path
-    page: Path | None
-
-    def with_failures(self, failures: Sequence[Failure]) -> Outcome:
-        """The same, with what failed after its report was written; written again."""
-        report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
-        write_results(report, self.folder)
-        return Outcome(report, self.folder, write_report(report, self.folder))
-
-
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
     """Evaluate everything asked for: one report per language model and text.
 
@@ -74,6 +61,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
 
     """
     needs("matplotlib", extra="report", what="a report")
+    asked = Asked.of(config)
     plugins = load_plugins(config.plugins)
     groups, failures = gather_subjects(config, plugins)
     for failure in failures:
@@ -86,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     outcomes = []
     for group, name in zip(groups, names, strict=True):
         try:
-            outcomes.append(_Evaluation(config, group, name, failures, plugins).run())
+            outcomes.append(_Evaluation(config, group, name, failures, plugins, asked).run())
             failures = []  # reported
         except TcsaeError as failure:
             if len(groups) == 1:
@@ -97,6 +85,8 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
         raise RunError(f"none of the {len(groups)} language models could be evaluated in; the messages above say why")
     if failures:
         outcomes[-1] = outcomes[-1].with_failures(failures)
+    if len(outcomes) == len(groups):
+        asked.remember(outcomes)
     return outcomes
 
 
@@ -121,9 +111,11 @@ class _Evaluation:
         name: str,
         failures: Sequence[Failure],
         plugins: Mapping[str, str],
+        asked: Asked,
     ):
         self.config, self.group, self.name, self.plugins = config, group, name, plugins
-        self.families, left_out = installed(families(plugins))
+        self.asked = asked
+        self.families, left_out = installed(families(plugins, config.only))
         self.failures = list(failures)
         self.folder = Path(config.out) / name
         self.notes: list[str] = []
@@ -134,6 +126,7 @@ class _Evaluation:
         started = time.perf_counter()
         config, group = self.config, self.group
         self.source = source_of(config, group)
+        self.asked.reads(self.source.reads())
         for sentence in self.source.about():
             self._say(sentence)
         self._drop_unfit()
@@ -143,14 +136,23 @@ class _Evaluation:
         self.text = text.spliced_in(config.splice_rows) if self.source.spliced else text
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
-        if self.text.spliced_R is not None:
+        if config.only:
+            self._say(f"only what was asked for is measured: {', '.join(config.only)}, and L0 and L1")
+        if self.text.spliced_R is not None and config.measures(FIDELITY):
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
         model = self.source.facts
-        settings = (config.batch_rows, config.seed, config.quick, tuple(self.families))
-        if self.text.spliced_R is not None:
-            settings = (*settings, config.splice_rows)
-        facts = (model.fingerprint, model.dtype, self.text.fingerprint, *settings, measuring_code(self.plugins))
-        self.rows = RowCache(self.folder, facts, self.locations, self._references(), group.subjects, fresh=config.fresh)
+        splices = config.splice_rows if self.text.spliced_R is not None else 0
+        seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
+        settings = (config.seed, config.quick, tuple(self.families), config.only, measuring_code(self.plugins))
+        arithmetic = (self.source.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
+        self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings)
+        self.rows = RowCache(
+            *(self.folder, (*seen, *settings), self.locations, self._references(), group.subjects),
+            shared=self.shared,
+            fresh=config.fresh,
+        )
+        if self.rows.from_others:
+            note(f"{self.rows.from_others} reference rows were measured for other reports and are taken from there")
         if self.rows.missing:
             with within_memory(config.batch_rows):
                 self._measure()
@@ -183,7 +185,7 @@ class _Evaluation:
 
     def _references(self) -> tuple[str, ...]:
         """Without a splice, zero at every position is the same as zero at those that count."""
-        asked = self.config.references
+        asked = self.config.reference_rows
         return asked if self.source.spliced else tuple(name for name in asked if name != "zero_all")
 
     def _compare_origins(self) -> None:
@@ -207,13 +209,12 @@ class _Evaluation:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def _measure(self) -> None:
-        config = self.config
         kept = len(self.rows.finished)
         if kept:
             note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
         for message in self.source.prepare(self.text, self.locations):
             self._say(message)
-        surveys = survey(self.source.activations, self.text, self.locations, config.batch_rows)
+        surveys = self._surveys()
         limit, device = PASS_BYTES, self.source.device
         if device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory / 4
@@ -226,6 +227,17 @@ class _Evaluation:
                     left = [key for key in part if key in self.rows.missing]
                     self._say(f"out of memory with {len(part)} rows of the table at once: going on with half as many")
                     passes.extendleft([left[len(left) // 2 :], left[: len(left) // 2]])
+
+    def _surveys(self) -> dict[Location, Survey]:
+        """What a look at the text finds at every location; each location is looked at once for all reports."""
+        kept = {at: None if self.config.fresh else self.shared.survey(at) for at in self.locations}
+        found = {at: one for at, one in kept.items() if one is not None}
+        if missing := [at for at in self.locations if at not in found]:
+            for at, one in survey(self.source.activations, self.text, missing, self.config.batch_rows).items():
+                self.shared.put_survey(at, one)
+                found[at] = one
+        device = self.source.device
+        return {at: replace(one, mean_D=one.mean_D.to(device)) for at, one in found.items()}
 
     def _fits(self, part: list[str], surveys: dict[Location, Survey], bar: Progress) -> bool:
         """Measure these rows in one pass; false where they do not fit into memory together."""
@@ -252,8 +264,6 @@ class _Evaluation:
             row = MeasuredRow(what, "reference", at.layer, site=at.site)
             if what == "untrained":
                 sae = untrained_sae(self.source.facts.d_model, self.config.seed)
-            elif what == "zero_sae":
-                sae = zero_sae(self.source.facts.d_model)
         else:
             row = row_of(what)
             try:
@@ -266,24 +276,33 @@ class _Evaluation:
             sae = sae.to(self.source.device, torch.float32).token_coder()
         scope = what.scope if isinstance(what, Subject) else 1.0
         accumulators = self._accumulators(row, sae, scope, surveys[at])
-        return Candidate(row, sae, surveys[at], accumulators, key, spliced=self.source.spliced)
+        share_R = share_of(self.text) if what in (ACTIVATIONS, "untrained") else None
+        seen_R = share_R if what == "untrained" else None  # the activations of all rows are the ceiling of all codes
+        return Candidate(
+            *(row, sae, surveys[at], accumulators, key),
+            in_model=self.source.spliced,
+            seen_R=seen_R,
+            spliced_R=share_R,
+            fidelity=self.config.measures(FIDELITY),
+        )
 
     def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
         common = {"context": self.text.context, "seed": self.config.seed}
         if row.name == ACTIVATIONS and row.kind == "reference":
             raw = RawActivations(self.source.facts.d_model, self.source.device)
             return {"metrics": AllMetrics(raw, self.families, **common)}
-        if sae is None or row.name == "zero_sae":
+        if sae is None:
             return {}
         found: dict[str, Any] = {"metrics": AllMetrics(sae, self.families, **common)}
         inside = max(1, round(scope * sae.n_features))
+        fidelity = self.config.measures(FIDELITY)
         if inside < sae.n_features:
-            found["by_scope"] = ByScope(sae, self.families, **common, inside=inside)
+            found["by_scope"] = ByScope(sae, self.families, **common, fidelity=fidelity, inside=inside)
         if sae.summands:
-            found["by_summand"] = BySummand(sae, self.families, **common)
-        if sae.sees == "window":
+            found["by_summand"] = BySummand(sae, self.families, **common, fidelity=fidelity)
+        if sae.sees == "window" and fidelity:
             found["windows"] = WindowMetrics(seen.mean_D)
-        if row.kind == "sae" and not self.config.quick:
+        if row.kind == "sae" and not self.config.quick and self.config.measures(FEATURES):
             cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
             found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=cards)
         return found

@@ -5,6 +5,7 @@ Both give rows to measure on, say which SAEs fit them, and set up the pass; only
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from ..cache.format.manifest import TextIdentity
 from ..cache.store import ActivationStore
 from ..errors import TcsaeError
+from ..extract.assets import MODELS, demo_text
 from ..extract.model.hooks import module_path
-from ..extract.model.load import LanguageModel, load_language_model
+from ..extract.model.load import LanguageModel, load_language_model, outline_model
+from ..extract.text.local_files import local_path
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
 from ..sites import Location
 from ..system.device import resolve_device
-from .config import EvaluateConfig
+from .config import FIDELITY, EvaluateConfig
 from .made_for import made_for_notes
 from .model.heldout_text import HeldOutText
 from .model.logit_effects import LogitEffects
@@ -49,6 +52,10 @@ class Source(Protocol):
     @property
     def activations(self) -> SplicedModel | StoredVectors:
         """Where the tensors at the locations come from."""
+        ...
+
+    def reads(self) -> list[Path] | None:
+        """The files that it is read from; None where they may change without a trace on this machine."""
         ...
 
     def about(self) -> list[str]:
@@ -92,12 +99,18 @@ class InModel:
 
     def __init__(self, config: EvaluateConfig, group: Group):
         self.config, self.group = config, group
-        self.lm = load_language_model(group.model)
+        outline = outline_model(group.model)
+        self._reads = _files_of(group, outline.files.folder)
+        self.lm = load_language_model(outline)
         self.device = self.lm.device
         self.facts = _model_facts(self.lm)
         self.activations, self.head = SplicedModel(self.lm), Head(self.lm)
         self.effects: LogitEffects | None = None
         self.uniform: frozenset[Location] = frozenset()
+
+    def reads(self) -> list[Path] | None:
+        """Those of the model and the text, as they were before anything was read."""
+        return self._reads
 
     def about(self) -> list[str]:
         """Where the weights are not those of the store: one sentence."""
@@ -155,13 +168,15 @@ class InModel:
         self.uniform = frozenset(
             at
             for at, x_BTD in clean.at.items()
-            if self.head.uniform_at_zero and not model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
+            if "zero_all" in self.config.reference_rows
+            and self.head.uniform_at_zero
+            and not model.spliced(at, torch.zeros_like(x_BTD), tokens[:1], clean).any()
         )
         return said
 
     def measurement(self, text: HeldOutText, candidates: list[Candidate]) -> Measurement:
         """With splices."""
-        return Measurement(self.activations, self.head, text, candidates, self.uniform)
+        return Measurement(self.activations, self.head, text, candidates, self.uniform, self.config.measures(FIDELITY))
 
     def probed(self, text: HeldOutText) -> ProbedModel:
         """Altered rows can be run."""
@@ -181,6 +196,10 @@ class InVectors:
         store = None if trained_on is None else ActivationStore.open(trained_on)
         self.activations = open_held_out(group.vectors, store, self.device)
         self.facts = self.activations.facts
+
+    def reads(self) -> list[Path] | None:
+        """A store has too many files to be looked at one by one."""
+        return None
 
     def about(self) -> list[str]:
         """Why there is no CE."""
@@ -221,6 +240,16 @@ class InVectors:
     def probed(self, text: HeldOutText) -> ProbedModel:
         """Only rows of the store can be looked at again."""
         return ProbedModel.of(self.activations, None, text)
+
+
+def _files_of(group: Group, model: Path) -> list[Path] | None:
+    """Files of the language model and the text; None where the hub may have others tomorrow."""
+    text = demo_text() if group.text.dataset == "demo" else local_path(group.text.dataset)
+    here = Path(group.model.id).exists() or group.model.id in MODELS
+    pinned = re.fullmatch("[0-9a-f]{40}", group.model.revision or "") is not None
+    if text is None or not (here or pinned):
+        return None
+    return [text, *sorted(path for path in model.iterdir() if path.is_file())]
 
 
 def _model_facts(lm: LanguageModel) -> ModelFacts:

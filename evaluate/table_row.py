@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from ..system.untrusted_files import open_regular, reason
 from ..train.sae.protocol import RowTokens, SparseCoder
 from .intervals.jackknife import Jackknifed
 from .metrics.active_entries import ActiveEntries
-from .metrics.fidelity import Fidelity
+from .metrics.fidelity import OUTLIERS, SPARSITY, Fidelity
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import Survey
 from .model.reference_rows import replacement
@@ -33,8 +33,8 @@ from .protocol import Accumulator, Findings, TokenBatch, UnitSums
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
 from .subjects import Subject
 
-SHARED_SPLICES = {"zero_sae": "zero"}
-"""A reference whose reconstruction is that of another one: the layers above need not be run twice."""
+MADE_OF = {"zero_sae": "zero"}
+"""A reference whose row is that of another one but for its L0: see :func:`row_of_zero_sae`."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class MeasuredRow:
         } | {key: {name: one.model_dump() for name, one in getattr(self, key).items()} for key in _MODELS}
         arrays = {f"{name}:{side}": getattr(one, f"{side}_U") for name, one in self.sums.items() for side in _SIDES}
         arrays |= {"plain": np.array(json.dumps(plain)), "documents": self.documents_U}
-        check = np.array(_hash(arrays))
+        check = np.array(array_hash(arrays))
         write_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, check=check, **arrays))
 
     @classmethod
@@ -104,7 +104,7 @@ class MeasuredRow:
         try:
             with open_regular(path) as file, np.load(file, allow_pickle=False) as kept:
                 arrays = {name: kept[name] for name in kept.files}
-            if str(arrays.pop("check")) != _hash(arrays):
+            if str(arrays.pop("check")) != array_hash(arrays):
                 raise ValueError("it does not have the hash it says")
             plain = json.loads(str(arrays["plain"]))
             sums = {
@@ -123,7 +123,8 @@ class MeasuredRow:
             return None
 
 
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+def array_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of the names, types and bytes of arrays."""
     parts = {name: [str(array.dtype), xxhash.xxh3_128_hexdigest(array.tobytes())] for name, array in arrays.items()}
     return content_hash(parts)
 
@@ -146,8 +147,11 @@ class Candidate:
         sae: on the device of the batches; None for a reference without features.
         survey: of its location.
         accumulators: what is measured of its features; empty for a reference.
-        key: under which the row is kept.
-        spliced: whether there is a language model that reconstructions are spliced into.
+        key: its name in the cache of rows.
+        in_model: whether there is a language model that reconstructions are spliced into.
+        seen_R: bool [R], the rows it sees at all; None: all.
+        spliced_R: bool [R], the rows it is spliced into, among those that are spliced; None: all of them.
+        fidelity: whether losses and errors are measured; L0 and L1 always are.
 
     """
 
@@ -159,14 +163,27 @@ class Candidate:
         accumulators: Mapping[str, Accumulator],
         key: str,
         *,
-        spliced: bool = True,
+        in_model: bool = True,
+        seen_R: np.ndarray | None = None,
+        spliced_R: np.ndarray | None = None,
+        fidelity: bool = True,
     ):
         self.row, self.sae, self.survey, self.key = row, sae, survey, key
         self.accumulators = dict(accumulators)
-        self.spliced = spliced
+        self._in_model = in_model
         self.fidelity = Fidelity(survey.mean_D, None if sae is None else sae.W_dec.norm(dim=1))
         self.compat = SAEBenchSums()
-        self.shares = SHARED_SPLICES.get(row.name) if row.kind == "reference" else None
+        self._seen_R, self._spliced_R, self._fidelity = seen_R, spliced_R, fidelity
+
+    def seen(self, rows: slice) -> Tensor:
+        """Which of these rows it sees, by their number among them."""
+        if self._seen_R is None:
+            return torch.arange(rows.stop - rows.start)
+        return torch.from_numpy(np.flatnonzero(self._seen_R[rows]))
+
+    def spliced(self, rows: slice, spliced: Tensor) -> Tensor:
+        """Which of the rows ``spliced`` it is spliced into."""
+        return spliced if self._spliced_R is None else spliced[torch.from_numpy(self._spliced_R[rows])[spliced]]
 
     @torch.no_grad()
     def observe(self, batch: TokenBatch) -> Tensor:
@@ -188,8 +205,12 @@ class Candidate:
 
     def finish(self) -> dict[str, np.ndarray]:
         """Complete the row; returns what is known per feature."""
-        self.row.sums |= self.fidelity.sums(spliced=self.spliced)
-        self.row.compat = self.compat.state() if self.spliced else {}
+        sums = self.fidelity.sums(spliced=self._in_model)
+        if self._fidelity:
+            self.row.compat = self.compat.state() if self._in_model else {}
+        else:
+            sums = {name: one for name, one in sums.items() if name.removesuffix(OUTLIERS) in SPARSITY}
+        self.row.sums |= sums
         per_feature: dict[str, np.ndarray] = {}
         for accumulator in self.accumulators.values():
             found = accumulator.result()
@@ -202,3 +223,14 @@ class Candidate:
 def row_of(subject: Subject) -> MeasuredRow:
     """The row of an SAE before anything is measured."""
     return MeasuredRow(subject.name, "sae", subject.at.layer, site=subject.at.site).described_by(subject)
+
+
+def row_of_zero_sae(zero: MeasuredRow) -> MeasuredRow:
+    """The row of an SAE whose weights are all zero: its reconstruction is zero, and no feature is ever active."""
+    sums = dict(zero.sums)
+    for suffix in ("", OUTLIERS):
+        tokens_U = zero.sums["mse_per_token" + suffix].denominator_U
+        for name in (one + suffix for one in SPARSITY):
+            sums[name] = replace(sums[name], numerator_U=np.zeros_like(tokens_U), denominator_U=tokens_U)
+    compat = zero.compat and zero.compat | dict.fromkeys(SPARSITY, 0.0)  # none where there is no language model
+    return replace(zero, name="zero_sae", sums=sums, compat=compat, file="")

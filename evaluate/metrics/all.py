@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from ..model.probes import ProbeContext
 
 
-def families(plugins: Collection[str] = ()) -> dict[str, MetricFamily]:
+_GROUPS = {"features": "features", "temporal": "time", "position": "position"}
+"""The part of an evaluation that can be asked for alone → the group of its columns."""
+
+
+def families(plugins: Collection[str] = (), only: Collection[str] = ()) -> dict[str, MetricFamily]:
     """The metrics of this program and those of these plug-in files (names), by the name of the family.
+
+    ``only``: those of these parts of an evaluation, without what asks the model after the pass; empty: all.
 
     Raises:
         UsageError: two of them define a metric of the same name.
@@ -35,7 +41,14 @@ def families(plugins: Collection[str] = ()) -> dict[str, MetricFamily]:
             if key in owners:
                 raise UsageError(f"both '{owners[key]}' and '{name}' define a metric '{key}': rename one of them")
             owners[key] = name
-    return found
+    if not only:
+        return found
+    groups = {_GROUPS[part] for part in only if part in _GROUPS}
+    return {
+        name: family
+        for name, family in found.items()
+        if family.probe is None and groups & {one.group for one in family.definitions.values()}
+    }
 
 
 def definitions(plugins: Collection[str] = ()) -> dict[str, Definition]:

@@ -22,7 +22,7 @@ from ..protocol import Findings, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries
 from .all import AllMetrics
-from .fidelity import Fidelity
+from .fidelity import SPARSITY, Fidelity
 from .fidelity import definitions as fidelity_definitions
 from .registry import MetricFamily
 
@@ -32,7 +32,7 @@ PARTS = {
     "low": "of the features that the temporal term does not see (beyond the first `temporal.scope` of the dictionary), "
     "or of all nested groups but the first",
 }
-_FIDELITY = ("explained_variance", "cosine", "l0", "l1")
+_FIDELITY = ("explained_variance", "cosine")
 
 
 SUMMANDS = {
@@ -79,6 +79,7 @@ class ByPart:
         parts: by the suffix of their metrics.
         context: positions of a row.
         seed: of samples and nulls.
+        fidelity: whether the reconstruction of the parts is measured; L0 and L1 always are.
         note: what a reader must know of the suffixes.
 
     """
@@ -91,11 +92,13 @@ class ByPart:
         *,
         context: int,
         seed: int,
+        fidelity: bool = True,
         note: str,
     ):
         self._sae, self._parts, self._note = sae, dict(parts), note
         families = {name: family for name, family in chosen.items() if family.by_part}
-        self._keys = [*_FIDELITY, *(key for family in families.values() for key in family.by_part)]
+        known_first = (*_FIDELITY, *SPARSITY) if fidelity else SPARSITY
+        self._keys = [*known_first, *(key for family in families.values() for key in family.by_part)]
         self._metrics: dict[str, AllMetrics] = {}
         self._fidelity: dict[str, Fidelity] = {}
         known = dict(fidelity_definitions())
@@ -135,14 +138,14 @@ class ByPart:
 class ByScope(ByPart):
     """The metrics of the first ``inside`` features, which the temporal term sees, and of the others."""
 
-    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int, inside: int):
+    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, inside: int, **common: Any):
         parts = {"high": slice(0, inside), "low": slice(inside, sae.n_features)}
         note = (
             f"metrics ending in _high are of its first {inside:,} features, in _low of the other "
             f"{sae.n_features - inside:,}"
         )
         found = {name: self._part(sae, name, columns) for name, columns in parts.items()}
-        super().__init__(sae, chosen, found, context=context, seed=seed, note=note)
+        super().__init__(sae, chosen, found, note=note, **common)
 
     @staticmethod
     def _part(sae: SparseCoder, name: str, columns: slice) -> Part:
@@ -160,12 +163,12 @@ class ByScope(ByPart):
 class BySummand(ByPart):
     """The metrics of every summand of an SAE's code."""
 
-    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], *, context: int, seed: int):
+    def __init__(self, sae: SparseCoder, chosen: Mapping[str, MetricFamily], **common: Any):
         texts = {name: SUMMANDS.get(name, f"of the part of the code called {name}") for name in sae.summands}
         found = {name: self._part(sae, name, text) for name, text in texts.items()}
         endings = " and ".join(f"_{name}" for name in texts)
         note = f"its code is a sum: metrics ending in {endings} are of the summands"
-        super().__init__(sae, chosen, found, context=context, seed=seed, note=note)
+        super().__init__(sae, chosen, found, note=note, **common)
 
     @staticmethod
     def _part(sae: SparseCoder, name: str, text: str) -> Part:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..model.splice import Head
 from ..protocol import SumsByUnit, TokenBatch, UnitSums
-from ..results import Definition
+from ..results import OUTLIERS, Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
 OF_THE_SPLICE = ("ce", "ce_clean", "kl")
-OUTLIERS = "_without_outliers"
+SPARSITY = ("l0", "l1")
+"""What is measured even where fidelity is not asked for."""
 
 DEFINITIONS = {
     "ce": Definition(

@@ -24,7 +24,8 @@ NEAR_DUPLICATE = 0.9
 COLLAPSE_SHARE = 0.1
 """Share of near-duplicates from which a dictionary counts as collapsing."""
 
-_BLOCK = 2048
+BLOCK = 2048
+"""Decoder rows of a block of cosines."""
 
 
 _OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, whatever the text"
@@ -104,8 +105,8 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
         best_K[mine] = torch.where(better, value, best_K[mine])
         where_K[mine] = torch.where(better, index, where_K[mine])
 
-    for start in range(0, len(kept_K), _BLOCK):
-        for other, similar in _cosines_by_block(unit_KD[start : start + _BLOCK], unit_KD[start:]):
+    for start in range(0, len(kept_K), BLOCK):
+        for other, similar in _cosines_by_block(unit_KD[start : start + BLOCK], unit_KD[start:]):
             if other == 0:
                 similar.fill_diagonal_(-2.0)
             value, index = similar.max(dim=1)
@@ -125,8 +126,8 @@ def _unit_rows(W_dec: Tensor, alive_F: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _cosines_by_block(block_BD: Tensor, unit_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for other in range(0, len(unit_KD), _BLOCK):
-        yield other, block_BD @ unit_KD[other : other + _BLOCK].T
+    for other in range(0, len(unit_KD), BLOCK):
+        yield other, block_BD @ unit_KD[other : other + BLOCK].T
 
 
 def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEAR_DUPLICATE) -> Tensor:
@@ -142,17 +143,17 @@ def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEA
     unit_KD, kept_K = _unit_rows(W_dec[order], None)
     names_K = order[kept_K]
     is_leader = torch.zeros(len(names_K), dtype=torch.bool, device=W_dec.device)
-    for start in range(0, len(names_K), _BLOCK):
-        block = unit_KD[start : start + _BLOCK]
+    for start in range(0, len(names_K), BLOCK):
+        block = unit_KD[start : start + BLOCK]
         best = torch.full((len(block),), -2.0, device=W_dec.device)
         name = torch.full((len(block),), -1, dtype=torch.int64, device=W_dec.device)
         for other, similar in _cosines_by_block(block, unit_KD[:start]):
-            similar[:, ~is_leader[other : other + _BLOCK][: similar.shape[1]]] = -2.0
+            similar[:, ~is_leader[other : other + BLOCK][: similar.shape[1]]] = -2.0
             value, index = similar.max(dim=1)
             better = value > best
             best, name = torch.where(better, value, best), torch.where(better, names_K[index + other], name)
         _visit_block(block, start, best, name, is_leader, names_K, min_cosine)
-        leader_F[names_K[start : start + _BLOCK]] = name
+        leader_F[names_K[start : start + BLOCK]] = name
     return leader_F
 
 

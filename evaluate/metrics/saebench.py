@@ -94,6 +94,11 @@ class SAEBenchSums:
     def _loss(self, name: str) -> float | None:
         return _ratio(self._sums[name], self._sums[name + ":n"])
 
+    @property
+    def n_losses(self) -> int:
+        """Positions whose losses were summed."""
+        return int(self._sums["kl_div_with_sae:n"])
+
     def state(self) -> dict[str, float]:
         """Plain numbers, to be kept with a finished record."""
         return dict(self._sums) | {"tokens:n": self._tokens, "batches:n": self._batches}

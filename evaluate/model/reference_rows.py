@@ -7,6 +7,7 @@ Shapes: B rows, T positions, D model width, F features.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ...train.config import SAEConfig
 from ...train.sae.activation import Activation
 from ...train.sae.temporal_sae import TemporalSAE
 from ..protocol import TokenBatch
+from .heldout_text import HeldOutText, spread_over_documents
 
 WHAT = {
     "identity_bf16": "the activation itself, rounded to bfloat16: the noise floor",
@@ -23,8 +25,34 @@ WHAT = {
     "previous_token": "the activation one position earlier; the mean where there is none in the same document",
     "untrained": "an SAE as wide as the model, at initialisation: Kaiming-uniform encoder, "
     "orthogonal decoder, no biases",
-    "zero_sae": "an SAE whose weights are all zero",
+    "zero_sae": "an SAE whose weights are all zero: the row of zero with an L0 of 0",
 }
+SHARE = 0.25
+"""Of the rows: what references that only give meaning are spliced into (``identity_bf16``), or see at all
+(``untrained``)."""
+LEAST_ROWS = 64
+"""The fewest rows that such a share has."""
+
+
+def share_of(text: HeldOutText) -> np.ndarray | None:
+    """Which rows the share is, bool [R]; None where it is all of them.
+
+    It is made of whole units of text, spread evenly over the documents, so that sums per unit can be compared with
+    those of rows that were measured on all of the text.
+    """
+    n_rows, n_units = len(text), len(text.unit_documents)
+    wanted = max(LEAST_ROWS, round(SHARE * n_rows))
+    chosen = spread_over_documents(text.unit_documents, max(1, round(wanted / n_rows * n_units)))
+    chosen_U = np.isin(np.arange(n_units), chosen)
+    share_R: np.ndarray = np.zeros(n_rows, dtype=bool)
+    while True:  # a row may hold parts of several units, and a unit parts of several rows
+        more_R = np.any(chosen_U[text.units_RT], axis=1)
+        if 2 * int(more_R.sum()) > n_rows:
+            return None
+        if np.array_equal(more_R, share_R):
+            return share_R
+        share_R = more_R
+        chosen_U[text.units_RT[share_R]] = True
 
 
 def replacement(name: str, batch: TokenBatch, mean_D: Tensor) -> Tensor:
@@ -56,8 +84,3 @@ def untrained_sae(d_model: int, seed: int) -> TemporalSAE:
     sae = TemporalSAE(d_model, d_model, Activation("relu"))
     sae.initialise(SAEConfig(initial="paper", decoder="free", b_dec="zero"), seed)
     return sae.eval()
-
-
-def zero_sae(d_model: int) -> TemporalSAE:
-    """An SAE that has collapsed: no feature ever fires and nothing is reconstructed."""
-    return TemporalSAE(d_model, d_model, Activation("relu")).eval()

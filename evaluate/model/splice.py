@@ -46,6 +46,12 @@ class CleanPass:
     final_BTD: Tensor
     """After the model's last norm: what its head multiplies."""
 
+    def rows(self, chosen: Tensor) -> CleanPass:
+        """Of some of its rows, by their number in it."""
+        at = {key: x_BTD[chosen] for key, x_BTD in self.at.items()}
+        before = {key: x_BTD[chosen] for key, x_BTD in self.before.items()}
+        return CleanPass(at, before, self.final_BTD[chosen])
+
 
 class SplicedModel:
     """A language model in which the tensor at a location can be replaced.

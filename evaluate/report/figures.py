@@ -9,15 +9,20 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...errors import needs
-from ...system.atomic_files import plain_errors, write_file
+from ...errors import TcsaeError, needs
+from ...system.atomic_files import plain_errors, write_file, write_json
+from ...system.checksums import content_hash, file_hash
+from ...system.untrusted_files import read_json
+from . import chart
 from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
+DRAWN = "drawn.json"
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
 _HOLLOW = {"square", "diamond"}
 _STYLE: Any = {
@@ -38,16 +43,46 @@ _STYLE: Any = {
 
 
 def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
-    """Write every panel as ``KEY.png`` and ``KEY.svg``; returns the paths. The folder's older figures are removed."""
+    """Write every panel as ``KEY.png`` and ``KEY.svg``; returns the paths. The folder's older figures are removed.
+
+    A panel that is drawn already is not drawn again: ``drawn.json`` says from what each file was drawn, and its hash.
+    """
+    needs("matplotlib", extra="report", what="a report's figures")
     written: list[Path] = []
+    known, drawn = _drawn_before(folder / DRAWN), {}
+    made_with = f"{version('matplotlib')} {_code()}"
     for panel in panels:
-        with _figure(1, _height(panel)) as (figure, axes):
-            draw(axes[0], panel)
-            written += _save(figure, folder / _file_name(panel.key))
+        stem = _file_name(panel.key)
+        paths = [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
+        of = content_hash([repr(panel), made_with])
+        if known.get(stem) != {"of": of, "files": _hashes(paths)}:
+            with _figure(1, _height(panel)) as (figure, axes):
+                draw(axes[0], panel)
+                _save(figure, folder / stem)
+        drawn[stem] = {"of": of, "files": _hashes(paths)}
+        written += paths
     for old in {*folder.glob("*.png"), *folder.glob("*.svg")} - set(written):
         with plain_errors(f"remove {old}"):
             old.unlink()
+    if drawn != known:
+        write_json(folder / DRAWN, drawn)
     return written
+
+
+def _drawn_before(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except TcsaeError:
+        return {}  # none, or damaged: everything is drawn again
+
+
+def _hashes(paths: Sequence[Path]) -> list[str] | None:
+    return [file_hash(path) for path in paths] if all(path.is_file() for path in paths) else None
+
+
+def _code() -> str:
+    """Of what draws: this file and the description of charts."""
+    return content_hash([Path(file).read_text(encoding="utf-8") for file in (__file__, chart.__file__)])
 
 
 def draw(ax: Any, panel: Panel) -> None:
@@ -209,11 +244,10 @@ def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
         yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _save(figure: Any, stem: Path) -> list[Path]:
+def _save(figure: Any, stem: Path) -> None:
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
     write_file(png, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}))
     write_file(svg, lambda file: figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}))
-    return [png, svg]
 
 
 def _file_name(key: str) -> str:

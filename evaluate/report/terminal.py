@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...console import format_bytes, format_duration, summary
-from ..metrics.fidelity import OUTLIERS
-from ..results import EvaluationReport, Record
-from .verdict import first_sentences, verdicts
+from ..results import OUTLIERS, EvaluationReport, Record
 
 if TYPE_CHECKING:
-    from ..run import Outcome
+    from ..finished import Outcome
 
 COLUMNS = ("l0", "explained_variance" + OUTLIERS, "ce_score_mean", "ce", "kl", "cosine")
 
@@ -28,7 +26,7 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         console = Console(width=120)
     for outcome in outcomes:
         report = outcome.report
-        for sentence in first_sentences(verdicts(report)):
+        for sentence in _sentences(outcome):
             console.print(sentence, highlight=False)
         console.print(_table(report))
         page = outcome.page or outcome.folder / "results.json"
@@ -42,6 +40,14 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         if report.failures:
             facts["failed"] = "; ".join(failure.path for failure in report.failures)
         summary("* without tokens of outlying norm", facts, as_json=False)
+
+
+def _sentences(outcome: Outcome) -> Sequence[str]:
+    if outcome.sentences is not None:
+        return outcome.sentences
+    from .verdict import first_sentences, verdicts
+
+    return first_sentences(verdicts(outcome.report))
 
 
 def _table(report: EvaluationReport) -> Any:

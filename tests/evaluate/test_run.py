@@ -10,12 +10,14 @@ from tcsae.evaluate.config import REFERENCES, UNTRAINED_TWINS, EvaluateConfig
 from tcsae.evaluate.one_pass import Measurement
 from tcsae.evaluate.results import read_results
 from tcsae.evaluate.run import within_memory
+from tcsae.evaluate.table_row import MADE_OF
 from tcsae.pipeline import main
 from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
 from tiny_runs import make_manifest, make_run, random_sae
 
 PLAIN = set(REFERENCES) - {UNTRAINED_TWINS}
+MADE = set(MADE_OF)  # without a pass
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 
@@ -142,8 +144,8 @@ def test_an_evaluation_that_was_stopped_goes_on(place, report, monkeypatch):
     monkeypatch.setattr(Measurement, "run", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         run_module.evaluate(config)
-    kept = {path.name for path in (place / "stopped").rglob("*.npz")}
-    assert len(kept) == len(passes[0]) >= len(REFERENCES)
+    kept = {path.name for path in (place / "stopped" / "model").rglob("*.npz")}
+    assert len(kept) == len(passes[0]) + len(MADE) * 2 >= len(REFERENCES)
     (outcome,) = run_module.evaluate(config)
     assert not set(passes[0]) & set(passes[2])
     assert same_numbers(outcome.report, report)
@@ -240,9 +242,9 @@ def test_a_device_without_memory_is_one_sentence_and_what_is_finished_is_kept(pl
     with monkeypatch.context() as patch:
         patch.setattr(Measurement, "run", one_row_and_no_tc)
         assert main(command) == 1
-    assert len(passes[0]) == len(REFERENCES) + 2
+    assert len(passes[0]) == len(REFERENCES) - len(MADE) + 2
     kept = {part[0] for part in passes if len(part) == 1} - {"tc"}
-    assert kept == {*PLAIN, "untrained:topk", "twin"}
+    assert kept == {*PLAIN - MADE, "untrained:topk", "twin"}
     seen = []
     monkeypatch.setattr(
         Measurement, "run", lambda self, *a: (seen.append([c.row.name for c in self.candidates]), real(self, *a))[1]

@@ -20,6 +20,7 @@ from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from .distributed import World
 from .feature_weights import EVERY, WINDOWS, FeatureWeights, neighbour_sums
+from .optimiser import PlainAdam, PlainAdamW
 from .schedule import warmup_factor
 from .sparsity_target import SparsityTarget
 
@@ -185,5 +186,5 @@ def _new_optimiser(sae: SparseAutoencoder, config: TrainConfig) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "fused": True}
     if chosen.name == "adam":
-        return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups], **common)
-    return torch.optim.AdamW(groups, **common)
+        return PlainAdam([group | {"weight_decay": 0.0} for group in groups], **common)
+    return PlainAdamW(groups, **common)

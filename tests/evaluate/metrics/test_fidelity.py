@@ -10,8 +10,10 @@ from tcsae.evaluate.intervals.bootstrap import Resampler
 from tcsae.evaluate.metrics.fidelity import OUTLIERS, Fidelity, definitions, predictions
 from tcsae.evaluate.metrics.saebench import SAEBenchSums
 from tcsae.evaluate.model.heldout_text import HeldOutText, number_units
-from tcsae.evaluate.model.reference_rows import replacement, spliced_in, untrained_sae, zero_sae
+from tcsae.evaluate.model.reference_rows import replacement, spliced_in, untrained_sae
 from tcsae.evaluate.protocol import TokenBatch, UnitSums
+from tcsae.train.sae.activation import Activation
+from tcsae.train.sae.temporal_sae import TemporalSAE
 
 
 def a_text(rows=6, context=9, documents=3, seed=0) -> HeldOutText:
@@ -54,7 +56,7 @@ def test_reconstruction_metrics_equal_the_reference(limit):
 
 def test_an_sae_that_gives_nothing_has_no_cosine_and_no_bias():
     text = a_text()
-    sae = zero_sae(5)
+    sae = TemporalSAE(5, 5, Activation("relu")).eval()
     fidelity = Fidelity(torch.zeros(5), sae.W_dec.norm(dim=1))
     batch = a_batch(text)
     z = sae.encode(batch.x_BTD)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from synthetic import metric, synthetic_report
+from tcsae.evaluate.report import figures
 from tcsae.evaluate.report.chart import (
     DARK,
     LIGHT,
@@ -257,3 +259,30 @@ def test_figures_are_written_twice_the_same(report, tmp_path):
     svg = one[1].read_text()
     assert "previous token" in svg  # text stays text
     assert "<dc:date>" not in svg
+
+
+def test_a_figure_is_drawn_once(report, tmp_path, monkeypatch):
+    drawn: list[str] = []
+    real = figures.draw
+    monkeypatch.setattr(figures, "draw", lambda ax, panel: (drawn.append(panel.key), real(ax, panel))[1])
+    panels = [panel for group in sections(report).values() for panel in group][:3]
+    keys = [panel.key for panel in panels]
+    first = {path: path.read_bytes() for path in write_figures(panels, tmp_path)}
+    assert drawn == keys
+    assert {path: path.read_bytes() for path in write_figures(panels, tmp_path)} == first
+    assert drawn == keys
+    for change, again in (
+        (lambda: (tmp_path / f"{keys[0]}.png").write_bytes(b"damaged"), keys[:1]),
+        (lambda: (tmp_path / f"{keys[1]}.svg").unlink(), keys[1:2]),
+        (lambda: (tmp_path / figures.DRAWN).write_text("{"), keys),
+        (lambda: monkeypatch.setattr(figures, "version", lambda package: "0"), keys),
+    ):
+        drawn.clear()
+        change()
+        write_figures(panels, tmp_path)
+        assert drawn == again
+        assert {path: path.read_bytes() for path in first} == first
+    drawn.clear()
+    changed = dataclasses.replace(panels[0], title="another title")
+    write_figures([changed, *panels[1:]], tmp_path)
+    assert drawn == keys[:1]
