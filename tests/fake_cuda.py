@@ -26,7 +26,6 @@ from tcsae.train.loop import batches
 from tcsae.train.step import matmul
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -59,14 +58,24 @@ class CudaTensor(Tensor):
     def is_cuda(self) -> bool:
         return True
 
+    @property
+    def is_meta(self) -> bool:
+        return False
+
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or device.type == "cuda":
             return self if dtype in (None, self.dtype) else super().to(dtype)
         return super().to(device, dtype or self.dtype, non_blocking=non_blocking)
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().cpu().__reduce_ex__(protocol)
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} on a CUDA tensor outside fake_cuda()")
 
 
@@ -78,7 +87,7 @@ class FakeCuda(TorchDispatchMode):
         self.fakes, self.n_operations = fakes, 0
         self._values = values  # by storage, which is kept alive
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name.split("::")[1] == "pin_memory" or kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
@@ -89,11 +98,12 @@ class FakeCuda(TorchDispatchMode):
                 return func(*args, **kwargs)
         self.n_operations += 1
         _refuse_hidden_copies(func, given)
-        faked = func(*tree_map(self._fake, args), **tree_map(self._fake, kwargs))  # refuses mixed devices
+        fake_args, fake_kwargs = tree_map(self._fake, (args, kwargs))  # before the values change sizes in place
         with unset_fake_temporarily(), torch.no_grad():
             real = func(*tree_map(self.real, args), **tree_map(self.real, kwargs))
-        if _BY_VALUE & set(func.tags):
+        if _BY_VALUE & set(func.tags):  # how large it is only the values say
             return tree_map(lambda one: self.put(one) if isinstance(one, Tensor) else one, real)
+        faked = func(*fake_args, **fake_kwargs)  # refuses mixed devices
         fake_parts, real_parts = tree_flatten(faked)[0], iter(tree_flatten(real)[0])
         replaced = iter([self._paired(fake, one) for fake, one in zip(fake_parts, real_parts, strict=True)])
         return tree_map(lambda _: next(replaced), faked)
@@ -239,9 +249,17 @@ class _InMode(ThreadPoolExecutor):
         return super().submit(inside)
 
 
+def _outside(function: Any) -> Any:
+    def real(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return real
+
+
 @contextmanager
 def _modes(values: dict[int, Any]) -> Iterator[FakeCuda]:
-    fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes, FakeCuda(fakes, values) as mode:
         yield mode
 
@@ -272,8 +290,11 @@ def fake_cuda() -> Iterator[FakeCuda]:
     }
     with pytest.MonkeyPatch.context() as patch, _device_guard(), _modes(values) as mode:
         patch.setattr(FakeTensorMode, "avoid_device_init", True)  # whatever is_available() says from here on
+        # A module's parameters become tensors of another class, which they cannot in place.
+        patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         for name, stub in stubs.items():
             patch.setattr(torch.cuda, name, stub)
+        patch.setattr(torch, "load", _outside(torch.load))  # it would read fakes
         patch.setattr(Tensor, "record_stream", lambda *_: None)
         patch.setattr(Tensor, "pin_memory", lambda self, *_: self)
         patch.setattr(matmul, "_kernels", lambda: kernels)
