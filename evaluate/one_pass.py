@@ -51,7 +51,7 @@ class Measurement:
 
     def _batch(self, rows: slice) -> None:
         tokens_BT = self.text.tokens(rows, self.model.lm.device)
-        spliced = self.text.spliced(rows)
+        spliced = self.text.spliced(rows).to(tokens_BT.device)  # an index elsewhere would make the GPU wait
         at_BTD, clean = self._activations(tokens_BT, spliced)
         batches = {at: self.text.batch(rows, x_BTD, self._limit(at)) for at, x_BTD in at_BTD.items()}
         parts = {at: batch if clean is None else batch.rows(spliced) for at, batch in batches.items()}
