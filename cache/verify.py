@@ -20,8 +20,8 @@ from ..errors import StoreError, UsageError
 from ..system.untrusted_files import parse_json
 from .format.codecs import CRC_BYTES, DamageError, check
 from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
-from .format.log_index import INDEX
 from .format.layout import PADDING, RowBlock
+from .format.log_index import INDEX
 from .format.manifest import Execution, StoreManifest, checksum, group_document, manifest_at
 from .format.shard_reader import ShardReader
 from .format.zarr_documents import ARRAYS, array_document, shard_key

@@ -172,7 +172,9 @@ def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -
 
 
 def _covering(commits: Sequence[Commit], rows: int, shard_rows: int) -> Iterator[tuple[int, int, str]]:
-    """Of every shard the first line that covers its part of the first ``rows`` rows, or the last: shard, rows, files."""
+    """Of every shard the first line that covers its part of the first ``rows`` rows, or its last one: shard, rows,
+    files.
+    """
     chosen: tuple[int, int, str] | None = None
     reached = 0
     for shard, first_row, rows_in_shard, files in identities(commits):

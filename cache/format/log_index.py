@@ -243,7 +243,8 @@ def _indexed(place: Place, size: int) -> tuple[dict[str, np.ndarray], int]:
             break
         lengths = [len(line) for line in raw[:sound].splitlines(keepends=True)]
         part = np.empty(len(commits), LINE)
-        part["shard"], part["first_row"], part["rows"] = zip(*((c.shard, c.first_row, c.rows) for c in commits))
+        for field in ("shard", "first_row", "rows"):
+            part[field] = [getattr(commit, field) for commit in commits]
         part["length"], part["offset"] = lengths, start + np.cumsum([0, *lengths[:-1]])
         lines.append(part)
         hashes.append(b"".join(bytes.fromhex(commit.files[name].xxh3) for commit in commits for name in FILES))
