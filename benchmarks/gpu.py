@@ -42,7 +42,7 @@ def agreement(device: str) -> dict[str, float]:
     x = torch.randn(64, 5, 96, dtype=torch.float64)
     found = {}
     for activation in (Activation("relu"), Activation("topk", k=16)):
-        objective = Objective(sparsity_weight=0.1, temporal=TemporalTerm(form="pairwise", weight=0.1))
+        objective = Objective(sparsity_weight=0.1, temporal=TemporalTerm(form="pairwise", weight=0.1, n_features=1024))
         exact = TemporalSAE(96, 1024, activation).double().train()
         for weight in exact.parameters():
             torch.nn.init.normal_(weight, std=0.1)
