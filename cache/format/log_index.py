@@ -82,7 +82,7 @@ class IndexedLog(Sequence[Commit]):
 
     def _parsed(self, raw: bytes, line: np.void) -> Commit:
         commit = parse_line(raw)
-        if commit is None or (commit.shard, commit.first_row, commit.rows) != tuple(line)[:3]:
+        if commit is None or (commit.shard, commit.first_row, commit.rows) != line.item()[:3]:
             raise StoreError(
                 f"{self._place}/{LOG} has changed since it was opened, or is damaged: open the store again"
             )
@@ -213,7 +213,7 @@ def read_part(place: Place, header: dict[str, Any], name: str) -> np.ndarray | N
     for part, (dtype, shape) in _PARTS.items():
         array = np.empty((header["lines"], *shape), dtype) if part == name else None
         if array is not None:
-            raw = memoryview(array.view(np.uint8).reshape(-1)) if len(array) else memoryview(b"")
+            raw = array.view(np.uint8).reshape(-1).data
             short = place.read_into(INDEX, offset, [raw]) != len(raw)
             return None if short or xxhash.xxh3_64_hexdigest(raw) != header["parts"][name] else array
         offset += header["lines"] * dtype.itemsize * int(np.prod(shape, dtype=np.int64))
