@@ -17,16 +17,50 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-SIZES = ((16384, 2048), (16384, 16384), (65536, 2048), (65536, 8192))
+SIZES = ((16384, 16384), (65536, 8192), (16384, 2048), (65536, 2048))  # those that say most come first
 QUICK = ((256, 256),)
 ACTIVATIONS = ("relu", "topk")
 
 
-def measured(args: argparse.Namespace, activation: str, width: int, tokens: int) -> dict[str, Any]:
-    """The record of one size, or the last output of its process if it failed."""
+def agreement(device: str) -> dict[str, float]:
+    """The largest difference of the step by hand from autograd in float64, relative to the largest gradient.
+
+    Sparse and dense codes, ReLU and TopK, in float32: what Triton's kernels compute where there is a GPU.
+    """
+    import torch
+    from tcsae.train.loss.objective import Objective, TemporalTerm
+    from tcsae.train.sae.activation import Activation
+    from tcsae.train.sae.temporal_sae import TemporalSAE
+    from tcsae.train.step.autograd import autograd_step
+    from tcsae.train.step.by_hand import sparse_step
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 96, dtype=torch.float64)
+    found = {}
+    for activation in (Activation("relu"), Activation("topk", k=16)):
+        objective = Objective(sparsity_weight=0.1, temporal=TemporalTerm(form="pairwise", weight=0.1, n_features=1024))
+        exact = TemporalSAE(96, 1024, activation).double().train()
+        for weight in exact.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        autograd_step(exact, x, objective)
+        for name, above in (("entries", 1.0), ("matrices", -1.0)):
+            mine = TemporalSAE(96, 1024, activation).train()
+            mine.load_state_dict(exact.state_dict())
+            mine = mine.to(device)
+            sparse_step(mine, x.float().to(device), objective, dense_above=above)
+            pairs = zip(mine.parameters(), exact.parameters(), strict=True)
+            grads = [(one.grad, other.grad) for one, other in pairs]
+            worst = [float((a.double().cpu() - b).abs().max() / b.abs().max()) for a, b in grads if a is not None]
+            found[f"{activation.kind}, {name}"] = max(worst)
+    return found
+
+
+def measured(args: argparse.Namespace, activation: str, width: int, tokens: int, seconds: float) -> dict[str, Any]:
+    """The record of one size, or the last output of its process if it failed or took longer than ``seconds``."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         command = [
@@ -35,7 +69,10 @@ def measured(args: argparse.Namespace, activation: str, width: int, tokens: int)
             "--k", str(args.k), "--l0", str(args.k), "--steps", str(args.steps), "--warm-steps", str(args.warm_steps),
             "--batches", "8", "--compiled", "--profile", "--peers", "--out", str(out),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"failed": "stopped: the time was up"}
         if done.returncode != 0 or not out.exists():
             return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
         return json.loads(out.read_text())
@@ -59,11 +96,16 @@ def lines(record: dict[str, Any], size: str) -> list[str]:
 
 def main() -> None:
     args = parse()
-    records = {}
+    ends = time.monotonic() + 60 * args.minutes
+    records: dict[str, Any] = {"agreement with float64": agreement(args.device)}
+    for name, worst in records["agreement with float64"].items():
+        print(f"{name}: gradients within {worst:.1e} of float64", file=sys.stderr, flush=True)
     for width, tokens in QUICK if args.quick else SIZES:
         for activation in ACTIVATIONS:
             size = f"{activation}, {width} features, {tokens} tokens"
-            records[size] = measured(args, activation, width, tokens)
+            left = ends - time.monotonic()
+            out_of_time = {"failed": "left out: the time was up"}
+            records[size] = measured(args, activation, width, tokens, left) if left > 20 else out_of_time
             print("\n".join(lines(records[size], size)), file=sys.stderr, flush=True)
             if args.out:  # after every size, so that a run that is interrupted keeps its results
                 Path(args.out).write_text(json.dumps(records, indent=2) + "\n")
@@ -78,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=64, help="active features: k of topk, L0 of relu")
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
     parser.add_argument("--warm-steps", type=int, default=400, help="at most so many to reach the L0")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which it ends with what it has")
     parser.add_argument("--out", default="", help="file for the record")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
     args = parser.parse_args()

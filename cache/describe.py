@@ -30,7 +30,7 @@ def store_facts(
 
     """
     manifest, layout = store.manifest, store.layout
-    size = sum(file.bytes for commit in {c.shard: c for c in store.commits}.values() for file in commit.files.values())
+    size = store.n_bytes
     facts: dict[str, Any] = {
         "path": store.path,
         "model": manifest.model.id + (f"@{manifest.model.revision}" if manifest.model.revision else ""),

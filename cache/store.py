@@ -12,8 +12,9 @@ import torch
 
 from ..errors import StoreError
 from ..sites import Location
-from .format.commit_log import LOG, Commit, fingerprint, latest, parse_log, rows_in
+from .format.commit_log import LOG, Commit, fingerprint, latest, rows_in
 from .format.layout import StoreLayout
+from .format.log_index import IndexedLog, LatestLines, open_log
 from .format.manifest import StoreManifest, manifest_at
 from .format.shard_reader import ShardReader
 from .storage.open_place import place_of
@@ -31,9 +32,10 @@ class ActivationStore:
     """
 
     def __init__(self, place: Place, manifest: StoreManifest, commits: Sequence[Commit]):
-        self._place, self._commits = place, list(commits)
+        self._place, self._commits = place, commits
         self.manifest = manifest
-        self._latest = latest(commits)
+        self._latest = LatestLines(commits) if isinstance(commits, IndexedLog) else latest(commits)
+        self._n_rows = rows_in(commits)
         self._reader = ShardReader(place, manifest.layout)
 
     @classmethod
@@ -51,21 +53,20 @@ class ActivationStore:
         place = place_of(path)
         manifest = manifest_at(place)
         try:
-            raw = place.read(LOG)
+            log, length = open_log(place)
         except FileNotFoundError:
             raise StoreError(f"{place}/{LOG} is missing, so nothing says which rows are good: restore it") from None
-        commits, sound = parse_log(raw)
-        rows = rows_in(commits)
+        rows = rows_in(log)
         if not manifest.finished and not allow_unfinished:
             raise StoreError(
                 f"{place} holds {rows} of {manifest.planned_rows} rows, not finished: finish it with "
                 "the same extract command"
             )
-        if manifest.finished and (sound != len(raw) or rows != manifest.planned_rows):
+        if manifest.finished and (log.sound != length or rows != manifest.planned_rows):
             raise StoreError(
                 f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it"
             )
-        return cls(place, manifest, commits)
+        return cls(place, manifest, log)
 
     def __repr__(self) -> str:
         shape = f"{self.n_rows} × {self.context} × {self.d_model}"
@@ -82,9 +83,16 @@ class ActivationStore:
         return self._place
 
     @property
-    def commits(self) -> list[Commit]:
-        """The commit log."""
-        return list(self._commits)
+    def commits(self) -> Sequence[Commit]:
+        """The commit log; of a long one, lines are read when they are asked for."""
+        return self._commits
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all committed files."""
+        if isinstance(self._commits, IndexedLog):
+            return self._commits.bytes()
+        return sum(file.bytes for commit in self._latest for file in commit.files.values())
 
     @property
     def layer(self) -> int:
@@ -114,7 +122,7 @@ class ActivationStore:
     @property
     def n_rows(self) -> int:
         """Committed rows."""
-        return rows_in(self._commits)
+        return self._n_rows
 
     @property
     def n_tokens(self) -> int:

@@ -21,6 +21,7 @@ from ..system.untrusted_files import parse_json
 from .format.codecs import CRC_BYTES, DamageError, check
 from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
 from .format.layout import PADDING, RowBlock
+from .format.log_index import INDEX
 from .format.manifest import Execution, StoreManifest, checksum, group_document, manifest_at
 from .format.shard_reader import ShardReader
 from .format.zarr_documents import ARRAYS, array_document, shard_key
@@ -141,7 +142,7 @@ def _arrays(place: Place, manifest: StoreManifest, rows: int) -> Iterator[Findin
 def _unexpected(place: Place, commits: list[Commit]) -> Iterator[Finding]:
     """Files that belong to no commit: leftovers of a killed writer, or files that are not ours."""
     known = {shard_key(name, commit.shard) for commit in commits for name in commit.files}
-    known |= {"zarr.json", LOG, LOCK, STATISTICS, *ARRAYS, *(f"{name}/zarr.json" for name in ARRAYS)}
+    known |= {"zarr.json", LOG, INDEX, LOCK, STATISTICS, *ARRAYS, *(f"{name}/zarr.json" for name in ARRAYS)}
     for folder in ("", *ARRAYS):
         for name in place.names(folder):
             key = f"{folder}/{name}" if folder else name

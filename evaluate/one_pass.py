@@ -96,7 +96,8 @@ class Measurement:
                 continue
             group = groups.setdefault(tuple(mine.tolist()), _SplicedRows.of(batches, clean, spliced, mine))
             part = group.batch(at)
-            final_BTD = self._final(candidate, part, x_hat_BTD[torch.searchsorted(seen, mine)], group.clean)
+            chosen = torch.searchsorted(seen, mine).to(x_hat_BTD.device)
+            final_BTD = self._final(candidate, part, x_hat_BTD[chosen], group.clean)
             group.finals.append((candidate, final_BTD))
         for group in groups.values():
             self._losses(group)
@@ -107,6 +108,7 @@ class Measurement:
         if isinstance(self.model, StoredVectors) or not len(spliced):
             return self.model.of_rows(self.text, rows, locations), None
         tokens_BT = self.text.tokens(rows, self.model.device)
+        spliced = spliced.to(tokens_BT.device)  # an index elsewhere would make a GPU wait
         clean = self.model.clean(tokens_BT[spliced], locations)
         at_BTD = dict(clean.at)
         clean.at.clear()

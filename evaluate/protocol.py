@@ -41,6 +41,7 @@ class TokenBatch:
 
     def rows(self, chosen: Tensor) -> TokenBatch:
         """Some of its rows, by their number in it."""
+        chosen = chosen.to(self.x_BTD.device)
         return replace(self, **{one.name: getattr(self, one.name)[chosen] for one in fields(self)})
 
 

@@ -9,7 +9,7 @@ stays valid when the store grows.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,15 +84,16 @@ def parse_log(raw: bytes) -> tuple[list[Commit], int]:
     commits: list[Commit] = []
     sound = 0
     for line in raw.splitlines(keepends=True):
-        commit = _parse_line(line) if line.endswith(b"\n") else None
-        if commit is None or not _follows(commits, commit):
+        commit = parse_line(line) if line.endswith(b"\n") else None
+        if commit is None or not follows(commits[-1] if commits else None, commit):
             break
         commits.append(commit)
         sound += len(line)
     return commits, sound
 
 
-def _parse_line(line: bytes) -> Commit | None:
+def parse_line(line: bytes) -> Commit | None:
+    """The commit of one line; None if the line is damaged."""
     try:
         record = parse_json(line)
         check = record.pop("check")
@@ -104,11 +105,10 @@ def _parse_line(line: bytes) -> Commit | None:
         return None
 
 
-def _follows(commits: Sequence[Commit], new: Commit) -> bool:
+def follows(last: Commit | None, new: Commit) -> bool:
     """Whether a line may come next: it must be the next shard, or a longer version of the last one."""
-    if not commits:
+    if last is None:
         return new.shard == 0 and new.first_row == 0
-    last = commits[-1]
     if new.shard == last.shard:
         return new.first_row == last.first_row and new.rows > last.rows
     return new.shard == last.shard + 1 and new.first_row == last.stop_row
@@ -158,14 +158,43 @@ def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -
 
     It covers layer, model, text, layout, and the hashes of the first files that held these rows.
     """
-    covering: dict[int, Commit] = {}
-    for commit in commits:
-        wanted = min(rows, commit.first_row + manifest.layout.shard_rows)
-        before = covering.get(commit.shard)
-        if commit.first_row < rows and (before is None or before.stop_row < wanted):
-            covering[commit.shard] = commit
     identity = manifest.model_dump(
         mode="json", include={"format_version", "layer", "d_model", "model", "text", "layout"}
     )
-    hashed = [identity, rows, [[c.shard, c.rows, {n: f.xxh3 for n, f in c.files.items()}] for c in covering.values()]]
-    return xxhash.xxh3_128_hexdigest(json.dumps(hashed, sort_keys=True).encode())
+    # The JSON of [identity, rows, [[shard, rows, files], …]], piece by piece: a store may have a million shards.
+    hashed = xxhash.xxh3_128(json.dumps([identity, rows, []], sort_keys=True)[:-2].encode())
+    between = ""
+    for shard, rows_in_shard, files in _covering(commits, rows, manifest.layout.shard_rows):
+        hashed.update(f"{between}[{shard}, {rows_in_shard}, {files}]".encode())
+        between = ", "
+    hashed.update(b"]]")
+    return hashed.hexdigest()
+
+
+def _covering(commits: Sequence[Commit], rows: int, shard_rows: int) -> Iterator[tuple[int, int, str]]:
+    """Of every shard the first line that covers its part of the first ``rows`` rows, or its last one: shard, rows,
+    files.
+    """
+    chosen: tuple[int, int, str] | None = None
+    reached = 0
+    for shard, first_row, rows_in_shard, files in identities(commits):
+        if first_row >= rows:
+            break
+        same = chosen is not None and chosen[0] == shard
+        if same and reached >= min(rows, first_row + shard_rows):
+            continue
+        if chosen is not None and not same:
+            yield chosen
+        chosen, reached = (shard, rows_in_shard, files), first_row + rows_in_shard
+    if chosen is not None:
+        yield chosen
+
+
+def identities(commits: Sequence[Commit]) -> Iterator[tuple[int, int, int, str]]:
+    """Of every line its shard, first row, rows, and the hashes of its files as JSON with sorted names."""
+    known = getattr(commits, "identities", None)  # of a log with an index
+    if known is not None:
+        yield from known()
+        return
+    for c in commits:
+        yield c.shard, c.first_row, c.rows, json.dumps({n: f.xxh3 for n, f in c.files.items()}, sort_keys=True)

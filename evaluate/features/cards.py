@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..results import Curve, Definition, FeatureCard, LogitEffect, Neighbour, Passage
@@ -213,7 +214,8 @@ def _effects(source: CardSource, w_dec_FD: Tensor, features: Sequence[int]) -> t
     lowers: dict[int, list[LogitEffect]] = {}
     for start in range(0, len(features), 64):
         part = list(features[start : start + 64])
-        effects_CV = source.logit_effects(w_dec_FD[part].detach())
+        chosen_C = torch.tensor(part, device=w_dec_FD.device)
+        effects_CV = source.logit_effects(w_dec_FD.index_select(0, chosen_C).detach())
         if effects_CV is None:
             return {}, {}
         for side, sign in ((raises, 1.0), (lowers, -1.0)):

@@ -86,7 +86,8 @@ def chance(sample: SampledTokens, similarity_MM: Tensor, *, definition: str) -> 
     )
     member_MG = torch.nn.functional.one_hot(sample.group_M, GROUPS).double()
     values = torch.where(apart, similarity_MM, 0.0).double()
-    sums_GG, counts_GG = (member_MG.T @ part @ member_MG for part in (values, apart.double()))
+    # On the CPU: what is left out is chosen by lists of numbers, for each of which a GPU would be waited for.
+    sums_GG, counts_GG = ((member_MG.T @ part @ member_MG).cpu() for part in (values, apart.double()))
 
     def mean(g: int | None) -> float:
         kept = [s if g is None else s[_others(g)][:, _others(g)] for s in (sums_GG, counts_GG)]

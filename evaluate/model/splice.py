@@ -48,6 +48,7 @@ class CleanPass:
 
     def rows(self, chosen: Tensor) -> CleanPass:
         """Of some of its rows, by their number in it."""
+        chosen = chosen.to(self.final_BTD.device)
         at = {key: x_BTD[chosen] for key, x_BTD in self.at.items()}
         before = {key: x_BTD[chosen] for key, x_BTD in self.before.items()}
         return CleanPass(at, before, self.final_BTD[chosen])

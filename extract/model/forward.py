@@ -8,6 +8,7 @@ to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -146,8 +147,28 @@ def choose_batch_size(lm: LanguageModel, layout: StoreLayout, planned_rows: int)
 
 
 def _bytes_per_token(lm: LanguageModel, context: int) -> int:
-    """Peak bytes that one token takes on its way through a block, generously: MLP, attention logits, tapped layers."""
+    """Peak bytes that one token takes on its way through a block, generously: MLP, attention logits, scans of state
+    spaces, tapped layers.
+    """
     config: Any = lm.model.config.get_text_config()
-    width = getattr(config, "intermediate_size", None) or 4 * lm.d_model
-    logits = context * config.num_attention_heads if lm.identity.attn_implementation == "eager" else 0
-    return lm.dtype.itemsize * (4 * width + 12 * lm.d_model) + 8 * logits
+    width = _largest(config, _WIDTHS) or 4 * lm.d_model
+    logits = context * _largest(config, _HEADS) if lm.identity.attn_implementation == "eager" else 0
+    # Without kernels of its own, transformers scans a state space over [inner width, state] of every token.
+    scanned = 3 * max(width, 2 * lm.d_model) * _largest(config, _STATES)
+    return lm.dtype.itemsize * (4 * width + 12 * lm.d_model) + 8 * logits + 4 * scanned
+
+
+# What configurations call it; those of state spaces and linear attention have no heads that make logits.
+_WIDTHS = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "dff", "ffn_hidden_size")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+_STATES = ("state_size", "ssm_state_size", "mamba_d_state")
+
+
+def _largest(config: Any, names: Sequence[str]) -> int:
+    """The largest of these sizes, each a number or one per layer; 0 where the configuration has none of them."""
+    found = []
+    for name in names:
+        with suppress(AttributeError, ValueError):  # transformers refuses to say what differs between layers
+            found.append(getattr(config, name))
+    flat = [size for each in found for size in (each if isinstance(each, list | tuple) else [each])]
+    return max((size for size in flat if isinstance(size, int)), default=0)

@@ -27,6 +27,8 @@ from tcsae.extract.plan import estimate
 from tcsae.extract.run import extract, how_to_go_on
 from tcsae.sites import Location
 from tiny import tiny_corpus
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.extract.snapshots import contents
 
@@ -378,3 +380,26 @@ def test_short_last_batches_run_at_full_shape(config, monkeypatch):
     monkeypatch.setattr(run_module, "load_language_model", loaded)
     extract(replace(config, tokens=9 * CONTEXT, batch_size=4))
     assert shapes == {(4, CONTEXT)}
+
+
+@pytest.mark.parametrize("family", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_family_has_a_batch_size_on_a_gpu(family, monkeypatch):
+    """By what its configuration says of itself: without heads, with sizes per layer, by other names."""
+    try:
+        config = CONFIG_MAPPING[family]()
+        config.get_text_config()
+    except Exception as unmade:
+        pytest.skip(f"no configuration of one text model by default: {unmade}")
+    sizes = {}
+    for attention in ("sdpa", "eager"):
+        for free in (2**34, 2**37):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+            lm = SimpleNamespace(
+                model=SimpleNamespace(config=config), d_model=2304, device=torch.device("cuda"), dtype=torch.bfloat16,
+                identity=SimpleNamespace(attn_implementation=attention),
+            )  # fmt: skip
+            sizes[attention, free] = choose_batch_size(lm, StoreLayout(2304, 1024, 16, 512), 10**6)
+    assert all(1 <= size <= 32 and size & (size - 1) == 0 for size in sizes.values())
+    for attention in ("sdpa", "eager"):
+        assert sizes[attention, 2**34] <= sizes[attention, 2**37]
+    assert sizes["eager", 2**34] <= sizes["sdpa", 2**34]
