@@ -21,6 +21,7 @@ from . import commands as cache_command
 from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
+from .evaluate.codes import command as codes_command
 from .extract import command as extract_command
 from .study import command as study_command
 from .system.atomic_files import FULL
@@ -118,7 +119,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (extract_command, train_command, evaluate_command, study_command, cache_command, demo):
+for module in (extract_command, train_command, evaluate_command, codes_command, study_command, cache_command, demo):
     for function in module.COMMANDS:
         app.command(cls=ListCommand)(function)
 
