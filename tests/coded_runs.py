@@ -24,8 +24,6 @@ def random_run(folder: Path, store: Path, kind: tuple[str, str] = ("sae", "topk"
     architecture, activation = kind
     window = 3 if architecture == "txc" else 0
     config = SAEConfig(architecture=architecture, activation=activation, width=WIDTH, k=3, window=window)
-        architecture=architecture, activation=activation, width=WIDTH, k=3, window=3 if architecture == "txc" else 0
-    )
     sae = ARCHITECTURES.get(architecture).build(config, opened.d_model)
     sae.initialise(config, seed)
     with torch.no_grad():

@@ -309,8 +309,8 @@ class _Encoder:
 
 def _joined(parts: list[Encoded]) -> Encoded:
     text = {name: np.concatenate([each[0][name] for each in parts]) for name in parts[0][0]}
-    count_N, feature_E, value_E = (np.concatenate([each[at] for each in parts]) for at in (1, 2, 3))
-    return text, count_N, feature_E, value_E
+    _, counts, features, values = zip(*parts, strict=True)
+    return text, np.concatenate(counts), np.concatenate(features), np.concatenate(values)
 
 
 def weights_hash(run: str | Path) -> str:

@@ -136,11 +136,13 @@ class CodeStore:
 
         """
         context, entries = self.context, (part.first_entry, part.stop_entry)
-        text = {name: self._checked(part, name, part.first_row, part.stop_row) for name in TEXT}
+        tokens_RT, documents_RT, flags_RT = (
+            self._checked(part, name, part.first_row, part.stop_row) for name in ("tokens", "documents", "flags")
+        )
         upper = self._checked(part, "indptr", part.first_row * context + 1, part.stop_row * context + 1)
         indptr = np.concatenate([[part.first_entry], upper]) - part.first_entry
         feature_E, value_E = (self._checked(part, name, *entries) for name in ("features", "values"))
-        return RowCodes(part.first_row, *text.values(), indptr, feature_E, value_E)
+        return RowCodes(part.first_row, tokens_RT, documents_RT, flags_RT, indptr, feature_E, value_E)
 
     def part_of(self, row: int) -> Part:
         """The part that holds a row.
@@ -156,7 +158,7 @@ class CodeStore:
 
     def _checked(self, part: Part, name: str, start: int, stop: int) -> np.ndarray:
         found = self._slice(self._arrays[name], start, stop)
-        if xxhash.xxh3_64_hexdigest(np.ascontiguousarray(found)) != part.xxh3[name]:
+        if array_hash(found) != part.xxh3[name]:
             raise StoreError(f"{self.path}/{name} is damaged in rows {part.first_row} to {part.stop_row}: {REMEDY}")
         return found
 
@@ -171,7 +173,9 @@ class CodeStore:
         return np.concatenate(parts) if parts else np.empty((0, *array.inner), array.dtype)
 
 
-TEXT = ("tokens", "documents", "flags")
+def array_hash(values: np.ndarray) -> str:
+    """XXH3-64, in hexadecimal, of an array's bytes in C order."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(values).data.cast("B"))
 
 
 def read_chunk(place: Place, array: ArrayFormat, chunk: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 
 from ...cache.format.codecs import checksum_bytes, encode
 from ...cache.format.zarr_documents import to_json
@@ -22,7 +21,7 @@ from ...cache.storage.open_place import place_of
 from ...cache.storage.places import Place
 from ...errors import StoreError
 from .format import LOCK, LOG, ArrayFormat, CodesManifest, Part, arrays, group_document, parse_log, read_manifest
-from .store import read_chunk
+from .store import array_hash, read_chunk
 
 
 class _GrowingArray:
@@ -129,7 +128,7 @@ class CodesWriter:
         data |= {"features": feature_E.astype(np.int32, copy=False), "values": value_E.astype(np.float32, copy=False)}
         for name, values in data.items():
             self._arrays[name].append(values)
-        hashes = {name: xxhash.xxh3_64_hexdigest(np.ascontiguousarray(values)) for name, values in data.items()}
+        hashes = {name: array_hash(values) for name, values in data.items()}
         part = Part(self.n_rows, rows, self.n_entries, len(feature_E), hashes)
         self._lock.confirm()
         self._place.append(LOG, part.to_line())
