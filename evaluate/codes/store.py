@@ -42,6 +42,21 @@ class RowCodes:
         """Which tokens count, bool [R, T]."""
         return self.flags_RT == 0
 
+    def rows(self, start: int, stop: int) -> RowCodes:
+        """Rows ``start`` … ``stop`` of these."""
+        context = self.tokens_RT.shape[1]
+        bounds = self.indptr[start * context : stop * context + 1]
+        entries = slice(bounds[0], bounds[-1])
+        return RowCodes(
+            self.first_row + start,
+            self.tokens_RT[start:stop],
+            self.documents_RT[start:stop],
+            self.flags_RT[start:stop],
+            bounds - bounds[0],
+            self.feature_E[entries],
+            self.value_E[entries],
+        )
+
     def dense_row(self, row: int, features: np.ndarray) -> np.ndarray:
         """Activations [T, len(features)] of some features (ascending) in one row, counted from the first of these."""
         context = self.tokens_RT.shape[1]
