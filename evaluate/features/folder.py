@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ class _Folder:
                 shown.append(_about(run, columns, [key.rsplit("/", 1)[1] for key in buckets]))
         page = render_page(self._runs[0], shown, self._rows)
         path = write_file(self._folder / PAGE, page)
-        opening = [f"0/c/{name}" for name in LISTED] + ["0/f/0"]
+        match = [f"{b}/f/{int(numbers[0]) // FEATURES_PER_FILE}" for (a, b), (numbers, _) in matched.items() if a == 0]
+        opening = [f"0/c/{name}" for name in LISTED] + ["0/f/0", *match]
         return FeaturesFolder(
             page=path,
             runs=len(self._runs),
@@ -362,10 +364,10 @@ class _WordIndex:
         if top <= 0:
             return
         for stretch in found:
-            for word, value in words_of([text(int(token)) for token in stretch.tokens], stretch.values):
-                if value >= _ON_WORD * top:
-                    features = self._words.setdefault(word, {})
-                    features[feature] = max(features.get(feature, 0), round(LEVELS * value / top))
+            pieces = [text(int(token)) for token in stretch.tokens]
+            for word, value in words_of(pieces, stretch.values, _ON_WORD * top):
+                features = self._words.setdefault(word, {})
+                features[feature] = max(features.get(feature, 0), round(LEVELS * value / top))
 
     def files(self) -> Iterator[tuple[str, list[Any]]]:
         """(name, [[word, [feature, level, …]], …]) of every file."""
@@ -382,28 +384,25 @@ def bucket(word: str) -> str:
     return start if len(start) == 2 and start.isascii() and start.isalnum() else _OTHER
 
 
-def words_of(pieces: Sequence[str], values: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Words in lower case, without the marks around them, with the largest activation on any of their tokens."""
-    word, most = "", 0.0
-    for piece, value in zip([*pieces, " "], [*values.tolist(), 0.0], strict=True):
-        if piece[:1].isspace() or not piece:
-            yield from _clean(word, most)
-            word, most = "", 0.0
-        first, *rest = piece.split() or [""]
-        if rest:  # a token that holds a break
-            yield from _clean(word + first, max(most, value))
-            word, most = rest[-1], value
-        else:
-            word, most = word + first, max(most, value) if first else most
-        if piece[-1:].isspace() and word:
-            yield from _clean(word, most)
-            word, most = "", 0.0
+def words_of(pieces: Sequence[str], values: np.ndarray, least: float = -np.inf) -> Iterator[tuple[str, float]]:
+    """Words in lower case, without the marks around them, with the largest activation on any of their tokens.
+
+    Args:
+        pieces: tokens as text.
+        values: the activation on each.
+        least: words of a smaller one are left out.
+
+    """
+    ends = np.cumsum([len(piece) for piece in pieces])
+    for match in _WORD.finditer("".join(pieces)):
+        first, last = np.searchsorted(ends, (match.start(), match.end() - 1), side="right")
+        most = float(values[first : last + 1].max())
+        if most >= least:
+            yield match[0].lower(), most
 
 
-def _clean(word: str, most: float) -> Iterator[tuple[str, float]]:
-    bare = word.lower().strip("".join(char for char in set(word) if not char.isalnum()))
-    if bare:
-        yield bare, most
+# Letters and digits, and what joins them inside a word: well-known, o'clock, 3.5.
+_WORD = re.compile(r"\w+(?:[-'’.]\w+)*")
 
 
 def _row_pages(run: CodedRun, rows: int) -> Iterator[tuple[int, dict[str, Any]]]:

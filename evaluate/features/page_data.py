@@ -10,6 +10,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from markupsafe import Markup
@@ -39,6 +40,7 @@ class Words:
         return self._index[shown]
 
 
+@lru_cache(maxsize=1 << 16)
 def visible(text: str) -> str:
     """A token whose invisible and controlling characters are written out, newline and tab excepted."""
     return "".join(_visible(c) for c in text)

@@ -69,7 +69,7 @@
   // --- the list
   const run = () => index.runs[state.run];
   async function search(query) {
-    const words = query.toLowerCase().split(/[^\p{L}\p{N}]+/u).filter(Boolean);
+    const words = query.toLowerCase().split(/\s+/).map((word) => word.replace(/^[^\p{L}\p{N}_]+|[^\p{L}\p{N}_]+$/gu, "")).filter(Boolean);
     let found = null;
     for (const word of words) {
       const start = word.slice(0, 2), plain = /^[a-z0-9]{2}$/.test(start);
@@ -247,7 +247,7 @@
     const read = el("p", { class: "note", "aria-live": "polite" }), lines = [], shares = new Map();
     const strips = found.map(({ s }, at) => {
       const about = index.runs[at], role = about.role === "twin" ? "twin" : "tc";
-      return el("section", { class: "strips heat-" + role, "data-run": at }, el("h3", {}, about.label), el("p", { class: "why" }, "its strongest features here; a number colours the text, twice it opens the feature"), ...s.map(([id, top, cells]) => {
+      return el("div", { class: "strips heat-" + role, "data-run": at }, el("h3", {}, about.label), el("p", { class: "why" }, "its strongest features here; a number colours the text, twice it opens the feature"), ...s.map(([id, top, cells]) => {
         const share = new Array(n).fill(0);
         for (let i = 0; i < cells.length; i += 2) share[cells[i]] = cells[i + 1] / 100;
         const line = spark(share, "feature " + id + " over the row");
@@ -276,7 +276,7 @@
     const back = el("button", { type: "button", "data-back": "" }, state.id === null ? "features" : "back to feature " + state.id);
     const step_ = (to, name) => to < 0 || to >= index.rows ? null : el("button", { type: "button", "data-row": to }, name);
     const where = first.d[0] === first.d[1] ? "document " + first.d[0] : "documents " + first.d[0] + " to " + first.d[1];
-    $("document").replaceChildren(el("nav", { "aria-label": "Rows" }, el("h2", {}, "Row " + row), el("span", { class: "note" }, where), step_(row - 1, "← last row"), step_(row + 1, "next row →"), back), text, read, ...strips);
+    $("document").replaceChildren(el("nav", { "aria-label": "Rows" }, el("h2", {}, "Row " + row), el("span", { class: "note" }, where), step_(row - 1, "← previous row"), step_(row + 1, "next row →"), back), text, read, el("div", { class: "runs" }, ...strips));
     $("document").dataset.row = row;
     $("document").onclick = (event) => {
       const button = event.target.closest("[data-paint]");
