@@ -16,7 +16,7 @@ from .errors import TcsaeError, UsageError
 from .system.atomic_files import plain_errors, sync_folder
 from .system.untrusted_files import shown
 
-KINDS = ("store", "run", "report")
+KINDS = ("store", "run", "report", "codes")
 _DEEPEST = 6  # folders below the one that is searched
 _REMOVED = ".removed-"  # what a folder is renamed to before it is emptied, so that half of one is never taken for it
 
@@ -26,7 +26,7 @@ class Entry:
     """A store, a run or a report.
 
     Attributes:
-        kind: store, run, report, or removed: what a stopped ``rm`` left over.
+        kind: store, run, report, codes, or removed: what a stopped ``rm`` left over.
         path: its folder.
         n_bytes: of all files in it.
         finished: whether nothing is left to do.
@@ -87,16 +87,17 @@ def _kind(path: Path) -> str | None:
             return kind
     if next(path.glob("rows/*/*.npz"), None) is not None:
         return "report"  # of an evaluation that was stopped
-    return "store" if path.suffix == ".zarr" and (path / "zarr.json").is_file() else None
+    if path.suffix != ".zarr" or not (path / "zarr.json").is_file():
+        return None
+    return "codes" if (path / "values").is_dir() else "store"
 
 
 def _entry(kind: str, path: Path) -> Entry:
     n_bytes = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     if kind == "removed":
         return Entry(kind, path, n_bytes, False, "left over by `pipeline rm`, which was stopped: remove it again")
-    describe: Callable[[Path], tuple[bool, str, tuple[Path, ...]]] = {"store": _store, "run": _run, "report": _report}[
-        kind
-    ]
+    describe: Callable[[Path], tuple[bool, str, tuple[Path, ...]]]
+    describe = {"store": _store, "run": _run, "report": _report, "codes": _codes}[kind]
     try:
         return Entry(kind, path, n_bytes, *describe(path))
     except (TcsaeError, OSError) as failure:
@@ -142,6 +143,16 @@ def _report(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
     what = f"{saes} SAE{'s' if saes != 1 else ''} of {report.model.id} on {format_count(report.n_tokens)} tokens"
     failed = f", {len(report.failures)} could not be evaluated" if report.failures else ""
     return True, what + failed, ()
+
+
+def _codes(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
+    from .evaluate.codes.format import read_manifest
+
+    manifest = read_manifest(path)
+    what = f"of {manifest.run}, layer {manifest.location}, {manifest.planned_rows} rows"
+    if manifest.finished:
+        return True, what, ()
+    return False, f"{what}, not all of them: the same `pipeline encode` goes on", (Path(manifest.store),)
 
 
 def removable(paths: Sequence[str | Path], within: Sequence[str | Path], *, force: bool = False) -> list[Entry]:
@@ -192,6 +203,12 @@ def remove(entry: Entry) -> None:
             from .cache.storage.open_place import place_of
 
             locks.callback(acquire(place_of(entry.path)).release)
+        if entry.kind == "codes":
+            from .cache.storage.lock import acquire
+            from .cache.storage.open_place import place_of
+            from .evaluate.codes.format import LOCK
+
+            locks.callback(acquire(place_of(entry.path), key=LOCK).release)
         gone = entry.path
         if entry.kind != "removed":
             gone = entry.path.with_name(f".{entry.path.name}{_REMOVED}{uuid.uuid4().hex[:8]}")

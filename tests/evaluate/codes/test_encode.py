@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,3 +287,29 @@ def test_nothing_there(tmp_path, capsys):
         CodeStore.open(tmp_path / "codes.zarr")
     assert main(["encode", str(Path(tmp_path) / "run")]) == 1
     assert "is no training run" in capsys.readouterr().err
+
+
+def test_the_documented_snippets_run(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    run, store = coded(tmp_path)
+    encode_run(EncodeConfig(str(run), out=str(tmp_path / "codes.zarr")))
+    monkeypatch.chdir(tmp_path)
+    section = (Path(__file__).parents[3] / "docs" / "FORMAT.md").read_text().split("\n## Codes\n")[1]
+    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    found = {}
+    exec(first, found)
+    np.testing.assert_allclose(found["z_NF"].toarray(), expected(run, store).reshape(640, -1), rtol=1e-5, atol=1e-6)
+    exec(second, found)
+    np.testing.assert_array_equal(found["rows"], ActivationStore.open(store).tokens(35, 40))
+
+
+def test_ls_and_rm_know_codes(tmp_path, capsys):
+    run, _ = coded(tmp_path)
+    out = tmp_path / "elsewhere.zarr"
+    encode_run(EncodeConfig(str(run), out=str(out)))
+    assert main(["ls", str(tmp_path), "--kind", "codes", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["path"], entry["finished"], entry["damaged"]) == (str(out), True, False)
+    assert entry["state"] == "of run, layer 3, 40 rows"
+    assert main(["rm", str(out), "--yes", "--within", str(tmp_path)]) == 0
+    assert not out.exists()
