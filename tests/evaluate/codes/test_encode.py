@@ -300,7 +300,7 @@ def test_the_documented_snippets_run(tmp_path, monkeypatch):
     exec(first, found)
     np.testing.assert_allclose(found["z_NF"].toarray(), expected(run, store).reshape(640, -1), rtol=1e-5, atol=1e-6)
     exec(second, found)
-    np.testing.assert_array_equal(found["rows"], ActivationStore.open(store).tokens(35, 40))
+    np.testing.assert_array_equal(found["rows"], ActivationStore.open(store).tokens(36, 40))
 
 
 def test_ls_and_rm_know_codes(tmp_path, capsys):

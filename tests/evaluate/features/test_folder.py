@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +203,15 @@ def test_runs_on_different_text_are_not_shown_side_by_side(pair, tmp_path):
     encode_run(EncodeConfig(str(other)))
     with pytest.raises(RunError, match=r"holds rows 0 to 40 of .*rows 0 to 44 .*: encode both over the same rows"):
         write_features([str(pair[0]), str(other)], out=str(tmp_path / "features"))
+
+
+@pytest.mark.parametrize(("n_features", "most"), [(4096, 150_000), (16_384, 500_000), (65_536, 1_500_000)])
+def test_the_list_of_a_wide_dictionary_stays_small(pair, tmp_path, n_features, most):
+    """Beside it the page and the files of two features are read, which are as large whatever the width."""
+    numbers = dict.fromkeys(open_run(str(pair[0])).survey.numbers(), np.random.default_rng(0).random(n_features))
+    run = SimpleNamespace(codes=SimpleNamespace(n_rows=1), survey=SimpleNamespace(numbers=lambda: numbers))
+    module._Folder(tmp_path, [run], 1)._columns(0, run, {})
+    assert sum((tmp_path / f"data/0/c/{name}.js").stat().st_size for name in module.LISTED) < most
 
 
 # --- in a browser
