@@ -28,7 +28,7 @@ Json = Annotated[bool, _output("--json", help="Print one line of JSON.")]
 
 def ls(
     folders: Annotated[list[str] | None, typer.Argument(help="Folders to search; by default the present one.")] = None,
-    kind: Annotated[str | None, _output("--kind", help="Only store, run, report or references.")] = None,
+    kind: Annotated[str | None, _output("--kind", help="Only store, run, report, codes or references.")] = None,
     unfinished: Annotated[bool, _output("--unfinished", help="Only what is not finished, or damaged.")] = False,
     json_output: Json = False,
 ) -> None:

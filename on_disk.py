@@ -17,7 +17,7 @@ from .evaluate.config import REFERENCES_FOLDER
 from .system.atomic_files import plain_errors, sync_folder
 from .system.untrusted_files import shown
 
-KINDS = ("store", "run", "report", "references")
+KINDS = ("store", "run", "report", "codes", "references")
 _DEEPEST = 6  # folders below the one that is searched
 _REMOVED = ".removed-"  # what a folder is renamed to before it is emptied, so that half of one is never taken for it
 
@@ -27,7 +27,7 @@ class Entry:
     """A store, a run, a report, or the reference rows that reports share.
 
     Attributes:
-        kind: store, run, report, references, or removed: what a stopped ``rm`` left over.
+        kind: store, run, report, codes, references, or removed: what a stopped ``rm`` left over.
         path: its folder.
         n_bytes: of all files in it.
         finished: whether nothing is left to do.
@@ -93,7 +93,9 @@ def _kind(path: Path) -> str | None:
             return kind
     if next(path.glob("rows/*/*.npz"), None) is not None:
         return "report"  # of an evaluation that was stopped
-    return "store" if path.suffix == ".zarr" and (path / "zarr.json").is_file() else None
+    if path.suffix != ".zarr" or not (path / "zarr.json").is_file():
+        return None
+    return "codes" if (path / "values").is_dir() else "store"
 
 
 def _entry(kind: str, path: Path) -> Entry:
@@ -104,6 +106,7 @@ def _entry(kind: str, path: Path) -> Entry:
         "store": _store,
         "run": _run,
         "report": _report,
+        "codes": _codes,
         "references": _references,
     }[kind]
     try:
@@ -159,6 +162,16 @@ def _references(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
     return True, f"{kept}: removing them costs the next evaluation their time, no report needs them", ()
 
 
+def _codes(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
+    from .evaluate.codes.format import read_manifest
+
+    manifest = read_manifest(path)
+    what = f"of {manifest.run}, layer {manifest.location}, {manifest.planned_rows} rows"
+    if manifest.finished:
+        return True, what, ()
+    return False, f"{what}, not all of them: the same `pipeline encode` goes on", (Path(manifest.store),)
+
+
 def removable(paths: Sequence[str | Path], within: Sequence[str | Path], *, force: bool = False) -> list[Entry]:
     """What ``paths`` are, in the order in which they can go.
 
@@ -207,6 +220,12 @@ def remove(entry: Entry) -> None:
             from .cache.storage.open_place import place_of
 
             locks.callback(acquire(place_of(entry.path)).release)
+        if entry.kind == "codes":
+            from .cache.storage.lock import acquire
+            from .cache.storage.open_place import place_of
+            from .evaluate.codes.format import LOCK
+
+            locks.callback(acquire(place_of(entry.path), key=LOCK).release)
         gone = entry.path
         if entry.kind != "removed":
             gone = entry.path.with_name(f".{entry.path.name}{_REMOVED}{uuid.uuid4().hex[:8]}")

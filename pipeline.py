@@ -22,6 +22,8 @@ from .cache.arrays import command as import_command
 from .console import set_quiet, speaking
 from .errors import TcsaeError
 from .evaluate import command as evaluate_command
+from .evaluate.codes import command as codes_command
+from .evaluate.features import command as features_command
 from .extract import command as extract_command
 from .study import command as study_command
 from .system.atomic_files import FULL
@@ -119,7 +121,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (extract_command, import_command, train_command, evaluate_command, study_command, cache_command, demo):
+for module in (
+    extract_command,
+    import_command,
+    train_command,
+    evaluate_command,
+    codes_command,
+    features_command,
+    study_command,
+    cache_command,
+    demo,
+):
     for function in module.COMMANDS:
         app.command(function.__name__.rstrip("_"), cls=ListCommand)(function)  # `import` is a keyword of Python
 

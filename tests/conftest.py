@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests say: from tiny import ti
 
 import pytest
 import torch
+from browser import tab  # noqa: F401 - a fixture
 from hypothesis import settings
 from tcsae import plugins
 from tcsae.cache.store import ActivationStore

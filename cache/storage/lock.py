@@ -45,25 +45,25 @@ class Lock(Protocol):
         ...
 
 
-def acquire(place: Place, owner: str | None = None) -> Lock:
-    """Take the writer's lock of a store for the run with token ``owner`` (default: a new token).
+def acquire(place: Place, owner: str | None = None, key: str = LOCK) -> Lock:
+    """Take the writer's lock of a store, the file ``key``, for the run with token ``owner`` (default: a new token).
 
     Raises:
         StoreError: another running process holds it, or the folder cannot be written.
 
     """
     owner = owner or uuid.uuid4().hex
-    return LocalLock(place, owner) if isinstance(place, LocalPlace) else LeaseLock(place, owner)
+    return LocalLock(place, owner, key) if isinstance(place, LocalPlace) else LeaseLock(place, owner, key)
 
 
-def confirm_owner(place: Place, owner: str) -> None:
+def confirm_owner(place: Place, owner: str, key: str = LOCK) -> None:
     """Check, from any process that reaches the store, that the run with this token still holds the lock.
 
     Raises:
         StaleRunError: another run holds it, or none does.
 
     """
-    holder = _holder(place)
+    holder = _holder(place, key)
     if holder.get("owner") == owner:
         return
     if holder:
@@ -71,15 +71,15 @@ def confirm_owner(place: Place, owner: str) -> None:
             f"another writer took over {place} while this one was silent: let it go on, nothing is lost"
         )
     raise StaleRunError(
-        f"the run that was writing {place} has ended (it holds {LOCK} no longer): its shard in the making is dropped, "
+        f"the run that was writing {place} has ended (it holds {key} no longer): its shard in the making is dropped, "
         "what was committed stays; the same command does the rest again"
     )
 
 
-def _holder(place: Place) -> dict[str, Any]:
+def _holder(place: Place, key: str) -> dict[str, Any]:
     """The content of the lock's file; empty if there is none or it is being written."""
     try:
-        holder = parse_json(place.read(LOCK))
+        holder = parse_json(place.read(key))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
@@ -103,8 +103,8 @@ def _signature() -> dict[str, Any]:
 class LocalLock:
     """``flock`` on a file beside the shards; the kernel releases it when the process ends."""
 
-    def __init__(self, place: LocalPlace, owner: str):
-        self._path, self.owner = place.path(LOCK), owner
+    def __init__(self, place: LocalPlace, owner: str, key: str = LOCK):
+        self._path, self.owner = place.path(key), owner
         self._fd = -1
         with plain_errors(f"lock {place}"):
             while self._fd < 0:
@@ -142,10 +142,10 @@ class LocalLock:
 class LeaseLock:
     """A small object, renewed every :data:`HEARTBEAT` seconds; without renewal it expires after :data:`STALE`."""
 
-    def __init__(self, place: Place, owner: str):
-        self._place, self.owner = place, owner
+    def __init__(self, place: Place, owner: str, key: str = LOCK):
+        self._place, self.owner, self._key = place, owner, key
         self._stop = threading.Event()
-        holder = _holder(place)
+        holder = _holder(place, key)
         if holder and time.time() - holder.get("renewed", 0) < STALE:
             remark = f" (if it died, its lease runs out {STALE:.0f} seconds after its last sign of life)"
             raise _refuse(place, json.dumps(holder).encode(), remark)
@@ -156,17 +156,17 @@ class LeaseLock:
 
     def _renew(self) -> None:
         lease = {**_signature(), "owner": self.owner, "renewed": time.time()}
-        self._place.replace(LOCK, json.dumps(lease).encode())
+        self._place.replace(self._key, json.dumps(lease).encode())
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             with contextlib.suppress(Exception):  # one missed renewal does no harm; confirm() decides at a commit
-                if _holder(self._place).get("owner", self.owner) == self.owner:
+                if _holder(self._place, self._key).get("owner", self.owner) == self.owner:
                     self._renew()
 
     def confirm(self) -> None:
         """Read the lease and compare its owner."""
-        confirm_owner(self._place, self.owner)
+        confirm_owner(self._place, self.owner, self._key)
 
     def release(self) -> None:
         """Stop renewing, and delete the lease if it is still ours; if the store is unreachable, it will expire."""
@@ -174,5 +174,5 @@ class LeaseLock:
             self._stop.set()
             self._thread.join()  # a renewal after the removal would create the lease again
             with contextlib.suppress(StoreError):
-                if _holder(self._place).get("owner") == self.owner:
-                    self._place.remove(LOCK)
+                if _holder(self._place, self._key).get("owner") == self.owner:
+                    self._place.remove(self._key)

@@ -88,8 +88,8 @@ def describe(
             why=chosen[feature],
             numbers={name: _digits(v[feature]) for name, v in known.items() if v.ndim == 1 and name not in _PARTS},
             passages=passages[feature],
-            position_profile=_profile(known, feature),
-            lag_curve=_lags(known, feature),
+            position_profile=position_profile(known, feature),
+            lag_curve=lag_curve(known, feature),
             neighbours=_neighbour(known, feature),
             raises=raises.get(feature, []),
             lowers=lowers.get(feature, []),
@@ -171,7 +171,8 @@ def _passage(
     )
 
 
-def _profile(known: Mapping[str, np.ndarray], feature: int) -> Curve | None:
+def position_profile(known: Mapping[str, np.ndarray], feature: int) -> Curve | None:
+    """Mean activation at every position of the row; None where that is not known."""
     if "position_mean" not in known:
         return None
     means = known["position_mean"][feature]
@@ -184,7 +185,8 @@ def _profile(known: Mapping[str, np.ndarray], feature: int) -> Curve | None:
     )
 
 
-def _lags(known: Mapping[str, np.ndarray], feature: int) -> Curve | None:
+def lag_curve(known: Mapping[str, np.ndarray], feature: int) -> Curve | None:
+    """Autocorrelation at every lag; None where that is not known."""
     if "lag_autocorrelation" not in known:
         return None
     values = known["lag_autocorrelation"][feature]

@@ -10,6 +10,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from markupsafe import Markup
@@ -23,7 +24,7 @@ MAX_BYTES = 6_000_000  # of all the browser's data
 LEVELS = 100  # an activation is shown as a hundredth of the feature's largest
 
 
-class _Words:
+class Words:
     """Every distinct string once."""
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class _Words:
         self._index: dict[str, int] = {}
 
     def __call__(self, text: str) -> int:
+        """The number of a string."""
         shown = visible(text)
         if shown not in self._index:
             self._index[shown] = len(self.list)
@@ -38,6 +40,7 @@ class _Words:
         return self._index[shown]
 
 
+@lru_cache(maxsize=1 << 16)
 def visible(text: str) -> str:
     """A token whose invisible and controlling characters are written out, newline and tab excepted."""
     return "".join(_visible(c) for c in text)
@@ -77,13 +80,14 @@ def embedded(data: Mapping[str, Any]) -> Markup:
 
 
 def _payload(report: EvaluationReport, n_features: int, n_passages: int) -> dict[str, Any]:
-    words = _Words()
-    saes, names = [], []
+    words = Words()
+    saes: list[dict[str, Any]] = []
+    names: dict[str, None] = {}  # every one once, in the order in which they appear
     for record in report.records:
         cards = report.features.get(record.name, [])
         if record.kind != "sae" or not cards:
             continue
-        names += [name for card in cards for name in card.numbers if name not in names]
+        names |= dict.fromkeys(name for card in cards for name in card.numbers)
         shown = _spread(cards, n_features)
         saes.append(
             {
@@ -95,7 +99,7 @@ def _payload(report: EvaluationReport, n_features: int, n_passages: int) -> dict
                 "features": [_card(card, n_passages, words) for card in shown],
             }
         )
-    return {"words": words.list, "saes": saes, "numbers": names}
+    return {"words": words.list, "saes": saes, "numbers": list(names)}
 
 
 def _spread(cards: Sequence[FeatureCard], n: int) -> list[FeatureCard]:
@@ -109,24 +113,24 @@ def _spread(cards: Sequence[FeatureCard], n: int) -> list[FeatureCard]:
     return sorted(picked[:n], key=lambda card: card.feature)
 
 
-def _card(card: FeatureCard, n_passages: int, words: _Words) -> dict[str, Any]:
+def _card(card: FeatureCard, n_passages: int, words: Words) -> dict[str, Any]:
     shown = card.passages[:n_passages]
     top = max((a for p in card.passages for a in p.activations if a is not None), default=0.0)
     return {
         "id": card.feature,
         "why": card.why,
         "n": {name: value for name, value in card.numbers.items() if value is not None},
-        "top": _figures(top),
+        "top": figures(top),
         "p": [_passage(passage, top, words) for passage in shown],
         "pos": _curve(card.position_profile),
         "lag": _curve(card.lag_curve),
         "near": [[near.feature, round(near.cosine, 3)] for near in card.neighbours[:3]],
-        "up": [[words(effect.token), _figures(effect.effect)] for effect in card.raises],
-        "down": [[words(effect.token), _figures(effect.effect)] for effect in card.lowers],
+        "up": [[words(effect.token), figures(effect.effect)] for effect in card.raises],
+        "down": [[words(effect.token), figures(effect.effect)] for effect in card.lowers],
     }
 
 
-def _passage(passage: Passage, top: float, words: _Words) -> dict[str, Any]:
+def _passage(passage: Passage, top: float, words: Words) -> dict[str, Any]:
     """Tokens by index; activations in hundredths of ``top``: what is not zero never rounds to it, null stays null."""
     levels = [None if a is None else math.ceil(LEVELS * max(a, 0.0) / top) if top else 0 for a in passage.activations]
     out = {
@@ -142,11 +146,11 @@ def _passage(passage: Passage, top: float, words: _Words) -> dict[str, Any]:
 def _curve(curve: Curve | None) -> dict[str, Any] | None:
     if curve is None:
         return None
-    ys = [None if y is None else _figures(y) for y in curve.y]
-    return {"x": [x if x is None else _figures(x) for x in curve.x], "y": ys, "xl": curve.x_label, "yl": curve.y_label}
+    ys = [None if y is None else figures(y) for y in curve.y]
+    return {"x": [x if x is None else figures(x) for x in curve.x], "y": ys, "xl": curve.x_label, "yl": curve.y_label}
 
 
-def _figures(value: float) -> float | int:
+def figures(value: float) -> float | int:
     """Three significant figures, as an integer where it is one."""
     short = float(f"{value:.3g}")
     return int(short) if short.is_integer() else short

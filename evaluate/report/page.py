@@ -28,6 +28,8 @@ from .wording import PAIRS, evaluated, in_reading_order, named, provenance, prun
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
+ALL_FEATURES = "features/index.html"
+"""Every feature, where `pipeline features --html` has written it beside the page."""
 _ABANDONED = 3600.0  # seconds after which a file in the making is nobody's any more
 _GROUNDS = {  # background, text, muted text, thin lines, shaded areas
     "light": (LIGHT, "#1b1d21", "#5c5f66", "#dedbd3", "#f1efe9"),
@@ -46,14 +48,17 @@ def write_report(report: EvaluationReport, folder: Path) -> Path:
     report = in_reading_order(report)
     panels = sections(report)
     write_figures([panel for group in panels.values() for panel in group], folder / "figures")
-    page = write_file(folder / PAGE, render_page(report, panels))
+    features = ALL_FEATURES if (folder / ALL_FEATURES).is_file() else None
+    page = write_file(folder / PAGE, render_page(report, panels, features=features))
     for each in (folder, folder / "figures", *folder.glob("rows/*")):
         remove_partials(each, older_than=_ABANDONED)
     return page
 
 
-def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None = None) -> str:
-    """The page as text."""
+def render_page(
+    report: EvaluationReport, panels: dict[str, list[Panel]] | None = None, *, features: str | None = None
+) -> str:
+    """The page as text; ``features``: where every feature is shown, as a relative address."""
     report = in_reading_order(report)
     panels = sections(report) if panels is None else panels
     browser, found = payload(report), verdicts(report)
@@ -88,6 +93,7 @@ def render_page(report: EvaluationReport, panels: dict[str, list[Panel]] | None 
         browser=browser,
         browser_json=embedded(browser),
         browser_note=_browser_note(browser),
+        all_features=features,
         contents=_contents(report, panels, browser, published_table is not None),
     )
 

@@ -11,7 +11,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.errors import StoreError
 
 FORMAT = Path(__file__).parents[2] / "docs" / "FORMAT.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", FORMAT.read_text(), re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", FORMAT.read_text().split("\n## Codes\n")[0], re.DOTALL)
 CODECS = ["none", "lz4", "zstd"]
 
 

@@ -173,7 +173,7 @@
   }
   function fromAddress() {
     const match = /^#feature=(\d+)\.(\d+)$/.exec(location.hash);
-    if (match && Number(match[1]) < data.saes.length) { openSae(Number(match[1]), Number(match[2]), false); return true; }
+    if (match && Number(match[1]) < data.saes.length) { openSae(Number(match[1]), Number(match[2]), false); $("browse").scrollIntoView(); return true; }
     return false;
   }
 

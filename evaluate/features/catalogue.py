@@ -1,0 +1,86 @@
+"""A run whose codes are written, opened for looking at its features: survey, texts and logit effects together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UsageError
+from ...train.run_folder.record import RunRecord, load_run
+from ..codes.format import DEFAULT_NAME
+from ..codes.store import CodeStore
+from .look import FeatureView, TokenTexts, known_effects, views
+from .survey import Survey, order_of, survey
+
+
+@dataclass(frozen=True)
+class CodedRun:
+    """A run, its codes and what they say of every feature."""
+
+    path: str
+    record: RunRecord
+    codes: CodeStore
+    survey: Survey
+    report: str | None = None
+
+    @cached_property
+    def text(self) -> TokenTexts:
+        """Tokens as text; the tokenizer is loaded when it is first asked for."""
+        return TokenTexts(self.codes)
+
+    @cached_property
+    def effects(self) -> dict[int, Any]:
+        """Logit effects that are at hand, by feature."""
+        return known_effects(self.codes, self.text, self.report)
+
+    def views(self, features: Sequence[int]) -> list[FeatureView]:
+        """Some features with their passages.
+
+        Raises:
+            UsageError: there is no such feature.
+
+        """
+        for feature in features:
+            if not 0 <= feature < self.survey.n_features:
+                last = self.survey.n_features - 1
+                raise UsageError(f"{self.path} has no feature {feature}: they are numbered 0 to {last}")
+        return views(self.codes, self.survey, self.text, features, self.effects)
+
+    def listed(self, name: str, n: int, *, ascending: bool = False) -> list[dict[str, Any]]:
+        """The first n features by one of their numbers, with all of them; undefined ones are None."""
+        numbers = self.survey.numbers()
+        return [
+            {"feature": int(f)} | {key: _number(float(values_F[f])) for key, values_F in numbers.items()}
+            for f in order_of(numbers, name, up=ascending)[:n]
+        ]
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def codes_of(run: str, codes: str | None = None) -> CodeStore:
+    """The codes of a run.
+
+    Raises:
+        StoreError: there are none.
+
+    """
+    return CodeStore.open(codes or str(Path(run) / DEFAULT_NAME))
+
+
+def open_run(run: str, *, codes: str | None = None, report: str | None = None) -> CodedRun:
+    """Open a run for looking at its features.
+
+    Raises:
+        RunError: no such run, or its codes are of another SAE.
+        StoreError: it has no codes.
+
+    """
+    record, found = load_run(run), codes_of(run, codes)
+    return CodedRun(run, record, found, survey(found, run), report)
