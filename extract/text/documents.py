@@ -6,7 +6,9 @@ seed decides. A share of them, chosen by a hash of the text alone, is held out f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +17,47 @@ import xxhash
 from ...errors import TextError
 
 _HELD_OUT_SEED = 0x7C5AE  # never change it: the held-out documents of existing stores depend on it
+LARGE = 1_000_000  # characters; a longer document is read, hashed and tokenised piece by piece
+_PIECE = 262_144  # characters read at a time
+
+
+@dataclass(frozen=True)
+class LargeText:
+    """A document that is not held in memory. ``pieces`` reads it from its beginning, piece by piece."""
+
+    name: str
+    pieces: Callable[[], Iterator[str]]
+
+    @classmethod
+    def of(cls, text: str, name: str) -> LargeText:
+        """A text that is in memory, in pieces."""
+        return cls(name, lambda: (text[at : at + _PIECE] for at in range(0, len(text), _PIECE)))
+
+    @cached_property
+    def _read_once(self) -> tuple[int, dict[int, int]]:
+        hashes = {seed: xxhash.xxh3_64(seed=seed) for seed in (0, _HELD_OUT_SEED)}
+        characters = 0
+        for piece in self.pieces():
+            characters += len(piece)
+            for digest in hashes.values():
+                digest.update(piece.encode("utf-8", "surrogatepass"))
+        return characters, {seed: digest.intdigest() for seed, digest in hashes.items()}
+
+    @property
+    def n_characters(self) -> int:
+        """Length of the text; the first time, it is read for it."""
+        return self._read_once[0]
+
+    def hash(self, seed: int) -> int:
+        """See :func:`text_hash`; the first time, the text is read for it."""
+        return self._read_once[1][seed]
+
+
+def file_pieces(file: Any) -> Iterator[str]:
+    """The pieces of an open text file, which is closed at the end."""
+    with file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 class Documents(Protocol):
@@ -30,7 +73,7 @@ class Documents(Protocol):
         """The commit of a hub dataset; None for local text."""
         ...
 
-    def read(self, start: int) -> Iterator[tuple[int, str]]:
+    def read(self, start: int) -> Iterator[tuple[int, str | LargeText]]:
         """(number, text) of every document from number ``start`` on."""
         ...
 
@@ -39,7 +82,7 @@ class Documents(Protocol):
         ...
 
 
-def is_held_out(text: str, share: float) -> bool:
+def is_held_out(text: str | LargeText, share: float) -> bool:
     """Whether a document belongs to the held-out ``share``.
 
     Only a hash of its text decides, so the answer does not change when documents are added.
@@ -47,8 +90,10 @@ def is_held_out(text: str, share: float) -> bool:
     return text_hash(text, _HELD_OUT_SEED) < share * 2.0**64
 
 
-def text_hash(text: str, seed: int = 0) -> int:
+def text_hash(text: str | LargeText, seed: int = 0) -> int:
     """XXH3-64 of the text's UTF-8 bytes."""
+    if isinstance(text, LargeText):
+        return text.hash(seed)
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed)
 
 

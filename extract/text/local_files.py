@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.files import hash_file
 from ..model.hub import first_line
-from .documents import label_of, shuffled, text_of
+from .documents import LARGE, LargeText, file_pieces, label_of, shuffled, text_hash, text_of
 
 _FORMATS = {
     ".txt": "text",
@@ -119,6 +122,7 @@ class LocalText:
         folders = [part[0] if len(part) > 1 else None for part in parts]
         self._labels = folders if None not in folders and len(set(folders)) > 1 else [None] * len(folders)
         self._order = shuffled(len(self.files), self.seed)
+        self._large: dict[int, LargeText] = {}
 
     @property
     def revision(self) -> None:
@@ -130,32 +134,69 @@ class LocalText:
     @property
     def fingerprint(self) -> str:
         """Hash of all names and contents. All files are checked to be UTF-8 here, before anything is extracted."""
-        for path in self.files:
-            _read_text(path)
+        for number in range(len(self.files)):
+            if isinstance(text := self._text(number), LargeText):
+                text_hash(text)  # reads all of it
         return _fingerprint(self.files, self.folder)
 
-    def read(self, start: int) -> Iterator[tuple[int, str]]:
+    def read(self, start: int) -> Iterator[tuple[int, str | LargeText]]:
         """See :class:`tcsae.extract.text.documents.Documents`."""
         for number in range(start, len(self._order)):
-            yield number, _read_text(self.files[self._order[number]])
+            yield number, self._text(self._order[number])
+
+    def _text(self, file: int) -> str | LargeText:
+        """The text of one file. What is known of a large one is kept: its hash takes a while."""
+        text = self._large.get(file) or _read_text(self.files[file])
+        if isinstance(text, LargeText):
+            self._large[file] = text
+        return text
 
     def label(self, number: int) -> str | None:
         """See :class:`tcsae.extract.text.documents.Documents`."""
         return self._labels[self._order[number]]
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path) -> str | LargeText:
+    """The text of a file; what is longer than LARGE stays on the disk until it is read."""
+    with _failures(path), _open_text(path) as file:
+        text = file.read(LARGE + 1)
+    return text if len(text) <= LARGE else LargeText(str(path), lambda: _pieces(path))
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    with _failures(path):
+        yield from file_pieces(_open_text(path))
+
+
+def _open_text(path: Path) -> Any:
     import fsspec
 
+    return fsspec.open(str(path), "rt", encoding="utf-8", compression="infer").open()
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
     try:
-        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
-            return file.read()  # type: ignore[union-attr]
-    except UnicodeDecodeError as wrong:
-        raise TextError(
-            f"{path} is not UTF-8 (byte {wrong.start}): convert it, for instance with iconv -t utf-8"
-        ) from None
-    except (OSError, ValueError, ImportError) as wrong:
+        yield
+    except UnicodeDecodeError:
+        where = "" if path.suffix.lower() in _COMPRESSED else f" ({_first_wrong_byte(path)})"
+        raise TextError(f"{path} is not UTF-8{where}: convert it, for instance with iconv -t utf-8") from None
+    except (OSError, ValueError, ImportError, EOFError) as wrong:
         raise TextError(f"{path} cannot be read: {first_line(wrong)}") from wrong
+
+
+def _first_wrong_byte(path: Path) -> str:
+    """Where a file stops being UTF-8. The reader's own answer counts from the beginning of its buffer."""
+    decoder, before = getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while part := file.read(1_000_000):
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError as wrong:
+                return f"byte {before - held + wrong.start}"
+            before += len(part)
+    return f"byte {before - len(decoder.getstate()[0])}"
 
 
 @dataclass
@@ -184,16 +225,37 @@ class LocalTable:
         """Hash of all names and contents."""
         return _fingerprint(self.files, self.folder)
 
-    def read(self, start: int) -> Iterator[tuple[int, str]]:
+    def read(self, start: int) -> Iterator[tuple[int, str | LargeText]]:
         """See :class:`tcsae.extract.text.documents.Documents`."""
+        rows = self.table.with_format("arrow")
         for number in range(start, len(self._order)):
-            yield number, text_of(self.table[int(self._order[number])], self.column, str(self.folder))
+            row = int(self._order[number])
+            cell = rows[row].column(self.column)[0]  # memory-mapped: a large text is not copied
+            name = f"row {row} of {self.folder}"
+            yield number, large_cell(cell, name) or text_of(self.table[row], self.column, str(self.folder))
 
     def label(self, number: int) -> str | None:
         """See :class:`tcsae.extract.text.documents.Documents`."""
         if self.label_column is None:
             return None
         return label_of(self.table[int(self._order[number])], self.label_column, str(self.folder))
+
+
+def large_cell(cell: Any, name: str) -> LargeText | None:
+    """A large text in a column of Arrow strings; None for anything else."""
+    import pyarrow
+
+    kind = cell.type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)) or not cell.is_valid:
+        return None
+    content = cell.as_buffer()
+    if content.size <= LARGE:
+        return None
+
+    def pieces() -> Iterator[str]:
+        return file_pieces(TextIOWrapper(pyarrow.BufferReader(content), encoding="utf-8", newline=""))
+
+    return LargeText(name, pieces)
 
 
 def _table(kind: str, files: Sequence[Path], folder: Path, source: TextSource) -> LocalTable:
