@@ -68,9 +68,8 @@ def _unigram(*, split: bool) -> Tokenizer:
 
 def _wordpiece() -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False)
-    return _trained(
-        models.WordPiece(unk_token="[UNK]"), trainer, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    )
+    model = models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=10)  # less than pieces share, as in real ones
+    return _trained(model, trainer, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
 
 
 _LLAMA_3 = (

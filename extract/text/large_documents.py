@@ -54,7 +54,9 @@ def tokenize_large(text: LargeText, tokenizer: Any, encode: Callable[..., Any]) 
             encoded = encode(piece, return_offsets_mapping=True)
             return encoded["input_ids"], encoded["offset_mapping"]
 
-        yield from in_pieces(text, both)
+        # WordPiece has one token for a whole word that is too long: what is shared must show how long a word is.
+        longest_word = getattr(tokenizer.backend_tokenizer.model, "max_input_chars_per_word", 0)
+        yield from in_pieces(text, both, overlap=max(OVERLAP, 8 * longest_word))
         return
     if text.n_characters > _WHOLE:
         raise TextError(

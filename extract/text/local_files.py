@@ -171,7 +171,8 @@ def _pieces(path: Path) -> Iterator[str]:
 def _open_text(path: Path) -> Any:
     import fsspec
 
-    return fsspec.open(str(path), "rt", encoding="utf-8", compression="infer").open()
+    found: Any = fsspec.open(str(path), "rt", encoding="utf-8", compression="infer")
+    return found.open()
 
 
 @contextmanager
