@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.hub import hub_failures
-from .documents import label_of, text_of
+from .documents import Content, label_of, names_of, text_of
 
 SHUFFLE_BUFFER = 10_000  # documents in the buffer from which the next one is drawn at random
 
@@ -37,7 +37,7 @@ class StreamedDocuments:
         """The commit, which identifies the content."""
         return f"commit:{self.revision}"
 
-    def read(self, start: int) -> Iterator[tuple[int, str]]:
+    def read(self, start: int) -> Iterator[tuple[int, Content]]:
         """See :class:`Documents`.
 
         Documents before ``start`` are read and skipped, since the state of the shuffle buffer depends on them.
@@ -46,7 +46,7 @@ class StreamedDocuments:
         with hub_failures("dataset", self.name, TextError):
             for number, example in islice(enumerate(self.stream), start, None):
                 if self.label_column is not None:
-                    label = label_of(example, self.label_column, self.name)
+                    label = label_of(example, self.label_column, self.name, names_of(self.stream, self.label_column))
                     self._labels.append(self._numbers.setdefault(label, len(self._numbers)))
                 yield number, text_of(example, self.column, self.name)
 

@@ -7,7 +7,7 @@ from ..config import TextSource
 from ..model.load import LanguageModel, ModelOutline
 from .documents import Documents, is_held_out
 from .hub_stream import open_stream
-from .local_files import local_path, looks_local, open_local
+from .local_files import looks_local, open_local, recorded_path
 
 __all__ = ["is_held_out", "open_documents", "resolve_text"]
 
@@ -40,8 +40,8 @@ def resolve_text(
 
 def recorded_name(source: TextSource) -> str:
     """The dataset's name in the manifest. Local files have their absolute path, so that evaluation finds them."""
-    path = None if source.dataset == "demo" else local_path(source.dataset)
-    return str(path) if path else source.dataset
+    path = None if source.dataset == "demo" else recorded_path(source.dataset)
+    return path or source.dataset
 
 
 def open_documents(source: TextSource) -> Documents:

@@ -24,7 +24,8 @@ from ...cache.format.layout import SPECIAL, RowBlock
 from ...errors import TextError
 from ..config import TextSource
 from ..model.load import LanguageModel, ModelOutline
-from .documents import LARGE, Documents, LargeText, is_held_out, text_hash
+from .documents import LARGE, Content, Documents, LargeText, is_held_out, text_hash
+from .given_ids import GivenIds
 from .large_documents import tokenize_large
 from .open import open_documents
 
@@ -106,7 +107,8 @@ def read_rows(
     held_out: bool = False,
 ) -> Iterator[Row]:
     """The rows of :func:`row_blocks`, one by one."""
-    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, held_out=held_out)
+    given = GivenIds(model, text.dataset, text.text_column)
+    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, given, held_out=held_out)
     found = bool(start.check)
     for row in pack(tokenized, text.packing, text.context, model.bos_token_id, start):
         found = True
@@ -126,7 +128,7 @@ def _nothing(text: TextSource, held_out: bool) -> str:
 
 
 def tokenize(
-    documents: Documents, tokenizer: Any, share: float, start: Cursor, *, held_out: bool
+    documents: Documents, tokenizer: Any, share: float, start: Cursor, given: GivenIds, *, held_out: bool
 ) -> Iterator[tuple[Tokenized, int]]:
     """Token ids of the documents that are held out (or of those that are not).
 
@@ -149,23 +151,26 @@ def tokenize(
         if is_held_out(text, share) != held_out:
             passed += 1
             continue
-        if isinstance(text, LargeText) or len(text) > LARGE:
-            yield from _tokenize_batch(batch, encode)
-            batch, characters = [], 0
-            large = text if isinstance(text, LargeText) else LargeText.of(text, f"document {number}")
-            parts = tokenize_large(large, tokenizer, encode)
-            yield Tokenized(number, parts, f"{text_hash(large):016x}"), passed
-            passed = 0
+        if isinstance(text, str) and len(text) <= LARGE:
+            batch.append((number, text, passed))
+            characters, passed = characters + len(text), 0
+            if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield from _tokenize_batch(batch, encode)
+                batch, characters = [], 0
             continue
-        batch.append((number, text, passed))
-        characters, passed = characters + len(text), 0
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield from _tokenize_batch(batch, encode)
-            batch, characters = [], 0
+        yield from _tokenize_batch(batch, encode)
+        batch, characters = [], 0
+        if isinstance(text, str):
+            text = LargeText.of(text, f"document {number}")
+        parts = (
+            [given.checked(number, text)] if isinstance(text, np.ndarray) else tokenize_large(text, tokenizer, encode)
+        )
+        yield Tokenized(number, parts, f"{text_hash(text):016x}"), passed
+        passed = 0
     yield from _tokenize_batch(batch, encode)
 
 
-def _check_unchanged(text: str | LargeText, start: Cursor) -> None:
+def _check_unchanged(text: Content, start: Cursor) -> None:
     if f"{text_hash(text):016x}" != start.check:
         raise TextError(
             f"document {start.document} is not the one this store was reading when it stopped: the text or its order "
