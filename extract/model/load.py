@@ -78,6 +78,11 @@ class LanguageModel:
     """How the model calls each block, for looking into it."""
 
 
+def name_of(model: LanguageModel | ModelOutline) -> str:
+    """The model's name for messages."""
+    return model.files.name if isinstance(model, ModelOutline) else model.identity.id
+
+
 def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutline:
     """Configuration and tokenizer, without the weights. ``elsewhere``: device and dtype are those of another machine.
 

@@ -15,13 +15,15 @@ import numpy as np
 import xxhash
 
 from ...errors import TextError
+from ..config import TextSource
+from .chat import COLUMNS, Conversation, conversation_of
 
 _HELD_OUT_SEED = 0x7C5AE  # never change it: the held-out documents of existing stores depend on it
 LARGE = 1_000_000  # characters; a longer document is read, hashed and tokenised piece by piece
 _PIECE = 262_144  # characters read at a time
 
-Content: TypeAlias = "str | LargeText | np.ndarray"
-"""A document as it is read: its text, or token ids that others made."""
+Content: TypeAlias = "str | LargeText | np.ndarray | Conversation"
+"""A document as it is read: its text, token ids that others made, or messages."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def text_hash(text: Content, seed: int = 0) -> int:
     """XXH3-64 of the text's UTF-8 bytes, or of token ids as little-endian int64."""
     if isinstance(text, LargeText):
         return text.hash(seed)
+    if isinstance(text, Conversation):
+        text = text.key
     if isinstance(text, np.ndarray):
         return xxhash.xxh3_64_intdigest(text.astype("<i8").tobytes(), seed)
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed)
@@ -139,7 +143,27 @@ def text_of(example: Mapping[str, Any], column: str, name: str) -> str | np.ndar
     kind = type(text).__name__
     if isinstance(text, list) and text:
         kind = f"lists of {type(text[0]).__name__}"
+    if kind == "lists of dict":
+        raise TextError(f"column '{column}' of {name} holds messages: put them into words with --chat-template")
     raise TextError(f"column '{column}' of {name} holds {kind}, not text or token ids: name another with --text-column")
+
+
+def content_of(example: Mapping[str, Any], column: str, name: str, *, chat: bool) -> Content:
+    """As :func:`text_of`; with ``chat`` the messages of the row."""
+    if not chat:
+        return text_of(example, column, name)
+    if column not in example:
+        raise TextError(
+            f"{name} has no column '{column}': its columns are {', '.join(example)}; name the one with the messages "
+            "with --text-column"
+        )
+    return conversation_of(example[column], f"column '{column}' of {name}")
+
+
+def column_of(source: TextSource, columns: Sequence[str]) -> str:
+    """The column that is read: the one asked for; of conversations the usual one if that is not there."""
+    usual = [name for name in COLUMNS if source.chat_template and name in columns]
+    return source.text_column if source.text_column in columns or not usual else usual[0]
 
 
 def names_of(table: Any, column: str | None) -> list[str]:

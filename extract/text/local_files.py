@@ -19,7 +19,19 @@ from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.files import hash_file
 from ..model.hub import first_line
-from .documents import LARGE, Content, LargeText, file_pieces, label_of, names_of, shuffled, text_hash, text_of
+from .documents import (
+    LARGE,
+    Content,
+    LargeText,
+    column_of,
+    content_of,
+    file_pieces,
+    label_of,
+    names_of,
+    shuffled,
+    text_hash,
+    text_of,
+)
 from .local_folders import COMPRESSED, Found, find, format_of
 
 
@@ -70,6 +82,10 @@ def open_local(where: str | Path, source: TextSource) -> LocalText | LocalTable:
         raise TextError(
             f"{where} holds text files, which have no column '{source.label_column}': put those of each label in a "
             "folder of their own, and leave --label-column out"
+        )
+    if found.kind == "text" and source.chat_template:
+        raise TextError(
+            f"{where} holds text files, and --chat-template is for rows of messages: give a .jsonl or table"
         )
     documents = LocalText(found.files, found.folder, source.seed) if found.kind == "text" else _table(found, source)
     if len(documents) == 0:
@@ -187,6 +203,7 @@ class LocalTable:
     column: str
     seed: int
     label_column: str | None = None
+    chat: bool = False
 
     def __post_init__(self):
         self._order = shuffled(len(self.table), self.seed)
@@ -209,9 +226,9 @@ class LocalTable:
         for number in range(start, len(self._order)):
             row = int(self._order[number])
             cell = rows[row].column(self.column)[0]  # memory-mapped: a large text is not copied
-            content = _memory_mapped(cell, f"row {row} of {self.folder}")
+            content = None if self.chat else _memory_mapped(cell, f"row {row} of {self.folder}")
             if content is None:
-                content = text_of(self.table[row], self.column, str(self.folder))
+                content = content_of(self.table[row], self.column, str(self.folder), chat=self.chat)
             yield number, content
 
     def label(self, number: int) -> str | None:
@@ -246,10 +263,13 @@ def _table(found: Found, source: TextSource) -> LocalTable:
     files, folder = found.files, found.folder
     named = str(files[0]) if len(files) == 1 else str(folder)
     empty = dict.fromkeys(table.column_names or [])
-    text_of(empty, source.text_column, named)
+    column = column_of(source, list(empty))
+    text_of(empty, column, named)
     label_of(empty, source.label_column, named)
-    used = list(dict.fromkeys([source.text_column, source.label_column or source.text_column]))
-    return LocalTable(table.select_columns(used), files, folder, source.text_column, source.seed, source.label_column)
+    used = list(dict.fromkeys([column, source.label_column or column]))
+    return LocalTable(
+        table.select_columns(used), files, folder, column, source.seed, source.label_column, source.chat_template
+    )
 
 
 def _loaded(found: Found) -> Any:

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...cache.format.layout import SPECIAL, RowBlock
+from ...cache.format.layout import SPECIAL, RowBlock, role_flags
 from ...errors import TextError
 from ..config import TextSource
-from ..model.load import LanguageModel, ModelOutline
+from ..model.load import LanguageModel, ModelOutline, name_of
+from .chat import ROLE_SHIFT, ChatTemplate, Conversation
 from .documents import LARGE, Content, Documents, LargeText, is_held_out, text_hash
 from .given_ids import GivenIds
 from .large_documents import tokenize_large
@@ -58,7 +59,7 @@ class Cursor:
 
 class Tokenized(NamedTuple):
     """One document as token ids, with its number and the hash of its text. A large one has its ids in several parts,
-    which can be read once.
+    which can be read once. Ids of conversations carry roles (see :class:`~tcsae.extract.text.chat.ChatTemplate`).
     """
 
     number: int
@@ -67,7 +68,7 @@ class Tokenized(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row, with the cursor after it."""
+    """One row, with the cursor after it; its tokens may carry roles."""
 
     tokens_T: np.ndarray
     documents_T: np.ndarray
@@ -108,7 +109,8 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of :func:`row_blocks`, one by one."""
     given = GivenIds(model, text.dataset, text.text_column)
-    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, given, held_out=held_out)
+    chat = ChatTemplate(model.tokenizer, name_of(model)) if text.chat_template else None
+    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, given, chat, held_out=held_out)
     found = bool(start.check)
     for row in pack(tokenized, text.packing, text.context, model.bos_token_id, start):
         found = True
@@ -128,7 +130,14 @@ def _nothing(text: TextSource, held_out: bool) -> str:
 
 
 def tokenize(
-    documents: Documents, tokenizer: Any, share: float, start: Cursor, given: GivenIds, *, held_out: bool
+    documents: Documents,
+    tokenizer: Any,
+    share: float,
+    start: Cursor,
+    given: GivenIds,
+    chat: ChatTemplate | None,
+    *,
+    held_out: bool,
 ) -> Iterator[tuple[Tokenized, int]]:
     """Token ids of the documents that are held out (or of those that are not).
 
@@ -143,6 +152,17 @@ def tokenize(
         return_token_type_ids=False,
         verbose=False,
     )
+
+    def parts_of(number: int, text: Content) -> Iterable[np.ndarray]:
+        if isinstance(text, np.ndarray):
+            return [given.checked(number, text)]
+        if isinstance(text, Conversation):
+            if chat is None:
+                raise ValueError("conversations need a chat template")
+            return [chat.tokens(text, f"document {number}")]
+        large = LargeText.of(text, f"document {number}") if isinstance(text, str) else text
+        return tokenize_large(large, tokenizer, encode)
+
     batch: list[tuple[int, str, int]] = []
     characters = passed = 0
     for number, text in documents.read(start.document):
@@ -160,12 +180,8 @@ def tokenize(
             continue
         yield from _tokenize_batch(batch, encode)
         batch, characters = [], 0
-        if isinstance(text, str):
-            text = LargeText.of(text, f"document {number}")
-        parts = (
-            [given.checked(number, text)] if isinstance(text, np.ndarray) else tokenize_large(text, tokenizer, encode)
-        )
-        yield Tokenized(number, parts, f"{text_hash(text):016x}"), passed
+        check = f"{text_hash(text):016x}"
+        yield Tokenized(number, parts_of(number, text), check), passed
         passed = 0
     yield from _tokenize_batch(batch, encode)
 
@@ -268,6 +284,8 @@ def _with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
 
 def gather(rows: Sequence[Row], special_token_ids: Sequence[int]) -> RowBlock:
     """Stack rows into a block and flag the special tokens."""
-    tokens_BT = np.stack([row.tokens_T for row in rows])
+    carried_BT = np.stack([row.tokens_T for row in rows])
+    tokens_BT = carried_BT & ((1 << ROLE_SHIFT) - 1)
     flags_BT = np.where(np.isin(tokens_BT, np.asarray(special_token_ids, np.int32)), SPECIAL, 0).astype(np.uint8)
+    flags_BT |= role_flags(carried_BT >> ROLE_SHIFT)
     return RowBlock(tokens_BT, np.stack([row.documents_T for row in rows]), flags_BT)
