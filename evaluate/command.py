@@ -115,6 +115,14 @@ def evaluate(
     label_column: str | None = _text(
         None, "--label-column", help="Column with each document's label, which probes look for."
     ),
+    chat_template: bool = _text(
+        EvaluateConfig.chat_template,
+        "--chat-template",
+        help="Rows of --dataset hold messages (a store says so itself).",
+    ),
+    only: str | None = _text(
+        None, "--only", help="Measure only tokens in messages of this role: system, user, assistant or tool."
+    ),
     plugin: list[str] = _main(
         [], "--plugin", help="A Python file with your own metrics or panels, or with what a run was trained with."
     ),
@@ -160,6 +168,8 @@ def evaluate(
         split=split,
         text_column=text_column,
         label_column=label_column,
+        chat_template=chat_template,
+        only=only,
         out=out,
         name=name,
         plugin=plugin,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from .. import options
+from ..cache.format.layout import ROLES
 from ..errors import UsageError
 from ..system.untrusted_files import folder_name, seed_number
 
@@ -47,6 +48,10 @@ class EvaluateConfig:
     """Its column; None means the store's, or ``text``."""
     label_column: str | None = None
     """The column with each document's label; None means the store's, if it names one."""
+    chat_template: bool = False
+    """Whether the column of ``dataset`` holds messages; a store of conversations says so itself."""
+    only: str | None = None
+    """Of conversations: only tokens in messages of this role are measured; None: all are."""
     batches: int = 200
     """How many batches of text."""
     batch_rows: int = 16
@@ -88,6 +93,8 @@ class EvaluateConfig:
         if self.rows >= 1 << 40:
             raise UsageError(f"{self.batches} batches of {self.batch_rows} rows are more than any text: use fewer")
         seed_number(self.seed)
+        if self.only is not None and self.only not in ROLES:
+            raise UsageError(f"there is no role '{self.only}': choose among {', '.join(ROLES)}")
         if self.name:
             folder_name(self.name, "--name")
         unknown = [name for name in self.references if name not in REFERENCES]
@@ -119,6 +126,10 @@ class EvaluateOptions(TypedDict, total=False):
     split: str | None
     text_column: str | None
     label_column: str | None
+    chat_template: bool | None
+    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
+    only: str | None
+    """Of conversations: only tokens in messages of this role are measured."""
     batches: int | None
     batch_size: int | None
     """Rows (model contexts) per batch."""

@@ -153,9 +153,11 @@ class _Evaluation:
         blocks = row_blocks(
             group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
         )
-        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label)
+        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label, only=config.only)
         text = replace(text, classes_RT=token_classes(self.lm.tokenizer, text.tokens_RT))
         self.text = text.spliced_in(config.splice_rows)
+        if config.only:
+            self._say(f"only tokens in messages of the role '{config.only}' are measured")
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
         if self.text.spliced_R is not None:
