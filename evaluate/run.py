@@ -23,7 +23,7 @@ from ..cache.format.manifest import installed_versions
 from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
 from ..extract.model.hooks import module_path
-from ..extract.model.load import LanguageModel, load_language_model
+from ..extract.model.load import LanguageModel, check_context, load_language_model
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
 from ..plugins import load_plugins
@@ -144,6 +144,7 @@ class _Evaluation:
         started = time.perf_counter()
         config, group = self.config, self.group
         self.lm = load_language_model(group.model)
+        check_context(self.lm.model.config, self.lm.identity.id, group.text.context)
         self._compare_model()
         self._drop_unfit()
         self._compare_origins()
