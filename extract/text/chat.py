@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -159,7 +158,9 @@ class ChatTemplate:
 
         rows = [{"role": role, "content": content} for role, content in messages]
         try:
-            return self._tokenizer.apply_chat_template(rows, tokenize=False, strftime_now=_TODAY.strftime)
+            template = self._tokenizer.get_chat_template()
+            dated = _TODAY + template if "strftime_now" in template else template
+            return self._tokenizer.apply_chat_template(rows, chat_template=dated, tokenize=False)
         except (TemplateError, TypeError, ValueError) as refusal:
             raise TextError(f"the chat template of {self._model} refuses {where}: {first_line(refusal)}") from refusal
 
