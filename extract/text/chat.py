@@ -23,7 +23,8 @@ COLUMNS = ("messages", "conversations")
 ROLE_SHIFT = 27  # a token id that carries a role has the role's number above this bit; no vocabulary is as large
 _NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _NAMES |= {"developer": "system", "function": "tool", "observation": "tool", "ipython": "tool"}
-_TODAY = datetime(2024, 7, 26)
+# For templates that print today's date: the same text on every day, whatever the format. It hides the function.
+_TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
