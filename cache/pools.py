@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import StoreError
+from .format.layout import of_role
 from .statistics import cached_statistics, counted, kept_norms, token_norms
 from .store import ActivationStore
 
@@ -63,9 +64,10 @@ class PoolReader:
         seed: decides the order of the chunks.
         norm_limit: tokens with a larger norm are not usable.
         rows: use only the first ``rows`` rows; None: all.
+        only: use only the tokens in messages of this role; empty: all.
 
     Raises:
-        StoreError: ``rows`` is larger than the number of stored rows.
+        StoreError: ``rows`` is larger than the number of stored rows, or the store says of no token whose it is.
 
     """
 
@@ -78,8 +80,14 @@ class PoolReader:
         seed: int,
         norm_limit: float | None,
         rows: int | None,
+        only: str = "",
     ):
-        self._store, self._seed, self._limit = store, seed, norm_limit
+        self._store, self._seed, self._limit, self._only = store, seed, norm_limit, only
+        if only and not store.manifest.text.chat_template:
+            raise StoreError(
+                f"{store.path} does not say whose each token is, so that --only {only} selects nothing: extract rows "
+                "of messages with --chat-template"
+            )
         self.rows = store.n_rows if rows is None else rows
         if not 0 < self.rows <= store.n_rows:
             raise StoreError(f"{self.rows} rows are to be streamed, {store.path} holds {store.n_rows}")
@@ -105,7 +113,10 @@ class PoolReader:
         rows_R = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
         x_RTD, places_R = self._tokens(chunks, rows_R, (epoch * self.pools + pool) % 2)
         documents_RT = np.concatenate([store.documents(r.start, r.stop) for r in ranges])
-        usable_RT = self._usable(x_RTD, places_R, ranges) & (rows_R < self.rows)[:, None]
+        flags_RT = np.concatenate([store.flags(r.start, r.stop) for r in ranges])
+        usable_RT = self._usable(x_RTD, places_R, ranges, flags_RT) & (rows_R < self.rows)[:, None]
+        if self._only:
+            usable_RT &= of_role(flags_RT, self._only)
         return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT)
 
     def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -120,9 +131,7 @@ class PoolReader:
         self._whole = self._store.read_chunks(sorted(chunks), self._buffers[buffer])
         return self._whole, rows_R
 
-    def _usable(self, x_RTD: torch.Tensor, places_R: np.ndarray, ranges: list[range]) -> np.ndarray:
-        store = self._store
-        flags = np.concatenate([store.flags(r.start, r.stop) for r in ranges])
+    def _usable(self, x_RTD: torch.Tensor, places_R: np.ndarray, ranges: list[range], flags: np.ndarray) -> np.ndarray:
         if self._limit is None:
             return counted(np.zeros(flags.shape, np.float32), flags, 0.0)
         kept = [self._kept(r) for r in ranges] if self._norms_kept else [None]

@@ -45,6 +45,7 @@ class TokenStream:
         seed: decides the whole order.
         norm_limit: tokens with a larger norm are left out, and no window contains one.
         rows: use only the first ``rows`` rows (default: all), so that the stream stays the same if the store grows.
+        only: use only the tokens in messages of this role (of a store of conversations); no window contains another.
         prefetch: read the next pool in a thread.
         pin_memory: return batches in page-locked memory, so that a GPU can copy them while it computes.
 
@@ -64,6 +65,7 @@ class TokenStream:
         seed: int,
         norm_limit: float | None = None,
         rows: int | None = None,
+        only: str = "",
         prefetch: bool = True,
         pin_memory: bool = False,
     ):
@@ -71,7 +73,8 @@ class TokenStream:
             view.check(store.context, tokens_per_batch)
         self.views, self._path = tuple(views), store.path
         self._budget, self._seed, self._limit = tokens_per_batch, seed, norm_limit
-        sizes = {"pool_tokens": pool_tokens, "tokens_per_batch": tokens_per_batch, "rows": rows}
+        sizes = {"pool_tokens": pool_tokens, "tokens_per_batch": tokens_per_batch, "rows": rows, "only": only}
+        self._only = only
         self._reader = PoolReader(store, seed=seed, norm_limit=norm_limit, **sizes)
         self._pin = pin_memory
         self._thread = ThreadPoolExecutor(1, "pool-prefetch") if prefetch else None
@@ -99,6 +102,7 @@ class TokenStream:
             "pools": self._reader.pools,
             "seed": self._seed,
             "norm_limit": self._limit,
+            **({"only": self._only} if self._only else {}),
         }
 
     def state_dict(self, view: View) -> dict[str, Any]:

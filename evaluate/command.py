@@ -108,7 +108,10 @@ def evaluate(
         "untrained, zero_sae, untrained_twins.",
     ),
     only: list[str] = _amount(
-        [], "--only", help="Measure just fidelity, features, temporal or position; repeatable. Default: everything."
+        [],
+        "--only",
+        help="Measure just fidelity, features, temporal or position; of conversations also one role (system, user, "
+        "assistant, tool). Repeatable. Default: everything.",
     ),
     seed: int = _amount(
         EvaluateConfig.seed, "--seed", help="Of the bootstrap, the untrained SAE and the permutation nulls."
@@ -123,6 +126,11 @@ def evaluate(
     text_column: str | None = _text(None, "--text-column", help="Column that holds the text."),
     label_column: str | None = _text(
         None, "--label-column", help="Column with each document's label, which probes look for."
+    ),
+    chat_template: bool = _text(
+        EvaluateConfig.chat_template,
+        "--chat-template",
+        help="Rows of --dataset hold messages (a store says so itself).",
     ),
     plugin: list[str] = _main(
         [], "--plugin", help="A Python file with your own metrics or panels, or with what a run was trained with."
@@ -174,6 +182,7 @@ def evaluate(
         split=split,
         text_column=text_column,
         label_column=label_column,
+        chat_template=chat_template,
         out=out,
         name=name,
         plugin=plugin,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from .. import options
+from ..cache.format.layout import ROLES
 from ..errors import UsageError
 from ..system.untrusted_files import folder_name, seed_number
 
@@ -54,6 +55,8 @@ class EvaluateConfig:
     """Its column; None means the store's, or ``text``."""
     label_column: str | None = None
     """The column with each document's label; None means the store's, if it names one."""
+    chat_template: bool = False
+    """Whether the column of ``dataset`` holds messages; a store of conversations says so itself."""
     batches: int = 200
     """How many batches of text."""
     batch_rows: int = 16
@@ -63,7 +66,9 @@ class EvaluateConfig:
     references: tuple[str, ...] = REFERENCES
     """Reference rows measured at every layer and site."""
     only: tuple[str, ...] = ()
-    """The parts that are measured, among :data:`PARTS`; empty: everything. L0 and L1 always are."""
+    """Parts of an evaluation (:data:`PARTS`), none for all of them; L0 and L1 are always measured. Of conversations
+    also a role: only tokens in its messages are then measured.
+    """
     out: str = "reports"
     """Where reports are written."""
     name: str | None = None
@@ -102,13 +107,29 @@ class EvaluateConfig:
         unknown = [name for name in self.references if name not in REFERENCES]
         if unknown:
             raise UsageError(f"there is no reference '{unknown[0]}': choose among {', '.join(REFERENCES)}")
-        unknown = [name for name in self.only if name not in PARTS]
+        unknown = [name for name in self.only if name not in (*PARTS, *ROLES)]
         if unknown:
-            raise UsageError(f"--only {unknown[0]} is no part of an evaluation: choose among {', '.join(PARTS)}")
+            raise UsageError(
+                f"--only {unknown[0]} is neither a part of an evaluation ({', '.join(PARTS)}) nor a role in "
+                f"conversations ({', '.join(ROLES)}): name one of these"
+            )
+        roles = [name for name in self.only if name in ROLES]
+        if len(roles) > 1:
+            raise UsageError(f"--only {' '.join(roles)} names {len(roles)} roles: one report is of one role, or of all")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of ``only``; empty: everything is measured."""
+        return tuple(name for name in self.only if name in PARTS)
+
+    @property
+    def role(self) -> str | None:
+        """The role of ``only``; None: messages of every role count."""
+        return next((name for name in self.only if name in ROLES), None)
 
     def measures(self, part: str) -> bool:
         """Whether a part is measured."""
-        return not self.only or part in self.only
+        return not self.parts or part in self.parts
 
     @property
     def reference_rows(self) -> tuple[str, ...]:
@@ -140,6 +161,8 @@ class EvaluateOptions(TypedDict, total=False):
     split: str | None
     text_column: str | None
     label_column: str | None
+    chat_template: bool | None
+    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
     batches: int | None
     batch_size: int | None
     """Rows (model contexts) per batch."""
@@ -148,7 +171,7 @@ class EvaluateOptions(TypedDict, total=False):
     references: str | Sequence[str] | None
     """Names of reference rows; ``all`` or ``none``."""
     only: str | Sequence[str] | None
-    """Measure just these: fidelity, features, temporal, position."""
+    """Measure just these: fidelity, features, temporal, position; of conversations also one role, such as assistant."""
     quick: bool | None
     seed: int | None
     device: str | None

@@ -115,7 +115,7 @@ class _Evaluation:
     ):
         self.config, self.group, self.name, self.plugins = config, group, name, plugins
         self.asked = asked
-        self.families, left_out = installed(families(plugins, config.only))
+        self.families, left_out = installed(families(plugins, config.parts))
         self.failures = list(failures)
         self.folder = Path(config.out) / name
         self.notes: list[str] = []
@@ -136,14 +136,16 @@ class _Evaluation:
         self.text = text.spliced_in(config.splice_rows) if self.source.spliced else text
         if len(self.text) < config.rows:
             self._say(f"the text ends after {len(self.text)} rows of the {config.rows} asked for")
-        if config.only:
-            self._say(f"only what was asked for is measured: {', '.join(config.only)}, and L0 and L1")
+        if config.role is not None:
+            self._say(f"only tokens in messages of the role '{config.role}' are measured")
+        if config.parts:
+            self._say(f"only what was asked for is measured: {', '.join(config.parts)}, and L0 and L1")
         if self.text.spliced_R is not None and config.measures(FIDELITY):
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
         model = self.source.facts
         splices = config.splice_rows if self.text.spliced_R is not None else 0
         seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
-        settings = (config.seed, config.quick, tuple(self.families), config.only, measuring_code(self.plugins))
+        settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
         arithmetic = (self.source.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
         self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings)
         self.rows = RowCache(

@@ -18,7 +18,7 @@ from ..cache.store import ActivationStore
 from ..errors import TcsaeError
 from ..extract.assets import MODELS, demo_text
 from ..extract.model.hooks import module_path
-from ..extract.model.load import LanguageModel, load_language_model, outline_model
+from ..extract.model.load import LanguageModel, check_context, load_language_model, outline_model
 from ..extract.text.local_files import local_path
 from ..extract.text.open import open_documents, resolve_text
 from ..extract.text.rows import row_blocks
@@ -101,6 +101,7 @@ class InModel:
         self.config, self.group = config, group
         outline = outline_model(group.model)
         self._reads = _files_of(group, outline.files.folder)
+        check_context(outline.config, outline.source.id, group.text.context)
         self.lm = load_language_model(outline)
         self.device = self.lm.device
         self.facts = _model_facts(self.lm)
@@ -153,7 +154,7 @@ class InModel:
         blocks = row_blocks(
             group.text, self.lm, held_out=group.held_out, documents=documents, rows_per_block=config.batch_rows
         )
-        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label)
+        text = HeldOutText.gather((block for block, _ in blocks), config.rows, documents.label, only=config.role)
         return replace(text, classes_RT=token_classes(self.lm.tokenizer, text.tokens_RT)), identity
 
     def prepare(self, text: HeldOutText, locations: Sequence[Location]) -> list[str]:
@@ -226,7 +227,7 @@ class InVectors:
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """Rows of the store."""
         vectors, config = self.activations, self.config
-        text = HeldOutText.gather(vectors.blocks(config.batch_rows), config.rows, vectors.label)
+        text = HeldOutText.gather(vectors.blocks(config.batch_rows), config.rows, vectors.label, only=config.role)
         return text, vectors.store.manifest.text
 
     def prepare(self, text: HeldOutText, locations: Sequence[Location]) -> list[str]:  # noqa: ARG002 - as a model

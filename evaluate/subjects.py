@@ -348,6 +348,7 @@ def _text(config: EvaluateConfig, manifest: StoreManifest | None) -> TextSource:
         split=config.split or known.split,
         text_column=config.text_column or known.text_column,
         label_column=config.label_column or known.label_column,
+        chat_template=config.chat_template or known.chat_template,
         packing=packing,
         context=context,
         seed=seed,

@@ -37,12 +37,17 @@ def extract(
         TextSource.held_out, "--held-out", help="Share of documents kept for evaluation and never extracted."
     ),
     seed: int = _text(TextSource.seed, "--seed", help="Decides the order of the documents."),
-    split: str = _text(TextSource.split, "--split", help="Split of a hub dataset."),
+    split: str = _text(TextSource.split, "--split", help="Split of the dataset, on the hub or in a folder."),
     text_column: str = _text(
         TextSource.text_column, "--text-column", help="Column that holds the text (not for .txt files)."
     ),
     label_column: str | None = _text(
         None, "--label-column", help="Column with each document's label (.txt files: FOLDER/LABEL/*.txt)."
+    ),
+    chat_template: bool = _text(
+        TextSource.chat_template,
+        "--chat-template",
+        help="Rows hold messages: put them into words by the model's template, and flag whose each token is.",
     ),
     dataset_revision: str | None = _text(
         None, "--dataset-revision", help="Branch, tag or commit of the dataset on the hub."
@@ -103,6 +108,7 @@ def extract(
         split=split,
         text_column=text_column,
         label_column=label_column,
+        chat_template=chat_template,
         dataset_revision=dataset_revision,
         revision=revision,
         gguf_file=gguf_file,

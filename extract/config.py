@@ -57,6 +57,8 @@ class TextSource:
     """The column that holds the text, in anything but ``.txt`` files."""
     label_column: str | None = None
     """The column that holds each document's label, in anything but ``.txt`` files (these have it from their folder)."""
+    chat_template: bool = False
+    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
     packing: Packing = "document"
     """``document``: no row mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
     context: int = 128
@@ -165,6 +167,8 @@ class ExtractOptions(TypedDict, total=False):
     text_column: str | None
     label_column: str | None
     """The column with each document's label: its topic, say."""
+    chat_template: bool | None
+    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
     dataset_revision: str | None
     revision: str | None
     gguf_file: str | None
@@ -186,7 +190,8 @@ class ExtractOptions(TypedDict, total=False):
 MODEL_OPTIONS = {"model": "id", "revision": "revision", "gguf_file": "gguf_file", "device": "device", "dtype": "dtype"}
 TEXT_OPTIONS = {"dataset": "dataset", "dataset_revision": "revision"}
 TEXT_OPTIONS |= {
-    name: name for name in ("split", "text_column", "label_column", "packing", "context", "seed", "held_out")
+    name: name
+    for name in ("split", "text_column", "label_column", "chat_template", "packing", "context", "seed", "held_out")
 }
 
 
@@ -233,7 +238,7 @@ def command_line(config: ExtractConfig) -> str:
         for name in (f.name for f in fields(part)):
             value = getattr(part, name)
             if name not in ("layers", "model", "text", "fresh", *_LISTS.values()) and value != getattr(default, name):
-                words += [_flag(part, name), _word(value)]
+                words += [_flag(part, name)] if value is True else [_flag(part, name), _word(value)]
     return shlex.join(words)
 
 

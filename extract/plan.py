@@ -30,14 +30,22 @@ from ..cache.resume import check_space, other_rows, uneven, wiped_bytes
 from ..cache.storage.open_place import place_of
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note
-from ..errors import ModelError, StoreError
+from ..errors import StoreError
 from ..plugins import changed_plugin, load_plugins
 from ..sites import HOOK_POINTS, Location
 from .config import ExtractConfig, command_line
 from .model.files import weights_in
 from .model.forward import ForwardPass, choose_batch_size, until_it_fits
 from .model.hooks import deepest_block
-from .model.load import LanguageModel, ModelOutline, check_layers, identify_model, load_language_model, outline_model
+from .model.load import (
+    LanguageModel,
+    ModelOutline,
+    check_context,
+    check_layers,
+    identify_model,
+    load_language_model,
+    outline_model,
+)
 from .text.documents import Documents
 from .text.open import open_documents, resolve_text
 from .text.rows import Cursor, read_rows
@@ -144,7 +152,7 @@ def make_plan(config: ExtractConfig, *, elsewhere: bool = False) -> Plan:
     outline = outline_model(config.model, elsewhere=elsewhere)
     check_layers(outline, config.layers)
     _check_plugins(config, stored)
-    _check_context(outline, config.text.context)
+    check_context(outline.config, outline.files.name, config.text.context)
     documents = open_documents(config.text)
     config = replace(config, model=outline.source, text=replace(config.text, revision=documents.revision))
     layout = _layout(config, outline, stored)
@@ -267,14 +275,6 @@ def _layout(config: ExtractConfig, outline: ModelOutline, stored: Stored | None)
         shard_bytes=config.shard_bytes,
         planned_rows=config.rows,
     )
-
-
-def _check_context(outline: ModelOutline, context: int) -> None:
-    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
-    if longest and context > longest:
-        raise ModelError(
-            f"{outline.files.name} reads at most {longest} tokens at a time; you asked for --context {context}"
-        )
 
 
 def announce(plan: Plan) -> None:

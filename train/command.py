@@ -72,6 +72,9 @@ def train(
     window: int | None = _data(None, "--window", help="Consecutive tokens per window, T."),
     batch_size: str | None = _data(None, "--batch-size", help="Tokens per step."),
     data_seed: int | None = _data(None, "--data-seed", help="Of the order of the windows."),
+    only: str | None = _data(
+        None, "--only", help="Only tokens in messages of this role: system, user, assistant or tool."
+    ),
     out: str | None = _output(None, "--out", help="Folder of the run folders."),
     name: str | None = _output(None, "--name", help="Name of the run's folder."),
     resume: bool = _output(True, "--resume/--fresh", help="Go on with runs that are there, or delete them first."),
@@ -137,6 +140,7 @@ def train(
         window=window,
         batch_size=batch_size,
         data_seed=data_seed,
+        only=only,  # pyright: ignore[reportArgumentType] - the configuration checks it
         out=out,
         name=name,
         log=log,

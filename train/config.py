@@ -64,6 +64,9 @@ class DataConfig(_Group):
     norm_filter: float = Field(default=10.0, ge=0)
     """Tokens with a norm above so many times the median are left out; 0: none are."""
 
+    only: Literal["", "system", "user", "assistant", "tool"] = ""
+    """Of a store of conversations: only tokens in messages of this role are trained on; empty: all are."""
+
     @field_validator("siblings", mode="before")
     @classmethod
     def _were_two_or_none(cls, value: Any) -> Any:

@@ -50,6 +50,8 @@ class TrainOptions(TypedDict, total=False):
     scale: Literal["rms", "none"] | None
     norm_filter: float | None
     data_seed: int | None
+    only: Literal["system", "user", "assistant", "tool"] | None
+    """Of a store of conversations: only tokens in messages of this role."""
     preset: Literal["modern", "paper", "tfa", "tsae"] | None
     step: Literal["auto", "autograd", "fast"] | None
     plugin: str | Path | Sequence[str | Path] | None

@@ -33,6 +33,7 @@ OPTIONS = {
     "scale": "data.scale",
     "norm-filter": "data.norm_filter",
     "data-seed": "data.seed",
+    "only": "data.only",
     "architecture": "sae.architecture",
     "width": "sae.width",
     "activation": "sae.activation",

@@ -254,7 +254,7 @@ def _groups(folders: Sequence[MemberFolder]) -> list[list[MemberFolder]]:
     for each in folders:
         rows = each.record.store_rows if each.record and each.has_checkpoint else 0
         data = each.plan.config.data
-        stream = (data.store, data.batch_size, data.pool, data.seed, data.scale, data.norm_filter)
+        stream = (data.store, data.batch_size, data.pool, data.seed, data.scale, data.norm_filter, data.only)
         groups.setdefault((*stream, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(each)
     return list(groups.values())
 

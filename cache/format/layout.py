@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL, PADDING = 1, 2  # bits of `flags`: special tokens (BOS, EOS, …); positions that hold no token
+ROLES = ("system", "user", "assistant", "tool")  # whose message a token is of; nobody's outside of conversations
+_ROLE_SHIFT, _ROLE_MASK = 2, 0b111  # bits 2–4 of `flags`: 1 + the role's place in ROLES, 0 for nobody
 FILL = 65535  # fill value of `activations`: a bfloat16 NaN, so that values that were never written are noticed
 
 Compression = Literal["none", "lz4", "zstd"]
@@ -59,6 +61,23 @@ class RowBlock:
         """The rows of all blocks, in order."""
         columns = zip(*((b.tokens_BT, b.documents_BT, b.flags_BT) for b in blocks), strict=True)
         return RowBlock(*(np.concatenate(column) for column in columns))
+
+
+def role_flags(numbers: np.ndarray) -> np.ndarray:
+    """``flags`` that say whose each token is: 1 + a role's place in :data:`ROLES`, 0 for nobody."""
+    return (numbers.astype(np.uint8) & _ROLE_MASK) << _ROLE_SHIFT
+
+
+def of_role(flags: np.ndarray, role: str) -> np.ndarray:
+    """Which tokens are in a message of ``role``.
+
+    Raises:
+        UsageError: there is no such role.
+
+    """
+    if role not in ROLES:
+        raise UsageError(f"there is no role '{role}': choose among {', '.join(ROLES)}")
+    return (flags >> _ROLE_SHIFT & _ROLE_MASK) == 1 + ROLES.index(role)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .layout import StoreLayout
 FORMAT_VERSION = 1
 NO_MODEL = "none"  # the model's `architecture` in a store of imported vectors, which no language model produced
 PLUGIN = "plug-in "  # in `versions`, "plug-in FILE" holds the SHA-256 of the file that registered the hook point
+TEMPLATE = " template:"  # in the text's fingerprint, where there is a chat template: what its hash follows
 _PACKAGES = ("tcsae", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -71,6 +72,17 @@ class TextIdentity(_Record):
     special_token_ids: tuple[int, ...] = ()
     seed: int
     held_out: float
+
+    @property
+    def template_sha256(self) -> str | None:
+        """SHA-256 of the chat template that put messages into words; it is the end of the fingerprint."""
+        _, found, sha = self.fingerprint.partition(TEMPLATE)
+        return sha if found else None
+
+    @property
+    def chat_template(self) -> bool:
+        """Whether the text is of conversations, and the flags say whose each token is."""
+        return self.template_sha256 is not None
 
     @model_serializer(mode="wrap")
     def _as_before_without_labels(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache.format.layout import PADDING, SPECIAL, RowBlock
+from ...cache.format.layout import PADDING, SPECIAL, RowBlock, of_role
 from ...console import progress
 from ...errors import TextError
 from ...sites import Location
@@ -46,15 +46,20 @@ class HeldOutText:
 
     @classmethod
     def gather(
-        cls, blocks: Iterable[RowBlock], rows: int, label: Callable[[int], str | None] = lambda _: None
+        cls,
+        blocks: Iterable[RowBlock],
+        rows: int,
+        label: Callable[[int], str | None] = lambda _: None,
+        *,
+        only: str | None = None,
     ) -> HeldOutText:
         """``rows`` rows of ``blocks``, spread evenly over the documents; fewer where the text ends.
 
         Documents are what intervals are made of, so a few more rows are read than are wanted where these come from few.
-        ``label`` knows the label of a document that was read.
+        ``label`` knows the label of a document that was read. ``only``: nothing counts but the messages of this role.
 
         Raises:
-            TextError: there is not one row.
+            TextError: there is not one row, or no token of that role.
 
         """
         taken: list[RowBlock] = []
@@ -77,6 +82,13 @@ class HeldOutText:
         chosen = spread_over_documents(documents_RT[:, -1], rows)
         tokens_RT, documents_RT, flags_RT = tokens_RT[chosen], documents_RT[chosen], flags_RT[chosen]
         real_RT = (flags_RT & (SPECIAL | PADDING)) == 0
+        if only:
+            real_RT &= of_role(flags_RT, only)
+            if not real_RT.any():
+                raise TextError(
+                    f"the text has no token in a message of the role '{only}': evaluate rows of messages with "
+                    "--chat-template, or leave --only out"
+                )
         units_RT, unit_documents = number_units(documents_RT, real_RT)
         numbers = (tokens_RT.astype(np.int64), documents_RT.astype(np.int64), units_RT)
         return cls(*numbers, real_RT, unit_documents, read_R=chosen).labelled(label)

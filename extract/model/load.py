@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class LanguageModel:
     """Where the tensors of hook points are, as far as they were asked for."""
     block_calls: dict[int, Any] = field(default_factory=dict)
     """How the model calls each block, for looking into it."""
+
+
+def name_of(model: LanguageModel | ModelOutline) -> str:
+    """The model's name for messages."""
+    return model.files.name if isinstance(model, ModelOutline) else model.identity.id
 
 
 def outline_model(source: ModelSource, *, elsewhere: bool = False) -> ModelOutline:
@@ -189,6 +195,18 @@ def check_layers(outline: ModelOutline, layers: tuple[int, ...]) -> None:
             )
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
+
+
+def check_context(config: Any, name: str, context: int) -> None:
+    """Raise ModelError if the model ``name`` reads fewer tokens at a time. Numbers below 1 mean that nobody knows."""
+    text_config = config.get_text_config()
+    known = [getattr(text_config, field, None) for field in _POSITIONS]
+    longest = next((n for n in known if isinstance(n, int) and n > 0), None)
+    if longest is not None and context > longest:
+        raise ModelError(f"{name} reads at most {longest} tokens at a time; you asked for --context {context}")
+
+
 def choose_attention(config: Any) -> str:
     """``eager`` where attention logits are soft-capped (fused kernels leave the cap out in many versions), else
     ``sdpa``.
@@ -229,6 +247,9 @@ def _read_weights(outline: ModelOutline, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+_TOKENIZER_LIBRARIES = {"sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "protobuf": "google.protobuf"}
+
+
 @contextmanager
 def _load_failures(files: ModelFiles) -> Iterator[None]:
     try:
@@ -236,6 +257,11 @@ def _load_failures(files: ModelFiles) -> Iterator[None]:
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
+        for package, module in _TOKENIZER_LIBRARIES.items():
+            if package in str(problem).lower() and find_spec(module) is None:
+                raise ModelError(
+                    f"{files.name} has a tokenizer that needs {package}, which is not installed: pip install {package}"
+                ) from problem
         raise ModelError(
             f"{files.name} cannot be opened as a causal language model: {first_line(problem)}"
         ) from problem

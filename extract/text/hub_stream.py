@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import TextError, needs
 from ..config import TextSource
 from ..model.hub import hub_failures
-from .documents import label_of, text_of
+from .documents import Content, column_of, content_of, label_of, names_of, text_of
 
 SHUFFLE_BUFFER = 10_000  # documents in the buffer from which the next one is drawn at random
 
@@ -28,6 +28,7 @@ class StreamedDocuments:
     column: str
     revision: str | None
     label_column: str | None = None
+    chat: bool = False
     _numbers: dict[str | None, int] = field(default_factory=lambda: {None: 0})  # label → its number
     _labels: array[int] = field(default_factory=lambda: array("i"))  # those numbers, from document _first on
     _first: int = 0
@@ -37,7 +38,7 @@ class StreamedDocuments:
         """The commit, which identifies the content."""
         return f"commit:{self.revision}"
 
-    def read(self, start: int) -> Iterator[tuple[int, str]]:
+    def read(self, start: int) -> Iterator[tuple[int, Content]]:
         """See :class:`Documents`.
 
         Documents before ``start`` are read and skipped, since the state of the shuffle buffer depends on them.
@@ -46,9 +47,9 @@ class StreamedDocuments:
         with hub_failures("dataset", self.name, TextError):
             for number, example in islice(enumerate(self.stream), start, None):
                 if self.label_column is not None:
-                    label = label_of(example, self.label_column, self.name)
+                    label = label_of(example, self.label_column, self.name, names_of(self.stream, self.label_column))
                     self._labels.append(self._numbers.setdefault(label, len(self._numbers)))
-                yield number, text_of(example, self.column, self.name)
+                yield number, content_of(example, self.column, self.name, chat=self.chat)
 
     def label(self, number: int) -> str | None:
         """See :class:`Documents`."""
@@ -87,11 +88,13 @@ def open_stream(source: TextSource) -> StreamedDocuments:
                 ) from problem
             revision, files = _conversion(name)
             stream = _parquet(name, revision, _converted(files, subset, source.split, name))
+    column = source.text_column
     if (columns := getattr(stream, "column_names", None)) is not None:
-        text_of(dict.fromkeys(columns), source.text_column, source.dataset)
+        column = column_of(source, columns)
+        text_of(dict.fromkeys(columns), column, source.dataset)
         label_of(dict.fromkeys(columns), source.label_column, source.dataset)
     shuffled = stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER)
-    return StreamedDocuments(shuffled, source.dataset, source.text_column, revision, source.label_column)
+    return StreamedDocuments(shuffled, source.dataset, column, revision, source.label_column, source.chat_template)
 
 
 def _at_commit(name: str, revision: str | None) -> tuple[str, list[str]]:

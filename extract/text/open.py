@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ...cache.format.manifest import TextIdentity
+from ...cache.format.manifest import TEMPLATE, TextIdentity
 from ..config import TextSource
-from ..model.load import LanguageModel, ModelOutline
+from ..model.load import LanguageModel, ModelOutline, name_of
+from .chat import ChatTemplate
 from .documents import Documents, is_held_out
 from .hub_stream import open_stream
-from .local_files import local_path, looks_local, open_local
+from .local_files import looks_local, open_local, recorded_path
 
 __all__ = ["is_held_out", "open_documents", "resolve_text"]
 
@@ -22,13 +23,14 @@ def resolve_text(
 
     """
     documents = documents or open_documents(source)
+    template = f"{TEMPLATE}{ChatTemplate(model.tokenizer, name_of(model)).sha256}" if source.chat_template else ""
     return TextIdentity(
         dataset=recorded_name(source),
         split=source.split,
         revision=documents.revision,
-        text_column=source.text_column,
+        text_column=getattr(documents, "column", source.text_column),
         label_column=source.label_column,
-        fingerprint=documents.fingerprint,
+        fingerprint=documents.fingerprint + template,
         packing=source.packing,
         context=source.context,
         bos_token_id=model.bos_token_id,
@@ -40,8 +42,8 @@ def resolve_text(
 
 def recorded_name(source: TextSource) -> str:
     """The dataset's name in the manifest. Local files have their absolute path, so that evaluation finds them."""
-    path = None if source.dataset == "demo" else local_path(source.dataset)
-    return str(path) if path else source.dataset
+    path = None if source.dataset == "demo" else recorded_path(source.dataset)
+    return path or source.dataset
 
 
 def open_documents(source: TextSource) -> Documents:

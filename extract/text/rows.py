@@ -12,18 +12,22 @@ Shapes: B rows, T positions (the context).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...cache.format.layout import SPECIAL, RowBlock
+from ...cache.format.layout import SPECIAL, RowBlock, role_flags
 from ...errors import TextError
 from ..config import TextSource
-from ..model.load import LanguageModel, ModelOutline
-from .documents import Documents, is_held_out, text_hash
+from ..model.load import LanguageModel, ModelOutline, name_of
+from .chat import ROLE_SHIFT, ChatTemplate, Conversation
+from .documents import LARGE, Content, Documents, LargeText, is_held_out, text_hash
+from .given_ids import GivenIds
+from .large_documents import tokenize_large
 from .open import open_documents
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 100_000  # a batch to be tokenised ends when it reaches one of these
@@ -54,15 +58,17 @@ class Cursor:
 
 
 class Tokenized(NamedTuple):
-    """One document as token ids, with its number and the hash of its text."""
+    """One document as token ids, with its number and the hash of its text. A large one has its ids in several parts,
+    which can be read once. Ids of conversations carry roles (see :class:`~tcsae.extract.text.chat.ChatTemplate`).
+    """
 
     number: int
-    ids: np.ndarray
+    parts: Iterable[np.ndarray]
     check: str
 
 
 class Row(NamedTuple):
-    """One row, with the cursor after it."""
+    """One row, with the cursor after it; its tokens may carry roles."""
 
     tokens_T: np.ndarray
     documents_T: np.ndarray
@@ -102,7 +108,9 @@ def read_rows(
     held_out: bool = False,
 ) -> Iterator[Row]:
     """The rows of :func:`row_blocks`, one by one."""
-    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, held_out=held_out)
+    given = GivenIds(model, text.dataset, text.text_column)
+    chat = ChatTemplate(model.tokenizer, name_of(model)) if text.chat_template else None
+    tokenized = tokenize(documents, model.tokenizer, text.held_out, start, given, chat, held_out=held_out)
     found = bool(start.check)
     for row in pack(tokenized, text.packing, text.context, model.bos_token_id, start):
         found = True
@@ -122,13 +130,39 @@ def _nothing(text: TextSource, held_out: bool) -> str:
 
 
 def tokenize(
-    documents: Documents, tokenizer: Any, share: float, start: Cursor, *, held_out: bool
+    documents: Documents,
+    tokenizer: Any,
+    share: float,
+    start: Cursor,
+    given: GivenIds,
+    chat: ChatTemplate | None,
+    *,
+    held_out: bool,
 ) -> Iterator[tuple[Tokenized, int]]:
     """Token ids of the documents that are held out (or of those that are not).
 
     Yields each document with the number of documents that were skipped before it. Documents are tokenised in batches
     for speed; the result is the same as one by one.
     """
+    encode = partial(
+        tokenizer,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+
+    def parts_of(number: int, text: Content) -> Iterable[np.ndarray]:
+        if isinstance(text, np.ndarray):
+            return [given.checked(number, text)]
+        if isinstance(text, Conversation):
+            if chat is None:
+                raise ValueError("conversations need a chat template")
+            return [chat.tokens(text, f"document {number}")]
+        large = LargeText.of(text, f"document {number}") if isinstance(text, str) else text
+        return tokenize_large(large, tokenizer, encode)
+
     batch: list[tuple[int, str, int]] = []
     characters = passed = 0
     for number, text in documents.read(start.document):
@@ -137,15 +171,22 @@ def tokenize(
         if is_held_out(text, share) != held_out:
             passed += 1
             continue
-        batch.append((number, text, passed))
-        characters, passed = characters + len(text), 0
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield from _tokenize_batch(batch, tokenizer)
-            batch, characters = [], 0
-    yield from _tokenize_batch(batch, tokenizer)
+        if isinstance(text, str) and len(text) <= LARGE:
+            batch.append((number, text, passed))
+            characters, passed = characters + len(text), 0
+            if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield from _tokenize_batch(batch, encode)
+                batch, characters = [], 0
+            continue
+        yield from _tokenize_batch(batch, encode)
+        batch, characters = [], 0
+        check = f"{text_hash(text):016x}"
+        yield Tokenized(number, parts_of(number, text), check), passed
+        passed = 0
+    yield from _tokenize_batch(batch, encode)
 
 
-def _check_unchanged(text: str, start: Cursor) -> None:
+def _check_unchanged(text: Content, start: Cursor) -> None:
     if f"{text_hash(text):016x}" != start.check:
         raise TextError(
             f"document {start.document} is not the one this store was reading when it stopped: the text or its order "
@@ -153,20 +194,14 @@ def _check_unchanged(text: str, start: Cursor) -> None:
         )
 
 
-def _tokenize_batch(batch: Sequence[tuple[int, str, int]], tokenizer: Any) -> Iterator[tuple[Tokenized, int]]:
+def _tokenize_batch(
+    batch: Sequence[tuple[int, str, int]], encode: Callable[..., Any]
+) -> Iterator[tuple[Tokenized, int]]:
     if not batch:
         return
-    texts = [text for _, text, _ in batch]
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    encoded = encode([text for _, text, _ in batch])["input_ids"]
     for (number, text, passed), ids in zip(batch, encoded, strict=True):
-        yield Tokenized(number, np.asarray(ids, dtype=np.int32), f"{text_hash(text):016x}"), passed
+        yield Tokenized(number, [np.asarray(ids, dtype=np.int32)], f"{text_hash(text):016x}"), passed
 
 
 def pack(
@@ -190,16 +225,20 @@ def _by_document(
             check=document.check,
             held_out_documents=cursor.held_out_documents + passed,
         )
-        whole = (len(document.ids) - offset) // body
-        for number in range(whole):
-            begin = offset + number * body
-            cursor = replace(cursor, offset=begin + body)
-            tokens_T = _with_bos(document.ids[begin : begin + body], bos)
-            yield Row(tokens_T, np.full(len(tokens_T), document.number, np.int32), cursor)
+        rest, total = np.empty(0, np.int32), 0
+        for ids in document.parts:
+            rest = np.concatenate([rest, _after(ids, offset - total)])
+            total += len(ids)
+            whole = len(rest) // body
+            for row_ids in rest[: whole * body].reshape(whole, body):
+                cursor = replace(cursor, offset=cursor.offset + body)
+                tokens_T = _with_bos(row_ids, bos)
+                yield Row(tokens_T, np.full(len(tokens_T), document.number, np.int32), cursor)
+            rest = rest[whole * body :]
         cursor = replace(
             cursor,
-            dropped_tokens=cursor.dropped_tokens + len(document.ids) - cursor.offset,
-            short_documents=cursor.short_documents + (len(document.ids) < body),
+            dropped_tokens=cursor.dropped_tokens + len(rest),
+            short_documents=cursor.short_documents + (total < body),
         )
 
 
@@ -215,19 +254,28 @@ def _joined(documents: Iterable[tuple[Tokenized, int]], body: int, bos: int | No
             check=document.check,
             held_out_documents=cursor.held_out_documents + passed,
         )
-        while offset < len(document.ids):
-            piece = document.ids[offset : offset + missing]
-            ids.append(piece)
-            numbers.append(np.full(len(piece), document.number, np.int32))
-            offset, missing = offset + len(piece), missing - len(piece)
-            if not missing:
-                cursor = replace(cursor, offset=offset)
-                documents_T = np.concatenate(numbers)
-                if bos is not None:
-                    documents_T = np.concatenate([documents_T[:1], documents_T])
-                yield Row(_with_bos(np.concatenate(ids), bos), documents_T, cursor)
-                ids, numbers, missing = [], [], body
-        cursor = replace(cursor, offset=len(document.ids))
+        total = 0
+        for part in document.parts:
+            left = _after(part, offset - total)
+            total += len(part)
+            while len(left):
+                piece, left = left[:missing], left[missing:]
+                ids.append(piece)
+                numbers.append(np.full(len(piece), document.number, np.int32))
+                missing -= len(piece)
+                if not missing:
+                    cursor = replace(cursor, offset=total - len(left))
+                    documents_T = np.concatenate(numbers)
+                    if bos is not None:
+                        documents_T = np.concatenate([documents_T[:1], documents_T])
+                    yield Row(_with_bos(np.concatenate(ids), bos), documents_T, cursor)
+                    ids, numbers, missing = [], [], body
+        cursor = replace(cursor, offset=total)
+
+
+def _after(ids: np.ndarray, n: int) -> np.ndarray:
+    """Without the first ``n``, if n is positive."""
+    return ids[max(0, n) :]
 
 
 def _with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
@@ -236,6 +284,8 @@ def _with_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
 
 def gather(rows: Sequence[Row], special_token_ids: Sequence[int]) -> RowBlock:
     """Stack rows into a block and flag the special tokens."""
-    tokens_BT = np.stack([row.tokens_T for row in rows])
+    carried_BT = np.stack([row.tokens_T for row in rows])
+    tokens_BT = carried_BT & ((1 << ROLE_SHIFT) - 1)
     flags_BT = np.where(np.isin(tokens_BT, np.asarray(special_token_ids, np.int32)), SPECIAL, 0).astype(np.uint8)
+    flags_BT |= role_flags(carried_BT >> ROLE_SHIFT)
     return RowBlock(tokens_BT, np.stack([row.documents_T for row in rows]), flags_BT)

@@ -139,6 +139,7 @@ def open_stream(
         seed=first.seed,
         norm_limit=inputs.norm_limit,
         rows=inputs.rows,
+        only=first.only,
         pin_memory=pin_memory,
     )
 

@@ -113,7 +113,7 @@ def use(source):
         ("empty", r"holds no text: every file in it is empty"),
         ("mixed", r"mixes json and text files: keep one format to a folder"),
         ("latin", r"a.txt is not UTF-8 \(byte 3\): convert it"),
-        ("numbers", r"column 'text' of .* holds int, not text: name another with --text-column"),
+        ("numbers", r"column 'text' of .* holds int, not text or token ids: name another with --text-column"),
         ("broken", r"cannot be read as parquet"),
         ("pdf", r"a.pdf is not text that can be read here: use one of .txt"),
         ("missing", r"there is no file or folder .*gone.txt"),

@@ -25,7 +25,7 @@ def documents_of(lengths, start=0):
     """Documents whose tokens are all different; every third number is held out, so not there."""
     numbers = [3 * at // 2 for at in range(len(lengths))]
     ids = np.split(np.arange(100, 100 + sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1]) if lengths else []
-    return [(Tokenized(n, i, f"hash{n}"), 0) for n, i in zip(numbers, ids, strict=True) if n >= start]
+    return [(Tokenized(n, [i], f"hash{n}"), 0) for n, i in zip(numbers, ids, strict=True) if n >= start]
 
 
 @given(LENGTHS, SHAPE)
@@ -34,12 +34,12 @@ def test_packing_equals_the_slow_twin(lengths, shape):
     packing, context, bos = shape
     documents = documents_of(lengths)
     rows = list(pack(documents, packing, context, bos))
-    slow, dropped = rows_by_hand([(d.number, d.ids.tolist()) for d, _ in documents], packing, context, bos)
+    slow, dropped = rows_by_hand([(d.number, d.parts[0].tolist()) for d, _ in documents], packing, context, bos)
     fast = [list(zip(row.tokens_T.tolist(), row.documents_T.tolist(), strict=True)) for row in rows]
     assert fast == slow
     if rows and packing == "document":
         last = documents[-1][0]
-        tail = len(last.ids) - rows[-1].cursor.offset if rows[-1].cursor.document == last.number else None
+        tail = len(last.parts[0]) - rows[-1].cursor.offset if rows[-1].cursor.document == last.number else None
         assert rows[-1].cursor.dropped_tokens + (tail or 0) <= dropped
         if tail is not None:
             assert rows[-1].cursor.dropped_tokens + tail == dropped
