@@ -63,7 +63,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
+        for output in (one for one in cell["outputs"] if one.get("name") != "stderr"):
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"notebook-{len(pictures) + 1}.png"
