@@ -43,10 +43,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """On GitHub the documents of the root lie above docs/, on the site beside its pages."""
-    for name in OF_THE_ROOT:
-        markdown = markdown.replace(f"](../{name}", f"]({name}")
-    return markdown.replace("](notebook.ipynb)", "](notebook.md)").replace("](../notebook.ipynb)", "](../notebook.md)")
+    """Links to what lies outside of docs/, which is beside the pages on GitHub and not on the site."""
+    here = (ROOT / "docs" / page.file.src_uri).parent
+    up = "../" * page.file.src_uri.count("/")
+
+    def on_the_site(link: re.Match[str]) -> str:
+        text, target, anchor = link.groups(default="")
+        path = (here / target).resolve()
+        if target.endswith("notebook.ipynb"):
+            return f"[{text}]({target.removesuffix('.ipynb')}.md{anchor})"
+        if path.is_relative_to(ROOT / "docs") or not path.exists():
+            return link[0]  # mkdocs checks it
+        name = path.relative_to(ROOT).as_posix()
+        return f"[{text}]({up}{name}{anchor})" if name in OF_THE_ROOT else f"{text} (`{name}` in the repository)"
+
+    return re.sub(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)", on_the_site, markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
