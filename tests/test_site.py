@@ -82,8 +82,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     monkeypatch.chdir(tmp_path)
-    model = tiny_model("llama", tmp_path / "model", n_layers=4, d_model=8)
-    store = make_store(tmp_path / "store", layer=3)
+    model = tiny_model("llama", tmp_path / "model", n_layers=4, d_model=24)
+    store = make_store(tmp_path / "store", layer=3, d_model=24)
     small = {"data.store": str(store), "sae.k": 4, "sae.width": 64, "run.steps": 5, "data.batch_size": 60}
     config = changed(TrainConfig(), small | {"run.name": "tc", "temporal.weight": 0.1})
     run, twin = train(config).runs
