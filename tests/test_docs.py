@@ -16,7 +16,8 @@ from tcsae.train.run import train
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/GUIDE.md", "docs/SEQUENCES.md"]
+SITE = ["docs/index.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in sorted(ROOT.glob("docs/*/*.md")))]
+PAGES = ["README.md", "docs/GUIDE.md", "docs/SEQUENCES.md", *SITE]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -42,7 +43,10 @@ def test_the_parser_understands_every_example(words):
     command.make_context(words[0], list(words[1:]))
 
 
-def test_python_examples_run(tmp_path, monkeypatch, corpus):
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_run(page, tmp_path, monkeypatch, corpus):
+    if not (examples := blocks(page, "python")):
+        return
     (tmp_path / "cache").mkdir()
     built = make_store(tmp_path / "built", layer=12)
     Path(built).rename(tmp_path / "cache/l12.zarr")
@@ -54,10 +58,9 @@ def test_python_examples_run(tmp_path, monkeypatch, corpus):
     small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}
     for name in ("l12-topk64-pairwise0.03-w5-s0", "l12-topk64-none-s0"):
         train(changed(TrainConfig(), small | {"run.name": name, "run.baseline": False}))
-    for page in PAGES:
-        scope: dict[str, object] = {}
-        for block in blocks(page, "python"):
-            exec(compile(block, page, "exec"), scope)
+    scope: dict[str, object] = {}
+    for block in examples:
+        exec(compile(block, page, "exec"), scope)
 
 
 def test_links_lead_somewhere():
