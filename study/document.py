@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def document(analyses: Sequence[Analysis]) -> str:
     parts += ["", *_verdicts(analyses)]
     for analysis in analyses:
         parts += ["", *_study(analysis)]
-    lines = "\n".join(parts).rstrip().split("\n")
+    lines = re.sub("\n{3,}", "\n\n", "\n".join(parts)).rstrip().split("\n")
     return "\n".join(map(_wrapped, lines)) + "\n"
 
 

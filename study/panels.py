@@ -159,6 +159,9 @@ def metric_name(key: str, analysis: Analysis) -> str:
     return next(named, "") or (definition.label if definition else "") or key.replace("_", " ")
 
 
+_NAMES = {"tc": "treatment", "twin": "baseline", "external": "other"}
+
+
 def _role(variant: str, analysis: Analysis) -> str:
     """Treatments, baselines and all others look different."""
     if any(one.treatment == variant for one in analysis.comparisons):
@@ -181,7 +184,7 @@ def _plane(rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
         return None
     axes = Axis("L0: active features per token"), Axis("CE recovered")
     caption = f"At {rows[0].place} of {rows[0].model}."
-    return Panel("level-plane", "Fidelity against sparsity", *axes, tuple(marks), caption=caption)
+    return Panel("level-plane", "Fidelity against sparsity", *axes, tuple(marks), caption=caption, names=_NAMES)
 
 
 def _level_panel(key: str, rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
@@ -213,7 +216,7 @@ def _level_panel(key: str, rows: Sequence[VariantRow], analysis: Analysis) -> Pa
     )
     caption += "between variants: an effect's own interval is narrower."
     axes = Axis(label + unit), Axis("", categories=tuple(names))
-    return Panel(f"level-{slug(key)}", label + better, *axes, tuple(marks), caption=caption)
+    return Panel(f"level-{slug(key)}", label + better, *axes, tuple(marks), caption=caption, names=_NAMES)
 
 
 def sweep_panels(analysis: Analysis) -> list[Panel]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...sites import RESIDUAL
 
@@ -161,6 +161,8 @@ class Panel:
     ] = ()  # pairs of marks joined by a thin line: TC-SAE and twin, pruned and original
     layer: int | None = None
     site: str = RESIDUAL
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What roles are called in its legend, where it is not what they are called in a report."""
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes."""
@@ -175,7 +177,7 @@ class Panel:
 
     def legend(self) -> list[tuple[str, str]]:
         """(role, name) of the roles that occur; a series goes by its line's label."""
-        named = {line.role: line.label for line in self.lines if line.role in SERIES}
+        named = {line.role: line.label for line in self.lines if line.role in SERIES} | dict(self.names)
         return [(role, named.get(role, STYLES[role].name)) for role in self.roles()]
 
     def roles(self) -> list[str]:
