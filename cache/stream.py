@@ -28,7 +28,7 @@ class _Ready:
 
     pool: Pool
     n_batches: int
-    cuts: tuple[Cut, ...]
+    cuts: dict[View, Cut]
 
 
 class TokenStream:
@@ -71,7 +71,7 @@ class TokenStream:
     ):
         for view in views:
             view.check(store.context, tokens_per_batch)
-        self.views, self._path = tuple(views), store.path
+        self.views, self._path, self._context = tuple(views), store.path, store.context
         self._budget, self._seed, self._limit = tokens_per_batch, seed, norm_limit
         sizes = {"pool_tokens": pool_tokens, "tokens_per_batch": tokens_per_batch, "rows": rows, "only": only}
         self._only = only
@@ -138,6 +138,17 @@ class TokenStream:
 
     # --- batches
 
+    def add_view(self, view: View) -> None:
+        """Serve one view more from the next batch on; nothing is read for it, and the others stay as they are.
+
+        Raises:
+            UsageError: no such windows fit into the store's rows or into a batch.
+
+        """
+        view.check(self._context, self._budget)
+        if view not in self.views:
+            self.views = (*self.views, view)
+
     def next_batches(self) -> list[TokenBatch]:
         """The next batch of every view, in the order of the views."""
         for _ in range(self._reader.pools + 1):
@@ -145,7 +156,10 @@ class TokenStream:
                 self._current = self._take(self._epoch, self._pool)
             ready = self._current
             if self._batch < ready.n_batches:
-                pairs = zip(self.views, ready.cuts, strict=True)
+                for view in self.views:
+                    if view not in ready.cuts:  # it was added after the pool was read
+                        ready.cuts[view] = self._cut(view, ready.pool, ready.n_batches, self._epoch, self._pool)
+                pairs = [(view, ready.cuts[view]) for view in self.views]
                 batches = [view.gather(ready.pool, cut, self._batch, pin_memory=self._pin) for view, cut in pairs]
                 self._batch += 1
                 return batches
@@ -173,11 +187,12 @@ class TokenStream:
     def _read(self, epoch: int, number: int) -> _Ready:
         pool = self._reader.read(epoch, number)
         n_batches = pool.n_tokens // self._budget
-        cuts = []
-        for view in self.views if n_batches else ():
-            rng = np.random.default_rng([self._seed, epoch, number])  # one per view: other views change nothing
-            cuts.append(view.cut(pool, n_batches, self._budget, rng))
-        return _Ready(pool, n_batches, tuple(cuts))
+        views = self.views if n_batches else ()
+        return _Ready(pool, n_batches, {view: self._cut(view, pool, n_batches, epoch, number) for view in views})
+
+    def _cut(self, view: View, pool: Pool, n_batches: int, epoch: int, number: int) -> Cut:
+        rng = np.random.default_rng([self._seed, epoch, number])  # one per view: other views change nothing
+        return view.cut(pool, n_batches, self._budget, rng)
 
     def close(self) -> None:
         """End the reading thread."""

@@ -52,13 +52,11 @@ class TextSource:
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset; local files have only ``train``."""
+    """Split of a hub dataset or of a local folder that has splits; other local text has only ``train``."""
     text_column: str = "text"
     """The column that holds the text, in anything but ``.txt`` files."""
     label_column: str | None = None
     """The column that holds each document's label, in anything but ``.txt`` files (these have it from their folder)."""
-    chat_template: bool = False
-    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
     packing: Packing = "document"
     """``document``: no row mixes documents, tails shorter than a row are dropped. ``concat``: documents are joined."""
     context: int = 128
@@ -67,6 +65,8 @@ class TextSource:
     """Decides the order of the documents."""
     held_out: float = 0.01
     """Share of documents that are never extracted, chosen by a hash of their text; evaluation uses these."""
+    chat_template: bool = False
+    """Whether the column holds messages, which the tokenizer's chat template puts into words."""
 
     def __post_init__(self):
         if not self.dataset:

@@ -60,7 +60,7 @@ def installed(wheel):
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     python = set(house.sources())
     other = {house.ROOT / "py.typed"}
-    for folder in ("evaluate/report/templates", "study/templates"):
+    for folder in ("evaluate/features/templates", "evaluate/report/templates", "study/templates"):
         other |= set((house.ROOT / folder).iterdir())
     expected = {f"tcsae/{path.relative_to(house.ROOT).as_posix()}" for path in python | other}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

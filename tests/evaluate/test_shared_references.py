@@ -183,8 +183,8 @@ def test_rows_of_a_share_are_scored_on_it(place, tmp_path, monkeypatch):
     real = HeldOutText.gather
     small = {"tokens_RT", "documents_RT", "units_RT", "real_RT"}
 
-    def only_the_share(*a):
-        text = real(*a)
+    def only_the_share(*a, **k):
+        text = real(*a, **k)
         return replace(text, **{name: getattr(text, name)[share_R] for name in small})
 
     monkeypatch.setattr(HeldOutText, "gather", only_the_share)

@@ -21,7 +21,7 @@ def _without_figures(monkeypatch):
 
 def numbers(folder):
     """Metrics of every SAE, without what its training cost."""
-    (report,) = (read_results(path) for path in (folder / "reports").iterdir())
+    (report,) = (read_results(path.parent) for path in (folder / "reports").glob("*/results.json"))
     return {
         record.name: {k: (m.value, m.low) for k, m in record.metrics.items() if not k.startswith("training")}
         for record in report.records

@@ -80,6 +80,11 @@ class BatchReader:
         self._position = ready.position
         return ready.batches
 
+    def add_view(self, view: View) -> None:
+        """One view more from now on. Batches that were made ahead are passed over: for use after a training alone."""
+        self._stop_gathering()
+        self._stream.add_view(view)
+
     def _take(self) -> _Ready:
         while len(self._ahead) <= self._most_ahead:
             self._ahead.append(self._thread.submit(self._make))

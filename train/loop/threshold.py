@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ...cache.store import ActivationStore
-from ..config import DataConfig
+from ...cache.views import View, Windows
 from ..plan import view_of
-from .batches import BatchReader, open_batches
+from .batches import BatchReader
 from .inputs import Inputs
 from .member import Member
 
@@ -20,16 +19,15 @@ _BATCHES = 16
 
 
 @torch.no_grad()
-def calibrate_thresholds(
-    members: Sequence[Member], batches: BatchReader, store: ActivationStore, inputs: Inputs, device: torch.device
-) -> None:
+def calibrate_thresholds(members: Sequence[Member], batches: BatchReader, inputs: Inputs, device: torch.device) -> None:
     """Set the threshold of every member that asks for it to the mean, over batches, of the smallest active code.
+
+    Members that train on pairs are shown single tokens: a row's first token is never the current one of a pair, but
+    outside training it is encoded like all others.
 
     Args:
         members: those with another rule, or without such a threshold, are left alone.
-        batches: those of the training, which go on.
-        store: read again for members that train on pairs: a row's first token is never the current one of a pair, but
-            outside training it is encoded like all others.
+        batches: those of the training, which go on; this is their last use.
         inputs: scale and limits.
         device: of the members.
 
@@ -42,26 +40,19 @@ def calibrate_thresholds(
     paired = [member for member in asking if member.objective.current_only]
     _calibrate([member for member in asking if member not in paired], batches, inputs, device)
     if paired:
-        data = paired[0].config.data.model_copy(update={"view": "windows", "window": 1, "siblings": 1})
-        again = open_batches(store, [data], inputs, device)
-        try:
-            _calibrate(paired, again, inputs, device, data)
-        finally:
-            again.close()
+        every_token = Windows(1, 1)
+        batches.add_view(every_token)
+        _calibrate(paired, batches, inputs, device, every_token)
 
 
 def _calibrate(
-    members: Sequence[Member],
-    batches: BatchReader,
-    inputs: Inputs,
-    device: torch.device,
-    data: DataConfig | None = None,
+    members: Sequence[Member], batches: BatchReader, inputs: Inputs, device: torch.device, view: View | None = None
 ) -> None:
     smallest: list[list[float]] = [[] for _ in members]
     for _ in range(_BATCHES if members else 0):
         found = batches.next_batches()
         for member, codes in zip(members, smallest, strict=True):
-            x_NWD = inputs.prepare(found[view_of(data or member.config.data)].x_NWD, device)
+            x_NWD = inputs.prepare(found[view or view_of(member.config.data)].x_NWD, device)
             z = member.sae.encode(x_NWD)
             kept = z[z > 0]
             codes += [float(kept.min())] if kept.numel() else []

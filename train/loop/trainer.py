@@ -113,7 +113,7 @@ class Pass:
         dtype: torch.dtype,
         world: World,
     ):
-        self.store, self.inputs, self.device, self.world = store, inputs, device, world
+        self.inputs, self.device, self.world = inputs, device, world
         self.config = plans[0].config
         self.members = [Member(plan, inputs.centre(plan.config.sae), device, dtype, world) for plan in plans]
         by_name = {member.plan.name: member for member in self.members}
@@ -175,7 +175,7 @@ class Pass:
                         )
                     if self.step < self.steps and self._checkpoint_is_due():
                         self.checkpoint()
-                calibrate_thresholds(self.members, self.feed, self.store, self.inputs, self.device)
+                calibrate_thresholds(self.members, self.feed, self.inputs, self.device)
                 self._say_missed_targets()
         finally:
             self.feed.close()

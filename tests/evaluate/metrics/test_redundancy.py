@@ -10,7 +10,7 @@ FEW = settings(max_examples=20, deadline=None)
 
 @pytest.fixture(params=[3, 2048])
 def block(request, monkeypatch):
-    monkeypatch.setattr(redundancy, "_BLOCK", request.param)
+    monkeypatch.setattr(redundancy, "BLOCK", request.param)
 
 
 def rows(seed: int, features: int = 11) -> torch.Tensor:
@@ -67,11 +67,11 @@ def test_groups_are_those_of_one_leader_at_a_time(seed, threshold):
         else:
             leaders.append(i)
     for size in (3, 2048):
-        redundancy._BLOCK, before = size, redundancy._BLOCK
+        redundancy.BLOCK, before = size, redundancy.BLOCK
         try:
             assert duplicate_groups(W, energy, min_cosine=threshold).tolist() == slow
         finally:
-            redundancy._BLOCK = before
+            redundancy.BLOCK = before
 
 
 def test_near_duplicates_join_the_more_energetic_one():
