@@ -32,6 +32,8 @@ class Pool:
         places_R: index of every row within ``x_ND``, counted in rows.
         usable_RT: bool, true for tokens that are neither special nor padding nor over the norm limit.
         documents_RT: running document numbers.
+        spans_RT: int64, equal for two positions of a row that a pair may join: of one document or, if one role's tokens
+            alone are used, of one message.
 
     """
 
@@ -40,6 +42,7 @@ class Pool:
     places_R: np.ndarray
     usable_RT: np.ndarray
     documents_RT: np.ndarray
+    spans_RT: np.ndarray
 
     @property
     def context(self) -> int:
@@ -115,9 +118,12 @@ class PoolReader:
         documents_RT = np.concatenate([store.documents(r.start, r.stop) for r in ranges])
         flags_RT = np.concatenate([store.flags(r.start, r.stop) for r in ranges])
         usable_RT = self._usable(x_RTD, places_R, ranges, flags_RT) & (rows_R < self.rows)[:, None]
+        spans_RT = documents_RT
         if self._only:
-            usable_RT &= of_role(flags_RT, self._only)
-        return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT)
+            of_role_RT = of_role(flags_RT, self._only)
+            usable_RT &= of_role_RT
+            spans_RT = _messages(documents_RT, of_role_RT)
+        return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT, spans_RT)
 
     def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
         """Rows in memory, and the index among them of each of ``rows_R`` (the rows of ``chunks``)."""
@@ -144,3 +150,10 @@ class PoolReader:
         whole = self._store.layout.rows_of(shard, self._store.n_rows)
         norms = kept_norms(self._store, shard, len(whole))
         return None if norms is None else norms[rows.start - whole.start : rows.stop - whole.start]
+
+
+def _messages(documents_RT: np.ndarray, of_role_RT: np.ndarray) -> np.ndarray:
+    """Numbers within a row that change wherever a document ends, or a message of the role begins or ends."""
+    changes_RT = np.zeros(documents_RT.shape, dtype=np.int64)
+    changes_RT[:, 1:] = (documents_RT[:, 1:] != documents_RT[:, :-1]) | (of_role_RT[:, 1:] != of_role_RT[:, :-1])
+    return changes_RT.cumsum(1)

@@ -151,10 +151,12 @@ class TokenStream:
 
     def next_batches(self) -> list[TokenBatch]:
         """The next batch of every view, in the order of the views."""
+        found = False
         for _ in range(self._reader.pools + 1):
             if self._current is None:
                 self._current = self._take(self._epoch, self._pool)
             ready = self._current
+            found |= ready.pool.n_tokens > 0
             if self._batch < ready.n_batches:
                 for view in self.views:
                     if view not in ready.cuts:  # it was added after the pool was read
@@ -165,8 +167,13 @@ class TokenStream:
                 return batches
             self._current, self._batch = None, 0
             self._epoch, self._pool = self._after(self._epoch, self._pool)
+        if self._only and not found:
+            raise UsageError(
+                f"{self._path} has no usable token in a message of the role '{self._only}': name another role"
+            )
+        whose = f" in messages of the role '{self._only}'" if self._only else ""
         raise UsageError(
-            f"no batch of {self._budget} tokens can be filled from a pool of {self._path}: "
+            f"no batch of {self._budget} tokens{whose} can be filled from a pool of {self._path}: "
             "use a smaller batch, a larger pool, or extract more tokens"
         )
 

@@ -26,7 +26,7 @@ _LEAST_PAST = 2  # whole rows are refused if tokens have fewer usable tokens bef
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Items of one view. All tokens of a window or pair are usable and belong to one document.
+    """Items of one view. All tokens of a window or pair are usable and belong to one document (and message, see Pool).
 
     Attributes:
         x_NWD: bfloat16 activations.
@@ -214,7 +214,7 @@ class Pairs(View):
         size = self._size(budget)
         if self.draw == "batch":
             return self._by_batch(pool, n_batches, size, rng)
-        found = _repeat_until(lambda: draw_pairs(pool.usable_RT, pool.documents_RT, rng), n_batches * size)
+        found = _repeat_until(lambda: draw_pairs(pool.usable_RT, pool.spans_RT, rng), n_batches * size)
         if found is None:
             raise _no_pair()
         return _pairs_cut(found, pool.context, np.arange(n_batches + 1) * size)
@@ -226,8 +226,8 @@ class Pairs(View):
 
     def _from_one_source(self, pool: Pool, size: int, rng: np.random.Generator) -> np.ndarray:
         for source in rng.permutation(pool.context - 1):
-            documents_R = pool.documents_RT[:, source]
-            later_RT = pool.usable_RT[:, source + 1 :] & (pool.documents_RT[:, source + 1 :] == documents_R[:, None])
+            same_RT = pool.spans_RT[:, source + 1 :] == pool.spans_RT[:, source, None]
+            later_RT = pool.usable_RT[:, source + 1 :] & same_RT
             row, after = (later_RT & pool.usable_RT[:, source, None]).nonzero()
             if len(row):
                 rounds = [rng.permutation(len(row)) for _ in range(-(-size // len(row)))]

@@ -206,7 +206,7 @@ def _add_run(
             f"{path} is unfinished (step {record.steps} of {record.planned_steps}): finish it with "
             "pipeline train --resume"
         )
-    notes = _notes_on_plugins(path, record, plugins)
+    notes = (*_notes_on_plugins(path, record, plugins), *_notes_on_roles(path, record, config.role))
     manifest = _manifest(path, record)
     scope = _scope(path, record)
     weights = Path(path) / WEIGHTS
@@ -232,6 +232,15 @@ def _add_run(
             untrained=None if original else _untrained(path, record, sae),
         )
     )
+
+
+def _notes_on_roles(path: str, record: RunRecord, measured: str | None) -> tuple[str, ...]:
+    """What to note of a run that was trained on the messages of one role and is measured on others."""
+    trained = _settings(path, record, "data").get("only", "")
+    if not trained or trained == measured:
+        return ()
+    here = f"those of the role '{measured}'" if measured else "all tokens"
+    return (f"it was trained on tokens in messages of the role '{trained}' alone and is measured on {here}",)
 
 
 def _notes_on_plugins(path: str, record: RunRecord, given: Mapping[str, str]) -> tuple[str, ...]:

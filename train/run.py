@@ -327,6 +327,8 @@ def _announce(
     config = plans[0].config
     more = f" and {len(plans) - _NAMED} more" if len(plans) > _NAMED else ""
     note(f"layer {store.location}: {', '.join(plan.name for plan in plans[:_NAMED])}{more}")
+    if config.data.only:
+        note(f"only tokens in messages of the role '{config.data.only}' are trained on")
     for data in {view_of(plan.config.data): plan.config.data for plan in plans}.values():
         view, most = view_of(data), data.batch_size
         per_step = view.tokens_per_batch(most)

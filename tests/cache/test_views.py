@@ -23,7 +23,7 @@ def pool_of(usable_RT, documents_RT, seed=0):
     stored[places, :, 0] = 10 + np.arange(rows)[:, None]
     stored[..., 1] = np.arange(context)
     x_ND = torch.from_numpy(stored).bfloat16().flatten(0, 1)
-    return Pool(x_ND, 10 + np.arange(rows), places, usable_RT, documents_RT)
+    return Pool(x_ND, 10 + np.arange(rows), places, usable_RT, documents_RT, documents_RT)
 
 
 def random_pool(rows, context, seed, usable=0.8, ends=0.2):

@@ -136,11 +136,11 @@ def test_of_windows_only_complete_ones_count_for_the_whole():
     assert np.array_equal(found["incomplete_windows"].denominator_U, [5, 5])
 
 
-def test_neighbours_in_rows_share_a_document():
-    valid = torch.tensor([[True, True, False, True, True]])
-    documents = torch.tensor([[0, 0, 0, 0, 1]])
-    assert neighbours_in_rows(valid, documents, 1).tolist() == [[1, -1, -1, -1]]
-    assert neighbours_in_rows(valid, documents, 2).tolist() == [[-1, 3, -1, -1]]
+def test_neighbours_in_rows_share_a_document_and_no_token_that_is_left_out_lies_between():
+    valid = torch.tensor([[True, True, True, False, True, True, True]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 1]])
+    assert neighbours_in_rows(valid, documents, 1).tolist() == [[1, 2, -1, -1, 5, -1]]
+    assert neighbours_in_rows(valid, documents, 2).tolist() == [[2, -1, -1, -1, -1, -1]]
 
 
 def test_the_record_says_what_a_training_took(tmp_path):

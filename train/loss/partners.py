@@ -42,12 +42,16 @@ def generator_of(seed: int, step: int) -> torch.Generator:
 
 
 def neighbours_in_rows(valid_NT: Tensor, documents_NT: Tensor, lag: int) -> Tensor:
-    """Partner of the tokens 0 … T−2 of whole rows: the token ``lag`` further on, if both count and share a document."""
+    """Partner of the tokens 0 … T−2 of whole rows: the token ``lag`` further on, if both and all between them count and
+    are of one document, as in a window.
+    """
     n, t = valid_NT.shape
     at = torch.arange(n * t).view(n, t)
-    both = valid_NT[:, : t - lag] & valid_NT[:, lag:] & (documents_NT[:, : t - lag] == documents_NT[:, lag:])
+    joined = valid_NT[:, : t - lag] & (documents_NT[:, : t - lag] == documents_NT[:, lag:])
+    for further in range(1, lag + 1):
+        joined &= valid_NT[:, further : t - lag + further]
     found = torch.full((n, t), -1)
-    found[:, : t - lag] = torch.where(both, at[:, lag:], -1)
+    found[:, : t - lag] = torch.where(joined, at[:, lag:], -1)
     return found[:, :-1]
 
 
