@@ -122,10 +122,12 @@ class TokenStream:
                 "the run was begun by a version of this program that put windows in another order: finish it with that "
                 "version, or begin anew with --fresh"
             )
-        for name, mine in self.identity(view).items():
-            if state["of"].get(name) != mine:
+        mine, theirs = self.identity(view), state["of"]
+        for name in {**mine, **theirs}:
+            if theirs.get(name) != mine.get(name):
                 raise UsageError(
-                    f"the stream's {name} was {state['of'].get(name)} and is now {mine}: resume with the same settings"
+                    f"the stream's {name} was {theirs.get(name)} and is now {mine.get(name)}: resume with the same "
+                    "settings"
                 )
         self._begin(**{name: state[name] for name in ("epoch", "pool", "batch")})
 

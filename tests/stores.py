@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tcsae.cache.format.commit_log import LOG, parse_log
-from tcsae.cache.format.layout import SPECIAL, Compression, RowBlock, StoreLayout
+from tcsae.cache.format.layout import ROLES, SPECIAL, Compression, RowBlock, StoreLayout, role_flags
 from tcsae.cache.format.manifest import (
+    TEMPLATE,
     Execution,
     ModelIdentity,
     StoreManifest,
@@ -40,6 +41,7 @@ def make_manifest(
     planned_rows: int = 64,
     model_id: str = "tiny",
     packing: str = "document",
+    turns: bool = False,
 ) -> StoreManifest:
     """A manifest of an imaginary model and text; everything in it is constant."""
     layout = layout or StoreLayout(d_model=8, context=16, chunk_rows=4, shard_rows=16)
@@ -51,7 +53,8 @@ def make_manifest(
             attn_implementation="eager", dtype="float32", tokenizer_fingerprint="t" * 32,
         ),
         text=TextIdentity(
-            dataset="made up", split="train", text_column="text", fingerprint="x" * 32, packing=packing,
+            dataset="made up", split="train", text_column="text",
+            fingerprint="x" * 32 + (TEMPLATE + "c" * 64 if turns else ""), packing=packing,
             context=layout.context,
             bos_token_id=BOS, special_token_ids=(BOS,), seed=0, held_out=0.01,
         ),
@@ -86,6 +89,23 @@ def make_block(
         numbers[:, 1:] = np.cumsum(ends).reshape(rows, context - 1)
         numbers[:, 0] = numbers[:, 1]
     return RowBlock(tokens, numbers.astype(np.int32), flags)
+
+
+def with_turns(block: RowBlock, *, seed: int = 0) -> RowBlock:
+    """The same rows as conversations: a header of nobody's, two to six tokens of the user or the assistant, and so on.
+    Some of the messages end at a special token.
+    """
+    rng = np.random.default_rng(seed)
+    numbers, flags = np.zeros(block.flags_BT.shape, int), block.flags_BT.copy()
+    for row in range(len(block)):
+        position, speaker = 2, int(rng.integers(2))
+        while position < block.flags_BT.shape[1]:
+            length = int(rng.integers(2, 7))
+            numbers[row, position : position + length] = 1 + ROLES.index(("user", "assistant")[speaker])
+            position, speaker = position + length + int(rng.integers(1, 3)), 1 - speaker
+            if position <= block.flags_BT.shape[1] and rng.random() < 0.3:
+                flags[row, position - 1] |= SPECIAL
+    return RowBlock(block.tokens_BT, block.documents_BT, flags | role_flags(numbers))
 
 
 def make_activations(block: RowBlock, d_model: int, *, layer: int = 3, seed: int = 0) -> np.ndarray:
@@ -131,14 +151,20 @@ def make_stores(
     folder: Path, layers: Sequence[int] = (3,), *, rows: int = 64, context: int = 16, d_model: int = 8, seed: int = 0,
     documents: int | None = None, packing: Packing = "document", chunk_rows: int = 4, shard_rows: int = 16,
     compression: Compression = "none", finish: bool = True, step: int = 3, model_id: str = "tiny",
+    turns: bool = False,
 ) -> dict[int, Path]:  # fmt: skip
-    """Finished stores ``folder/l3.zarr`` … that hold :func:`make_block` and :func:`make_activations`; layer → path."""
+    """Finished stores ``folder/l3.zarr`` … that hold :func:`make_block` and :func:`make_activations`; layer → path.
+
+    ``turns``: of conversations, see :func:`with_turns`.
+    """
     layout = StoreLayout(d_model, context, chunk_rows, shard_rows, compression)
     block = make_block(rows, context, seed=seed, documents=documents, packing=packing)
+    block = with_turns(block, seed=seed) if turns else block
     bits = {layer: make_activations(block, d_model, layer=layer, seed=seed) for layer in layers}
     paths = {layer: Path(folder) / f"l{layer}.zarr" for layer in layers}
     manifests = {
-        n: make_manifest(layer=n, layout=layout, planned_rows=rows, packing=packing, model_id=model_id) for n in layers
+        n: make_manifest(layer=n, layout=layout, planned_rows=rows, packing=packing, model_id=model_id, turns=turns)
+        for n in layers
     }
     with StoreSetWriter.open(paths, manifests) as writer:
         write_rows(writer, block, bits, step=step, finish=finish)

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_runs
 from stores import grow_store, make_store
+from tcsae.cache.format.layout import SPECIAL, of_role
+from tcsae.cache.pools import PoolReader
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.stream import TokenStream
 from tcsae.cache.views import Pairs, Rows, Windows
@@ -220,3 +222,98 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=sentence):
             TokenStream(store, [view], tokens_per_batch=tokens, seed=0, prefetch=False).next_batches()
+
+
+# --- of conversations, one role's tokens alone
+
+
+@pytest.fixture(scope="module", params=["document", "concat"])
+def talks(request, tmp_path_factory):
+    path = make_store(
+        tmp_path_factory.mktemp("talks"), rows=48, context=24, documents=10, packing=request.param, turns=True
+    )
+    return ActivationStore.open(path)
+
+
+def usable_and_messages(store, role):
+    """Which tokens are of the role and not special, and the number of the message (and document) each is in."""
+    flags, documents = store.flags(0, store.n_rows), store.documents(0, store.n_rows)
+    said = of_role(flags, role)
+    messages = np.full(said.shape, -1)
+    count = 0
+    for row, position in zip(*said.nonzero(), strict=True):
+        before = position > 0 and said[row, position - 1] and documents[row, position - 1] == documents[row, position]
+        count += not before
+        messages[row, position] = count
+    return said & (flags & SPECIAL == 0), messages
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_pool_counts_only_the_tokens_of_the_role(talks, role):
+    usable, _ = usable_and_messages(talks, role)
+    reader = PoolReader(talks, pool_tokens=200, tokens_per_batch=8, seed=1, norm_limit=None, rows=None, only=role)
+    pools = [reader.read(0, number) for number in range(reader.pools)]
+    assert reader.pools > 1
+    assert sum(pool.n_tokens for pool in pools) == usable.sum()
+    for pool in pools:
+        assert np.array_equal(pool.usable_RT, usable[pool.rows_R])
+
+
+@pytest.mark.parametrize(
+    "view", [view for view in EVERY_VIEW if not isinstance(view, Rows)], ids=lambda view: view.name
+)
+def test_windows_and_pairs_lie_in_one_message_of_the_role(talks, view):
+    usable, messages = usable_and_messages(talks, "assistant")
+    x = talks.rows(0, talks.n_rows)
+    with TokenStream(talks, [view], tokens_per_batch=12, seed=2, only="assistant") as stream:
+        seen, n = set(), 0
+        while stream.epoch < 3:
+            (batch,) = stream.next_batches()
+            rows_NW, positions_NW = batch.rows_N[:, None].expand_as(batch.positions_NW), batch.positions_NW
+            assert usable[rows_NW, positions_NW].all()
+            inside = messages[rows_NW, positions_NW]
+            assert (inside == inside[:, :1]).all()
+            assert torch.equal(batch.x_NWD, x[rows_NW, positions_NW])
+            seen.update(zip(rows_NW.flatten().tolist(), positions_NW.flatten().tolist(), strict=True))
+            n += 1
+        assert n // 3 == usable.sum() // 12 or view.name != "windows of 1"
+        assert len(seen) > 0.3 * usable.sum()
+
+
+def test_whole_rows_are_masked_by_role_and_every_token_of_it_counts_once(talks):
+    usable, _ = usable_and_messages(talks, "user")
+    with TokenStream(talks, [Rows()], tokens_per_batch=60, seed=2, only="user") as stream:
+        times = np.zeros(usable.shape, int)
+        for _ in range(usable.sum() // 60):
+            (batch,) = stream.next_batches()
+            times[batch.rows_N] += batch.valid_NW.numpy()
+    assert np.array_equal(times, usable.astype(int))
+
+
+@pytest.mark.parametrize("view", EVERY_VIEW, ids=lambda view: view.name)
+def test_a_stream_of_one_role_goes_on_bit_for_bit_and_is_no_other(talks, view):
+    of = {"tokens_per_batch": 40, "pool_tokens": 400, "seed": 2}
+    with TokenStream(talks, [view], only="assistant", **of) as stream:
+        batches(stream, 3)
+        state = stream.state_dict(view)
+        after = batches(stream, 4)
+    with TokenStream(talks, [view], only="assistant", **of) as stream:
+        stream.load_state_dict(state, view)
+        assert all(same(a, b) for a, b in zip(batches(stream, 4), after, strict=True))
+    for other in ("user", ""):
+        refused = pytest.raises(UsageError, match=f"only was assistant and is now {other or None}")
+        with TokenStream(talks, [view], only=other, **of) as stream, refused:
+            stream.load_state_dict(state, view)
+
+
+def test_a_role_that_is_not_there_is_one_sentence(talks, tmp_path):
+    for size, role, sentence in [
+        (4, "tool", "has no usable token in a message of the role 'tool'"),
+        (4000, "user", "no batch of 4000 tokens in messages of the role 'user' can be filled"),
+    ]:
+        refused = pytest.raises(UsageError, match=sentence)
+        with TokenStream(talks, [Windows(1)], tokens_per_batch=size, seed=0, only=role) as stream, refused:
+            stream.next_batches()
+    plain = ActivationStore.open(make_store(tmp_path))
+    with pytest.raises(StoreError, match="so that --only user selects nothing: extract rows of messages with --chat"):
+        of_windows(plain, 2, tokens_per_batch=4, seed=0, only="user")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from stores import grow_store, make_store
 from tcsae import pipeline
+from tcsae.cache.format.layout import of_role
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
 from tcsae.train import run
@@ -584,3 +585,71 @@ def test_two_processes_on_one_run_folder_are_refused(store, tmp_path, monkeypatc
 
     monkeypatch.setattr(trainer.Pass, "run", meanwhile)
     assert len(run.train(config).runs) == 2
+
+
+# --- of conversations, one role's tokens alone
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("talks"), rows=64, context=24, d_model=8, documents=12, turns=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temporal__partner": "earlier"},
+        {"temporal__partner": "same_document", "data__window": 2},
+        {"preset": "tfa"},
+    ],
+    ids=["windows", "pairs", "siblings", "rows"],
+)
+def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path, monkeypatch, capsys, changes):
+    store, trained = ActivationStore.open(talks), []
+    said = of_role(store.flags(0, store.n_rows), "assistant")
+    real = BatchReader.next_batches
+
+    def next_batches(self):
+        batches = real(self)
+        for batch in batches.values():
+            tokens_NW = torch.from_numpy(said[batch.rows_N[:, None], batch.positions_NW])
+            trained.append(bool((tokens_NW if batch.valid_NW is None else tokens_NW | ~batch.valid_NW).all()))
+        return batches
+
+    monkeypatch.setattr(BatchReader, "next_batches", next_batches)
+    done = run.train(config_for(talks, tmp_path, data__only="assistant", **changes))
+    assert len(trained) >= 20
+    assert all(trained)
+    assert "only tokens in messages of the role 'assistant' are trained on" in capsys.readouterr().err
+    tc, twin = map(load_run, done.runs)
+    assert tc.config["data"]["only"] == twin.config["data"]["only"] == "assistant"
+    assert (tc.twin, twin.twin) == (twin.name, tc.name)
+
+
+def test_a_run_of_one_role_goes_on_bit_for_bit_and_is_no_run_of_all(talks, tmp_path, monkeypatch):
+    whole = run.train(config_for(talks, tmp_path / "whole", data__only="assistant"))
+    halted = config_for(talks, tmp_path / "parts", data__only="assistant")
+    pull_the_plug(halted, monkeypatch, after=10)
+    with pytest.raises(RunError, match=r"data\.only was 'assistant' and is now ''"):
+        run.train(config_for(talks, tmp_path / "parts"))
+    resumed = run.train(halted)
+    assert [weights(a) for a in whole.runs] == [weights(b) for b in resumed.runs]
+    for other in ("user", ""):
+        others = run.train(config_for(talks, tmp_path / f"other{other}", data__only=other))
+        assert all(weights(a) != weights(b) for a, b in zip(whole.runs, others.runs, strict=True))
+
+
+def test_roles_can_be_swept_and_each_is_what_it_is_alone(talks, tmp_path):
+    swept = run.train(config_for(talks, tmp_path / "both"), sweep={"data.only": ("user", "assistant")})
+    alone = run.train(config_for(talks, tmp_path / "alone", data__only="user"))
+    found = [path for path in swept.runs if load_run(path).config["data"]["only"] == "user"]
+    assert len(found) == 2
+    assert [weights(path) for path in found] == [weights(path) for path in alone.runs]
+
+
+def test_a_role_of_a_store_without_any_is_one_sentence(store, talks, tmp_path):
+    with pytest.raises(StoreError, match="does not say whose each token is, so that --only assistant selects nothing"):
+        run.train(config_for(store, tmp_path / "a", data__only="assistant"))
+    with pytest.raises(UsageError, match="has no usable token in a message of the role 'system'"):
+        run.train(config_for(talks, tmp_path / "b", data__only="system"))
