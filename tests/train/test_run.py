@@ -601,12 +601,13 @@ def talks(tmp_path_factory) -> Path:
         {},
         {"temporal__partner": "earlier"},
         {"temporal__partner": "same_document", "data__window": 2},
-        {"preset": "tfa"},
+        {"preset": "tfa", "temporal__form": "pairwise", "temporal__weight": 0.1},
     ],
     ids=["windows", "pairs", "siblings", "rows"],
 )
-def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path, monkeypatch, capsys, changes):
-    store, trained = ActivationStore.open(talks), []
+def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path, monkeypatch, changes):
+    store, trained, said_before = ActivationStore.open(talks), [], []
+    monkeypatch.setattr(run, "note", said_before.append)
     said = of_role(store.flags(0, store.n_rows), "assistant")
     real = BatchReader.next_batches
 
@@ -621,7 +622,7 @@ def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path,
     done = run.train(config_for(talks, tmp_path, data__only="assistant", **changes))
     assert len(trained) >= 20
     assert all(trained)
-    assert "only tokens in messages of the role 'assistant' are trained on" in capsys.readouterr().err
+    assert "only tokens in messages of the role 'assistant' are trained on" in said_before
     tc, twin = map(load_run, done.runs)
     assert tc.config["data"]["only"] == twin.config["data"]["only"] == "assistant"
     assert (tc.twin, twin.twin) == (twin.name, tc.name)
@@ -642,10 +643,11 @@ def test_a_run_of_one_role_goes_on_bit_for_bit_and_is_no_run_of_all(talks, tmp_p
 
 def test_roles_can_be_swept_and_each_is_what_it_is_alone(talks, tmp_path):
     swept = run.train(config_for(talks, tmp_path / "both"), sweep={"data.only": ("user", "assistant")})
-    alone = run.train(config_for(talks, tmp_path / "alone", data__only="user"))
-    found = [path for path in swept.runs if load_run(path).config["data"]["only"] == "user"]
-    assert len(found) == 2
-    assert [weights(path) for path in found] == [weights(path) for path in alone.runs]
+    for role in ("user", "assistant"):
+        alone = run.train(config_for(talks, tmp_path / role, data__only=role))
+        found = [path for path in swept.runs if load_run(path).config["data"]["only"] == role]
+        assert len(found) == 2
+        assert [weights(path) for path in found] == [weights(path) for path in alone.runs]
 
 
 def test_a_role_of_a_store_without_any_is_one_sentence(store, talks, tmp_path):
