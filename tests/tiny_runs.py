@@ -18,10 +18,10 @@ CONTEXT = 16
 
 
 def make_manifest(
-    model: Path, text: Path, layer: int, *, held_out: float = 0.5, context: int = CONTEXT
+    model: Path, text: Path, layer: int, *, held_out: float = 0.5, context: int = CONTEXT, chat_template: bool = False
 ) -> StoreManifest:
     outline = outline_model(ModelSource(id=str(model), device="cpu", dtype="float32"))
-    source = TextSource(dataset=str(text), context=context, held_out=held_out)
+    source = TextSource(dataset=str(text), context=context, held_out=held_out, chat_template=chat_template)
     return StoreManifest(
         layer=layer,
         d_model=outline.d_model,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
+import datasets
+import numpy as np
 import pytest
+from tcsae.cache.format.layout import of_role
 from tcsae.errors import UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import PARTS, EvaluateConfig, evaluate_config
@@ -11,8 +16,12 @@ from tcsae.evaluate.metrics.fidelity import definitions as fidelity_definitions
 from tcsae.evaluate.model.splice import SplicedModel
 from tcsae.evaluate.protocol import Findings
 from tcsae.evaluate.report.terminal import print_outcomes
+from tcsae.extract.config import ModelSource, text_source
+from tcsae.extract.model.load import outline_model
+from tcsae.extract.text.rows import row_blocks
+from tcsae.train.run_folder.record import load_run
 from tcsae.train.sae.activation import Activation
-from tiny import tiny_corpus, tiny_model
+from tiny import tiny_corpus, tiny_model, tiny_text, tiny_tokenizer
 from tiny_runs import make_manifest, make_run, random_sae
 
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
@@ -31,6 +40,13 @@ CURVES = {"features": {"density"}, "temporal": {"lag_autocorrelation"}, "positio
 def _no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         yield
 
 
@@ -108,3 +124,45 @@ def test_parts_are_named_as_they_are():
     assert evaluate_config(only="temporal").only == ("temporal",)
     with pytest.raises(UsageError, match=r"--only time is neither a part of an evaluation \(fidelity, features"):
         evaluate_config(only=["time"])
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """Runs that were trained on the assistant's tokens of a few conversations, in ``runs``, and the source of these."""
+    folder = tmp_path_factory.mktemp("talks")
+    model = tiny_model("llama", folder / "model")
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['role'] }} {{ m['content'] }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(model)
+    text = folder / "talks.jsonl"
+    with text.open("w") as file:
+        for number in range(40):
+            talk = [(("user", "assistant")[turn % 2], tiny_text(10 * number + turn, 14)) for turn in range(4)]
+            rows = [{"role": role, "content": content} for role, content in talk]
+            file.write(json.dumps({"messages": rows}) + "\n")
+    manifest = make_manifest(model, text, 1, chat_template=True)
+    for name, role, twin in (("tc", "tc", "twin"), ("twin", "twin", "tc")):
+        run = make_run(folder / "runs", name, manifest, role=role, twin=twin, seed=len(name))
+        record = load_run(run)
+        record.model_copy(update={"config": record.config | {"data": {"only": "assistant"}}}).save(run)
+    outline = outline_model(ModelSource(id=str(model), device="cpu", dtype="float32"))
+    blocks = row_blocks(text_source(manifest.text), outline, held_out=True)
+    flags = np.concatenate([block.flags_BT for block, _ in blocks])
+    return folder, {role: int(of_role(flags, role).sum()) for role in ("user", "assistant")}, int((flags == 0).sum())
+
+
+@pytest.mark.parametrize("role", ["assistant", "user", None])
+def test_one_role_is_measured_and_a_run_of_another_says_so(talks, tmp_path, role):
+    folder, said, nobodys = talks
+    (outcome,) = evaluate(folder, tmp_path, only=("temporal", *([role] if role else [])), batches=1000)
+    measured = said[role] if role else sum(said.values()) + nobodys
+    for name in ("tc", "twin"):
+        record = outcome.report.record(name, 1)
+        assert record.metrics["l0"].n == measured
+        assert record.metrics["adjacent_cosine"].n < measured
+        here = f"those of the role '{role}'" if role else "all tokens"
+        sentence = f"it was trained on tokens in messages of the role 'assistant' alone and is measured on {here}"
+        assert (sentence in record.notes) == (role != "assistant")
+    sentence = f"only tokens in messages of the role '{role}' are measured"
+    assert (sentence in outcome.report.notes) == (role is not None)
+    assert (f"messages of the role &#39;{role}&#39; are measured" in outcome.page.read_text()) == (role is not None)
