@@ -37,7 +37,7 @@ def test_no_package_of_an_extra_is_a_package_of_the_core():
     extras = project["optional-dependencies"]
     assert not core & {name(each) for extra in set(extras) - {"dev"} for each in extras[extra]}
     assert not core & set(LEFT_OUT)
-    assert set(extras) == {"arrays", "extract", "cluster", "report", "gguf", "s3", "study", "all", "dev"}
+    assert set(extras) == {"arrays", "extract", "cluster", "report", "gguf", "s3", "study", "all", "docs", "dev"}
 
 
 def test_every_module_of_cache_and_train_is_imported_without_them():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,21 @@ def test_the_verdict_is_the_known_truth(changes, resampling, word, said, capsys)
     assert page.index(f'<td class="word {word}">{word}</td>') < page.index("<main>")
     print_outcomes([Outcome(report, Path(report.name), None)], as_json=False)
     assert " ".join(capsys.readouterr().out.split()).startswith(found.sentence[:60])
+
+
+def test_the_closing_table_fits_80_columns_and_has_the_difference_and_ln_v(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    report = report_of({"kl": (0.0123, 0.001)})
+    print_outcomes([Outcome(report, Path(report.name), None)], as_json=False)
+    plain = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    table = plain[plain.index("layer 5") : plain.index("uniform guess")].splitlines()
+    assert max(map(len, table)) <= 80
+    (row,) = (line for line in table if "− its twin" in line)
+    assert "+0.0123" in row
+    assert "−0.0002" in row
+    assert "…" not in "".join(table)
+    assert f"CE = ln V = {math.log(report.model.vocab_size):.2f}" in " ".join(plain.split())
 
 
 def test_what_speaks_against_it_stands_beside_what_speaks_for_it():
