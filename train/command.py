@@ -105,7 +105,7 @@ def train(
         pipeline train --show-config > my.toml
 
     """
-    from ..console import summary
+    from ..console import note, summary
     from .options import sweep_grid, train_config
     from .presets import show_toml
 
@@ -153,6 +153,7 @@ def train(
         print(show_toml(chosen), end="")
         return
     from ..system.allocator import keeping_freed_memory
+    from .config import TemporalConfig
     from .loop.distributed import speaks
     from .presets import rivals_of
     from .run import train as run
@@ -164,6 +165,12 @@ def train(
     title = "already trained" if len(done.skipped) == len(done.runs) else "trained"
     names = [path.name for path in done.runs]
     summary(title, done.facts(as_json=json_output), as_json=json_output, names=[*names, *done.failures])
+    swept = rivals or any(key.startswith("temporal") for key in grid)
+    if chosen.temporal == TemporalConfig() and chosen.run.baseline and not swept:
+        note(
+            "the default term is there to be compared with its twin: no study so far shows that it helps "
+            "(docs/RESULTS.md); to use an SAE, take the twin, or train with --temporal none"
+        )
     if done.failures:
         raise typer.Exit(1)
 
