@@ -163,10 +163,15 @@ def _meta_of(one: Tensor) -> Tensor:
 
 def _refuse_hidden_copies(func: Any, given: list[Any]) -> None:
     """More than torch refuses: an index or mask on the CPU is allowed, and waits until the GPU has done all before."""
-    if func._schema.name.split("::")[1] in _COPIES or not any(isinstance(one, CudaTensor) for one in given):
+    if not any(isinstance(one, CudaTensor) for one in given):
         return
-    for one in given:
-        if isinstance(one, Tensor) and one.dim() and not isinstance(one, CudaTensor):
+    others = [one for one in given if isinstance(one, Tensor) and not isinstance(one, CudaTensor)]
+    if any(one.is_meta for one in others):  # torch made it without asking here, so nobody knows its values
+        raise HiddenCopyError(f"{func}: a list of numbers on the CPU is an index of a tensor on the GPU")
+    if func._schema.name.split("::")[1] in _COPIES:
+        return
+    for one in others:
+        if one.dim():
             raise HiddenCopyError(f"{func}: {tuple(one.shape)} on the CPU meets a tensor on the GPU")
 
 
