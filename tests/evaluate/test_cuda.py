@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fake_cuda import fake_cuda
+from fake_cuda import ON_A_GPU_IF_ASKED, fake_cuda
 from tcsae.evaluate import run
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.features.cards import EFFECTS
@@ -17,7 +16,7 @@ from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
 from tiny_runs import make_manifest, make_run, random_sae
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is at hand")
+pytestmark = ON_A_GPU_IF_ASKED
 
 
 @pytest.fixture(scope="module")
