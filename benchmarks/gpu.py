@@ -1,6 +1,7 @@
 """Everything about a training step that depends on the GPU, in one command.
 
     python benchmarks/gpu.py --out gpu.json               d = 2304, 16k and 65k features, 2048 to 16384 tokens a step
+    python benchmarks/gpu.py --with-tests --out gpu.json  the tests of the CUDA paths on this GPU first
     python benchmarks/gpu.py --quick --device cpu         a quick check that it runs
 
 Every size runs ``benchmarks/train.py`` in a process of its own, so that a size that runs out of memory does not end the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tcsae.errors import UsageError
+from tcsae.system.device import resolve_device
+
 SIZES = ((16384, 16384), (65536, 8192), (16384, 2048), (65536, 2048))  # those that say most come first
 QUICK = ((256, 256),)
+TESTS = tuple(f"tests/{part}/test_cuda.py" for part in ("extract", "train", "evaluate"))
 ACTIVATIONS = ("relu", "topk")
 
 
@@ -57,6 +63,18 @@ def agreement(device: str) -> dict[str, float]:
             worst = [float((a.double().cpu() - b).abs().max() / b.abs().max()) for a, b in grads if a is not None]
             found[f"{activation.kind}, {name}"] = max(worst)
     return found
+
+
+def tested(seconds: float) -> dict[str, Any]:
+    """What pytest says of whole runs on this GPU, held to the CPU's; without a GPU they run on the simulated one."""
+    command = [sys.executable, "-m", "pytest", "-n", "4", "--tb=line", *TESTS]
+    where = {"cwd": Path(__file__).parents[1], "env": os.environ | {"TCSAE_TEST_GPU": "1"}}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, **where)
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "output": [f"stopped after {seconds:.0f} s"]}
+    output = (done.stdout + done.stderr).strip().splitlines()
+    return {"passed": done.returncode == 0, "output": output[-40:]}
 
 
 def measured(args: argparse.Namespace, activation: str, width: int, tokens: int, seconds: float) -> dict[str, Any]:
@@ -97,7 +115,15 @@ def lines(record: dict[str, Any], size: str) -> list[str]:
 def main() -> None:
     args = parse()
     ends = time.monotonic() + 60 * args.minutes
-    records: dict[str, Any] = {"agreement with float64": agreement(args.device)}
+    try:
+        resolve_device(args.device)
+    except UsageError as error:
+        sys.exit(str(error))
+    records: dict[str, Any] = {}
+    if args.with_tests:
+        records["tests"] = tested(60 * args.minutes / 2)
+        print("\n".join(records["tests"]["output"]), file=sys.stderr, flush=True)
+    records["agreement with float64"] = agreement(args.device)
     for name, worst in records["agreement with float64"].items():
         print(f"{name}: gradients within {worst:.1e} of float64", file=sys.stderr, flush=True)
     for width, tokens in QUICK if args.quick else SIZES:
@@ -121,6 +147,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="timed steps of each contender")
     parser.add_argument("--warm-steps", type=int, default=400, help="at most so many to reach the L0")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which it ends with what it has")
+    parser.add_argument(
+        "--with-tests", action="store_true", help="first the tests of the CUDA paths, in at most half of the minutes"
+    )
     parser.add_argument("--out", default="", help="file for the record")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny SAE")
     args = parser.parse_args()

@@ -7,12 +7,14 @@ and its numbers can be held to those of the CPU. What does not exist here (strea
 of a card) is stubbed, and Triton's kernels, whose source is run elsewhere, are replaced by plain torch.
 
 What this cannot show: that a kernel is right or fast, that copies and computation are ordered by their events, and that
-the memory suffices.
+the memory suffices. For that there is ``TCSAE_TEST_GPU=1`` on a machine with a GPU: then the same tests run on the
+real one (``benchmarks/gpu.py --with-tests``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -30,6 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
+HAS_GPU = torch.cuda.is_available()
+ON_A_GPU_IF_ASKED = pytest.mark.skipif(
+    HAS_GPU and "TCSAE_TEST_GPU" not in os.environ, reason="a real GPU is at hand: TCSAE_TEST_GPU=1 runs this on it"
+)
 _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _COPIES = {"_to_copy", "copy_", "_foreach_copy_"}
 
@@ -83,6 +89,17 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} on a CUDA tensor outside fake_cuda()")
+
+
+class RealCuda(TorchDispatchMode):
+    """Changes nothing, counts what runs on the GPU."""
+
+    n_operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = func(*args, **(kwargs or {}))
+        self.n_operations += any(isinstance(one, Tensor) and one.is_cuda for one in tree_flatten(done)[0])
+        return done
 
 
 class FakeCuda(TorchDispatchMode):
@@ -163,10 +180,15 @@ def _meta_of(one: Tensor) -> Tensor:
 
 def _refuse_hidden_copies(func: Any, given: list[Any]) -> None:
     """More than torch refuses: an index or mask on the CPU is allowed, and waits until the GPU has done all before."""
-    if func._schema.name.split("::")[1] in _COPIES or not any(isinstance(one, CudaTensor) for one in given):
+    if not any(isinstance(one, CudaTensor) for one in given):
         return
-    for one in given:
-        if isinstance(one, Tensor) and one.dim() and not isinstance(one, CudaTensor):
+    others = [one for one in given if isinstance(one, Tensor) and not isinstance(one, CudaTensor)]
+    if any(one.is_meta for one in others):  # torch made it without asking here, so nobody knows its values
+        raise HiddenCopyError(f"{func}: a list of numbers on the CPU is an index of a tensor on the GPU")
+    if func._schema.name.split("::")[1] in _COPIES:
+        return
+    for one in others:
+        if one.dim():
             raise HiddenCopyError(f"{func}: {tuple(one.shape)} on the CPU meets a tensor on the GPU")
 
 
@@ -271,8 +293,12 @@ def _modes(values: dict[int, Any]) -> Iterator[FakeCuda]:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    """A machine with one GPU, for the code inside."""
+def fake_cuda() -> Iterator[FakeCuda | RealCuda]:
+    """A machine with one GPU, for the code inside; where there is one, that one."""
+    if HAS_GPU:
+        with RealCuda() as counted:
+            yield counted
+        return
     values: dict[int, Any] = {}
     threads = type("Threads", (_InMode,), {"values": values})
     kernels = _Kernels()

@@ -42,6 +42,31 @@ def test_and_on_one_device_they_are_not(name: str, monkeypatch: pytest.MonkeyPat
             MIXED[name](torch.ones(3))
 
 
+@pytest.mark.parametrize("index", [[2, 0], [1], (slice(None), [0])], ids=str)
+def test_an_index_of_numbers_is_refused(index: object) -> None:
+    """Torch puts such a list on the device by itself: its values are lost here, and a GPU would be waited for."""
+    with fake_cuda():
+        x = torch.ones(3, 2, device=CUDA)
+        with pytest.raises(HiddenCopyError, match="a list of numbers on the CPU is an index"):
+            x[index]
+        with pytest.raises(HiddenCopyError, match="a list of numbers on the CPU is an index"):
+            x[index] = 0.0
+
+
+@pytest.mark.parametrize("index", [1, -1, slice(1, None), (slice(None), 0), (None, 2), (..., 1), (0, 1), True], ids=str)
+def test_every_other_index_is_the_cpus(index: object) -> None:
+    x = torch.arange(6.0).view(3, 2)
+    with fake_cuda():
+        mine = x.to(CUDA)
+        found = mine[index].cpu()
+        mine[index] = 7.0
+        mine[index] += mine[index]
+        changed = mine.cpu()
+    torch.testing.assert_close(found, x[index])
+    x[index] = 14.0
+    torch.testing.assert_close(changed, x)
+
+
 def test_it_computes_what_the_cpu_computes() -> None:
     def work(device: torch.device) -> tuple[torch.Tensor, ...]:
         x = torch.linspace(-1, 1, 12).view(4, 3).to(device)

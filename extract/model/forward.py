@@ -8,7 +8,6 @@ to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -166,9 +165,8 @@ _STATES = ("state_size", "ssm_state_size", "mamba_d_state")
 
 def _largest(config: Any, names: Sequence[str]) -> int:
     """The largest of these sizes, each a number or one per layer; 0 where the configuration has none of them."""
-    found = []
-    for name in names:
-        with suppress(AttributeError, ValueError):  # transformers refuses to say what differs between layers
-            found.append(getattr(config, name))
+    # Transformers refuses to say of a whole model what differs between its layers; of each layer it says all.
+    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    found = [getattr(each, name, 0) for each in configs for name in names]
     flat = [size for each in found for size in (each if isinstance(each, list | tuple) else [each])]
     return max((size for size in flat if isinstance(size, int)), default=0)

@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import ON_A_GPU_IF_ASKED, fake_cuda
 from stores import bits_of
 from tcsae.cache.store import ActivationStore
 from tcsae.extract.run import extract
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is at hand")
+pytestmark = ON_A_GPU_IF_ASKED
 
 
 def test_a_store_from_the_gpu(config: Any, small_shards: None) -> None:

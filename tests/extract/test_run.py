@@ -27,7 +27,7 @@ from tcsae.extract.plan import estimate
 from tcsae.extract.run import extract, how_to_go_on
 from tcsae.sites import Location
 from tiny import tiny_corpus
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.extract.snapshots import contents
@@ -403,3 +403,21 @@ def test_every_family_has_a_batch_size_on_a_gpu(family, monkeypatch):
     for attention in ("sdpa", "eager"):
         assert sizes[attention, 2**34] <= sizes[attention, 2**37]
     assert sizes["eager", 2**34] <= sizes["sdpa", 2**34]
+
+
+@pytest.mark.skipif(not hasattr(PretrainedConfig, "is_heterogeneous"), reason="no sizes by layer in this transformers")
+def test_layers_that_differ_are_counted_by_their_largest(monkeypatch):
+    """Transformers refuses to name one number of heads for such a model."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**34, 2**34))
+
+    def size(heads, per_layer=None):
+        config = CONFIG_MAPPING["llama"](num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=heads)
+        config.per_layer_config = per_layer
+        lm = SimpleNamespace(
+            model=SimpleNamespace(config=config), d_model=2304, device=torch.device("cuda"), dtype=torch.bfloat16,
+            identity=SimpleNamespace(attn_implementation="eager"),
+        )  # fmt: skip
+        return choose_batch_size(lm, StoreLayout(2304, 1024, 16, 512), 10**6)
+
+    assert size(512) < size(32)
+    assert size(32, per_layer={1: {"num_attention_heads": 512}}) == size(512)

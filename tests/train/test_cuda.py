@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import ON_A_GPU_IF_ASKED, fake_cuda
 from safetensors.torch import load_file
 from stores import make_store
 from tcsae.train import run
@@ -19,7 +19,7 @@ from tcsae.train.run_folder.record import load_run
 from tcsae.train.sae.registry import ACTIVATIONS
 from tcsae.train.step import active_entries
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is at hand")
+pytestmark = ON_A_GPU_IF_ASKED
 
 WEIGHTS = "sae_weights.safetensors"
 BASE = {

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -54,3 +55,13 @@ def test_rivals_benchmark_compares_steps_that_compute_the_same() -> None:
     assert results["txc"]["k of a window"]["operations"] == 1
     assert results["txc"]["k of a token"]["operations"] == pytest.approx((256 + 4 * 40) / (256 + 4 * 8), rel=1e-3)
     assert all(found["ratio"] > 0 for found in (*results["groups"].values(), *results["txc"].values(), results["tfa"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_its_benchmark_says_so_in_one_sentence() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--with-tests"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("--device cuda was asked for, this machine has no usable CUDA device")
