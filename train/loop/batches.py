@@ -81,8 +81,13 @@ class BatchReader:
         return ready.batches
 
     def add_view(self, view: View) -> None:
-        """One view more from now on. Batches that were made ahead are passed over: for use after a training alone."""
+        """One view more from the next batch on. How many batches were made ahead, which is a matter of time, makes no
+        difference: they are made again.
+        """
         self._stop_gathering()
+        if self._stream.position() != self._position:
+            known = self._stream.views[0]
+            self._stream.load_state_dict(self.state_dict(known), known)
         self._stream.add_view(view)
 
     def _take(self) -> _Ready:

@@ -5,6 +5,7 @@ stream by itself.
 from __future__ import annotations
 
 import json
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_going_back_forgets_what_was_gathered_ahead(store, ahead):
         assert feed.state_dict(VIEWS[1]) == states[at]
         assert all(torch.equal(feed.next_batches()[VIEWS[0]].x_NWD, x) for x in seen[at:])
     feed.close()
+
+
+def test_a_view_more_begins_where_the_others_are_however_many_batches_were_ahead(store, ahead):
+    feed, stream, every_token = BatchReader(stream_of(store), CPU, ahead=ahead), stream_of(store), Windows(1, 1)
+    for _ in range(3):
+        feed.next_batches()
+        stream.next_batches()
+    wait(feed._ahead)  # the most that can have been made
+    feed.add_view(every_token)
+    stream.add_view(every_token)
+    for _ in range(16):
+        mine = feed.next_batches()
+        for view, own in zip((*VIEWS, every_token), stream.next_batches(), strict=True):
+            assert torch.equal(mine[view].x_NWD, own.x_NWD)
+    feed.close()
+    stream.close()
 
 
 def test_what_the_stream_refuses_is_raised_where_the_batch_is_asked_for(store, ahead):
