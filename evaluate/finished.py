@@ -21,6 +21,7 @@ from ..system.atomic_files import write_json
 from ..system.checksums import content_hash
 from ..system.untrusted_files import read_json
 from .config import EvaluateConfig
+from .flat import write_tables
 from .results import EvaluationReport, Failure, read_results, write_results
 
 ASKED = "asked.json"
@@ -44,6 +45,7 @@ class Outcome:
 
         report = self.report.model_copy(update={"failures": [*self.report.failures, *failures]})
         write_results(report, self.folder)
+        write_tables(report, self.folder)
         return Outcome(report, self.folder, write_report(report, self.folder))
 
 

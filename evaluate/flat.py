@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .results import EvaluationReport, Metric, Record
+from ..system.atomic_files import write_file
+from .results import EvaluationReport, Metric, Paired, Record
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,7 @@ class Report:
     @property
     def paired(self) -> Any:
         """A row per pair (TC-SAE − twin, pruned − original): paired differences of metrics, named as in ``records``."""
-        return _table(
-            [
-                {"kind": pair.kind, "first": pair.first, "second": pair.second, "layer": pair.layer}
-                | _numbers(pair.metrics)
-                | {"warning": pair.warning}
-                for pair in self.results.paired
-            ]
-        )
+        return _table([_pair(pair) for pair in self.results.paired])
 
     @property
     def definitions(self) -> Any:
@@ -42,8 +39,32 @@ class Report:
         return _table([{"metric": key} | one.model_dump() for key, one in self.results.definitions.items()])
 
 
+def write_tables(results: EvaluationReport, folder: Path) -> tuple[Path, Path]:
+    """Write ``records.csv`` and ``paired.csv``, which hold what :class:`Report` has; returns their paths.
+
+    Raises:
+        RunError, ResourceError: the files cannot be written.
+
+    """
+    records = _write_csv(folder / "records.csv", [_row(record) for record in results.records])
+    return records, _write_csv(folder / "paired.csv", [_pair(pair) for pair in results.paired])
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_file(path, text.getvalue())
+
+
+def _pair(pair: Paired) -> dict[str, Any]:
+    about = {"kind": pair.kind, "first": pair.first, "second": pair.second, "layer": pair.layer, "site": pair.site}
+    return about | _numbers(pair.metrics) | {"warning": pair.warning}
+
+
 def _row(record: Record) -> dict[str, Any]:
-    about = {name: getattr(record, name) for name in ("name", "layer", "kind", "role", "pair")}
+    about = {name: getattr(record, name) for name in ("name", "layer", "site", "kind", "role", "pair")}
     sae = record.sae
     facts = {} if sae is None else {"path": sae.path, "architecture": sae.architecture, "n_features": sae.n_features}
     return about | facts | _numbers(record.metrics) | ({} if sae is None else sae.settings)

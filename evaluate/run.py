@@ -29,6 +29,7 @@ from .assemble import compose
 from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
 from .features.collect import FeatureBrowser
 from .finished import Asked, Outcome
+from .flat import write_tables
 from .metrics.all import AllMetrics, families, installed, probes
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.windows import WindowMetrics
@@ -175,6 +176,7 @@ class _Evaluation:
             peak_memory_bytes=peak_memory(self.source.device),
         )
         write_results(report, self.folder)
+        write_tables(report, self.folder)
         return Outcome(report, self.folder, write_report(report, self.folder))
 
     def _say(self, message: str) -> None:

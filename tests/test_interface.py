@@ -194,6 +194,21 @@ def test_a_report_is_tables():
     assert report.definitions.set_index("metric").loc["ce"]["unit"] == "nats"
 
 
+def test_the_tables_are_written_as_csv(tmp_path):
+    import csv
+
+    from tcsae.evaluate.flat import write_tables
+
+    report = tcsae.load_report(REPORT)
+    for path, table in zip(write_tables(report.results, tmp_path), (report.records, report.paired), strict=True):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == list(table.columns)
+        for row, wanted in zip(rows, table.to_dict("records"), strict=True):
+            for name in ("ce", "ce_low", "layer"):
+                assert row[name] == ("" if wanted[name] != wanted[name] else str(wanted[name]))
+
+
 def test_without_pandas_a_report_is_lists(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     report = tcsae.load_report(REPORT)
