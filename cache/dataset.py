@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -65,6 +66,6 @@ class ActivationDataset(Dataset[dict[str, torch.Tensor]]):
             self._opened = os.getpid(), ActivationStore.open(self.path)
         return self._opened[1]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """What a spawned worker needs: not the opened store."""
         return self.__dict__ | {"_opened": None}
