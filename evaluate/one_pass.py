@@ -94,7 +94,10 @@ class Measurement:
                 continue
             if clean is None or not len(mine):
                 continue
-            group = groups.setdefault(tuple(mine.tolist()), _SplicedRows.of(batches, clean, spliced, mine))
+            key = tuple(mine.tolist())
+            if key not in groups:  # a share of the rows is copied, once
+                groups[key] = _SplicedRows.of(batches, clean, spliced, mine)
+            group = groups[key]
             part = group.batch(at)
             chosen = torch.searchsorted(seen, mine).to(x_hat_BTD.device)
             final_BTD = self._final(candidate, part, x_hat_BTD[chosen], group.clean)

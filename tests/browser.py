@@ -63,8 +63,14 @@ class Tab:
 
     def click(self, selector):
         element = f"document.querySelector({json.dumps(selector)})"
+        place = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())"
         self.js(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
+        before, (x, y) = None, self.js(place)
+        while before != (x, y):  # the page may still be scrolling to a link of its own
+            before = x, y
+            time.sleep(0.1)
+            self.js(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+            x, y = self.js(place)
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

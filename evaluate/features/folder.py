@@ -263,7 +263,7 @@ def render_page(run: CodedRun, shown: Sequence[Mapping[str, Any]], rows: int) ->
             colours=colours(),
             css=report_asset("report.css"),
             own_css=_asset("features.css"),
-            js=_asset("features.js"),
+            js=report_asset("dom.js") + _asset("features.js"),
             index=embedded(index),
             report="../index.html" if run.report is not None else None,
         )

@@ -68,7 +68,7 @@ def render_page(
     return environment.get_template("report.html.j2").render(
         report=report,
         css=asset("report.css"),
-        js=asset("report.js"),
+        js=asset("dom.js") + asset("report.js"),
         colours=colours(),
         styles=STYLES,
         swatches={role: swatch(role) for role in STYLES},

@@ -4,33 +4,9 @@
   const index = JSON.parse(document.getElementById("index").textContent);
   const $ = (id) => document.getElementById(id);
   const NAMES = { density: "density", max_activation: "max", mean_activation: "mean when active", eta_squared: "η²", lag1_autocorrelation: "lag-1 corr.", run_length: "run length", neighbour_cosine: "nearest row", together: "active with", match_cosine: "match" };
-  const SVG = "http://www.w3.org/2000/svg", HEIGHT = 28;
+  const HEIGHT = 28;
   const state = { run: 0, id: null, order: "id", found: null, shown: [], columns: [], row: null, picked: null, asked: 0 };
   const label = (name) => NAMES[name] || name.replaceAll("_", " ");
-  const figures = (v) => v === undefined || v === null || Number.isNaN(v) ? "—" : v === 0 ? "0" : String(Number(Number(v).toPrecision(Math.abs(v) < 0.01 ? 2 : 3))).replace("-", "−");
-
-  function el(tag, attributes = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) value === null || node.setAttribute(key, value);
-    node.append(...children.filter((child) => child !== null));
-    return node;
-  }
-  function svg(tag, attributes, ...children) {
-    const node = document.createElementNS(SVG, tag);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    node.append(...children);
-    return node;
-  }
-  function glyphs(text, edges) {
-    const out = [];
-    text.split(/(\n|\t)/).forEach((part) => {
-      if (part === "\n") out.push(el("span", { class: "glyph-char" }, "↵"));
-      else if (part === "\t") out.push(el("span", { class: "glyph-char" }, "⇥"));
-      else if (edges && part.startsWith(" ")) out.push(el("span", { class: "glyph-char" }, "␣"), part.slice(1));
-      else if (part) out.push(part);
-    });
-    return out;
-  }
 
   // --- data: a script calls tcsaeData(key, value); each is loaded once
   const loads = new Map(), waiting = new Map();

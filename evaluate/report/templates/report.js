@@ -5,36 +5,8 @@
   const $ = (id) => document.getElementById(id);
   const NAMES = { density: "density", max_activation: "max", mean_activation: "mean when active", eta_squared: "η²", lag1_autocorrelation: "lag-1 corr.", run_length: "run length", position_p: "p (position)", position_q: "q (position)" };
   const LISTED = ["density", "eta_squared", "lag1_autocorrelation", "max_activation"];
-  const SVG = "http://www.w3.org/2000/svg";
   const state = { sae: 0, id: null, order: "id", text: "" };
   const label = (name) => NAMES[name] || name.replaceAll("_", " ");
-  const figures = (v) => v === undefined || v === null ? "—" : v === 0 ? "0" : String(Number(v.toPrecision(Math.abs(v) < 0.01 ? 2 : 3))).replace("-", "−");
-
-  function el(tag, attributes = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) value === null || node.setAttribute(key, value);
-    node.append(...children.filter((child) => child !== null));
-    return node;
-  }
-  function svg(tag, attributes, ...children) {
-    const node = document.createElementNS(SVG, tag);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    node.append(...children);
-    return node;
-  }
-
-  // A token's text with newline and tab made visible; at its edges spaces too where there is no text around it.
-  function glyphs(text, edges) {
-    const out = [];
-    text.split(/(\n|\t)/).forEach((part) => {
-      if (part === "\n") out.push(el("span", { class: "glyph-char" }, "↵"));
-      else if (part === "\t") out.push(el("span", { class: "glyph-char" }, "⇥"));
-      else if (edges && /^ +$/.test(part)) out.push(el("span", { class: "glyph-char" }, "␣".repeat(part.length)));
-      else if (edges && part.startsWith(" ")) out.push(el("span", { class: "glyph-char" }, "␣"), part.slice(1));
-      else if (part) out.push(part);
-    });
-    return out;
-  }
 
   const sae = () => data.saes[state.sae];
   const feature = () => sae().features.find((f) => f.id === state.id);
