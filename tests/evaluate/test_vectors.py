@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from page import Page, data_of
 from tcsae.cache.arrays.config import import_config
 from tcsae.cache.arrays.run import import_array
 from tcsae.errors import RunError
@@ -81,9 +82,11 @@ def test_what_needs_a_model_is_absent_and_one_sentence_says_why(outcome):
     assert "zero_all" not in {record.name for record in report.records}
     assert len([one for one in report.notes if "neither CE nor KL" in one]) == 1
     page = (outcome.folder / "index.html").read_text()
-    assert "NaN" not in page
-    assert "spliced into the model" not in page
-    assert "12.44" not in page  # the table of the paper is of a language model
+    shown = Page(page).text
+    assert "nan" not in shown.lower()
+    assert data_of(page)["saes"]
+    assert "spliced into the model" not in shown
+    assert "12.44" not in shown  # the table of the paper is of a language model
 
 
 def test_figures_are_those_of_the_held_out_vectors(place, outcome):

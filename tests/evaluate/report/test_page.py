@@ -1,8 +1,8 @@
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from page import Page, data_of
 from synthetic import metric, paired, synthetic_report
 from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
@@ -10,51 +10,6 @@ from tcsae.evaluate.report.tables import comparisons, main_tables, published
 from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, pruned_outcomes, show, verdict
 from tcsae.evaluate.results import Definition, EvaluationReport, Metric
 from tcsae.sites import Location
-
-VOID = {"meta", "link", "img", "br", "input", "hr", "circle", "path", "rect", "line"}
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: elements closed in order, attributes, ids and text."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.loads: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.handlers: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        self._note(tag, dict(attrs))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self._note(tag, dict(attrs))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] not in {"script", "style"}:
-            self.text += data
-
-    def _note(self, tag, attrs):
-        self.handlers += [name for name in attrs if name.startswith("on") and attrs[name] != "return false"]
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
-        self.loads += [attrs[name] for name in ("src", "srcset", "poster", "data") if name in attrs]
-        if tag == "link":
-            self.loads.append(attrs.get("href", ""))
-        elif "href" in attrs:
-            self.links.append(attrs["href"])
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +25,6 @@ def text(report) -> str:
 @pytest.fixture(scope="module")
 def page(text) -> Page:
     return Page(text)
-
-
-def data_of(text: str) -> dict:
-    return json.loads(re.search(r'id="browser-data">(.*?)</script>', text, re.S)[1])
 
 
 def test_page_is_well_formed(page):
