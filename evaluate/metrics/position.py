@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
-from ..intervals.jackknife import group_of, jackknife, jackknife_band
+from ..intervals.jackknife import group_of, jackknife_band, jackknife_over_features
 from ..protocol import Findings, TokenBatch, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .active_entries import ActiveEntries
@@ -111,30 +111,21 @@ class PositionStatistics:
     def result(self) -> Findings:
         """Position dependence of every feature, tested, and its summaries."""
         sum_GFP, active_GFP, tokens_GP = (s[..., 1:].cpu() for s in (self._sum_GFT, self._active_GFT, self._tokens_GT))
-        square_GF, tokens_P, sum_FP = self._square_GF.cpu(), tokens_GP.sum(0), sum_GFP.sum(0)
-        eta_F = eta_squared(sum_FP, square_GF.sum(0), tokens_P).numpy()
-        information_F = position_information(active_GFP.sum(0), tokens_P).numpy()
+        tokens_G = tokens_GP.sum(1)
+        means, per_feature = {}, {}
+        for name, statistic, sums in (
+            ("eta_squared", eta_squared, (sum_GFP, self._square_GF.cpu())),
+            ("position_mutual_information", position_information, (active_GFP,)),
+        ):
+            means[name], value_F = jackknife_over_features(
+                statistic, tokens_G, sums, (tokens_GP,), unit=DEFINITIONS[name].unit, definition=name
+            )
+            per_feature[name] = value_F.numpy()
+        eta_F = per_feature["eta_squared"]
         p_F = self._rotation.p_values()
         q_F = false_discovery_rate(p_F)
         alive_F = active_GFP.sum((0, 2)).numpy() > 0
         mean_FT = (self._sum_GFT.sum(0) / self._tokens_GT.sum(0)).cpu().numpy()
-        tokens_G = tokens_GP.sum(1)
-        means = {
-            "eta_squared": jackknife(
-                lambda _, *sums: float(eta_squared(*sums).nanmean()),
-                *(tokens_G, sum_GFP, square_GF, tokens_GP),
-                unit=DEFINITIONS["eta_squared"].unit,
-                definition="eta_squared",
-                n=int(np.isfinite(eta_F).sum()),
-            ),
-            "position_mutual_information": jackknife(
-                lambda _, *sums: float(position_information(*sums).nanmean()),
-                *(tokens_G, active_GFP, tokens_GP),
-                unit=DEFINITIONS["position_mutual_information"].unit,
-                definition="position_mutual_information",
-                n=int(alive_F.sum()),
-            ),
-        }
         return Findings(
             metrics=means | _shares(eta_F, q_F, alive_F),
             curves=_histogram(eta_F) | _profile(sum_GFP, tokens_GP),
@@ -142,7 +133,7 @@ class PositionStatistics:
                 "eta_squared": eta_F,
                 "position_p": p_F,
                 "position_q": q_F,
-                "position_information": information_F,
+                "position_information": per_feature["position_mutual_information"],
                 "position_mean": mean_FT,
             },
         )

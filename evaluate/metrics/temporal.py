@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
-from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band
+from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band, jackknife_over_features
 from ..protocol import Findings, SumsByUnit, TokenBatch, UnitSums, plain_metric
 from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition
 from .active_entries import ActiveEntries, Matches, matches, pair_masks
@@ -296,16 +296,22 @@ class TemporalStatistics:
     def _autocorrelations(self, findings: Findings) -> None:
         sums, enough = self._sums, self._enough()
         for suffix, centred in (("", True), ("_uncentred", False)):
+
+            def of_lag(sums_FSL: Tensor, pairs_L: Tensor, centred: bool = centred) -> Tensor:
+                return autocorrelation(pairs_L, sums_FSL.transpose(0, 1), centred=centred).squeeze(1)
+
             per_lag = []
             for at in range(self._lags):
-
-                def mean(_: Tensor, pairs_L: Tensor, sums_SFL: Tensor, at: int = at, centred: bool = centred) -> float:
-                    found_F = autocorrelation(pairs_L[at : at + 1], sums_SFL[:, :, at : at + 1], centred=centred)
-                    return float(found_F[enough].nanmean())
-
-                definition = f"lag_autocorrelation{suffix}"
-                every = (sums.pairs_GL[:, at], sums.pairs_GL, sums.sums_GSFL)  # the first says which groups have pairs
-                per_lag.append(jackknife(mean, *every, unit="1", definition=definition, n=int(enough.sum())))
+                lag = slice(at, at + 1)
+                found, _ = jackknife_over_features(
+                    of_lag,
+                    sums.pairs_GL[:, at],  # says which groups have pairs
+                    [sums.sums_GSFL[:, :, enough, lag].transpose(1, 2)],
+                    [sums.pairs_GL[:, lag]],
+                    unit="1",
+                    definition=f"lag_autocorrelation{suffix}",
+                )
+                per_lag.append(found)
             name = f"lag1_autocorrelation{suffix}"
             findings.metrics[name] = per_lag[0].model_copy(update={"definition": name})
             findings.curves[f"lag_autocorrelation{suffix}"] = Curve(
@@ -330,10 +336,9 @@ class TemporalStatistics:
             top_F, bottom_F = variation(sums_SFL, weight_F)
             return float(top_F.sum() / bottom_F.sum())
 
+        lag1 = (self._sums.pairs_GL[:, 0], self._sums.sums_GSFL[..., :1])
         key = "temporal_variation_refit"
-        findings.metrics[key] = jackknife(
-            refitted, self._sums.pairs_GL[:, 0], self._sums.sums_GSFL, unit="1", definition=key, n=self._pairs()
-        )
+        findings.metrics[key] = jackknife(refitted, *lag1, unit="1", definition=key, n=self._pairs())
         norm_F, fitted = sae.W_dec.detach().double().norm(dim=1), torch.isfinite(gain_F)
 
         def gain(_: Tensor, sums_SFL: Tensor) -> float:
@@ -345,8 +350,7 @@ class TemporalStatistics:
             return float(energy_F[fitted].sum() / energy_F.sum())
 
         for key, statistic, n in (("refit_gain", gain, int(fitted.sum())), ("refit_coverage", covered, len(gain_F))):
-            sums = (self._sums.pairs_GL[:, 0], self._sums.sums_GSFL)
-            findings.metrics[key] = jackknife(statistic, *sums, unit=DEFINITIONS[key].unit, definition=key, n=n)
+            findings.metrics[key] = jackknife(statistic, *lag1, unit=DEFINITIONS[key].unit, definition=key, n=n)
 
     def _run_lengths(self, findings: Findings) -> None:
         runs = self._runs

@@ -133,35 +133,38 @@ Ranking = dict[tuple[int, int], Tensor]
 
 
 def rank_features(
-    sample: SampledTokens, n_features: int, class_M: np.ndarray, fold_M: np.ndarray, asked: Sequence[int], k: int
+    sample: SampledTokens, class_M: np.ndarray, fold_M: np.ndarray, asked: Sequence[int], k: int
 ) -> Ranking:
-    """Choose features from sums over the entries, without writing dense codes out.
+    """Choose features from sums over the entries, without writing dense codes out. Shapes: F features of the sample.
 
     Scores are rounded to six digits and ties go to the smaller number, so that no rounding upstream decides.
     """
     device = sample.value_E.device
     slot_E, value_E = sample.slot_E.long(), sample.value_E.double()
     fold_G = torch.from_numpy(fold_M).to(device)
-    place_E = fold_G[slot_E] * n_features + sample.feature_E.long()
+    features_F, column_E = torch.unique(sample.feature_E.long(), return_inverse=True)  # in rising order
+    place_E = fold_G[slot_E] * len(features_F) + column_E
 
-    def sums(weight_E: Tensor) -> Tensor:
-        total = torch.zeros(FOLDS * n_features, dtype=torch.float64, device=device)
-        return total.index_add_(0, place_E, weight_E).view(FOLDS, n_features)
+    def outside(weight_E: Tensor) -> list[Tensor]:
+        """Sums per feature over the training part of every fold."""
+        total = torch.zeros(FOLDS * len(features_F), dtype=torch.float64, device=device)
+        of_fold = total.index_add_(0, place_E, weight_E).view(FOLDS, -1)
+        return [of_fold.sum(0) - part for part in of_fold]
 
-    first_GF, second_GF = sums(value_E), sums(value_E**2)
+    totals, squares = outside(value_E), outside(value_E**2)
     best = {}
     for one in asked:
         is_M = torch.from_numpy(class_M == one).to(device)
-        inside_GF = sums(value_E * is_M[slot_E])
+        inside = outside(value_E * is_M[slot_E])
         for fold in range(FOLDS):
             train_M = fold_G != fold
             n, n_in = int(train_M.sum()), int((train_M & is_M).sum())
-            total_F, square_F, inside_F = (each.sum(0) - each[fold] for each in (first_GF, second_GF, inside_GF))
+            total_F, square_F, inside_F = totals[fold], squares[fold], inside[fold]
             variance_F = square_F / n - (total_F / n) ** 2
             gap_F = (inside_F / n_in - (total_F - inside_F) / (n - n_in)).abs()
             score_F = torch.where(variance_F > 1e-12 * square_F / n, gap_F / variance_F.clamp(min=1e-300).sqrt(), 0.0)
             order_F = torch.argsort((score_F * 1e6).round(), descending=True, stable=True)[:k]
-            best[one, fold] = order_F[score_F[order_F] > 0]
+            best[one, fold] = features_F[order_F[score_F[order_F] > 0]]
     return best
 
 

@@ -162,7 +162,6 @@ class SparseProbes(_Probes):
 
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):
         super().__init__(0, context, seed, sae.W_dec.device)
-        self._n_features = sae.n_features
 
     def result(self) -> Findings:
         """Accuracies for every target and k, and the control."""
@@ -177,9 +176,7 @@ class SparseProbes(_Probes):
         return found
 
     def _columns(self, question: Question) -> Callable[..., np.ndarray | None]:
-        ranking = rank_features(
-            question.sample, self._n_features, question.class_M, question.fold_M, question.asked, KS[-1]
-        )
+        ranking = rank_features(question.sample, question.class_M, question.fold_M, question.asked, KS[-1])
         return sparse_columns(question.sample, ranking)
 
     class OfActivations(_Probes):

@@ -113,7 +113,7 @@ def test_features_are_chosen_on_the_training_documents_alone():
     z = torch.cat([z, leaky[..., None]], 2)
     sample = TokenSample(5000, 0, 0, z.device)
     sample.update(batch, ActiveEntries.from_dense(z, batch.valid_BT))
-    ranking = rank_features(sample.taken(), F + 1, question.class_M, question.fold_M, question.asked, 1)
+    ranking = rank_features(sample.taken(), question.class_M, question.fold_M, question.asked, 1)
     assert ranking[1, 0].tolist() != [F]
     assert ranking[1, 1].tolist() == ranking[1, 2].tolist() == [F]
     columns = sparse_columns(sample.taken(), ranking)
