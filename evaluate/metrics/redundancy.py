@@ -1,7 +1,8 @@
 """Decoder rows that repeat one another: how alike the most alike are, and which belong to one group.
 
 Shapes: F features, K features compared, D model width, B rows of a block. Nothing here holds an F × F matrix: cosines
-are computed block by block.
+are computed block by block. Their number grows with the square of the width; from some width on a random sample of the
+features is compared with all of them.
 """
 
 from __future__ import annotations
@@ -29,12 +30,20 @@ BLOCK = 2048
 """Decoder rows of a block of cosines."""
 
 
+EXACT_UP_TO = 131_072
+"""Alive features up to which all are compared with all: 2 · 10¹³ multiplications in D = 2304 dimensions."""
+
+SAMPLE = 16_384
+"""How many of more features are compared with all. A share of 1 % is then known to ± 0.15 % (95 %)."""
+
 _OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, whatever the text"
+
+_SAMPLED = f"Of more than {EXACT_UP_TO:,} alive features {SAMPLE:,}, drawn at random, are compared with all; n says so"
 
 DEFINITIONS = {
     "near_duplicate_share": Definition(
         text=f"share of alive features whose decoder row has a cosine ≥ {NEAR_DUPLICATE} with that of another alive "
-        "feature",
+        "feature. " + _SAMPLED,
         unit="share",
         better="lower",
         label="near-duplicates",
@@ -42,7 +51,8 @@ DEFINITIONS = {
         interval=_OF_WEIGHTS,
     ),
     "neighbour_cosine": Definition(
-        text="mean over alive features of the largest cosine between the decoder row and another alive feature's",
+        text="mean over alive features of the largest cosine between the decoder row and another alive feature's. "
+        + _SAMPLED,
         unit="1",
         better="lower",
         interval=_OF_WEIGHTS,
@@ -58,6 +68,7 @@ class Redundancy:
     by_part = ("near_duplicate_share",)
 
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):  # noqa: ARG002 - every accumulator is made alike
+        self._seed = seed
         self._W_dec = sae.W_dec.detach()
         self._alive_F = torch.zeros(sae.n_features, dtype=torch.bool, device=sae.W_dec.device)
 
@@ -67,7 +78,12 @@ class Redundancy:
 
     def result(self) -> Findings:
         """Shares over alive features; per feature its most similar other feature and the cosine."""
-        neighbour_F, cosine_F = decoder_neighbours(self._W_dec, alive_F=self._alive_F)
+        alive = self._alive_F.nonzero().squeeze(1)
+        if len(alive) <= EXACT_UP_TO:
+            neighbour_F, cosine_F = decoder_neighbours(self._W_dec, alive_F=self._alive_F)
+        else:
+            drawn = torch.randperm(len(alive), generator=torch.Generator().manual_seed(self._seed))[:SAMPLE]
+            neighbour_F, cosine_F = neighbours_of(alive[drawn.to(alive.device)], self._W_dec, self._alive_F)
         found = cosine_F[torch.isfinite(cosine_F)]
         share = float((found >= NEAR_DUPLICATE).double().mean()) if len(found) else None
         mean = float(found.mean()) if len(found) else None
@@ -91,9 +107,8 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
         int64 [F] and float32 [F]; −1 and NaN for a dead feature, a zero row, and one that is alone.
 
     """
-    size, device = len(W_dec), W_dec.device
-    neighbour = torch.full((size,), -1, dtype=torch.int64, device=device)
-    cosine = torch.full((size,), torch.nan, device=device)
+    device = W_dec.device
+    neighbour, cosine = _nothing_found(W_dec)
     unit_KD, kept_K = _unit_rows(W_dec, alive_F)
     if len(kept_K) < 2:
         return neighbour, cosine
@@ -118,6 +133,34 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
             update(start + other, similar.amax(dim=0), at_column)
     neighbour[kept_K], cosine[kept_K] = kept_K[where_K], best_K.clamp(-1, 1)
     return neighbour, cosine
+
+
+def neighbours_of(chosen_S: Tensor, W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same as :func:`decoder_neighbours`, for these features only: the others have −1 and NaN."""
+    neighbour, cosine = _nothing_found(W_dec)
+    unit_KD, kept_K = _unit_rows(W_dec, alive_F)
+    place_F = torch.full((len(W_dec),), -1, dtype=torch.int64, device=W_dec.device)
+    place_F[kept_K] = torch.arange(len(kept_K), device=W_dec.device)
+    places_S = place_F[chosen_S]
+    if len(kept_K) < 2:
+        return neighbour, cosine
+    for mine_B in places_S[places_S >= 0].split(BLOCK):
+        best_B = torch.full((len(mine_B),), -2.0, device=W_dec.device)
+        where_B = torch.zeros_like(mine_B)
+        for other, similar in _cosines_by_block(unit_KD[mine_B], unit_KD):
+            at_B = (mine_B - other).clamp(0, similar.shape[1] - 1)
+            itself = mine_B - other == at_B
+            similar[itself.nonzero().squeeze(1), at_B[itself]] = -2.0
+            value, index = similar.max(dim=1)
+            where_B = torch.where(value > best_B, index + other, where_B)
+            best_B = torch.maximum(value, best_B)
+        neighbour[kept_K[mine_B]], cosine[kept_K[mine_B]] = kept_K[where_B], best_B.clamp(-1, 1)
+    return neighbour, cosine
+
+
+def _nothing_found(W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    neighbour = torch.full((len(W_dec),), -1, dtype=torch.int64, device=W_dec.device)
+    return neighbour, torch.full((len(W_dec),), torch.nan, device=W_dec.device)
 
 
 def _largest_at(similar: Tensor, first: int, columns: Tensor) -> Tensor:

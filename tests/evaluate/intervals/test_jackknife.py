@@ -7,7 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tcsae.evaluate.intervals.jackknife import GROUPS, Jackknifed, jackknife, jackknife_band
+from tcsae.evaluate.intervals import jackknife as intervals
+from tcsae.evaluate.intervals.jackknife import (
+    GROUPS,
+    Jackknifed,
+    jackknife,
+    jackknife_band,
+    jackknife_over_features,
+)
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.metrics.features import FeatureStatistics
 from tcsae.evaluate.metrics.position import PositionStatistics
@@ -58,6 +65,30 @@ def test_leaving_a_group_out_is_measuring_without_it(kind, groups):
             assert one.left_out[one.groups.index(g)] == pytest.approx(
                 without.metrics[name].value, rel=1e-6, abs=1e-9
             ), name
+
+
+@pytest.mark.parametrize("sums", [1, 30, 10_000])
+def test_some_features_at_a_time_is_all_at_once(sums, monkeypatch):
+    """Also where some features have no number, in one group or in all of the text, and where a group has no tokens."""
+    monkeypatch.setattr(intervals, "_SUMS", sums)
+    generator = torch.Generator().manual_seed(0)
+    tokens_G = torch.tensor([5.0, 3.0, 0.0, 4.0], dtype=torch.float64)
+    a_GFP = torch.rand(4, 11, 3, generator=generator, dtype=torch.float64)
+    b_GF = torch.rand(4, 11, generator=generator, dtype=torch.float64)
+    a_GFP[:, 4], a_GFP[1:, 7] = 0, 0
+
+    def each(a_FP, b_F, tokens):
+        return torch.where(a_FP.sum(1) > 0, a_FP.sum(1) / b_F / tokens, torch.nan)
+
+    names = {"unit": "1", "definition": "x"}
+    whole = jackknife(lambda _, a, b, t: float(each(a, b, t).nanmean()), tokens_G, a_GFP, b_GF, tokens_G, n=10, **names)
+    found, value_F = jackknife_over_features(each, tokens_G, [a_GFP, b_GF], [tokens_G], **names)
+    assert found.n == 10
+    assert found.groups == whole.groups == (0, 1, 3)
+    assert found.value == pytest.approx(whole.value, rel=1e-12)
+    assert found.left_out == pytest.approx(whole.left_out, rel=1e-12)
+    assert (found.low, found.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+    assert torch.equal(value_F.isnan(), torch.arange(11) == 4)
 
 
 def test_a_band_is_the_jackknife_point_by_point():
