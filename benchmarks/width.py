@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print where the CPU time goes")
     args = parser.parse_args()
     import sklearn.linear_model  # noqa: F401 - what is loaded once for all SAEs is not what closing one costs
+
     for features in args.features:
         if args.profile:
             import cProfile
