@@ -540,6 +540,18 @@ def test_batchtopk_is_calibrated_to_its_k_outside_training(store, tmp_path):
     assert (sae.encode(x) > 0).sum(-1).float().mean() == pytest.approx(4, rel=0.1)
 
 
+@pytest.mark.parametrize("penalty", ["linear", "quadratic"])
+def test_a_short_training_of_jumprelu_ends_at_its_target_too(store, tmp_path, capsys, penalty):
+    """Forty steps are too few for the controller: what is off then, the thresholds make up for, all by one factor."""
+    about = {"sae__activation": "jumprelu", "loss__target_l0": 3, "loss__l0_penalty": penalty, "optimiser__lr": 3e-3}
+    x = ActivationStore.open(store).rows(0, 64, dtype=torch.float32)[:, 1:]
+    for path in run.train(config_for(store, tmp_path, run__steps=40, **about)).runs:  # the twin, too
+        before = [entry["l0"] for entry in read_metrics(path)][-1]
+        assert abs(before / 3 - 1) > 0.1
+        assert (TemporalSAE.load(path).encode(x) > 0).sum(-1).float().mean() == pytest.approx(3, rel=0.03)
+    assert "from the target" not in capsys.readouterr().err
+
+
 def test_two_processes_equal_one(store, tmp_path):
     """The torchrun way: every process takes its share of the windows; equal up to the order of sums."""
     config = config_for(store, tmp_path / "one", sae__activation="relu", loss__l1=0.1)
