@@ -113,7 +113,7 @@ def train(
         failures = {each.plan.name: each.failure for each in folders if each.failure}
         metrics: dict[str, Metrics] = {}
         mine.enter_context(locked(folders if world.writes else []))
-        world.wait()
+        _check_alike(folders, store, world)
         if world.writes and world.size > 1:
             _say_what_differs([each.plan for each in folders if not each.settled], world)
         for group in _groups([each for each in folders if not each.settled]):
@@ -191,6 +191,20 @@ def _say_what_differs(plans: Sequence[MemberPlan], world: World) -> None:
     if found := seen_by_share(plan.config for plan in plans):
         what = f"{' and '.join(found)} see{'s' if len(found) == 1 else ''} one process's share of a batch at a time"
         warn(f"{what}: with {world.size} processes the result is not exactly that of one")
+
+
+def _check_alike(folders: Sequence[MemberFolder], store: ActivationStore, world: World) -> None:
+    """Raise a RunError where processes would train on different data, or go on from different states."""
+    if not world.agrees(store.fingerprint()):
+        raise RunError(
+            f"the {world.size} processes do not read the same store under {store.path}: give all machines the same "
+            "disk or object storage, or equal copies"
+        )
+    if not world.agrees([(each.folder.name, each.settled, each.has_checkpoint) for each in folders]):
+        raise RunError(
+            f"the {world.size} processes do not see the same runs in {folders[0].folder.parent}: put them on a disk "
+            "that all machines share, or begin anew with --fresh"
+        )
 
 
 def _too_large(plans: Sequence[MemberPlan], device: torch.device) -> ResourceError:

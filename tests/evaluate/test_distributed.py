@@ -23,7 +23,10 @@ from tiny_runs import make_manifest, make_run, random_sae
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that Dask's event loop closes late
 D = 24
 OPTIONS = {
-    "batches": 16, "batch_rows": 4, "device": "cpu", "dtype": "float32",
+    "batches": 16,
+    "batch_rows": 4,
+    "device": "cpu",
+    "dtype": "float32",
     "references": ("identity_bf16", "zero_all", "untrained"),
 }
 METRICS = '''
