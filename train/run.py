@@ -19,6 +19,7 @@ import safetensors
 import torch
 
 from .. import __version__
+from ..cache.storage.local_cache import DEFAULT_FOLDER, LocalCache
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, RunError, UsageError
@@ -44,7 +45,10 @@ from .run_folder.record import RunRecord, load_run
 from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
-_OF_A_PASS = ("out", "device", "dtype", "log", "log_every", "checkpoint_every", "checkpoint_minutes")
+_OF_A_PASS = (
+    *("out", "device", "dtype", "log", "log_every", "checkpoint_every", "checkpoint_minutes"),
+    *("local_cache", "cache_dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def train(
         load_plugins(each.run.plugins)
     device = resolve_device(config.run.device)
     dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
-    store = ActivationStore.open(config.data.store)
+    store = ActivationStore.open(config.data.store, cache=_cache(config))
     statistics = store.statistics()
     about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
     members = plan_together(several, sweep or {}, **about, n_tokens=statistics.n_tokens)
@@ -138,6 +142,11 @@ def train(
         metrics=metrics,
         failures=failures,
     )
+
+
+def _cache(config: TrainConfig) -> LocalCache | None:
+    run = config.run
+    return LocalCache(round(run.local_cache * 1e9), run.cache_dir or DEFAULT_FOLDER) if run.local_cache else None
 
 
 def _common(configs: Sequence[TrainConfig]) -> TrainConfig:
