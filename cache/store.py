@@ -14,7 +14,7 @@ from ..errors import StoreError
 from ..sites import Location
 from .format.commit_log import LOG, Commit, fingerprint, latest, rows_in
 from .format.layout import StoreLayout
-from .format.log_index import IndexedLog, LatestLines, open_log
+from .format.log_index import IndexedLog, open_log
 from .format.manifest import StoreManifest, manifest_at
 from .format.shard_reader import ShardReader
 from .storage.local_cache import ChunkFiles, LocalCache, check_room
@@ -37,7 +37,7 @@ class ActivationStore:
     ):
         self._place, self._commits = place, commits
         self.manifest = manifest
-        self._latest = LatestLines(commits) if isinstance(commits, IndexedLog) else latest(commits)
+        self._latest = latest(commits)
         self._n_rows = rows_in(commits)
         kept = None
         if cache is not None:
