@@ -100,6 +100,7 @@ class PoolReader:
         per_pool = max(1, pool_tokens // (store.chunk_rows * store.context))
         self.pools = -(-store.layout.chunks_for(self.rows) // per_pool)  # per epoch
         self._buffers = [torch.empty(0, dtype=torch.bfloat16) for _ in range(2)]
+        self._order: tuple[int, np.ndarray] | None = None
         self._whole: torch.Tensor | None = None  # all rows, if they fit into one pool
 
     def read(self, epoch: int, pool: int) -> Pool:
@@ -110,8 +111,7 @@ class PoolReader:
 
         """
         store = self._store
-        order = np.random.default_rng([self._seed, epoch]).permutation(store.layout.chunks_for(self.rows))
-        chunks = [int(c) for c in np.array_split(order, self.pools)[pool]]
+        chunks = self._chunks(epoch, pool)
         ranges = [store.chunk_range(chunk) for chunk in chunks]
         rows_R = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
         x_RTD, places_R = self._tokens(chunks, rows_R, (epoch * self.pools + pool) % 2)
@@ -124,6 +124,16 @@ class PoolReader:
             usable_RT &= of_role_RT
             spans_RT = _messages(documents_RT, of_role_RT)
         return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT, spans_RT)
+
+    def _chunks(self, epoch: int, pool: int) -> list[int]:
+        """The chunks of a pool. The order of an epoch is kept until another one is asked for."""
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._store.layout.chunks_for(self.rows))
+            self._order = epoch, order.astype(np.int32) if len(order) < 1 << 31 else order
+        order = self._order[1]
+        size, longer = divmod(len(order), self.pools)  # as np.array_split divides: the first pools have one more
+        start = pool * size + min(pool, longer)
+        return order[start : start + size + (pool < longer)].tolist()
 
     def _tokens(self, chunks: list[int], rows_R: np.ndarray, buffer: int) -> tuple[torch.Tensor, np.ndarray]:
         """Rows in memory, and the index among them of each of ``rows_R`` (the rows of ``chunks``)."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping
 
+import numpy as np
+
 from ..console import format_bytes
 from ..errors import ResourceError, StoreError
 from ..sites import Location
-from .format.commit_log import LOG, Commit, agreed, latest, parse_log, rows_in
+from .format.commit_log import LOG, agreed, rows_in, table_of
 from .format.layout import StoreLayout
+from .format.log_index import FILES, IndexedLog, open_log
 from .format.manifest import StoreManifest, first_difference, group_document, manifest_at
 from .format.zarr_documents import ARRAYS, array_document, shard_key, shard_of_name, to_json
 from .storage.local import PARTIAL, LocalPlace
@@ -106,7 +109,7 @@ def is_partial(folder: str, name: str) -> bool:
     return name.endswith(PARTIAL) and (folder != "" or name.startswith("zarr.json."))
 
 
-def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLayout]) -> dict[Location, list[Commit]]:
+def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLayout]) -> dict[Location, IndexedLog]:
     """Cut every layer's log to the commits that all layers have, and remove the leftovers of a killed writer.
 
     Raises:
@@ -121,7 +124,8 @@ def recover(places: Mapping[Location, Place], layouts: Mapping[Location, StoreLa
         raise StoreError(uneven({str(places[layer]): rows_in(log) for layer, log in logs.items()}, shard_rows))
     for layer, place in places.items():
         if len(kept[layer]) < len(logs[layer]):
-            place.replace(LOG, b"".join(commit.to_line() for commit in kept[layer]))
+            whole = place.read(LOG)  # its last line goes
+            place.replace(LOG, whole[: whole.rstrip(b"\n").rfind(b"\n") + 1])
         _clean(place, kept[layer])
         _repair_shapes(place, layouts[layer], rows_in(kept[layer]))
     return kept
@@ -141,45 +145,51 @@ def uneven(rows: Mapping[str, int], shard_rows: Collection[int]) -> str:
     )
 
 
-def _sound_log(place: Place) -> list[Commit]:
+def _sound_log(place: Place) -> IndexedLog:
     try:
-        raw = place.read(LOG)
+        log, size = open_log(place)
     except FileNotFoundError:
         raise StoreError(
             f"{place}/{LOG} is missing, so nothing says which rows are good: restore it or use --fresh"
         ) from None
-    commits, sound = parse_log(raw)
-    rest = raw[sound:]
+    rest = bytearray(size - log.sound)
+    place.read_into(LOG, log.sound, [rest])
     if rest.count(b"\n") > 1 or (b"\n" in rest and not rest.endswith(b"\n")):
-        raise StoreError(
-            f"{place}/{LOG} is damaged at line {len(commits) + 1}, before its end: restore it or use --fresh"
-        )
+        raise StoreError(f"{place}/{LOG} is damaged at line {len(log) + 1}, before its end: restore it or use --fresh")
     if rest:  # a line that a crash left incomplete: its shard will be written again
-        place.replace(LOG, raw[:sound])
-    return commits
+        place.replace(LOG, place.read(LOG)[: log.sound])
+    return log
 
 
-def _clean(place: Place, commits: list[Commit]) -> None:
+def _clean(place: Place, log: IndexedLog) -> None:
     """Remove partial files and uncommitted shards, and check that the committed files are there."""
-    known = {commit.shard for commit in commits}
+    shards = int(table_of(log)[-1, 0]) + 1 if len(log) else 0
     remove_partial(place, "")
-    for name in ARRAYS:
-        remove_partial(place, name)
-        for file in place.names(name):
+    wanted = log.file_sizes() if isinstance(place, LocalPlace) else None  # elsewhere it would be one request per file
+    for at, name in enumerate(FILES):
+        found, gone = np.full(shards, -1, np.int64), list[str]()
+        for file, size in place.sizes(name) if isinstance(place, LocalPlace) else ((f, 0) for f in place.names(name)):
             shard = shard_of_name(name, file)
-            if shard is not None and shard not in known:
-                place.remove(f"{name}/{file}")
-    if not isinstance(place, LocalPlace):
-        return  # it would cost one request per file; `verify` does it
-    newest = latest(commits)
-    for commit in newest:
-        for name, file in commit.files.items():
-            key = shard_key(name, commit.shard)
-            size = place.size(key) if place.exists(key) else None
-            # The last shard may have been replaced by a longer one just before the process died and lost its commit.
-            if size != file.bytes and not (size and commit is newest[-1]):
-                held = "is missing" if size is None else f"has {size} bytes where {file.bytes} were committed"
-                raise StoreError(f"{place}/{key} {held}: restore it or extract anew with --fresh")
+            if (is_partial(name, file) and place.local) or (shard is not None and shard >= shards):
+                gone.append(file)
+            elif shard is not None:
+                found[shard] = size
+        for file in gone:
+            place.remove(f"{name}/{file}")
+        if wanted is not None:
+            _compare_sizes(place, name, found, wanted[:, at])
+
+
+def _compare_sizes(place: Place, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    wrong = (found != wanted) & (wanted >= 0)
+    if len(wrong) and found[-1] > 0:
+        # The last shard may have been replaced by a longer one just before the process died and lost its commit.
+        wrong[-1] = False
+    if wrong.any():
+        shard = int(wrong.argmax())
+        size = int(found[shard])
+        held = "is missing" if size < 0 else f"has {size} bytes where {wanted[shard]} were committed"
+        raise StoreError(f"{place}/{shard_key(name, shard)} {held}: restore it or extract anew with --fresh")
 
 
 def _repair_shapes(place: Place, layout: StoreLayout, rows: int) -> None:

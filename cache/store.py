@@ -14,9 +14,10 @@ from ..errors import StoreError
 from ..sites import Location
 from .format.commit_log import LOG, Commit, fingerprint, latest, rows_in
 from .format.layout import StoreLayout
-from .format.log_index import IndexedLog, LatestLines, open_log
+from .format.log_index import IndexedLog, open_log
 from .format.manifest import StoreManifest, manifest_at
 from .format.shard_reader import ShardReader
+from .storage.local_cache import ChunkFiles, LocalCache, check_room
 from .storage.open_place import place_of
 from .storage.places import Place
 
@@ -31,23 +32,31 @@ class ActivationStore:
     opened store sees the rows that were committed when it was opened, and stays readable while the store grows.
     """
 
-    def __init__(self, place: Place, manifest: StoreManifest, commits: Sequence[Commit]):
+    def __init__(
+        self, place: Place, manifest: StoreManifest, commits: Sequence[Commit], cache: LocalCache | None = None
+    ):
         self._place, self._commits = place, commits
         self.manifest = manifest
-        self._latest = LatestLines(commits) if isinstance(commits, IndexedLog) else latest(commits)
+        self._latest = latest(commits)
         self._n_rows = rows_in(commits)
-        self._reader = ShardReader(place, manifest.layout)
+        kept = None
+        if cache is not None:
+            check_room(cache, manifest.layout.chunk_bytes, str(place))
+            kept = ChunkFiles(cache, str(place))
+        self._reader = ShardReader(place, manifest.layout, kept)
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_unfinished: bool = False) -> Self:
+    def open(cls, path: str | Path, *, allow_unfinished: bool = False, cache: LocalCache | None = None) -> Self:
         """Open a store for reading.
 
         Args:
             path: its folder, or a URL such as ``s3://bucket/l12.zarr``.
             allow_unfinished: also open a store whose extraction is not finished, with the rows committed so far.
+            cache: keep chunks that were read on the disk of this machine.
 
         Raises:
             StoreError: the store is missing, is no store, has a newer format, is damaged, or is not finished.
+            UsageError: its chunks are too large for this cache.
 
         """
         place = place_of(path)
@@ -66,7 +75,7 @@ class ActivationStore:
             raise StoreError(
                 f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; restore it"
             )
-        return cls(place, manifest, log)
+        return cls(place, manifest, log, cache)
 
     def __repr__(self) -> str:
         shape = f"{self.n_rows} × {self.context} × {self.d_model}"

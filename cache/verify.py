@@ -19,12 +19,12 @@ from ..console import progress
 from ..errors import StoreError, UsageError
 from ..system.untrusted_files import parse_json
 from .format.codecs import CRC_BYTES, DamageError, check
-from .format.commit_log import LOG, Commit, execution_of, latest, parse_log, rows_in
+from .format.commit_log import LOG, Commit, execution_of, last_of_shards, latest, rows_in, table_of
 from .format.layout import PADDING, RowBlock
-from .format.log_index import INDEX
+from .format.log_index import INDEX, IndexedLog, open_log
 from .format.manifest import Execution, StoreManifest, checksum, group_document, manifest_at
 from .format.shard_reader import ShardReader
-from .format.zarr_documents import ARRAYS, array_document, shard_key
+from .format.zarr_documents import ARRAYS, array_document, shard_key, shard_of_name
 from .statistics import STATISTICS
 from .storage.lock import LOCK
 from .storage.open_place import place_of
@@ -87,21 +87,20 @@ def verify(
     manifest = manifest_at(place)
     findings = list(_documents(place, manifest))
     try:
-        raw = place.read(LOG)
+        commits, log_bytes = open_log(place, keep=False)
     except FileNotFoundError:
         return Verification(str(place), 0, 0, 0, (*findings, Finding(LOG, "is missing")))
-    commits, sound = parse_log(raw)
-    findings += _log(manifest, commits, sound == len(raw))
+    findings += _log(manifest, commits, commits.sound == log_bytes)
     findings += _arrays(place, manifest, rows_in(commits))
     findings += _unexpected(place, commits)
     findings += _side_files(place)
-    newest = latest(commits)
+    newest, files, held = latest(commits), 0, 0
     with progress(f"verifying layer {manifest.layer}", rows_in(commits), unit="rows") as bar:
         for commit in newest:
             findings += _shard(place, manifest, commit)
+            files, held = files + len(commit.files), held + sum(file.bytes for file in commit.files.values())
             bar.advance(commit.rows)
-    sizes = [file.bytes for commit in newest for file in commit.files.values()]
-    seen = Verification(str(place), rows_in(commits), len(sizes), sum(sizes), tuple(findings))
+    seen = Verification(str(place), rows_in(commits), files, held, tuple(findings))
     if recompute is None or findings or not seen.rows:
         return seen
     return _recomputed(seen, ActivationStore(place, manifest, commits), recompute, sample, seed, tolerance)
@@ -112,7 +111,7 @@ def _documents(place: Place, manifest: StoreManifest) -> Iterator[Finding]:
         yield Finding("zarr.json", "says other things than its manifest implies")
 
 
-def _log(manifest: StoreManifest, commits: list[Commit], sound: bool) -> Iterator[Finding]:
+def _log(manifest: StoreManifest, commits: IndexedLog, sound: bool) -> Iterator[Finding]:
     rows = rows_in(commits)
     if not sound:
         yield Finding(LOG, f"is damaged at line {len(commits) + 1}")
@@ -120,9 +119,10 @@ def _log(manifest: StoreManifest, commits: list[Commit], sound: bool) -> Iterato
         yield Finding(LOG, f"holds {rows} of {manifest.planned_rows} rows: finish it with the same extract command")
     elif rows != manifest.planned_rows:
         yield Finding(LOG, f"holds {rows} rows where {manifest.planned_rows} were finished")
-    for commit in latest(commits)[:-1]:
-        if commit.rows != manifest.layout.shard_rows:
-            yield Finding(LOG, f"commits {commit.rows} rows as shard {commit.shard}, which is not the last")
+    lines_L3 = table_of(commits)
+    shards_S3 = lines_L3[last_of_shards(lines_L3[:, 0])][:-1]
+    for shard, _, held in shards_S3[shards_S3[:, 2] != manifest.layout.shard_rows].tolist():
+        yield Finding(LOG, f"commits {held} rows as shard {shard}, which is not the last")
 
 
 def _arrays(place: Place, manifest: StoreManifest, rows: int) -> Iterator[Finding]:
@@ -139,13 +139,16 @@ def _arrays(place: Place, manifest: StoreManifest, rows: int) -> Iterator[Findin
             yield Finding(f"{name}/zarr.json", f"is not what {rows} rows in this layout need")
 
 
-def _unexpected(place: Place, commits: list[Commit]) -> Iterator[Finding]:
+def _unexpected(place: Place, commits: IndexedLog) -> Iterator[Finding]:
     """Files that belong to no commit: leftovers of a killed writer, or files that are not ours."""
-    known = {shard_key(name, commit.shard) for commit in commits for name in commit.files}
-    known |= {"zarr.json", LOG, INDEX, LOCK, STATISTICS, *ARRAYS, *(f"{name}/zarr.json" for name in ARRAYS)}
+    shards = len(latest(commits))
+    known = {"zarr.json", LOG, INDEX, LOCK, STATISTICS, *ARRAYS, *(f"{name}/zarr.json" for name in ARRAYS)}
     for folder in ("", *ARRAYS):
         for name in place.names(folder):
             key = f"{folder}/{name}" if folder else name
+            shard = shard_of_name(folder, name) if folder else None
+            if shard is not None and shard < shards and key == shard_key(folder, shard):
+                continue
             if key not in known and not key.startswith("activations/norms."):
                 yield Finding(key, "does not belong to the store's committed rows")
 

@@ -20,8 +20,9 @@ import numpy as np
 from ..errors import StoreError
 from ..sites import Location
 from .background import BackgroundWorker
-from .format.commit_log import LOG, Commit, ShardRecord, execution_of, latest, rows_in
+from .format.commit_log import LOG, Commit, ShardRecord, execution_of, rows_in
 from .format.layout import RowBlock, StoreLayout
+from .format.log_index import IndexedLog
 from .format.manifest import Execution, StoreManifest, group_document
 from .format.shard_writer import ShardSetWriter
 from .format.zarr_documents import ARRAYS, array_document, to_json
@@ -98,7 +99,7 @@ class StoreSetWriter:
     # --- state
 
     @property
-    def _log(self) -> list[Commit]:
+    def _log(self) -> IndexedLog:
         return self._logs[self._first]
 
     @property
@@ -128,12 +129,12 @@ class StoreSetWriter:
     @property
     def rows_committed(self) -> int:
         """The row at which appending continues. A short last shard that will be extended does not count."""
-        return rows_in(self._settled)
+        return 0 if self._settled is None else self._settled.stop_row
 
     @property
     def next_shard(self) -> int:
         """The shard that begins at row :attr:`rows_committed`."""
-        return len(latest(self._settled))
+        return 0 if self._settled is None else self._settled.shard + 1
 
     @property
     def kept_rows(self) -> int:
@@ -143,7 +144,7 @@ class StoreSetWriter:
     @property
     def cursor(self) -> dict[str, Any] | None:
         """The text position saved with the commit that ends at :attr:`rows_committed`; None at the start."""
-        return self._settled[-1].cursor if self._settled else None
+        return None if self._settled is None else self._settled.cursor
 
     @property
     def last_cursor(self) -> dict[str, Any] | None:
@@ -317,8 +318,14 @@ class StoreSetWriter:
                 lock.release()
 
 
-def _settled(log: list[Commit], planned: int, shard_rows: int) -> list[Commit]:
-    """The log lines that remain valid: all, without those of a short last shard that the plan will extend."""
-    if not log or log[-1].rows == shard_rows or rows_in(log) >= planned:
-        return list(log)
-    return [commit for commit in log if commit.shard != log[-1].shard]
+def _settled(log: Sequence[Commit], planned: int, shard_rows: int) -> Commit | None:
+    """The last log line that remains valid: the last one, or the one before a short last shard that the plan will
+    extend.
+    """
+    last = log[-1] if log else None
+    if last is None or last.rows == shard_rows or last.stop_row >= planned:
+        return last
+    at = len(log) - 1
+    while at >= 0 and log[at].shard == last.shard:
+        at -= 1
+    return log[at] if at >= 0 else None

@@ -15,6 +15,7 @@ _model = partial(typer.Option, rich_help_panel="Model")
 _text = partial(typer.Option, rich_help_panel="Text")
 _redundant = partial(typer.Option, rich_help_panel="What is redundant")
 _output = partial(typer.Option, rich_help_panel="Output")
+_cluster = partial(typer.Option, rich_help_panel="Many machines")
 
 
 def prune(
@@ -140,6 +141,12 @@ def evaluate(
     resume: bool = _output(
         True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
     ),
+    workers: int | None = _cluster(
+        None, "--workers", help="Divide the text's rows among this number of processes (Dask)."
+    ),
+    scheduler: str | None = _cluster(
+        None, "--scheduler", help="Divide them among the workers of the Dask cluster at this address, tcp://…"
+    ),
     json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Splice SAEs into their language model and report what is lost, what features do, and how they behave in time.
@@ -153,6 +160,8 @@ def evaluate(
         pipeline evaluate --run runs/l12-topk64-pairwise0.03-w5-s0 --batches 50
 
         pipeline evaluate --only temporal position --references none
+
+        pipeline evaluate --scheduler tcp://host:8786
 
         pipeline evaluate --sae google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82 --model google/gemma-2-2b
 
@@ -187,6 +196,8 @@ def evaluate(
         name=name,
         plugin=plugin,
         fresh=not resume,
+        workers=workers,
+        scheduler=scheduler,
     )
     from .finished import shown_again
     from .report.terminal import print_outcomes

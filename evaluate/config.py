@@ -85,8 +85,16 @@ class EvaluateConfig:
     """Python files that register metrics, report panels or what an SAE is made of; each is run first."""
     fresh: bool = False
     """Measure everything again, also what an earlier evaluation of the same text has measured."""
+    workers: int | None = None
+    """Processes of a local Dask cluster among which the rows of the text are divided; None: this process alone."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler among whose workers they are divided."""
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers} must be at least 1")
+        if self.workers and self.scheduler:
+            raise UsageError("--workers starts a cluster of its own and --scheduler names one: give only one of them")
         if self.batches < 1:
             raise UsageError(f"--batches {self.batches} measures nothing: use 1 or more")
         if self.batch_rows < 1:
@@ -116,6 +124,11 @@ class EvaluateConfig:
         roles = [name for name in self.only if name in ROLES]
         if len(roles) > 1:
             raise UsageError(f"--only {' '.join(roles)} names {len(roles)} roles: one report is of one role, or of all")
+
+    @property
+    def on_workers(self) -> bool:
+        """Whether the rows of the text are divided among processes."""
+        return self.workers is not None or self.scheduler is not None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -181,6 +194,10 @@ class EvaluateOptions(TypedDict, total=False):
     plugin: str | Path | Sequence[str | Path] | None
     """Python files with metrics or panels of your own, or with what a run was trained with."""
     fresh: bool | None
+    workers: int | None
+    """Divide the rows of the text among so many processes of this machine."""
+    scheduler: str | None
+    """Divide them among the workers of this Dask scheduler."""
 
 
 _FIELDS = {

@@ -111,7 +111,11 @@ def _outcome(out: Path, kept: dict[str, Any]) -> Outcome:
 
 def _question(config: EvaluateConfig) -> dict[str, Any]:
     """Everything but files that an answer depends on, in plain JSON."""
-    options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if name not in _NO_DIFFERENCE
+    }
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -135,6 +139,8 @@ def _code() -> str:
     return content_hash(found)
 
 
+_NO_DIFFERENCE = {"workers", "scheduler"}
+"""Options on which no answer depends."""
 _NO_CODE = {"tests", "docs", "benchmarks", "node_modules", "cache_demo", "build", "dist", "runs", "reports"}
 
 

@@ -63,7 +63,8 @@ class Measurement:
     """Where zero at every position ends in logits that are all zero."""
     splices: bool = True
     """Whether CE and KL are measured."""
-    failures: list[Failure] = field(default_factory=list)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    """Of what was left out, by the key of the candidate."""
     buffers: LogitBuffers = field(default_factory=LogitBuffers)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class Measurement:
                 continue
             batch = batches[at] if len(seen) == n_rows else batches[at].rows(seen)
             try:
-                x_hat_BTD = _finite(candidate, candidate.observe(batch), rows)
+                x_hat_BTD = _finite(candidate, candidate.observe(batch), self.text.first_row, rows)
             except RunError as failure:
                 self._drop(candidate, failure)
                 continue
@@ -156,14 +157,14 @@ class Measurement:
     def _drop(self, candidate: Candidate, failure: RunError) -> None:
         self.candidates.remove(candidate)
         path = candidate.row.facts.path if candidate.row.facts else candidate.row.name
-        self.failures.append(Failure(path=path, message=str(failure)))
+        self.failures[candidate.key] = Failure(path=path, message=str(failure))
 
 
-def _finite(candidate: Candidate, x_hat_BTD: Tensor, rows: slice) -> Tensor:
+def _finite(candidate: Candidate, x_hat_BTD: Tensor, first: int, rows: slice) -> Tensor:
     if not torch.isfinite(x_hat_BTD).all():
         name, layer = candidate.row.name, candidate.row.location
         raise RunError(
-            f"{name} gives NaN or infinity at layer {layer} in rows {rows.start} to {rows.stop - 1}: its weights do "
-            "not fit"
+            f"{name} gives NaN or infinity at layer {layer} in rows {first + rows.start} to {first + rows.stop - 1}: "
+            "its weights do not fit"
         )
     return x_hat_BTD

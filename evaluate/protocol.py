@@ -7,9 +7,9 @@ to), so whatever is an average over tokens or pairs is kept as two sums per unit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -109,6 +109,34 @@ class Accumulator(Protocol):
         ...
 
 
+State = dict[str, Any]
+"""What an accumulator holds after some rows, by name: NumPy arrays, numbers, and states of its parts."""
+
+
+class Mergeable(Accumulator, Protocol):
+    """An accumulator whose rows may be divided among several of its kind, each in a process of its own."""
+
+    def state(self) -> State:
+        """What it holds, without what it was made from."""
+        ...
+
+    def merge(self, later: State) -> None:
+        """Take in the state of another one that saw the rows behind its own; as if it had seen them itself."""
+        ...
+
+
+def held(owner: object, names: Iterable[str]) -> State:
+    """Tensors among the attributes of an accumulator, as a part of its state."""
+    return {name: getattr(owner, name).cpu().numpy() for name in names}
+
+
+def add_held(owner: object, later: State, names: Iterable[str]) -> None:
+    """Add what :func:`held` gave of another accumulator to the same tensors of this one."""
+    for name in names:
+        mine: Tensor = getattr(owner, name)
+        mine += torch.from_numpy(later[name]).to(mine.device)
+
+
 class SumsByUnit:
     """Named float64 sums per unit, growing as units appear."""
 
@@ -129,6 +157,15 @@ class SumsByUnit:
         total = old.astype(np.float64)
         total[: len(more)] += more
         self._sums[name] = total
+
+    def state(self) -> State:
+        """The sums [U] by name."""
+        return dict(self._sums)
+
+    def merge(self, later: State) -> None:
+        """Add the sums of other rows."""
+        for name, more in later.items():
+            self._grow(name, more)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The sums [U] of a name; empty when nothing was added."""

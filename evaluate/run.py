@@ -12,7 +12,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,28 @@ from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
 from ..plugins import load_plugins
 from ..sites import Location
-from ..system.free_memory import peak_memory
+from ..system.free_memory import is_out_of_memory, peak_memory
 from .assemble import compose
-from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
-from .features.collect import FeatureBrowser
+from .candidates import CandidateMaker, Process, ThisProcess
+from .config import FIDELITY, EvaluateConfig
 from .finished import Asked, Outcome
 from .flat import write_tables
-from .metrics.all import AllMetrics, families, installed, probes
-from .metrics.by_scope import ByScope, BySummand
-from .metrics.windows import WindowMetrics
+from .metrics.all import families, installed, probes
 from .model.heldout_text import Survey, survey
 from .model.probes import ProbeContext
-from .model.reference_rows import share_of, untrained_sae
-from .protocol import RawActivations
+from .model.reference_rows import share_of
 from .report.page import write_report
 from .results import Failure, write_results
 from .row_cache import RowCache, measuring_code, slug
 from .shared_references import SharedReferences
 from .sources import source_of
-from .subjects import Group, Subject, UntrainedTwin, gather_subjects
-from .table_row import Candidate, MeasuredRow, row_of
+from .subjects import Group, Subject, gather_subjects
+from .table_row import Candidate
 
 PASS_BYTES = 4e9
 """Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
 BROWSER_CARDS = 200
 """Cards over all SAEs of a report, at least a tenth of it each."""
-# What torch says where it has no exception of its own for it.
-_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
@@ -216,9 +211,26 @@ class _Evaluation:
         kept = len(self.rows.finished)
         if kept:
             note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
-        for message in self.source.prepare(self.text, self.locations):
-            self._say(message)
-        surveys = self._surveys()
+        with ExitStack() as stack:
+            self.process = self._process(stack)
+            for message in self.source.prepare(self.text, self.locations):
+                self._say(message)
+            self._in_passes(self._surveys())
+
+    def _process(self, stack: ExitStack) -> Process:
+        """What shows the text to candidates: this process, or workers, which stay until ``stack`` is left."""
+        config, source, text = self.config, self.source, self.text
+        cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
+        facts = (text.context, source.facts.d_model, source.device, source.spliced, cards)
+        maker, share_R = CandidateMaker(config, self.families, *facts), share_of(text)
+        if not config.on_workers:
+            return ThisProcess(source, text, maker, share_R, self.rows.wanted)
+        from .distributed import Workers, workers_of
+
+        client = stack.enter_context(workers_of(config))
+        return Workers(source, text, maker, share_R, self.rows.wanted, client, self.plugins, self.locations)
+
+    def _in_passes(self, surveys: dict[Location, Survey]) -> None:
         limit, device = PASS_BYTES, self.source.device
         if device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory / 4
@@ -247,12 +259,11 @@ class _Evaluation:
         """Measure these rows in one pass; false where they do not fit into memory together."""
         try:
             candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-            measurement = self.source.measurement(self.text, candidates)
-            measurement.run(self.config.batch_rows, bar)
-            for failure in measurement.failures:
+            failures = self.process.measure(candidates, bar)
+            for failure in failures.values():
                 warn(f"{failure.path}: {failure.message}")
-            self.failures += measurement.failures
-            self._finish(measurement.candidates)
+            self.failures += failures.values()
+            self._finish([one for one in candidates if one.key not in failures])
         except Exception as failure:
             if len(part) == 1 or not is_out_of_memory(failure):
                 raise
@@ -260,56 +271,16 @@ class _Evaluation:
         return True
 
     def _candidate(self, key: str, surveys: dict[Location, Survey]) -> Candidate | None:
+        """None where its SAE cannot be loaded, which is then among the failures."""
         at, what = self.rows.wanted[key]
-        sae: Any = None
-        if isinstance(what, UntrainedTwin):
-            row, sae = MeasuredRow(what.name, "reference", at.layer, site=at.site), what.load(surveys[at].mean_D)
-        elif isinstance(what, str):
-            row = MeasuredRow(what, "reference", at.layer, site=at.site)
-            if what == "untrained":
-                sae = untrained_sae(self.source.facts.d_model, self.config.seed)
-        else:
-            row = row_of(what)
-            try:
-                sae = what.load()
-            except TcsaeError as failure:
-                warn(f"{what.facts.path}: {failure}")
-                self.failures.append(Failure(path=what.facts.path, message=str(failure)))
-                return None
-        if sae is not None:
-            sae = sae.to(self.source.device, torch.float32).token_coder()
-        scope = what.scope if isinstance(what, Subject) else 1.0
-        accumulators = self._accumulators(row, sae, scope, surveys[at])
-        share_R = share_of(self.text) if what in (ACTIVATIONS, "untrained") else None
-        seen_R = share_R if what == "untrained" else None  # the activations of all rows are the ceiling of all codes
-        return Candidate(
-            *(row, sae, surveys[at], accumulators, key),
-            in_model=self.source.spliced,
-            seen_R=seen_R,
-            spliced_R=share_R,
-            fidelity=self.config.measures(FIDELITY),
-        )
-
-    def _accumulators(self, row: MeasuredRow, sae: Any, scope: float, seen: Survey) -> dict[str, Any]:
-        common = {"context": self.text.context, "seed": self.config.seed}
-        if row.name == ACTIVATIONS and row.kind == "reference":
-            raw = RawActivations(self.source.facts.d_model, self.source.device)
-            return {"metrics": AllMetrics(raw, self.families, **common)}
-        if sae is None:
-            return {}
-        found: dict[str, Any] = {"metrics": AllMetrics(sae, self.families, **common)}
-        inside = max(1, round(scope * sae.n_features))
-        fidelity = self.config.measures(FIDELITY)
-        if inside < sae.n_features:
-            found["by_scope"] = ByScope(sae, self.families, **common, fidelity=fidelity, inside=inside)
-        if sae.summands:
-            found["by_summand"] = BySummand(sae, self.families, **common, fidelity=fidelity)
-        if sae.sees == "window" and fidelity:
-            found["windows"] = WindowMetrics(seen.mean_D)
-        if row.kind == "sae" and not self.config.quick and self.config.measures(FEATURES):
-            cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
-            found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=cards)
-        return found
+        try:
+            return self.process.candidate(key, surveys[at])
+        except TcsaeError as failure:
+            if not isinstance(what, Subject):
+                raise
+            warn(f"{what.facts.path}: {failure}")
+            self.failures.append(Failure(path=what.facts.path, message=str(failure)))
+            return None
 
     def _finish(self, candidates: list[Candidate]) -> None:
         """Complete and keep every row of a pass."""
@@ -333,15 +304,6 @@ class _Evaluation:
             self.rows.put(candidate.key, candidate.row)
         for name in sorted(probed.left_out):
             self._say_once(f"{name} is left out: it needs a language model that altered text is run in")
-
-
-def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether an allocation failed: on the GPU, on the CPU by torch, or on the CPU by Python and NumPy."""
-    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(failure, TcsaeError):  # a plug-in's failure is told in a sentence; what it was is its cause
-        return failure.__cause__ is not None and is_out_of_memory(failure.__cause__)
-    return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _WORDS)
 
 
 @contextmanager

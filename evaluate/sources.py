@@ -70,6 +70,10 @@ class Source(Protocol):
         """What an SAE from elsewhere was made for, and is not here."""
         ...
 
+    def elsewhere(self) -> Group:
+        """Model and text, without SAEs, as a process in another folder must name them."""
+        ...
+
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """The rows that are measured on."""
         ...
@@ -101,6 +105,7 @@ class InModel:
         self.config, self.group = config, group
         outline = outline_model(group.model)
         self._reads = _files_of(group, outline.files.folder)
+        self._model = outline.source
         check_context(outline.config, outline.source.id, group.text.context)
         self.lm = load_language_model(outline)
         self.device = self.lm.device
@@ -145,6 +150,10 @@ class InModel:
     def differences(self, subject: Subject) -> Sequence[str]:
         """Another model, BOS, context …: see :mod:`.made_for`."""
         return made_for_notes(subject.made_for, self.lm, self.group.text.context)
+
+    def elsewhere(self) -> Group:
+        """The model by its absolute path or commit."""
+        return replace(self.group, model=self._model, subjects=[])
 
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """The held-out documents of the text, and what identifies it."""
@@ -223,6 +232,15 @@ class InVectors:
     def differences(self, subject: Subject) -> Sequence[str]:  # noqa: ARG002 - as of a model
         """Nothing is known."""
         return []
+
+    def elsewhere(self) -> Group:
+        """The stores by their absolute paths."""
+        group = self.group
+        places = {
+            name: place if place is None or "://" in place else str(Path(place).absolute())
+            for name, place in (("vectors", group.vectors), ("trained_on", group.trained_on))
+        }
+        return replace(group, subjects=[], **places)
 
     def gather(self) -> tuple[HeldOutText, TextIdentity]:
         """Rows of the store."""

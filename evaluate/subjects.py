@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,7 @@ class Subject:
     """The layer and hook point whose tensor it reconstructs."""
     facts: SAEFacts
     load: Callable[[], SparseAutoencoder]
+    """Can be sent to another process."""
     fingerprint: str
     role: Role | None = None
     pair: str | None = None
@@ -222,7 +224,7 @@ def _add_run(
             name=_free_name(record.name, record.location, group),
             at=record.location,
             facts=_facts_of_run(path, record, sae, {"pruned_from": original} if original else {}),
-            load=lambda: SparseAutoencoder.load(path),
+            load=partial(SparseAutoencoder.load, str(Path(path).absolute())),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
             role="pruned" if original else record.role,
             pair=original or record.twin,
@@ -297,11 +299,22 @@ def _add_external(
                 settings=cost_settings(found.sae, group.text.context),
             ),
             n_bytes=_n_bytes(found.sae),
-            load=lambda: load_external(path, **said).sae,  # again: what is not measured yet must not fill the memory
+            load=partial(
+                _external, _elsewhere(path), dict(said)
+            ),  # again: what is not measured yet must not fill the memory
             fingerprint=digest.hexdigest()[:16],
             scope=found.sae.prefix_sizes[0] / found.sae.n_features,
         )
     )
+
+
+def _elsewhere(path: str) -> str:
+    """As a process in another folder must name it; ids on the hub as they are."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def _external(path: str, said: Mapping[str, Any]) -> SparseAutoencoder:
+    return load_external(path, **said).sae
 
 
 def _group(
@@ -399,14 +412,16 @@ def _untrained(path: str, record: RunRecord, sae: SparseAutoencoder) -> Untraine
         said = f"its record says that {chosen.k} features are active, it has {sae.n_features}"
         raise RunError(f"{path}: {said}: its files belong to different runs, train it again")
 
-    def load(mean_D: Tensor) -> SparseAutoencoder:
-        twin = ARCHITECTURES.get(chosen.architecture).build(chosen, sae.d_model)
-        twin.initialise(chosen, record.seed, mean_D.cpu().float() * record.input_scale)
-        return twin.rescaled(record.input_scale).eval()
-
+    load = partial(_initialised, chosen, sae.d_model, record.seed, record.input_scale)
     facts = (chosen.model_dump_json(), record.seed, record.input_scale)
     digest = sha256(repr(facts).encode()).hexdigest()[:16]
     return UntrainedTwin(untrained_name(chosen), record.location, load, digest, _n_bytes(sae))
+
+
+def _initialised(chosen: SAEConfig, d_model: int, seed: int, scale: float, mean_D: Tensor) -> SparseAutoencoder:
+    twin = ARCHITECTURES.get(chosen.architecture).build(chosen, d_model)
+    twin.initialise(chosen, seed, mean_D.cpu().float() * scale)
+    return twin.rescaled(scale).eval()
 
 
 def untrained_twins(subjects: Iterable[Subject]) -> list[UntrainedTwin]:

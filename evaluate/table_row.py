@@ -29,7 +29,7 @@ from .metrics.fidelity import OUTLIERS, SPARSITY, Fidelity
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import Survey
 from .model.reference_rows import replacement
-from .protocol import Accumulator, Findings, TokenBatch, UnitSums
+from .protocol import Findings, State, TokenBatch, UnitSums
 from .results import Curve, Definition, FeatureCard, Metric, Role, SAEFacts
 from .subjects import Subject
 
@@ -78,7 +78,7 @@ class MeasuredRow:
         self.sums |= findings.sums
         self.metrics |= findings.metrics
         self.curves |= findings.curves
-        self.notes += findings.notes
+        self.notes += [note for note in findings.notes if note not in self.notes]
 
     def save(self, path: Path) -> None:
         """Write the row whole or not at all."""
@@ -160,7 +160,7 @@ class Candidate:
         row: MeasuredRow,
         sae: SparseCoder | None,
         survey: Survey,
-        accumulators: Mapping[str, Accumulator],
+        accumulators: Mapping[str, Any],
         key: str,
         *,
         in_model: bool = True,
@@ -202,6 +202,18 @@ class Candidate:
             for accumulator in self.accumulators.values():
                 accumulator.update(batch, active, x_hat_BTD)
         return x_hat_BTD
+
+    def state(self) -> State:
+        """What it holds of the rows that it has seen; what reads its features must be mergeable."""
+        inside = {name: one.state() for name, one in self.accumulators.items()}
+        return {"fidelity": self.fidelity.state(), "compat": self.compat.state(), "accumulators": inside}
+
+    def merge(self, later: State) -> None:
+        """Take in the state of the same row over later rows of the text."""
+        self.fidelity.merge(later["fidelity"])
+        self.compat.merge(later["compat"])
+        for name, state in later["accumulators"].items():
+            self.accumulators[name].merge(state)
 
     def finish(self) -> dict[str, np.ndarray]:
         """Complete the row; returns what is known per feature."""

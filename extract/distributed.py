@@ -8,31 +8,28 @@ threads, the stores are byte for byte those of a single process.
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..cache.cluster import connected
+from ..cache.cluster import connected, local_cluster, own_device
 from ..cache.format.commit_log import ShardRecord
 from ..cache.format.layout import RowBlock, StoreLayout
 from ..cache.format.manifest import Execution, ModelIdentity, identity_difference
 from ..cache.format.shard_writer import write_shard
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, note, progress, warn
-from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError, needs
+from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
 from ..plugins import load_plugins
 from ..sites import HOOK_POINTS, Location
 from ..system.device import resolve_device, resolve_dtype
@@ -92,7 +89,7 @@ def extract_on_cluster(config: ExtractConfig) -> ExtractSummary:
         if plan.complete:
             return already_complete(plan)
         if not config.scheduler:
-            client = stack.enter_context(_local_cluster(config.workers or 1))
+            client = stack.enter_context(local_cluster(config.workers or 1))
         return _Coordinator(plan, identity, client).run()
 
 
@@ -100,37 +97,6 @@ def _resolve_on_worker(device: str, dtype: str) -> tuple[str, str]:
     """Run on a worker: the device and dtype that ``auto`` means there."""
     found = resolve_device(device)
     return (str(found) if ":" in device else found.type), resolve_dtype(dtype, found)
-
-
-@contextmanager
-def _local_cluster(workers: int) -> Iterator[Any]:
-    needs("dask", "distributed", extra="cluster", what="--workers")
-    import dask.config
-    from distributed import Client, LocalCluster
-
-    # Only on this machine, without the dashboard. Its server still opens a port: let it take any free one, since Dask
-    # warns if the default 8787 is taken.
-    options: dict[str, Any] = {"host": "127.0.0.1", "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
-    options |= {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    with dask.config.set({"distributed.scheduler.allowed-failures": 10}):
-        with _ctrl_c_blocked():
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options)
-        with cluster, Client(cluster) as client:
-            yield client
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Block Ctrl-C in all threads and processes that are started inside.
-
-    A terminal sends Ctrl-C to every process; only this one shall react to it.
-    """
-    resource_tracker.ensure_running()  # start it now: starting it later would end the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Coordinator:
@@ -280,20 +246,10 @@ def _passes(
 
 @lru_cache(maxsize=1)
 def _model(source: ModelSource, identity: ModelIdentity, deepest: int) -> LanguageModel:
-    lm = load_language_model(replace(source, device=_own_device(source.device)), deepest_layer=deepest)
+    lm = load_language_model(replace(source, device=own_device(source.device)), deepest_layer=deepest)
     difference = identity_difference(identity, lm.identity)
     if difference:
         raise ModelError(
             f"a worker finds another model under {source.id} ({difference}): give all machines the same one"
         )
     return lm
-
-
-def _own_device(device: str) -> str:
-    """The GPU of this worker: the workers of a local cluster are numbered, and are divided among the GPUs."""
-    from distributed import get_worker
-
-    name = str(get_worker().name)
-    if device == "cuda" and torch.cuda.device_count() > 1 and name.isdigit():
-        return f"cuda:{int(name) % torch.cuda.device_count()}"
-    return device

@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import TcsaeError
+
 if TYPE_CHECKING:
     import torch
+
+# What torch says where it has no exception of its own for it.
+_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def free_memory() -> int:
@@ -44,3 +49,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether an allocation failed: on the GPU, on the CPU by torch, or on the CPU by Python and NumPy."""
+    import torch
+
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(failure, TcsaeError):  # a plug-in's failure is told in a sentence; what it was is its cause
+        return failure.__cause__ is not None and is_out_of_memory(failure.__cause__)
+    return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _WORDS)

@@ -84,6 +84,12 @@ def train(
     checkpoint_minutes: float | None = _output(
         None, "--checkpoint-minutes", help="Write one also after so many minutes; 0: do not."
     ),
+    local_cache: float | None = _data(
+        None, "--local-cache", help="GB of a store on object storage that are kept on this machine's disk."
+    ),
+    cache_dir: str | None = _data(
+        None, "--cache-dir", help="Their folder, which processes may share. Default: ~/.cache/tcsae."
+    ),
     show_config: bool = _output(False, "--show-config", help="Print the resolved configuration as TOML and leave."),
     json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
@@ -147,6 +153,8 @@ def train(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,
+        local_cache=local_cache,
+        cache_dir=cache_dir,
     )
     grid = sweep_grid(sweep)
     if show_config:

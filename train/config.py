@@ -292,6 +292,10 @@ class RunConfig(_Group):
     """Steps between two checkpoints."""
     checkpoint_minutes: float = Field(default=5.0, ge=0)
     """A checkpoint is also written after so many minutes; 0: it is not."""
+    local_cache: float = Field(default=0.0, ge=0)
+    """GB of the store that are kept on this machine's disk once they were read; 0: none."""
+    cache_dir: str = ""
+    """Their folder, which several processes may share; empty: ``~/.cache/tcsae``."""
 
 
 class TrainConfig(_Group):

@@ -63,6 +63,9 @@ class TrainOptions(TypedDict, total=False):
     log_every: int | None
     checkpoint_every: int | None
     checkpoint_minutes: float | None
+    local_cache: float | None
+    """GB of a store on object storage that are kept on this machine."""
+    cache_dir: str | Path | None
 
 
 def train_config(config: str | Path | None = None, **asked: Unpack[TrainOptions]) -> TrainConfig:

@@ -65,6 +65,8 @@ OPTIONS = {
     "log-every": "run.log_every",
     "checkpoint-every": "run.checkpoint_every",
     "checkpoint-minutes": "run.checkpoint_minutes",
+    "local-cache": "run.local_cache",
+    "cache-dir": "run.cache_dir",
 }
 _COUNTS = {"sae.width", "run.steps", "run.tokens", "data.batch_size", "data.pool", "sae.k"}
 _AUTOMATIC = {  # what 0 stands for in a configuration, and auto on the command line

@@ -19,6 +19,7 @@ import safetensors
 import torch
 
 from .. import __version__
+from ..cache.storage.local_cache import DEFAULT_FOLDER, LocalCache
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
 from ..errors import ResourceError, RunError, UsageError
@@ -44,7 +45,10 @@ from .run_folder.record import RunRecord, load_run
 from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
-_OF_A_PASS = ("out", "device", "dtype", "log", "log_every", "checkpoint_every", "checkpoint_minutes")
+_OF_A_PASS = (
+    *("out", "device", "dtype", "log", "log_every", "checkpoint_every", "checkpoint_minutes"),
+    *("local_cache", "cache_dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def train(
         load_plugins(each.run.plugins)
     device = resolve_device(config.run.device)
     dtype = DTYPES[resolve_dtype(config.run.dtype, device)]
-    store = ActivationStore.open(config.data.store)
+    store = ActivationStore.open(config.data.store, cache=_cache(config))
     statistics = store.statistics()
     about = {"layer": store.layer, "site": store.location.site, "d_model": store.d_model}
     members = plan_together(several, sweep or {}, **about, n_tokens=statistics.n_tokens)
@@ -113,7 +117,7 @@ def train(
         failures = {each.plan.name: each.failure for each in folders if each.failure}
         metrics: dict[str, Metrics] = {}
         mine.enter_context(locked(folders if world.writes else []))
-        world.wait()
+        _check_alike(folders, store, world)
         if world.writes and world.size > 1:
             _say_what_differs([each.plan for each in folders if not each.settled], world)
         for group in _groups([each for each in folders if not each.settled]):
@@ -138,6 +142,11 @@ def train(
         metrics=metrics,
         failures=failures,
     )
+
+
+def _cache(config: TrainConfig) -> LocalCache | None:
+    run = config.run
+    return LocalCache(round(run.local_cache * 1e9), run.cache_dir or DEFAULT_FOLDER) if run.local_cache else None
 
 
 def _common(configs: Sequence[TrainConfig]) -> TrainConfig:
@@ -191,6 +200,20 @@ def _say_what_differs(plans: Sequence[MemberPlan], world: World) -> None:
     if found := seen_by_share(plan.config for plan in plans):
         what = f"{' and '.join(found)} see{'s' if len(found) == 1 else ''} one process's share of a batch at a time"
         warn(f"{what}: with {world.size} processes the result is not exactly that of one")
+
+
+def _check_alike(folders: Sequence[MemberFolder], store: ActivationStore, world: World) -> None:
+    """Raise a RunError where processes would train on different data, or go on from different states."""
+    if not world.agrees(store.fingerprint()):
+        raise RunError(
+            f"the {world.size} processes do not read the same store under {store.path}: give all machines the same "
+            "disk or object storage, or equal copies"
+        )
+    if not world.agrees([(each.folder.name, each.settled, each.has_checkpoint) for each in folders]):
+        raise RunError(
+            f"the {world.size} processes do not see the same runs in {folders[0].folder.parent}: put them on a disk "
+            "that all machines share, or begin anew with --fresh"
+        )
 
 
 def _too_large(plans: Sequence[MemberPlan], device: torch.device) -> ResourceError:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import xxhash
 
 from ...sites import Location
@@ -20,6 +21,7 @@ from ...system.untrusted_files import parse_json
 from .manifest import Execution, StoreManifest, checksum
 from .shard import FileRecord
 
+L = TypeVar("L", bound="Sequence[Commit]")
 LOG = "activations/commits.jsonl"  # in the folder of an array, where Zarr readers do not search for arrays
 
 
@@ -114,8 +116,11 @@ def follows(last: Commit | None, new: Commit) -> bool:
     return new.shard == last.shard + 1 and new.first_row == last.stop_row
 
 
-def latest(commits: Sequence[Commit]) -> list[Commit]:
+def latest(commits: Sequence[Commit]) -> Sequence[Commit]:
     """The valid (last) line of each shard, in order."""
+    known = getattr(commits, "latest", None)  # of a log with an index
+    if known is not None:
+        return known()
     return list({commit.shard: commit for commit in commits}.values())
 
 
@@ -124,33 +129,49 @@ def execution_of(commit: Commit, manifest: StoreManifest) -> Execution:
     return manifest.execution if commit.execution is None else Execution(**commit.execution)
 
 
+def table_of(commits: Sequence[Commit]) -> np.ndarray:
+    """Shard, first row and rows of every line: int64 [lines, 3]."""
+    known = getattr(commits, "table", None)  # of a log with an index
+    if known is not None:
+        return known()
+    return np.array([(c.shard, c.first_row, c.rows) for c in commits], np.int64).reshape(-1, 3)
+
+
+def last_of_shards(shards_L: np.ndarray) -> np.ndarray:
+    """Positions of the last line of every shard, from the shard of every line: a log has them in order."""
+    return np.flatnonzero(np.append(np.diff(shards_L) != 0, True)) if len(shards_L) else np.empty(0, np.int64)
+
+
 def rows_in(commits: Sequence[Commit]) -> int:
     """Number of committed rows."""
     return commits[-1].stop_row if commits else 0
 
 
-def agreed(
-    logs: Mapping[Location, Sequence[Commit]], settled: Collection[Location] = ()
-) -> dict[Location, list[Commit]] | None:
+def agreed(logs: Mapping[Location, L], settled: Collection[Location] = ()) -> dict[Location, L] | None:
     """The logs of layers that are written together, cut to the rows that all of them have.
 
     A crash can leave some layers one line ahead of the others; that line is removed. The result is None if the logs
     differ by more, or if a ``settled`` (finished) layer would lose a line. Only the rows of each shard are compared,
     not the lines: a store that grew in steps and one that was written at once may hold the same rows.
     """
-    wanted = _shard_rows(min(logs.values(), key=rows_in))
-    cut = {}
+    wanted = _shard_rows(table_of(min(logs.values(), key=rows_in)))
+    cut: dict[Location, L] = {}
     for layer, log in logs.items():
-        shorter = [log] if layer in settled else [log, log[:-1]]
-        found = next((lines for lines in shorter if _shard_rows(lines) == wanted), None)
+        lines = table_of(log)
+        shorter = [len(log)] if layer in settled or not len(log) else [len(log), len(log) - 1]
+        found = next((n for n in shorter if np.array_equal(_shard_rows(lines[:n]), wanted)), None)
         if found is None:
             return None
-        cut[layer] = list(found)
+        cut[layer] = log if found == len(log) else _head(log, found)
     return cut
 
 
-def _shard_rows(log: Sequence[Commit]) -> list[tuple[int, int]]:
-    return [(commit.first_row, commit.rows) for commit in latest(log)]
+def _head(log: Any, n: int) -> Any:
+    return log.head(n) if hasattr(log, "head") else log[:n]
+
+
+def _shard_rows(lines_L3: np.ndarray) -> np.ndarray:
+    return lines_L3[last_of_shards(lines_L3[:, 0]), 1:]
 
 
 def fingerprint(manifest: StoreManifest, commits: Sequence[Commit], rows: int) -> str:

@@ -24,7 +24,7 @@ import xxhash
 from ...errors import StoreError
 from ...system.untrusted_files import parse_json
 from ..storage.places import Place
-from .commit_log import LOG, Commit, follows, identities, parse_line
+from .commit_log import LOG, Commit, follows, identities, last_of_shards, parse_line, table_of
 from .manifest import checksum
 from .zarr_documents import ARRAYS
 
@@ -76,6 +76,26 @@ class IndexedLog(Sequence[Commit]):
                 yield self._parsed(raw[line["offset"] - start : line["offset"] - start + line["length"]], line)
         yield from self._newer
 
+    def head(self, n: int) -> IndexedLog:
+        """The first ``n`` lines; how many bytes these have is not known."""
+        newer = self._newer[: max(0, n - len(self._lines))]
+        return IndexedLog(self._place, self._lines[:n], newer, -1, self._header if n >= len(self._lines) else None)
+
+    def append(self, commit: Commit) -> None:
+        """Add a line that was just written."""
+        self._newer.append(commit)
+
+    def table(self) -> np.ndarray:
+        """See :func:`.commit_log.table_of`."""
+        fields = ("shard", "first_row", "rows")
+        mine = np.stack([self._lines[field] for field in fields], axis=1) if len(self._lines) else None
+        newer = table_of(self._newer)
+        return newer if mine is None else np.concatenate([mine, newer])
+
+    def latest(self) -> LatestLines:
+        """See :func:`.commit_log.latest`."""
+        return LatestLines(self)
+
     def _read(self, at: int) -> Commit:
         line = self._lines[at]
         return self._parsed(_bytes_at(self._place, int(line["offset"]), int(line["length"])), line)
@@ -105,17 +125,22 @@ class IndexedLog(Sequence[Commit]):
 
     def bytes(self) -> int:
         """Of the files of the last line of every shard."""
-        sizes = None if self._header is None else read_part(self._place, self._header, "bytes")
-        last = self.last_lines()
-        if sizes is None:
-            return sum(file.bytes for at in last for file in self[int(at)].files.values())
-        newer = [sum(file.bytes for file in commit.files.values()) for commit in self._newer]
-        return int(np.append(sizes.sum(1), newer)[last].sum())
+        return int(np.maximum(self.file_sizes(), 0).sum())
+
+    def file_sizes(self) -> np.ndarray:
+        """Bytes of the files of the last line of every shard, in the order of :data:`FILES`: int64 [shards, files].
+
+        −1 for a file that the line does not have.
+        """
+        indexed = None if self._header is None else read_part(self._place, self._header, "bytes")
+        known = np.empty((0, len(FILES)), np.int64) if indexed is None else indexed
+        rest = self if indexed is None else self._newer
+        more = [[file.bytes if (file := c.files.get(name)) else -1 for name in FILES] for c in rest]
+        return np.concatenate([known, np.array(more, np.int64).reshape(-1, len(FILES))])[self.last_lines()]
 
     def last_lines(self) -> np.ndarray:
         """Positions of the last line of every shard, in order of the shards."""
-        shards = np.concatenate([self._lines["shard"], [commit.shard for commit in self._newer]]).astype(np.int64)
-        return np.flatnonzero(np.append(np.diff(shards) != 0, True)) if len(shards) else np.empty(0, np.int64)
+        return last_of_shards(self.table()[:, 0])
 
 
 class LatestLines(Sequence[Commit]):
@@ -142,8 +167,12 @@ def _bytes_at(place: Place, offset: int, length: int) -> bytes:
     return bytes(raw[: place.read_into(LOG, offset, [raw])])
 
 
-def open_log(place: Place) -> tuple[IndexedLog, int]:
-    """A store's log and its length in bytes. Where it is long, its index is used, or made again.
+def open_log(place: Place, *, keep: bool = True) -> tuple[IndexedLog, int]:
+    """A store's log and its length in bytes. Where it is long, its index is used, or extended, or made again.
+
+    Args:
+        place: the store.
+        keep: write an index that was made.
 
     Raises:
         FileNotFoundError: there is no log.
@@ -154,12 +183,13 @@ def open_log(place: Place) -> tuple[IndexedLog, int]:
     covered = 0 if header is None else int(header["log_bytes"])
     if size - covered >= WORTH_IT:
         try:
-            parts, covered = _indexed(place, size)
+            parts, covered = _indexed(place, size, _parts_of(place, header))
         except (KeyError, ValueError):  # lines of files that stores do not have: what is valid is not decided here
             lines, header, covered = None, None, 0
         else:
-            write_index(place, parts, covered)
-            lines, header = parts["lines"], read_header(place)
+            if keep:
+                write_index(place, parts, covered)
+            lines, header = parts["lines"], read_header(place) if keep else None
     lines = np.empty(0, LINE) if lines is None else lines
     last = IndexedLog(place, lines, [], covered)[-1] if len(lines) else None
     newer, sound = _parsed_tail(_bytes_at(place, covered, size - covered), last)
@@ -230,12 +260,26 @@ def _hash_of_log(place: Place, length: int) -> str:
     return hashed.hexdigest()
 
 
-def _indexed(place: Place, size: int) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the log's valid lines, and how many bytes these have; one block of the log in memory at a time."""
+def _parts_of(place: Place, header: dict[str, Any] | None) -> dict[str, np.ndarray]:
+    """All arrays of an index, none of them where one is damaged."""
+    found = {} if header is None else {name: read_part(place, header, name) for name in _PARTS}
+    whole = {name: part for name, part in found.items() if part is not None}
+    return whole if len(whole) == len(_PARTS) else {}
+
+
+def _indexed(place: Place, size: int, begun: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of the log's valid lines, and how many bytes these have; one block of the log in memory at a time.
+
+    ``begun``: those of its first lines, or nothing.
+    """
     lines: list[np.ndarray] = []
     hashes: list[bytes] = []
     sizes: list[np.ndarray] = []
     last, start = None, 0
+    if begun and len(begun["lines"]):
+        lines, hashes, sizes = [begun["lines"]], [begun["hashes"].tobytes()], [begun["bytes"]]
+        start = int(begun["lines"]["offset"][-1] + begun["lines"]["length"][-1])
+        last = IndexedLog(place, begun["lines"], [], start)[-1]
     while start < size:
         raw = _bytes_at(place, start, min(2 * _BLOCK, size - start))
         commits, sound = _parsed_tail(raw, last)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,19 +19,24 @@ import torch
 from xxhash import xxh3_64
 
 from ...errors import StoreError
+from ..storage.local_cache import ChunkFiles
 from ..storage.places import Place
 from .codecs import CRC_BYTES, DamageError, check, decode
 from .layout import StoreLayout
 from .shard import index_bytes, parse_index, read_text
 from .zarr_documents import TEXT_ARRAYS, shard_key
 
+_FAR_THREADS = 32  # that wait for the network
 _OPEN_TEXT = 16  # shards whose tokens, documents and flags are kept
 
 
 @cache
-def read_pool() -> ThreadPoolExecutor:
-    """The threads that read chunks; all stores of this process share them."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "chunk-reader")
+def read_pool(local: bool = True) -> ThreadPoolExecutor:
+    """The threads that read chunks; all stores of this process share them.
+
+    On a disk there are as many as the machine has cores, up to 8. Those that wait for object storage need no core.
+    """
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1) if local else _FAR_THREADS, "chunk-reader")
 
 
 class ShardReader:
@@ -40,9 +45,10 @@ class ShardReader:
     Thread-safe. ``rows`` arguments give the number of committed rows of a shard; what comes after them is never read.
     """
 
-    def __init__(self, place: Place, layout: StoreLayout):
-        self.place, self.layout = place, layout
+    def __init__(self, place: Place, layout: StoreLayout, kept: ChunkFiles | None = None):
+        self.place, self.layout, self._kept = place, layout, kept
         self._indices: dict[tuple[int, int], np.ndarray] = {}
+        self._reading: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._texts: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._files = place.open_many()
         self._lock = threading.Lock()
@@ -83,22 +89,32 @@ class ShardReader:
             raise DamageError("it ends too early")
 
     def _fill_hashed(self, key: str, offset: int, body: Any, xxh3: str) -> None:
+        if self._kept is not None and self._kept.read(key, offset, body, xxh3):
+            return
         hasher = xxh3_64()
         if self._files.stream_into(key, offset, body, hasher.update) != len(body):
             raise DamageError("it ends too early")
         if hasher.hexdigest() != xxh3:
             raise DamageError("its bytes are not those that were committed")
+        if self._kept is not None:
+            self._kept.keep(key, offset, body, xxh3)
 
     def _index(self, shard: int, rows: int) -> np.ndarray:
         chunks = self.layout.chunks_for(rows)
         found = self._indices.get((shard, chunks))
         if found is None:
-            key, raw = shard_key("activations", shard), bytearray(index_bytes(self.layout))
-            size = self._files.size(key)
-            if size < len(raw) or self._files.read_into(key, size - len(raw), [raw]) != len(raw):
-                raise DamageError("it is too short to be a shard")
-            found = self._indices[shard, chunks] = parse_index(raw, self.layout, size, chunks)
+            with self._reading[shard]:  # the others that wait for the same index need not ask for it
+                found = self._indices.get((shard, chunks))
+                if found is None:
+                    found = self._indices[shard, chunks] = self._read_index(shard, chunks)
         return found
+
+    def _read_index(self, shard: int, chunks: int) -> np.ndarray:
+        key, raw = shard_key("activations", shard), bytearray(index_bytes(self.layout))
+        size = self._files.size(key)
+        if size < len(raw) or self._files.read_into(key, size - len(raw), [raw]) != len(raw):
+            raise DamageError("it is too short to be a shard")
+        return parse_index(raw, self.layout, size, chunks)
 
     def shard_rows(self, shard: int, start: int, stop: int, rows: int) -> np.ndarray:
         """Rows ``start`` … ``stop`` of one shard as uint16 ``[stop − start, T, D]``; whole chunks are read and cut."""
@@ -139,7 +155,7 @@ class ShardReader:
         if len(jobs) == 1:
             jobs[0]()
             return
-        pool, waiting = read_pool(), iter(jobs)
+        pool, waiting = read_pool(self.place.local), iter(jobs)
 
         def work() -> None:
             for job in waiting:  # the iterator is shared: each thread takes the next job that nobody has taken

@@ -68,6 +68,16 @@ class LocalPlace:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Names of the files directly inside a folder, and their bytes; nothing if there is no such folder."""
+        with plain_errors(f"list {self}/{folder}"):
+            try:
+                found = os.scandir(self.path(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            with found as files:
+                yield from ((file.name, file.stat().st_size) for file in files)
+
     def make_folder(self, key: str) -> None:  # noqa: D102
         folder = self.path(key)
         with plain_errors(f"create {folder}"):

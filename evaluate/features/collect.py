@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics.active_entries import ActiveEntries
-from ..protocol import Findings, TokenBatch
+from ..metrics.active_entries import ActiveEntries, uniform_hash
+from ..protocol import Findings, State, TokenBatch, add_held, held
 from ..results import Definition, FeatureCard
 from .cards import DEFINITIONS, CardSource, Place, choose, describe
 
@@ -24,7 +24,10 @@ RANDOM = 3  # rows kept per feature at random where it fires: the strongest alon
 
 
 class _Kept:
-    """Per feature the K rows of highest score, with the position and value of the activation they are kept for."""
+    """Per feature the K rows of highest score, with the position and value of the activation they are kept for.
+
+    Of equal scores the earlier row is kept, so that nothing depends on how the text is divided.
+    """
 
     def __init__(self, n_features: int, keep: int, device: torch.device):
         self.score_KF = torch.full((keep, n_features), -torch.inf, device=device)
@@ -32,11 +35,23 @@ class _Kept:
         self.position_KF = torch.zeros((keep, n_features), dtype=torch.int16, device=device)
 
     def update(self, score_BF: Tensor, rows_B: Tensor, position_BF: Tensor) -> None:
-        rows_BF = rows_B[:, None].expand_as(score_BF)
-        score = torch.cat([self.score_KF, score_BF])
-        self.score_KF, best = score.topk(len(self.score_KF), dim=0)
-        self.row_KF = torch.cat([self.row_KF, rows_BF]).gather(0, best)
-        self.position_KF = torch.cat([self.position_KF, position_BF.to(torch.int16)]).gather(0, best)
+        self._take(score_BF, rows_B[:, None].expand_as(score_BF), position_BF.to(torch.int16))
+
+    def _take(self, score_XF: Tensor, row_XF: Tensor, position_XF: Tensor) -> None:
+        score = torch.cat([self.score_KF, score_XF])
+        best = score.argsort(dim=0, descending=True, stable=True)[: len(self.score_KF)]
+        self.score_KF = score.gather(0, best)
+        self.row_KF = torch.cat([self.row_KF, row_XF]).gather(0, best)
+        self.position_KF = torch.cat([self.position_KF, position_XF]).gather(0, best)
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, ("score_KF", "row_KF", "position_KF"))
+
+    def merge(self, later: State) -> None:
+        """Take in the state of later rows."""
+        device = self.score_KF.device
+        self._take(*(torch.from_numpy(later[name]).to(device) for name in ("score_KF", "row_KF", "position_KF")))
 
     def places(self, feature: int, chosen: Literal["strongest", "random"]) -> list[Place]:
         """Where this feature's rows have their peaks, the row of the highest score first."""
@@ -84,7 +99,6 @@ class FeatureBrowser:
 
     def __init__(self, sae: Any, *, seed: int, n_cards: int = 200, max_rows: int = 256):
         self._sae, self._seed, self._n_cards, self._max_rows = sae, seed, n_cards, max_rows
-        self._generator = torch.Generator().manual_seed(seed)
         self._seen: _Seen | None = None
 
     def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
@@ -99,8 +113,30 @@ class FeatureBrowser:
         self._seen.n_tokens += int(batch.valid_BT.sum())
         never = torch.tensor(-torch.inf, device=z_BTF.device)
         self._seen.strongest.update(torch.where(fires_BF, peak_BF, never), batch.rows_B, position_BF)
-        random_BF = torch.rand(peak_BF.shape, generator=self._generator).to(z_BTF.device)
-        self._seen.random.update(torch.where(fires_BF, random_BF, never), batch.rows_B, position_BF)
+        row, feature = fires_BF.nonzero(as_tuple=True)
+        lot = uniform_hash(self._seed, batch.rows_B[row].cpu().numpy(), feature.cpu().numpy())
+        random_BF = torch.full_like(peak_BF, -torch.inf)
+        random_BF[row, feature] = torch.from_numpy(lot).to(random_BF)
+        self._seen.random.update(random_BF, batch.rows_B, position_BF)
+
+    def state(self) -> State:
+        """What it holds; nothing before the first batch."""
+        seen = self._seen
+        if seen is None:
+            return {}
+        kept = {"strongest": seen.strongest.state(), "random": seen.random.state(), "n_tokens": seen.n_tokens}
+        return held(seen, ("count_F",)) | kept
+
+    def merge(self, later: State) -> None:
+        """Take in the state of later rows."""
+        if not later:
+            return
+        if self._seen is None:
+            self._seen = _Seen(self._sae.n_features, self._sae.W_dec.device)
+        add_held(self._seen, later, ("count_F",))
+        self._seen.strongest.merge(later["strongest"])
+        self._seen.random.merge(later["random"])
+        self._seen.n_tokens += later["n_tokens"]
 
     def result(self) -> Findings:
         """Nothing for the table: the cards are asked for afterwards."""

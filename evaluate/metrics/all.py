@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from ...errors import MissingPackageError, NoLanguageModelError, UsageError, nee
 from ...plugins import plugin_at_work
 from ...train.sae.protocol import SparseCoder
 from .. import cost
-from ..protocol import Accumulator, Findings, RawActivations, TokenBatch
+from ..protocol import Findings, RawActivations, State, TokenBatch
 from ..results import Definition
 from . import fidelity
 from .active_entries import ActiveEntries
@@ -90,7 +90,7 @@ class AllMetrics:
     ):
         raw = isinstance(sae, RawActivations)
         makers = {name: family.of_activations if raw else family.accumulator for name, family in chosen.items()}
-        self._parts: dict[str, Accumulator] = {
+        self._parts: dict[str, Any] = {
             name: make(sae, context=context, seed=seed) for name, make in makers.items() if make is not None
         }
         self.definitions = {key: one for part in self._parts.values() for key, one in part.definitions.items()}
@@ -100,6 +100,20 @@ class AllMetrics:
         for name, part in self._parts.items():
             with plugin_at_work(METRICS, name):
                 part.update(batch, active, x_hat_BTD)
+
+    def state(self) -> State:
+        """What all of them hold; each must have a state."""
+        found = {}
+        for name, part in self._parts.items():
+            with plugin_at_work(METRICS, name):
+                found[name] = part.state()
+        return found
+
+    def merge(self, later: State) -> None:
+        """Take in the states of other rows."""
+        for name, part in self._parts.items():
+            with plugin_at_work(METRICS, name):
+                part.merge(later[name])
 
     def result(self) -> Findings:
         """What all of them found."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RunError, UsageError
-from ..protocol import Findings, SumsByUnit, TokenBatch
+from ..protocol import Findings, State, SumsByUnit, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries, pair_masks
 
@@ -100,6 +100,14 @@ class Average:
         tokens = [Tokens(batch, active, x_hat_BTD, at_N + step) for step in steps]
         above_N, below_N = self._checked(self._function(*tokens), len(at_N))
         self._by_unit.add(tokens[0].unit, above=above_N, below=below_N, counted=below_N != 0)
+
+    def state(self) -> State:
+        """What it holds."""
+        return self._by_unit.state()
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        self._by_unit.merge(later)
 
     def result(self) -> Findings:
         """The one metric; its n counts the tokens or pairs whose denominator is not zero."""

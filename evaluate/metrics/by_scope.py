@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
-from ..protocol import Findings, TokenBatch
+from ..protocol import Findings, State, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries
 from .all import AllMetrics
@@ -119,6 +119,18 @@ class ByPart:
             z_part_BTF = part.codes(active)
             self._fidelity[name].add_reconstruction(batch, x_part_BTD, z_part_BTF)
             self._metrics[name].update(batch, ActiveEntries.from_dense(z_part_BTF, batch.valid_BT), x_part_BTD)
+
+    def state(self) -> State:
+        """What it holds."""
+        return {
+            name: {"sums": self._fidelity[name].state(), "metrics": self._metrics[name].state()} for name in self._parts
+        }
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        for name in self._parts:
+            self._fidelity[name].merge(later[name]["sums"])
+            self._metrics[name].merge(later[name]["metrics"])
 
     def result(self) -> Findings:
         """The chosen metrics of all parts; no curves and nothing per feature, which the whole has."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife
-from ..protocol import Findings, SumsByUnit, TokenBatch, plain_metric
+from ..protocol import Findings, State, SumsByUnit, TokenBatch, add_held, held, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .active_entries import ActiveEntries
 from .registry import metric
@@ -25,6 +25,7 @@ _LOWEST_OCTAVE, _HIGHEST_OCTAVE = -32, 48  # L1 of a token outside 2^-32 … 2^4
 FEW_ALIVE = 0.05
 """Share of alive features below which the notes warn."""
 
+_ADDED = ("_tokens_G", "_active_GF", "_sum_F", "_l0", "_l1")
 _OF_WEIGHTS = f"{NO_INTERVAL} a property of the weights, whatever the text"
 _HISTOGRAM = f"{NO_INTERVAL} a histogram is drawn as it was counted"
 
@@ -101,6 +102,16 @@ class FeatureStatistics:
         octave = l1_N[active.valid_N].clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
         bins = (octave * _BINS_PER_OCTAVE).long().clamp(max=len(self._l1) - 1)
         self._l1 += torch.bincount(bins, minlength=len(self._l1))
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, (*_ADDED, "_max_F")) | {"by_unit": self._by_unit.state()}
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        add_held(self, later, _ADDED)
+        self._max_F = torch.maximum(self._max_F, torch.from_numpy(later["_max_F"]).to(self._max_F.device))
+        self._by_unit.merge(later["by_unit"])
 
     def result(self) -> Findings:
         """Shares with jackknife intervals, histograms, and the numbers of every feature."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.splice import Head
-from ..protocol import SumsByUnit, TokenBatch, UnitSums
+from ..protocol import State, SumsByUnit, TokenBatch, UnitSums
 from ..results import OUTLIERS, Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
@@ -225,6 +225,17 @@ class Fidelity:
     def _add(self, units_N: Tensor, inlier_N: Tensor, values: Mapping[str, Tensor]) -> None:
         self.by_unit.add(units_N, **values)
         self.by_unit.add(units_N[inlier_N], **{name + OUTLIERS: value[inlier_N] for name, value in values.items()})
+
+    def state(self) -> State:
+        """What it holds."""
+        shift = {suffix: shift_D.cpu().numpy() for suffix, shift_D in self._shift_D.items()}
+        return {"by_unit": self.by_unit.state(), "shift": shift}
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        self.by_unit.merge(later["by_unit"])
+        for suffix, shift_D in self._shift_D.items():
+            shift_D += torch.from_numpy(later["shift"][suffix]).to(shift_D.device)
 
     def sums(self, *, spliced: bool = True) -> dict[str, UnitSums]:
         """Everything that needs no other record, with and without outliers; CE and KL only where there is a splice."""

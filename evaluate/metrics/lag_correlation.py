@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS
+from ..protocol import State, add_held, held
 from .active_entries import ActiveEntries, Matches, PairMasks
 
 XY, X, Y, XX, YY = range(5)
@@ -35,6 +36,14 @@ class LagSums:
             self._add(Y, YY, lag, group_N[token_E[second] - lag], active.feature_E[second], value_E[second])
         place = self._place(XY, found.lag_M, group_N[token_E[found.earlier_M]], active.feature_E[found.earlier_M])
         self.sums_GSFL.view(-1).index_add_(0, place, value_E[found.earlier_M] * value_E[found.later_M])
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, ("sums_GSFL", "pairs_GL"))
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        add_held(self, later, ("sums_GSFL", "pairs_GL"))
 
     def _add(self, plain: int, squared: int, lag: int, group: Tensor, feature: Tensor, value: Tensor) -> None:
         flat = self.sums_GSFL.view(-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import group_of, jackknife_band, jackknife_over_features
-from ..protocol import Findings, TokenBatch, plain_metric
+from ..protocol import Findings, State, TokenBatch, add_held, held, plain_metric
 from ..results import JACKKNIFE, NO_INTERVAL, Curve, Definition, Metric
 from .active_entries import ActiveEntries
 from .registry import metric
@@ -26,6 +26,7 @@ LOCKED = 0.5
 _GROUPS = 4  # of the jackknife: each holds all sums once
 _EXACT_UP_TO = 2000  # active tokens up to which the bias of the mutual information is computed exactly
 
+_ADDED = ("_sum_GFT", "_active_GFT", "_square_GF", "_tokens_GT")
 _TEST = (
     f"{NO_INTERVAL} it counts outcomes of a test whose power grows with the text: leaving text out moves the count "
     "itself"
@@ -107,6 +108,15 @@ class PositionStatistics:
         self._active_GFT.view(-1).index_add_(0, place_E, torch.ones_like(active.value_E))
         self._square_GF.view(-1).index_add_(0, feature_E, active.value_E**2 * (position_E > 0))
         self._rotation.update(batch, active)
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, _ADDED) | {"rotation": self._rotation.state()}
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        add_held(self, later, _ADDED)
+        self._rotation.merge(later["rotation"])
 
     def result(self) -> Findings:
         """Position dependence of every feature, tested, and its summaries."""

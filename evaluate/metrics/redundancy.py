@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
-from ..protocol import Findings, TokenBatch, plain_metric
+from ..protocol import Findings, State, TokenBatch, held, plain_metric
 from ..results import NO_INTERVAL, Definition
 from .active_entries import ActiveEntries
 from .registry import metric
@@ -75,6 +75,14 @@ class Redundancy:
     def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in."""
         self._alive_F |= active.per_feature() > 0
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, ("_alive_F",))
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        self._alive_F |= torch.from_numpy(later["_alive_F"]).to(self._alive_F.device)
 
     def result(self) -> Findings:
         """Shares over alive features; per feature its most similar other feature and the cosine."""

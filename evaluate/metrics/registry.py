@@ -43,6 +43,8 @@ class MetricFamily:
     """A package that is not always installed, and the extra that installs it; without it the family is left out."""
     by_part: tuple[str, ...] = ()
     """Which of the metrics are also measured of each part of the dictionary where the temporal term sees only one."""
+    merges: bool = True
+    """Whether what reads the pass has ``state`` and ``merge``, so that rows can be divided among processes."""
 
 
 METRICS: Registry[MetricFamily] = Registry(
@@ -73,8 +75,9 @@ def metric(
     """Register the decorated class or function as a metric.
 
     A class is an :class:`~tcsae.evaluate.protocol.Accumulator` made with ``(sae, *, context, seed)``; it may have
-    ``by_part``, ``needs`` and a class ``OfActivations`` (see :class:`MetricFamily`). A function says what it is called
-    with:
+    ``by_part``, ``needs`` and a class ``OfActivations`` (see :class:`MetricFamily`), and ``state`` and ``merge`` (see
+    :class:`~tcsae.evaluate.protocol.Mergeable`), without which only one process measures it. A function says what it
+    is called with:
 
     - ``over="tokens"``: one :class:`~tcsae.evaluate.metrics.average.Tokens`, all tokens of a batch that count;
     - ``over="pairs"``: two of them, the first and the second token of every valid pair of adjacent tokens;
@@ -128,11 +131,14 @@ def _of_class(name: str, written_as: Any) -> MetricFamily:
                 f"the metric '{name}' has no '{part}': a class needs definitions, update(batch, active, x_hat_BTD) and "
                 "result()"
             )
+    of_activations = getattr(written_as, "OfActivations", None)
+    readers = [one for one in (written_as, of_activations) if one is not None]
     return MetricFamily(
         written_as,
         written_as.definitions,
         accumulator=written_as,
         by_part=getattr(written_as, "by_part", ()),
-        of_activations=getattr(written_as, "OfActivations", None),
+        of_activations=of_activations,
         needs=getattr(written_as, "needs", None),
+        merges=all(hasattr(one, "state") and hasattr(one, "merge") for one in readers),
     )

@@ -23,7 +23,7 @@ import math
 import numpy as np
 import torch
 
-from ..protocol import TokenBatch
+from ..protocol import State, TokenBatch
 from .active_entries import ActiveEntries, uniform_hash
 
 ROTATIONS = 200
@@ -61,13 +61,43 @@ class RotationSample:
         self._kept = [np.concatenate([old, more.astype(old.dtype)]) for old, more in zip(self._kept, new, strict=True)]
         self._thin()
 
+    def state(self) -> State:
+        """What it holds."""
+        return {
+            "level_F": self.level_F,
+            "kept": list(self._kept),
+            "row_level": self._row_level,
+            "uncounted_row": self._uncounted_row,
+            "uncounted_position": self._uncounted_position,
+        }
+
+    def merge(self, later: State) -> None:
+        """Take in the state of later rows.
+
+        A level only ever rises, by conditions that more rows cannot undo: a part of the rows cannot have thinned out
+        more than all of them do.
+        """
+        first_row = len(self._row_level)
+        self._row_level = np.concatenate([self._row_level, later["row_level"]])
+        self._uncounted_row = np.concatenate([self._uncounted_row, later["uncounted_row"] + first_row])
+        self._uncounted_position = np.concatenate([self._uncounted_position, later["uncounted_position"]])
+        feature, row, position, value = later["kept"]
+        new = (feature, row + np.int32(first_row), position, value)
+        self._kept = [np.concatenate(both) for both in zip(self._kept, new, strict=True)]
+        self.level_F = np.maximum(self.level_F, later["level_F"])
+        self._drop_below()
+        self._thin()
+
+    def _drop_below(self) -> None:
+        keep = self._row_level[self._kept[1]] >= self.level_F[self._kept[0]]
+        self._kept = [column[keep] for column in self._kept]
+
     def _thin(self) -> None:
         """Halve the rows of features that hold too much, as long as that leaves rows enough."""
         counts = np.bincount(self._kept[0], minlength=len(self.level_F))
         while (over := (counts > 2 * self._events) & (self._rows_at(self.level_F + 1) >= self._min_rows)).any():
             self.level_F[over] += 1
-            keep = self._row_level[self._kept[1]] >= self.level_F[self._kept[0]]
-            self._kept = [column[keep] for column in self._kept]
+            self._drop_below()
             counts = np.bincount(self._kept[0], minlength=len(self.level_F))
 
     def _rows_at(self, level: np.ndarray) -> np.ndarray:

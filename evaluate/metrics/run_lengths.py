@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import GROUPS
+from ..protocol import State, add_held, held
 from .active_entries import ActiveEntries, Matches, PairMasks
+
+_ADDED = ("chances_GF", "ends_GF", "starts_GF", "ended_GT", "cut_GT")
 
 
 def followed(active: ActiveEntries, found: Matches) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,14 @@ class RunCounts:
             for total, ended in ((self.ended_GT, ended_R), (self.cut_GT, ~ended_R)):
                 total += torch.bincount(place_R[seen_R & ended], minlength=total.numel()).view_as(total)
         return active.per_token(chance_E), active.per_token(end_E)
+
+    def state(self) -> State:
+        """What it holds."""
+        return held(self, _ADDED)
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        add_held(self, later, _ADDED)
 
 
 def survival(ended_T: Tensor, cut_T: Tensor) -> Tensor:

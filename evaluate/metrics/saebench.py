@@ -103,6 +103,13 @@ class SAEBenchSums:
         """Plain numbers, to be kept with a finished record."""
         return dict(self._sums) | {"tokens:n": self._tokens, "batches:n": self._batches}
 
+    def merge(self, later: dict[str, float]) -> None:
+        """Take in the state of other batches."""
+        more = SAEBenchSums.from_state(later)
+        for name, value in more._sums.items():
+            self._sums[name] += value
+        self._tokens, self._batches = self._tokens + more._tokens, self._batches + more._batches
+
     @classmethod
     def from_state(cls, state: dict[str, float]) -> SAEBenchSums:
         """What :meth:`state` gave."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band, jackknife_over_features
-from ..protocol import Findings, SumsByUnit, TokenBatch, UnitSums, plain_metric
+from ..protocol import Findings, State, SumsByUnit, TokenBatch, UnitSums, add_held, held, plain_metric
 from ..results import BOOTSTRAP, JACKKNIFE, Curve, Definition
 from .active_entries import ActiveEntries, Matches, matches, pair_masks
 from .gain_refit import refit_gains
@@ -32,6 +32,7 @@ MIN_ACTIVE = 30
 SAMPLE_TOKENS = 1024
 """Tokens that are compared with one another, far apart or in different documents."""
 
+_PARTS = ("_sums", "_runs", "_sample", "_by_unit")
 _GAINS = f"{JACKKNIFE}, the gains held fixed"
 _SAMPLE = f"{JACKKNIFE}, leaving a group out of the sample"
 _PAIRS = "over valid pairs: both tokens in one row and one document, neither special, padding nor an outlier"
@@ -243,6 +244,17 @@ class TemporalStatistics:
         unit_B = batch.units_BT.gather(1, batch.valid_BT.int().argmax(1, keepdim=True)).squeeze(1)
         some = features_B > 0
         self._by_unit.add(unit_B[some], smoothness=change_B[some], smoothness_n=torch.ones_like(change_B[some]))
+
+    def state(self) -> State:
+        """What it holds."""
+        parts = {name: getattr(self, name).state() for name in _PARTS}
+        return held(self, ("_tokens_G", "_active_GF")) | parts
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        add_held(self, later, ("_tokens_G", "_active_GF"))
+        for name in _PARTS:
+            getattr(self, name).merge(later[name])
 
     def result(self) -> Findings:
         """All temporal metrics, the curves over the lag and over the run length, and the numbers of every feature."""

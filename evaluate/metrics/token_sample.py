@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..intervals.jackknife import group_of
-from ..protocol import TokenBatch
+from ..protocol import State, TokenBatch
 from .active_entries import ActiveEntries, uniform_hash
 
 
@@ -122,9 +122,22 @@ class TokenSample:
             feature_E=active.feature_E[mine].int(),
             value_E=active.value_E[mine].float(),
         )
+        self._take(part)
+
+    def _take(self, part: SampledTokens) -> None:
         self._parts.append(part)
         if sum(map(len, self._parts)) >= 2 * self._size:  # not after every batch: it copies all of the sample
             self.taken()
+
+    def state(self) -> State:
+        """What it holds: the sample of its rows."""
+        sample = self.taken()
+        return {one.name: getattr(sample, one.name).cpu().numpy() for one in fields(sample)}
+
+    def merge(self, later: State) -> None:
+        """Take in the sample of other rows: what is of the sample of all rows is of that of its own."""
+        device = self._parts[0].priority_M.device
+        self._take(SampledTokens(**{name: torch.from_numpy(array).to(device) for name, array in later.items()}))
 
     def taken(self) -> SampledTokens:
         """The sample as it is now, in the order of the text."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..protocol import Findings, SumsByUnit, TokenBatch
+from ..protocol import Findings, State, SumsByUnit, TokenBatch
 from ..results import Definition
 from .active_entries import ActiveEntries
 
@@ -58,6 +58,14 @@ class WindowMetrics:
         )
         incomplete_N = ~parts["complete"][valid_BT]
         self._by_unit.add(batch.units_BT[valid_BT], incomplete=incomplete_N, tokens=torch.ones_like(incomplete_N))
+
+    def state(self) -> State:
+        """What it holds."""
+        return self._by_unit.state()
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        self._by_unit.merge(later)
 
     def result(self) -> Findings:
         """Both, as sums per unit."""

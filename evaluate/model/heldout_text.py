@@ -43,6 +43,7 @@ class HeldOutText:
     label_names: tuple[str, ...] = ()
     classes_RT: np.ndarray | None = None  # int64: see token_text.py
     read_R: np.ndarray | None = None  # int64: the number of each row among all that could be read
+    first_row: int = 0  # of a part of a text: the number of its first row in the whole
 
     @classmethod
     def gather(
@@ -133,6 +134,12 @@ class HeldOutText:
             digest.update(repr(self.label_names).encode() + self.labels_RT.tobytes())
         return digest.hexdigest()[:16]
 
+    def part(self, rows: slice) -> HeldOutText:
+        """Some of its rows, with their numbers, documents and units in the whole."""
+        names = ("tokens_RT", "documents_RT", "units_RT", "real_RT", "spliced_R", "labels_RT", "classes_RT", "read_R")
+        cut = {name: None if (array := getattr(self, name)) is None else array[rows] for name in names}
+        return replace(self, **cut, first_row=self.first_row + rows.start)
+
     def spliced_in(self, rows: int) -> HeldOutText:
         """The same text, of which SAEs are spliced into ``rows`` rows, spread evenly over the documents; 0: all."""
         if not 0 < rows < len(self):
@@ -164,7 +171,7 @@ class HeldOutText:
             for part in (self.tokens_RT, self.documents_RT, self.units_RT, self.real_RT)
         )
         valid = real & (x_BTD.norm(dim=-1) <= norm_limit)
-        numbers = torch.arange(rows.start, rows.stop, device=x_BTD.device)
+        numbers = self.first_row + torch.arange(rows.start, rows.stop, device=x_BTD.device)
         labels, classes = (
             torch.full_like(tokens, -1) if part is None else torch.from_numpy(part[rows]).to(x_BTD.device)
             for part in (self.labels_RT, self.classes_RT)

@@ -139,9 +139,9 @@ def test_our_own_failures_are_not_tried_again(config, monkeypatch):
 
 def test_ctrl_c_is_for_the_coordinator_alone():
     """A terminal sends it to every process of the command: workers would answer with a traceback each."""
-    from tcsae.extract.distributed import _local_cluster
+    from tcsae.cache.cluster import local_cluster
 
-    with _local_cluster(1) as client:
+    with local_cluster(1) as client:
         assert all(signal.SIGINT in mask for mask in client.run(signal.pthread_sigmask, signal.SIG_BLOCK, []).values())
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

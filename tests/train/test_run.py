@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -552,32 +553,74 @@ def test_a_short_training_of_jumprelu_ends_at_its_target_too(store, tmp_path, ca
     assert "from the target" not in capsys.readouterr().err
 
 
-def test_two_processes_equal_one(store, tmp_path):
+_TOGETHER = (
+    "import sys, torch; torch.set_num_threads(1)\n"
+    "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
+    "train(validated(json.loads(sys.argv[1])))"
+)
+
+
+def torchrun(config, *options: str) -> subprocess.Popen:
+    """Start one agent, on the loopback address: a machine need not be able to resolve its own name."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *options]
+    return subprocess.Popen(
+        [*launch, "--no-python", sys.executable, "-W", "ignore", "-c", _TOGETHER, config.model_dump_json()],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def outcomes(*agents: subprocess.Popen) -> list[tuple[int, str]]:
+    """Exit status of each agent and what it said."""
+    said = [agent.communicate(timeout=240)[1] for agent in agents]
+    return [(agent.returncode, words) for agent, words in zip(agents, said, strict=True)]
+
+
+def two_machines(*configs) -> list[tuple[int, str]]:
+    """One agent with one process on each of two machines, both of them this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}")
+    return outcomes(*(torchrun(each, *meet, f"--node-rank={rank}") for rank, each in enumerate(configs)))
+
+
+@pytest.fixture(scope="module")
+def two_processes(store, tmp_path_factory):
+    """Runs that two processes of one machine trained."""
+    folder = tmp_path_factory.mktemp("two")
+    config = config_for(store, folder, sae__activation="relu", loss__l1=0.1)
+    ((status, said),) = outcomes(torchrun(config, "--standalone", "--nproc-per-node=2"))
+    assert status == 0, said
+    return folder
+
+
+def test_two_machines_equal_one_with_two_processes(store, two_processes, tmp_path):
+    config = config_for(store, tmp_path / "runs", sae__activation="relu", loss__l1=0.1)
+    for status, said in two_machines(config, config):
+        assert status == 0, said
+    paths = sorted(path for path in two_processes.iterdir() if path.is_dir())
+    assert len(paths) == 2
+    for path in paths:
+        mine, theirs = TemporalSAE.load(path), TemporalSAE.load(tmp_path / "runs" / path.name)
+        for name, value in mine.state_dict().items():
+            assert torch.equal(theirs.state_dict()[name], value), name
+        assert curve(tmp_path / "runs" / path.name, "loss") == curve(path, "loss")
+
+
+def test_machines_that_see_other_runs_are_refused(store, two_processes, tmp_path):
+    """The second machine has no disk in common with the first, which goes on with what it finds."""
+    shared, own = (config_for(store, at, sae__activation="relu", loss__l1=0.1) for at in (two_processes, tmp_path))
+    for status, said in two_machines(shared, own):
+        assert status != 0
+        assert "the 2 processes do not see the same runs in" in said
+
+
+def test_two_processes_equal_one(store, two_processes, tmp_path):
     """The torchrun way: every process takes its share of the windows; equal up to the order of sums."""
     config = config_for(store, tmp_path / "one", sae__activation="relu", loss__l1=0.1)
     alone = run.train(config)
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
-        "train(validated(json.loads(sys.argv[1])))"
-    )
-    together = config_for(store, tmp_path / "two", sae__activation="relu", loss__l1=0.1).model_dump_json()
-    # on the loopback address: a machine need not be able to resolve its own name
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc-per-node=2",
-    ]
-    done = subprocess.run(
-        [*torchrun, "--no-python", sys.executable, "-W", "ignore", "-c", code, together],
-        timeout=240, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     for path in alone.runs:
-        other = tmp_path / "two" / path.name
+        other = two_processes / path.name
         mine, theirs = TemporalSAE.load(path), TemporalSAE.load(other)
         for name, value in mine.state_dict().items():
             torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-3, atol=1e-4)

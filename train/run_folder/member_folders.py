@@ -33,6 +33,8 @@ _FREE = {
     "run.checkpoint_minutes",
     "run.log_every",
     "run.plugins",
+    "run.local_cache",
+    "run.cache_dir",
     "data.store",
 }
 

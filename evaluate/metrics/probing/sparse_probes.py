@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....train.sae.protocol import SparseCoder
 from ...model.token_text import TOKEN_CLASSES
-from ...protocol import Findings, RawActivations, TokenBatch
+from ...protocol import Findings, RawActivations, State, TokenBatch
 from ...results import Definition
 from ..active_entries import ActiveEntries
 from ..registry import metric
@@ -129,6 +129,15 @@ class _Probes:
         """Take one batch in."""
         self._tokens.update(batch, active)
         self._passages.update(*pooled(batch, active))
+
+    def state(self) -> State:
+        """What it holds."""
+        return {"tokens": self._tokens.state(), "passages": self._passages.state()}
+
+    def merge(self, later: State) -> None:
+        """Take in the state of other rows."""
+        self._tokens.merge(later["tokens"])
+        self._passages.merge(later["passages"])
 
     def _questions(self) -> Iterator[tuple[str, Question]]:
         """Every target that this text has classes for."""
