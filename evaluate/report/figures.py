@@ -23,7 +23,7 @@ from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
-TITLE = 60  # characters of a line of it
+TITLE = 46  # characters of a line of it
 DRAWN = "drawn.json"
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
 _HOLLOW = {"square", "diamond"}
