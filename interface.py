@@ -79,6 +79,7 @@ def train(
     *,
     sweep: Mapping[str, Iterable[Any]] | Iterable[str] = (),
     rivals: bool = False,
+    extend: str | Path | Iterable[str | Path] = (),
     fresh: bool = False,
     progress: bool = False,
     **options: Unpack[TrainOptions],
@@ -92,6 +93,7 @@ def train(
         options: by name, as on the command line (:class:`~tcsae.train.options.TrainOptions`).
         sweep: option or dotted field → values, or ``["seed=0,1"]``; every combination is trained, on one stream.
         rivals: plain, TC-SAE, T-SAE, TFA and a crosscoder instead of one kind, of one width and k, on one pass.
+        extend: finished runs (or folders of them) that go on for ``steps`` or ``tokens`` more, with all else as it was.
         fresh: replace runs that are there.
         progress: whether notes and progress are shown.
 
@@ -99,11 +101,18 @@ def train(
         TcsaeError: one sentence that names both sides and the remedy; finished runs and checkpoints stay.
 
     """
-    from .train.options import sweep_grid, train_config
+    from .options import several
+    from .train.options import extension, sweep_grid, train_config
     from .train.presets import rivals_of
     from .train.run import train as run
 
     with speaking(progress):
+        if runs := several(extend):
+            from .train.extend import extend as go_on
+
+            if config is not None or sweep or rivals:
+                raise UsageError("extend goes on with the settings of the run: leave out config, sweep and rivals")
+            return go_on(runs, fresh=fresh, **extension(**options))
         file = config if isinstance(config, str | Path) else None
         chosen = _either(None if file else config, options, lambda: train_config(file, **options))
         return run(rivals_of(chosen) if rivals else chosen, sweep=sweep_grid(sweep), fresh=fresh)

@@ -129,14 +129,22 @@ def _store(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
 
 def _run(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
     from .train.run_folder.checkpoint import checkpoints
-    from .train.run_folder.record import load_run
+    from .train.run_folder.record import EXTENSION, RECORD, load_run
 
     record = load_run(path)
     about = record.config.get("sae", {})
     what = f"{about.get('architecture', 'sae')} {about.get('activation', '')}, layer {record.location}"
     twin = (path.parent / record.twin,) if record.twin and (path.parent / record.twin / "train.json").is_file() else ()
     if record.finished:
-        return True, f"{what}, {format_count(record.steps)} step{'s' if record.steps != 1 else ''}", twin
+        what = f"{what}, {format_count(record.steps)} step{'s' if record.steps != 1 else ''}"
+        if (path / EXTENSION / RECORD).exists():
+            planned = load_run(path / EXTENSION).planned_steps
+            return (
+                True,
+                f"{what}, on the way to {planned}: `pipeline train --extend` goes on",
+                (Path(record.store), *twin),
+            )
+        return True, what, twin
     done = max(checkpoints(path), default=0)
     state = f"{what}, {done} of {record.planned_steps} steps: the same `pipeline train` goes on"
     return False, state, (Path(record.store), *twin)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
 from .loss.registry import PARTNERS, TERMS
 from .sae.registry import ACTIVATIONS, ARCHITECTURES
+
+if TYPE_CHECKING:
+    from .options import TrainOptions
 
 _main = partial(typer.Option, rich_help_panel="What to train")
 _sparsity = partial(typer.Option, rich_help_panel="Sparsity")
@@ -22,6 +26,9 @@ def train(
     sweep: list[str] = _main([], "--sweep", help="KEY=V1,V2, repeatable: the grid trains on one pass over the store."),
     rivals: bool = _main(
         False, "--rivals", help="Plain, TC-SAE, T-SAE, TFA and a crosscoder, of one width and k, on one pass."
+    ),
+    extend: list[str] = _main(
+        [], "--extend", help="Finished run (or folder of runs) that goes on for --steps or --tokens more; repeatable."
     ),
     width: str | None = _main(None, "--width", help="Features; auto: 8 × d_model, rounded to a power of two."),
     preset: str | None = _main(
@@ -108,15 +115,16 @@ def train(
 
         pipeline train --store cache/l12.zarr --init-from runs/l12-topk64-none-s0 --name further
 
+        pipeline train --extend runs/l12-topk64-pairwise0.03-w5-s0 --steps 2000
+
         pipeline train --show-config > my.toml
 
     """
     from ..console import note, summary
-    from .options import sweep_grid, train_config
+    from .options import TrainOptions, sweep_grid, train_config
     from .presets import show_toml
 
-    chosen = train_config(
-        config,
+    asked = TrainOptions(
         store=store,
         width=width,
         preset=preset,  # pyright: ignore[reportArgumentType] - the configuration checks it
@@ -156,6 +164,10 @@ def train(
         local_cache=local_cache,
         cache_dir=cache_dir,
     )
+    if extend:
+        _extend(extend, asked, other=bool(sweep or rivals or config or show_config), fresh=not resume, json=json_output)
+        return
+    chosen = train_config(config, **asked)
     grid = sweep_grid(sweep)
     if show_config:
         print(show_toml(chosen), end="")
@@ -181,6 +193,22 @@ def train(
         )
     if done.failures:
         raise typer.Exit(1)
+
+
+def _extend(runs: list[str], asked: TrainOptions, *, other: bool, fresh: bool, json: bool) -> None:
+    from ..console import summary
+    from ..errors import UsageError
+    from ..system.allocator import keeping_freed_memory
+    from .extend import extend
+    from .loop.distributed import speaks
+    from .options import extension
+
+    if other:
+        raise UsageError("--extend goes on with the settings of the run: leave out --sweep, --rivals and --config")
+    with keeping_freed_memory():
+        done = extend(runs, fresh=fresh, **extension(**asked))
+    if speaks():
+        summary("trained further", done.facts(as_json=json), as_json=json, names=[path.name for path in done.runs])
 
 
 def export(

@@ -94,6 +94,31 @@ def train_config(config: str | Path | None = None, **asked: Unpack[TrainOptions]
     return build_config(preset, config, {field: as_count(field, value) for field, value in changes.items()})
 
 
+def extension(**asked: Unpack[TrainOptions]) -> dict[str, Any]:
+    """What options mean for ``--extend``: ``steps``, ``tokens`` and ``changes``, dotted field → value.
+
+    Raises:
+        UsageError: an option that would make another run of it.
+
+    """
+    given = options.chosen(asked, TrainOptions, "train")
+    far = {name: as_count(f"run.{name}", given.pop(name)) for name in ("steps", "tokens") if name in given}
+    if len(far) == 2:
+        raise UsageError("--steps and --tokens both say how far: give one of them")
+    fields = {"log": "run.log", "plugin": "run.plugins"} | {name: OPTIONS[name.replace("_", "-")] for name in _ANYWHERE}
+    if other := next((name for name in given if name not in fields), None):
+        may = ", ".join(f"--{name.replace('_', '-')}" for name in ("steps", "tokens", *fields))
+        raise UsageError(
+            f"--extend goes on with the settings of the run: leave out --{other.replace('_', '-')}; it takes {may}"
+        )
+    lists = {name: options.several(given[name]) for name in ("log", "plugin") if name in given}
+    return {**far, "changes": {fields[name]: value for name, value in (given | lists).items()}}
+
+
+_ANYWHERE = ("store", "device", "log_every", "checkpoint_every", "checkpoint_minutes")
+"""Options that do not change what is computed, only where, and what is written of it."""
+
+
 def _by_layer(weights: Any) -> dict[str, str] | None:
     """``5=0.1,12=0.03`` as layer → λ2, which the configuration checks; None where it is a single number."""
     if not isinstance(weights, str) or "=" not in weights:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from ..cache.views import Pairs, Rows, View, Windows
 from ..console import parse_count
 from ..errors import UsageError
 from ..sites import RESIDUAL, Location
+from ..system.untrusted_files import folder_name
 from .config import DataConfig, SAEConfig, TrainConfig
 from .loss.objective import group_sizes, objective_of
 from .loss.registry import PARTNERS, TERMS
 from .presets import changed
+from .run_folder.record import EXTENSION
 from .sae.registry import ACTIVATIONS, ARCHITECTURES
 
 # What `--sweep` and the flags call the fields of the configuration.
@@ -91,6 +94,14 @@ class MemberPlan:
     role: str
     twin: str | None
     d_model: int
+    begun_at: int = 0
+    """Steps of a finished run that goes on with this; the configuration's steps are all of them together."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained: the run's folder, or that of its extension."""
+        run = Path(self.config.run.out) / folder_name(self.name, "--name")
+        return run / EXTENSION if self.begun_at else run
 
     @property
     def n_parameters(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from .loop.distributed import World, joined, seen_by_share
 from .loop.inputs import Inputs
 from .loop.member import Member
 from .loop.memory_plan import available_bytes, estimate, split_passes, step_of
+from .loop.schedule import rate_lengths
 from .loop.trainer import Pass, siblings_wanted
 from .loop.warm_start import begin_from_source, check_sources
 from .loss.objective import group_sizes
@@ -41,7 +42,7 @@ from .presets import changed
 from .run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint
 from .run_folder.member_folders import MemberFolder, locked, member_folders
 from .run_folder.metrics_log import check_loggers
-from .run_folder.record import RunRecord, load_run
+from .run_folder.record import RunRecord, TrainedPart, load_run
 from .sae.protocol import PREFIX_SIZES
 
 _NAMED = 4  # runs in the sentence that announces them
@@ -115,21 +116,11 @@ def train(
         )
         check_sources([each.plan for each in folders if not each.settled and not each.has_checkpoint], store)
         failures = {each.plan.name: each.failure for each in folders if each.failure}
-        metrics: dict[str, Metrics] = {}
         mine.enter_context(locked(folders if world.writes else []))
-        _check_alike(folders, store, world)
-        if world.writes and world.size > 1:
-            _say_what_differs([each.plan for each in folders if not each.settled], world)
-        for group in _groups([each for each in folders if not each.settled]):
-            for plans in split_passes([each.plan for each in group], available_bytes(device), device.type):
-                part = [each for each in group if each.plan in plans]
-                inputs = Inputs.of(group[0].plan.config.data, statistics)
-                try:
-                    trained, failed = _train_those_that_can(part, store, inputs, device, dtype, world)
-                except torch.OutOfMemoryError as failure:
-                    raise _too_large(plans, device) from failure
-                metrics |= trained
-                failures |= failed
+        metrics, failed = train_members(
+            folders, store, lambda each: Inputs.of(each.plan.config.data, statistics), device, dtype, world
+        )
+        failures |= failed
     if len(failures) == len(folders):
         raise RunError(next(iter(failures.values())))
     first = folders[0].plan.config
@@ -147,6 +138,32 @@ def train(
 def _cache(config: TrainConfig) -> LocalCache | None:
     run = config.run
     return LocalCache(round(run.local_cache * 1e9), run.cache_dir or DEFAULT_FOLDER) if run.local_cache else None
+
+
+def train_members(
+    folders: Sequence[MemberFolder],
+    store: ActivationStore,
+    inputs_of: Callable[[MemberFolder], Inputs],
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+) -> tuple[dict[str, Metrics], dict[str, str]]:
+    """Train all members that are not settled, in as few passes as memory allows; last metrics and failures, by name."""
+    metrics: dict[str, Metrics] = {}
+    failures: dict[str, str] = {}
+    _check_alike(folders, store, world)
+    if world.writes and world.size > 1:
+        _say_what_differs([each.plan for each in folders if not each.settled], world)
+    for group in _groups([each for each in folders if not each.settled]):
+        for plans in split_passes([each.plan for each in group], available_bytes(device), device.type):
+            part = [each for each in group if each.plan in plans]
+            try:
+                trained, failed = _train_those_that_can(part, store, inputs_of(group[0]), device, dtype, world)
+            except torch.OutOfMemoryError as failure:
+                raise _too_large(plans, device) from failure
+            metrics |= trained
+            failures |= failed
+    return metrics, failures
 
 
 def _common(configs: Sequence[TrainConfig]) -> TrainConfig:
@@ -278,7 +295,9 @@ def _groups(folders: Sequence[MemberFolder]) -> list[list[MemberFolder]]:
         rows = each.record.store_rows if each.record and each.has_checkpoint else 0
         data = each.plan.config.data
         stream = (data.store, data.batch_size, data.pool, data.seed, data.scale, data.norm_filter, data.only)
-        groups.setdefault((*stream, each.plan.config.run.steps, rows, each.has_checkpoint), []).append(each)
+        groups.setdefault(
+            (*stream, each.plan.begun_at, each.plan.config.run.steps, rows, each.has_checkpoint), []
+        ).append(each)
     return list(groups.values())
 
 
@@ -299,7 +318,8 @@ def _train_pass(
     if step is not None:
         inputs = Inputs.from_state_dict(load_checkpoint(paths[0], step)["inputs"])
     plans = [_as_begun(each) for each in folders]
-    if step is None and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
+    extended = plans[0].begun_at > 0
+    if step is None and not extended and any(plan.config.sae.b_dec == "geometric_median" for plan in plans):
         inputs = inputs.with_median(store)
     if world.writes:
         _announce(plans, inputs, store, step, device)
@@ -309,7 +329,9 @@ def _train_pass(
     config = plans[0].config
     kept = {each.plan.name: each.record for each in folders if each.record and step is not None}
     records = {plan.name: kept.get(plan.name) or new_record(plan, store, inputs, device) for plan in plans}
-    for member in work.members if step is None else ():
+    if step is None and extended:
+        work.go_on({plan.name: load_run(plan.folder.parent) for plan in plans})
+    for member in work.members if step is None and not extended else ():
         origin = begin_from_source(member, inputs.scale)
         records[member.plan.name] = records[member.plan.name].model_copy(update={"origin": origin})
     if world.writes:
@@ -356,8 +378,13 @@ def _announce(
         view, most = view_of(data), data.batch_size
         per_step = view.tokens_per_batch(most)
         remainder = f", {most - per_step} tokens of {most} left out" if most > per_step else ""
-        tokens = format_count(config.run.steps * per_step)
-        note(f"{config.run.steps} steps of {per_step} tokens ({view.describe(most)}{remainder}), {tokens} in all")
+        steps = config.run.steps - plans[0].begun_at
+        tokens = format_count(steps * per_step)
+        note(f"{steps} steps of {per_step} tokens ({view.describe(most)}{remainder}), {tokens} in all")
+    if plans[0].begun_at:
+        warmup, decay = rate_lengths(config.run.steps - plans[0].begun_at, config.optimiser)
+        rate = f"the learning rate grows over {warmup} steps and falls over the last {decay}"
+        note(f"after {plans[0].begun_at} steps that are done, with fresh Adam moments; {rate}")
     note(
         f"memory {estimate(plans, device.type)}; store {format_bytes(inputs.rows * store.context * store.d_model * 2)}"
     )
@@ -368,7 +395,44 @@ def _announce(
 
 
 def new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs, device: torch.device) -> RunRecord:
-    """The record of a run that is about to begin."""
+    """The record of a run that is about to begin, or to go on."""
+    record = _new_record(plan, store, inputs, device)
+    if not plan.begun_at:
+        return record
+    before = load_run(plan.folder.parent)
+    warmup, decay = rate_lengths(plan.config.run.steps - plan.begun_at, plan.config.optimiser)
+    part = TrainedPart(
+        from_step=plan.begun_at,
+        steps=plan.config.run.steps - plan.begun_at,
+        tokens=(plan.config.run.steps - plan.begun_at) * tokens_per_step(plan.config),
+        lr=plan.config.optimiser.lr,
+        warmup=warmup,
+        decay=decay,
+        created=record.created,
+        versions=record.versions,
+    )
+    of_before = {"pairs": before.pairs, "origin": before.origin, "created": before.created}
+    return record.model_copy(update={"parts": [*(before.parts or [_whole(before)]), part], **of_before})
+
+
+def _whole(record: RunRecord) -> TrainedPart:
+    """A run that was trained in one, as the first part of one that goes on."""
+    config = TrainConfig.model_validate(record.config)
+    warmup, decay = rate_lengths(record.steps, config.optimiser)
+    return TrainedPart(
+        from_step=0,
+        steps=record.steps,
+        tokens=record.tokens,
+        lr=config.optimiser.lr,
+        warmup=warmup,
+        decay=decay,
+        created=record.created,
+        cost=record.cost,
+        versions=record.versions,
+    )
+
+
+def _new_record(plan: MemberPlan, store: ActivationStore, inputs: Inputs, device: torch.device) -> RunRecord:
     return RunRecord(
         name=plan.name,
         role="twin" if plan.role == "twin" else "tc",
@@ -404,9 +468,21 @@ def finish(member: Member, record: RunRecord, folder: Path, work: Pass) -> None:
     sae.metadata = metadata_of(record)
     sae.save(folder)
     done = {"steps": member.step, "tokens": member.step * tokens_per_step(member.config), "finished": True}
-    done["cost"] = work.cost(member)
+    done |= {"cost": work.cost(member), "ends": work.ends.get(record.name, {})}
+    if record.parts:
+        *before, last = record.parts
+        parts = [*before, last.model_copy(update={"cost": done["cost"]})]
+        done |= {"parts": parts, "cost": _summed([part.cost for part in parts])}
     record.model_copy(update=done | {"metrics": work.last_metrics.get(record.name, {})}).save(folder)
     drop_checkpoints(folder)
+
+
+def _summed(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of all parts; of memory and members the most."""
+    known = [cost for cost in costs if cost]
+    keys = dict.fromkeys(key for cost in known for key in cost)
+    of = {"seconds": sum} if len(known) == len(costs) else {}
+    return {key: of.get(key, max)(cost[key] for cost in known if key in cost) for key in keys}
 
 
 def metadata_of(record: RunRecord) -> dict[str, object]:

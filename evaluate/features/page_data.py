@@ -15,7 +15,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..report.wording import role_of, short_name
+from ..report.sweep import Sweep
+from ..report.wording import role_of
 from ..results import Curve, EvaluationReport, FeatureCard, Passage
 
 MAX_FEATURES = 300  # per SAE
@@ -80,7 +81,7 @@ def embedded(data: Mapping[str, Any]) -> Markup:
 
 
 def _payload(report: EvaluationReport, n_features: int, n_passages: int) -> dict[str, Any]:
-    words = Words()
+    words, sweep = Words(), Sweep(report)
     saes: list[dict[str, Any]] = []
     names: dict[str, None] = {}  # every one once, in the order in which they appear
     for record in report.records:
@@ -92,7 +93,7 @@ def _payload(report: EvaluationReport, n_features: int, n_passages: int) -> dict
         saes.append(
             {
                 "name": record.name,
-                "label": f"layer {record.location}, {short_name(record, report)}",
+                "label": f"layer {record.location}, {sweep.label(record)}",
                 "role": role_of(record),
                 "n_features": record.sae.n_features if record.sae else None,
                 "total": len(cards),

@@ -49,10 +49,23 @@ _SERIES = (  # colours with contrast >= 4.5 on both backgrounds, told apart by m
     ("#a01f4f", "#ee8fb0", "circle", (4, 2, 1, 2)),
     ("#0b6b72", "#6bc7cf", "square", (12, 3)),
     ("#7a5200", "#d8b06a", "triangle", (5, 5)),
+    ("#556b00", "#b5c95a", "diamond", (3, 3)),
+    ("#4b3fa0", "#a79df0", "cross", (6, 2, 2, 2)),
 )
 SERIES = {f"series{n}": RoleStyle(f"series {n}", *look) for n, look in enumerate(_SERIES, 1)}
 """Lines that are no roles, such as a study's variants: named by their labels."""
-STYLES = ROLES | TERMS | SERIES
+_RAMP = (  # from dark violet to light green on a light ground, the other way round on a dark one: order without names
+    ("#56147a", "#b786db", "circle", (1, 2)),
+    ("#393096", "#979df7", "diamond", (3, 2)),
+    ("#024e86", "#6bb6ff", "triangle", (5, 2)),
+    ("#025d71", "#36ccf1", "circle", (8, 2)),
+    ("#086964", "#38ddd2", "diamond", (12, 2)),
+    ("#047549", "#79e5ab", "triangle", (18, 2)),
+    ("#537800", "#bbe586", "circle", ()),
+)
+RAMP = {f"step{n}": RoleStyle(f"step {n}", *look) for n, look in enumerate(_RAMP, 1)}
+"""Values in order, such as λ2: the higher the value, the longer the dashes."""
+STYLES = ROLES | TERMS | SERIES | RAMP
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Axis:
     low: float | None = None
     high: float | None = None
     categories: tuple[str, ...] = ()
+    at: tuple[float, ...] = ()
+    """Where its ticks are; empty: at round numbers."""
 
     def range(self, values: list[float]) -> tuple[float, float]:
         """The ends shown for these values: the fixed ones, else the data's with a margin of 6 %."""
@@ -104,6 +119,8 @@ class Axis:
         """(value, label) of the ticks inside the ends."""
         if self.categories:
             return [(float(i), name) for i, name in enumerate(self.categories)]
+        if self.at:
+            return [(value, power_label(value) if self.log else f"{value:g}") for value in self.at]
         return _log_ticks(*ends) if self.log else _linear_ticks(*ends, about)
 
 
@@ -163,6 +180,10 @@ class Panel:
     site: str = RESIDUAL
     names: Mapping[str, str] = field(default_factory=dict)
     """What roles are called in its legend, where it is not what they are called in a report."""
+    part: str = ""
+    """Of a sweep shown in several charts with common axes: what this one shows. They follow one another."""
+    own_legend: bool = False
+    """Whether its styles mean something else than in the charts beside it, so that it needs a legend of its own."""
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes."""
@@ -177,7 +198,7 @@ class Panel:
 
     def legend(self) -> list[tuple[str, str]]:
         """(role, name) of the roles that occur; a series goes by its line's label."""
-        named = {line.role: line.label for line in self.lines if line.role in SERIES} | dict(self.names)
+        named = {line.role: line.label for line in self.lines if line.role in SERIES | RAMP} | dict(self.names)
         return [(role, named.get(role, STYLES[role].name)) for role in self.roles()]
 
     def roles(self) -> list[str]:
@@ -242,8 +263,3 @@ def number(value: float, digits: int) -> str:
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("-")
     return text.replace("-", "−")
-
-
-def shortened(text: str, length: int = 32) -> str:
-    """A row's name where there is little room: its beginning and its end, where names of one sweep differ."""
-    return text if len(text) <= length else f"{text[: length - 9]}…{text[-8:]}"

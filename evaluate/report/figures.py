@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from ...errors import TcsaeError, needs
@@ -18,10 +19,11 @@ from ...system.atomic_files import plain_errors, write_file, write_json
 from ...system.checksums import content_hash, file_hash
 from ...system.untrusted_files import read_json
 from . import chart
-from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart, shortened
+from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
+TITLE = 46  # characters of a line of it
 DRAWN = "drawn.json"
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
 _HOLLOW = {"square", "diamond"}
@@ -102,9 +104,9 @@ def draw(ax: Any, panel: Panel) -> None:
     _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
     ax.set(xlabel=panel.x.label, ylabel=panel.y.label)
     if panel.y.categories:  # whose names take much of the width: the title begins above them
-        ax.figure.suptitle(panel.title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+        ax.figure.suptitle(fill(panel.title, TITLE), x=0.01, ha="left", fontsize="medium", fontweight="bold")
     else:
-        ax.set_title(panel.title)
+        ax.set_title(fill(f"{panel.title}: {panel.part}" if panel.part else panel.title, TITLE))
     _legend(ax, panel)
 
 
@@ -199,7 +201,7 @@ def _axis(axis: Any, set_scale: Any, set_limits: Any, spec: Axis, ends: tuple[fl
         set_scale("log")
     set_limits(*ends)
     ticks = spec.ticks((min(ends), max(ends)))
-    axis.set_ticks([value for value, _ in ticks], [shortened(label) for _, label in ticks])
+    axis.set_ticks([value for value, _ in ticks], [fill(label, 30) for _, label in ticks])
     axis.set_minor_locator(_no_locator())
 
 

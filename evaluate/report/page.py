@@ -18,13 +18,14 @@ from markupsafe import Markup
 from ...system.atomic_files import remove_partials, write_file
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
-from .chart import DARK, LIGHT, ROLES, STYLES, Panel
+from .chart import DARK, LIGHT, STYLES, TERMS, Panel
 from .figures import write_figures
 from .panels.registry import sections
 from .svg import render, swatch
-from .tables import Cell, Column, cell, comparisons, full_tables, main_tables, published, reasons_of
-from .verdict import first_sentences, verdicts
-from .wording import PAIRS, evaluated, in_reading_order, named, provenance, pruned_outcomes
+from .sweep import in_reading_order
+from .tables import Cell, Column, cell, comparisons, difference_tables, full_tables, main_tables, published, reasons_of
+from .verdict import by_series, first_sentences, verdicts
+from .wording import PAIRS, evaluated, named, provenance, pruned_outcomes
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -70,17 +71,18 @@ def render_page(
         css=asset("report.css"),
         js=asset("dom.js") + asset("report.js"),
         colours=colours(),
-        styles=STYLES,
         swatches={role: swatch(role) for role in STYLES},
         evaluated=evaluated(report),
         outcomes=first_sentences(found) + pruned_outcomes(report),
         verdicts=found,
+        verdicts_by_series=by_series(found, report),
         comparisons={kind: comparisons(report, kind) for kind in PAIRS},
+        differences=difference_tables(report),
         main_tables=main_tables(report),
         full_tables=full_tables(report),
         panels={key: _drawn(group) for key, group in panels.items()},
-        keys={key: _roles(group) for key, group in panels.items()},
-        roles=list(ROLES),
+        keys={key: _legend(group) for key, group in panels.items()},
+        own_keys={panel.key: _own_legend(panel) for group in panels.values() for panel in group},
         model_name=named(report.model.id, "model"),
         published=published_table,
         published_reasons=reasons_of(cell for row in published_table[1] for cell in row.here)
@@ -99,16 +101,31 @@ def render_page(
 
 
 def _drawn(panels: Sequence[Panel]) -> list[list[dict[str, Any]]]:
-    """Panels with their drawings, in rows by layer and site; one row where each has but one panel."""
+    """Panels with their drawings, in rows by layer and site; one row where each has but one panel. Charts of the parts
+    of a sweep are one item.
+    """
     rows = [list(group) for _, group in groupby(panels, key=lambda panel: (panel.layer, panel.site))]
     if all(len(row) == 1 for row in rows):
         rows = [list(panels)] if panels else []
-    return [[{"panel": panel, "svg": render(panel)} for panel in row] for row in rows]
+    return [
+        [
+            {"title": first.title, "charts": [{"panel": panel, "svg": render(panel)} for panel in (first, *rest)]}
+            for _, (first, *rest) in groupby(row, key=lambda panel: panel.title if panel.part else panel.key)
+        ]
+        for row in rows
+    ]
 
 
-def _roles(panels: Sequence[Panel]) -> list[str]:
-    """The roles a section's panels show; the terms of a loss are no roles and are named at their own panel."""
-    return [role for role in ROLES if any(role in panel.roles() for panel in panels)]
+def _legend(panels: Sequence[Panel]) -> list[tuple[str, str]]:
+    """(style, name) of what a section's panels show in common."""
+    found = [entry for panel in panels if not panel.own_legend for entry in panel.legend() if entry[0] not in TERMS]
+    return sorted(dict.fromkeys(found), key=lambda entry: list(STYLES).index(entry[0]))
+
+
+def _own_legend(panel: Panel) -> list[tuple[str, str]]:
+    """What a panel shows that only it shows: the terms of a loss, or styles with another meaning."""
+    found = [entry for entry in panel.legend() if panel.own_legend or entry[0] in TERMS]
+    return found if len(found) > 1 else []
 
 
 def _contents(

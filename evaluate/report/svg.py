@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .chart import STYLES, Line, Mark, Panel, number, set_apart, shortened
+from .chart import STYLES, Line, Mark, Panel, number, set_apart
 
 WIDTH, HEIGHT = 320, 236
-ROW = 22  # height of one named category
+ROW, TALL_ROW = 22, 34  # height of one named category, and of one whose name stands above its line
+LONG_NAME = 20  # characters of a category's name; with a longer one all names stand above their lines
 GLYPH = 6.0  # mean width of a character at the 11.5-unit label size
 SET_APART = 9  # units between points that would lie on one another
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -83,11 +84,17 @@ def describe(panel: Panel) -> str:
 def _frame(panel: Panel) -> _Frame:
     x_ends, y_ends = panel.ends()
     if panel.y.categories:
-        left = 17 + max(len(shortened(name)) for name in panel.y.categories) * GLYPH
+        above = _names_above(panel)
+        left = 12 if above else 17 + max(len(name) for name in panel.y.categories) * GLYPH
         top = 4 + 13 * sum(rule.x is not None for rule in panel.rules)  # a line of words over the rows for each level
-        return _Frame(panel, left, top, WIDTH - 8, top + ROW * len(panel.y.categories), x_ends, y_ends)
+        height = (TALL_ROW if above else ROW) * len(panel.y.categories)
+        return _Frame(panel, left, top, WIDTH - 8, top + height, x_ends, y_ends)
     left = 10 + max((len(text) for _, text in panel.y.ticks(y_ends)), default=3) * GLYPH
     return _Frame(panel, max(left, 30), 24, WIDTH - 8, HEIGHT - 40, x_ends, y_ends)
+
+
+def _names_above(panel: Panel) -> bool:
+    return max(map(len, panel.y.categories)) > LONG_NAME
 
 
 def _grid(frame: _Frame) -> Iterator[str]:
@@ -96,7 +103,10 @@ def _grid(frame: _Frame) -> Iterator[str]:
     for value, text in panel.y.ticks(frame.y_ends):
         y = frame.y(value)
         yield f'<path class="grid" d="M{frame.left:.1f} {y:.1f}H{frame.right}"/>'
-        yield _text("tick", frame.left - gap, y + 4, "end", shortened(text))
+        if panel.y.categories and _names_above(panel):
+            yield _text("tick", 2, y - 9, "start", text)
+        else:
+            yield _text("tick", frame.left - gap, y + 4, "end", text)
     yield f'<path class="axis" d="M{frame.left:.1f} {frame.bottom}H{frame.right}"/>'
     last = -99.0
     for value, text in panel.x.ticks(frame.x_ends):

@@ -15,7 +15,8 @@ from ...sites import RESIDUAL, Location
 from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
 from .svg import interval_glyph
-from .wording import ARROWS, PAIRS, better_of, decimals, metric_label, role_of, short_name, show, show_interval, verdict
+from .sweep import Sweep
+from .wording import ARROWS, PAIRS, better_of, decimals, metric_label, role_of, show, show_interval, verdict
 
 GROUPS = ("sparsity", "fidelity", "features", "time", "position")
 """Groups of columns in the main table, from left to right; those of plug-ins follow."""
@@ -67,6 +68,8 @@ class Table:
     columns: tuple[Column, ...]
     saes: tuple[Row, ...]
     references: tuple[Row, ...]
+    series: tuple[Row, ...] = ()
+    """Of many runs, a row for each series: means over its seeds. Empty where there are few, or one seed each."""
 
     def reasons(self) -> dict[str, str]:
         """The footnotes that this table needs."""
@@ -114,10 +117,67 @@ def table(
     records = [record for record in report.records if record.location == at]
     columns = [column(report, key, groups.get(key, "")) for key in keys]
     digits = {key: _digits(records, key) for key in keys}
+    sweep = Sweep(report)
     rows = {
-        kind: tuple(_row(r, keys, digits, report) for r in records if r.kind == kind) for kind in ("sae", "reference")
+        kind: tuple(_row(r, keys, digits, sweep) for r in records if r.kind == kind) for kind in ("sae", "reference")
     }
-    return Table(at, tuple(columns), rows["sae"], rows["reference"])
+    return Table(at, tuple(columns), rows["sae"], rows["reference"], _series_rows(records, keys, digits, sweep))
+
+
+def _series_rows(
+    records: Sequence[Record], keys: Sequence[str], digits: dict[str, int], sweep: Sweep
+) -> tuple[Row, ...]:
+    saes = [record for record in records if record.kind == "sae"]
+    if not sweep.is_large(saes):
+        return ()
+    rows = []
+    for series, group in sweep.groups(saes):
+        if series is None or len(group) == 1:
+            rows += [_row(record, keys, digits, sweep) for record in group]
+            continue
+        cells = tuple(_mean_cell([_applicable(record, key) for record in group], digits[key]) for key in keys)
+        names = ", ".join(record.name for record in group)
+        rows.append(Row(f"{series.label} ({len(group)} seeds)", names, series.style, cells))
+    return tuple(rows)
+
+
+def difference_tables(report: EvaluationReport) -> list[Table]:
+    """Where there are many pairs: the differences TC-SAE − twin of every series, means over its seeds, in one table per
+    layer and site. Empty where there are few, or one seed each.
+    """
+    pairs, sweep = [pair for pair in report.paired if pair.kind == "twin"], Sweep(report)
+    of = {id(record): pair for pair in pairs if (record := report.record(pair.first, *pair.location)) is not None}
+    records = [record for record in report.records if id(record) in of]
+    if not sweep.is_large(records):
+        return []
+    keys = [key for key in headline(report) if any(key in pair.metrics for pair in pairs)]
+    columns, found = tuple(column(report, key) for key in keys), []
+    for at in report.locations:
+        here = [record for record in records if record.location == at]
+        metrics = {key: [of[id(record)].metrics.get(key) for record in here] for key in keys}
+        digits = {
+            key: max([decimals(m.value, m.low, m.high) for m in metrics[key] if m and m.value is not None], default=3)
+            for key in keys
+        }
+        rows = []
+        for series, group in sweep.groups(here):
+            cells = [_mean_cell([of[id(r)].metrics.get(key) for r in group], digits[key], signed=True) for key in keys]
+            label, style = (series.label, series.style) if series else (group[0].name, "tc")
+            seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
+            rows.append(Row(label + seeds, ", ".join(record.name for record in group), style, tuple(cells)))
+        found.append(Table(at, columns, (), (), tuple(rows)))
+    return [table for table in found if table.series]
+
+
+def _mean_cell(metrics: Sequence[Metric | None], digits: int, *, signed: bool = False) -> Cell:
+    """The mean over seeds, and from the least to the most of them."""
+    values = [metric.value for metric in metrics if metric is not None and metric.value is not None]
+    if len(values) < len(metrics):
+        return cell(next((m for m in metrics if m is None or m.value is None), None), digits)
+    low, high = show(min(values), digits), show(max(values), digits)
+    mean = sum(values) / len(values)
+    plus = "+" if signed and mean > 0 else ""
+    return Cell(plus + show(mean, digits), "" if low == high else f"{low} … {high}")
 
 
 def column(report: EvaluationReport, key: str, group: str = "") -> Column:
@@ -145,9 +205,9 @@ def _digits(records: Sequence[Record], key: str) -> int:
     return max(asked, default=3)
 
 
-def _row(record: Record, keys: Sequence[str], digits: dict[str, int], report: EvaluationReport) -> Row:
+def _row(record: Record, keys: Sequence[str], digits: dict[str, int], sweep: Sweep) -> Row:
     cells = tuple(cell(_applicable(record, key), digits[key]) for key in keys)
-    return Row(short_name(record, report), record.name, role_of(record), cells, tuple(record.notes))
+    return Row(sweep.label(record), record.name, sweep.style(record), cells, tuple(record.notes))
 
 
 def _applicable(record: Record, key: str) -> Metric | None:
@@ -199,11 +259,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: its record's name, the role it is drawn in, and what it is called here."""
+    """One of the two that are compared: its record's name, the role it is drawn in, its part in the comparison, and
+    what it is called among the others.
+    """
 
     name: str
     role: str
     label: str
+    short: str
 
 
 def comparisons(report: EvaluationReport, kind: str) -> list[Comparison]:
@@ -217,8 +280,10 @@ def _comparison(pair: Paired, report: EvaluationReport) -> Comparison:
     records = report.record(pair.first, *pair.location), report.record(pair.second, *pair.location)
     found = [d for key in order if (d := _difference(key, pair, records, report))]
     main, others = (tuple(d for d in found if (d.column.key in first_shown) is wanted) for wanted in (True, False))
-    names, roles = (pair.first, pair.second), [role_of(record) if record else "external" for record in records]
-    first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], strict=True))
+    sweep, names = Sweep(report), (pair.first, pair.second)
+    roles = [role_of(record) if record else "external" for record in records]
+    short = [sweep.label(record) if record else name for record, name in zip(records, names, strict=True)]
+    first, second = (Side(*side) for side in zip(names, roles, PAIRS[pair.kind], short, strict=True))
     return Comparison(pair.location, first, second, main, others, pair.warning or _sparsity_warning(records))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...console import format_bytes, format_duration, summary
@@ -56,12 +57,23 @@ def _sentences(outcome: Outcome) -> Sequence[str]:
 
 
 def _table(report: EvaluationReport) -> Any:
-    """Fits 80 columns: the layer is said once, names are folded rather than numbers cut."""
+    """Fits 80 columns: the layer is said once, names are folded rather than numbers cut. Of many runs, the seeds of a
+    series are one row with their means.
+    """
     from rich import box
     from rich.table import Table
 
-    one_place = len(report.locations) == 1
+    from .sweep import Sweep, in_reading_order
+
+    report = in_reading_order(report)
+    sweep, one_place = Sweep(report), len(report.locations) == 1
     title = f"{report.model.id}, {report.text.dataset}" + (f", layer {report.locations[0]}" if one_place else "")
+    large = {
+        at: sweep.is_large([r for r in report.records if (r.location, r.kind) == (at, "sae")])
+        for at in report.locations
+    }
+    if any(large.values()):
+        title += "; ×n: mean of n seeds"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
     table.add_column("", overflow="fold", min_width=14)
     columns = _columns(report)
@@ -71,27 +83,37 @@ def _table(report: EvaluationReport) -> Any:
     for at in report.locations:
         if not one_place:
             table.add_row(f"layer {at}", style="bold")
-        for record in sorted((one for one in report.records if one.location == at), key=lambda one: one.kind):
-            name = record.name.removeprefix(f"{at.short}-")
-            cells = [_cell(record, key) for key in columns]
-            table.add_row(name, *cells, style="dim" if record.kind == "reference" else "")
-            for pair in report.paired:
-                if (pair.first, pair.location) == (record.name, at):
-                    other = "its twin" if pair.kind == "twin" else "the original"
-                    table.add_row(f"  − {other}", *(_difference(pair, key) for key in columns))
+        here = [record for record in report.records if record.location == at]
+        saes = [record for record in here if record.kind == "sae"]
+        groups = sweep.groups(saes) if large[at] else [(None, [record]) for record in saes]
+        for series, group in groups:
+            many = series is not None and len(group) > 1
+            name = f"{series.label} ×{len(group)}" if many and series else sweep.label(group[0])
+            table.add_row(name, *(_cell(group, key) for key in columns))
+            names = [record.name for record in group]
+            for kind, other in (("twin", "its twin"), ("pruned", "the original")):
+                pairs = [p for p in report.paired if p.kind == kind and p.location == at and p.first in names]
+                if pairs:
+                    table.add_row(f"  − {other}", *(_difference(pairs, key) for key in columns))
+        for record in here:
+            if record.kind == "reference":
+                table.add_row(sweep.label(record), *(_cell([record], key) for key in columns), style="dim")
         table.add_section()
     return table
 
 
-def _difference(pair: Paired, key: str) -> Text:
-    """Signed; dim where the interval includes zero."""
+def _difference(pairs: Sequence[Paired], key: str) -> Text:
+    """Signed, the mean of the pairs; dim unless all have one sign and intervals without zero."""
     from rich.text import Text
 
-    metric = pair.metrics.get(key)
-    if metric is None or metric.value is None:
+    found = [metric for pair in pairs if (metric := pair.metrics.get(key)) is not None]
+    values = [metric.value for metric in found if metric.value is not None]
+    if len(values) < len(pairs):
         return Text("")
-    said = f"{metric.value:+.1f}" if key == "l0" else f"{metric.value:+.4f}"
-    told = metric.low is not None and metric.high is not None and not metric.low <= 0 <= metric.high
+    mean = fmean(values)
+    said = f"{mean:+.1f}" if key == "l0" else f"{mean:+.4f}"
+    told = all(m.low is not None and m.high is not None and not m.low <= 0 <= m.high for m in found)
+    told = told and len({value > 0 for value in values}) == 1
     return Text(said.replace("-", "−"), style="" if told else "dim")
 
 
@@ -100,13 +122,14 @@ def _columns(report: EvaluationReport) -> list[str]:
     return [key for key in COLUMNS if any(key in record.metrics for record in report.records)]
 
 
-def _cell(record: Record, key: str) -> str:
-    metric = record.metrics.get(key)
-    if metric is None or metric.value is None:
+def _cell(records: Sequence[Record], key: str) -> str:
+    values = [m.value for one in records if (m := one.metrics.get(key)) is not None and m.value is not None]
+    if not values or len(values) < len(records):
         return "–"
+    value = fmean(values)
     if key == "l0":
-        return f"{metric.value:.1f}"
-    said = f"{metric.value:.0e}" if 0 < abs(metric.value) < 5e-4 else f"{metric.value:.3f}"
+        return f"{value:.1f}"
+    said = f"{value:.0e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"
     return said.replace("-", "−")
 
 

@@ -8,6 +8,7 @@ of a normal distribution with the width of the paired interval.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 from ..intervals.holm import holm
 from ..metrics.all import definitions
 from ..results import EvaluationReport, Metric, Paired, Record
+from .sweep import Sweep
 from .wording import capitalised, decimals, listed, metric_label, show, show_interval
 
 Aspect = Literal["cost", "benefit", "position"]
@@ -37,6 +39,8 @@ OUTCOMES: dict[str, tuple[Aspect, Literal["higher", "lower"]]] = {
 """Outcome → what it speaks of, and its good direction for a method that wants features that position does not move."""
 _ALPHA = 0.05
 _MOST_SENTENCES = 4
+MOST_ROWS = 8
+"""Pairs that are shown one by one; of more, the seeds of a series in one row, and each below it."""
 _FEWEST = 10  # documents or blocks; an interval from fewer is too narrow to conclude from
 
 
@@ -77,11 +81,51 @@ class PairVerdict:
     word: Literal["helps", "harms", "mixed", "undecided"]
     sentence: str
     lines: list[Line]
+    name: str
+    """What the first of the pair is called among the runs of its layer and site."""
 
 
 def verdicts(report: EvaluationReport) -> list[PairVerdict]:
     """One for every TC-SAE with its twin, in the report's order."""
-    return [_verdict(pair, report) for pair in report.paired if pair.kind == "twin"]
+    sweep = Sweep(report)
+    return [_verdict(pair, report, sweep) for pair in report.paired if pair.kind == "twin"]
+
+
+@dataclass(frozen=True)
+class SeriesVerdict:
+    """How the pairs of one series came out: its label, its style, and of every column how many said what."""
+
+    name: str
+    style: str
+    words: tuple[str, ...]
+    n: int
+
+
+def by_series(found: Sequence[PairVerdict], report: EvaluationReport) -> list[tuple[str, list[SeriesVerdict]]]:
+    """Where there are many pairs, by layer and site: what the seeds of every series say. Empty where there are few."""
+    if len(found) <= MOST_ROWS:
+        return []
+    sweep = Sweep(report)
+    groups: dict[str, dict[tuple[str, str], list[PairVerdict]]] = {}
+    for one in found:
+        record = report.record(one.pair.first, *one.pair.location)
+        series = sweep.of(record) if record else None
+        key = (series.label, series.style) if series else (one.name, "tc")
+        groups.setdefault(str(one.pair.location), {}).setdefault(key, []).append(one)
+    if all(len(pairs) == 1 for series in groups.values() for pairs in series.values()):
+        return []
+    return [
+        (at, [SeriesVerdict(label, style, _counted(pairs), len(pairs)) for (label, style), pairs in series.items()])
+        for at, series in groups.items()
+    ]
+
+
+def _counted(pairs: Sequence[PairVerdict]) -> tuple[str, ...]:
+    columns = [[one.word for one in pairs], *([one.lines[i].word for one in pairs] for i in range(len(pairs[0].lines)))]
+    return tuple(
+        ", ".join(f"{word} {n}" if n < len(column) else word for word, n in Counter(column).most_common())
+        for column in columns
+    )
 
 
 def first_sentences(found: Sequence[PairVerdict]) -> list[str]:
@@ -96,7 +140,7 @@ def first_sentences(found: Sequence[PairVerdict]) -> list[str]:
     return [f"Of {len(found)} comparisons of the temporal term with its twin, {parts}; each is told below."]
 
 
-def _verdict(pair: Paired, report: EvaluationReport) -> PairVerdict:
+def _verdict(pair: Paired, report: EvaluationReport, sweep: Sweep) -> PairVerdict:
     judged = judge(pair.metrics, report)
     words = [one.word for one in judged]
     lost = [one for one in judged if one.word == "worse"]
@@ -129,9 +173,10 @@ def _verdict(pair: Paired, report: EvaluationReport) -> PairVerdict:
         said = f"undecided. Of {n}, {found}. {capitalised(_cost(judged))}"
     warning = f" ({pair.warning})" if pair.warning else ""
     lines = [_line(aspect, judged) for aspect in ("cost", "benefit", "position")]
-    return PairVerdict(
-        pair, word, f"Layer {pair.location}, {pair.first}: {said}{warning}.", [*lines, _controls(pair, judged, report)]
-    )
+    record = report.record(pair.first, *pair.location)
+    name = pair.first if record is None else sweep.label(record)
+    sentence = f"Layer {pair.location}, {name}: {said}{warning}."
+    return PairVerdict(pair, word, sentence, [*lines, _controls(pair, judged, report, sweep)], name)
 
 
 def judge(differences: Mapping[str, Metric], report: EvaluationReport) -> list[Judged]:
@@ -204,14 +249,14 @@ def _line(aspect: str, judged: Sequence[Judged]) -> Line:
     return Line(aspect, word, "; ".join(f"{one.label} {one.figures}, {one.word}" for one in of_it))
 
 
-def _controls(pair: Paired, judged: Sequence[Judged], report: EvaluationReport) -> Line:
+def _controls(pair: Paired, judged: Sequence[Judged], report: EvaluationReport, sweep: Sweep) -> Line:
     """Whether a control of the same layer, against its own twin, shows what the term shows."""
     own = report.record(pair.first, pair.layer, pair.site)
     controls = [
-        other
+        (other, record)
         for other in report.paired
         if other.kind == "twin" and other.location == pair.location
-        if _is_control(own, report.record(other.first, other.layer, other.site))
+        if (record := report.record(other.first, *other.location)) is not None and _is_control(own, record)
     ]
     if not controls:
         return Line("controls", "not measured", "no control (another partner, the same weight) was evaluated beside it")
@@ -219,15 +264,15 @@ def _controls(pair: Paired, judged: Sequence[Judged], report: EvaluationReport) 
     if not gained:
         return Line("controls", "undecided", "there is no benefit that a control could share")
     shared = [
-        f"{other.first} shows as much {one.label}"
+        f"{sweep.label(record)} shows as much {one.label}"
         for one in gained
-        for other in controls
+        for other, record in controls
         if (theirs := other.metrics.get(one.key)) is not None
         if theirs.value is not None and _gain(one.key, theirs, report) >= _gain(one.key, one.difference, report)
     ]
     if shared:
         return Line("controls", "bad", "; ".join(shared))
-    names = listed(_partner(report.record(other.first, other.layer, other.site)) for other in controls)
+    names = listed(dict.fromkeys(_partner(record) for _, record in controls))
     return Line("controls", "good", f"larger than with {names}")
 
 
@@ -235,13 +280,13 @@ def _gain(key: str, difference: Metric, report: EvaluationReport) -> float:
     return (difference.value or 0.0) * (1 if _better(key, report) == "higher" else -1)
 
 
-def _partner(record: Record | None) -> str:
-    return str(record.sae.settings.get("temporal.partner", "")) if record and record.sae else ""
+def _partner(record: Record) -> str:
+    return str(record.sae.settings.get("temporal.partner", "")) if record.sae else ""
 
 
-def _is_control(own: Record | None, other: Record | None) -> bool:
+def _is_control(own: Record | None, other: Record) -> bool:
     """Whether another SAE differs in whom the term compares, and in nothing else that was set."""
-    if own is None or other is None or own.sae is None or other.sae is None:
+    if own is None or own.sae is None or other.sae is None:
         return False
     first, second = own.sae.settings, other.sae.settings
     compared = [key for key in first if key.split(".")[0] in ("sae", "temporal", "loss", "optimiser")]

@@ -25,7 +25,6 @@ REFERENCE_NAMES = {
     "zero_sae": "all-zero SAE",
 }
 ARROWS = {"lower": "↓", "higher": "↑"}
-_BELOW = {"twin": 1, "pruned": 2}  # what stands below the SAE it is compared with, and in which order
 
 
 def role_of(record: Record) -> str:
@@ -33,42 +32,6 @@ def role_of(record: Record) -> str:
     if record.kind == "reference":
         return "reference"
     return record.role or "external"
-
-
-def in_reading_order(report: EvaluationReport) -> EvaluationReport:
-    """The same report in reading order: SAEs before references, by layer; TC-SAE, twin, pruned ones."""
-    order = {at: n for n, at in enumerate(report.locations)}
-    found = {(record.location, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
-
-    def place(item: tuple[int, Record]) -> tuple[bool, int, int, int]:
-        i, record = item
-        head, rank = i, 0
-        for _ in report.records:  # up to the head of the family, however often it was pruned
-            above = report.records[head]
-            next_above = found.get((above.location, above.pair or ""), head) if above.role in _BELOW else head
-            rank += _BELOW[above.role or ""] if next_above != head else 0
-            head = next_above
-        return (record.kind == "reference", order[record.location], head, rank)
-
-    records = [record for _, record in sorted(enumerate(report.records), key=place)]
-    return report.model_copy(
-        update={"records": records, "paired": sorted(report.paired, key=lambda pair: order[pair.location])}
-    )
-
-
-def short_name(record: Record, report: EvaluationReport) -> str:
-    """The record's name inside a panel of its layer: its role where that is enough, else its name without the layer."""
-    if record.kind == "reference":
-        return REFERENCE_NAMES.get(record.name, record.name)
-    beside = [other for other in report.records if other.location == record.location and other.kind == "sae"]
-    if record.role == "pruned":
-        original = next((other for other in beside if other.name == record.pair), None)
-        alone = sum(other.role == "pruned" and other.pair == record.pair for other in beside) == 1
-        if original is not None and alone:
-            return f"{short_name(original, report)}, pruned"
-    elif record.role and sum(other.role == record.role for other in beside) == 1:
-        return {"tc": "TC-SAE", "twin": "twin"}[record.role]
-    return record.name.removeprefix(f"{record.location.short}-")
 
 
 def metric_label(key: str, report: EvaluationReport) -> str:

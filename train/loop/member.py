@@ -78,7 +78,16 @@ class Member:
         rule = self.config.temporal.per_feature
         weighs = rule != "none" and self.objective.temporal.active
         self.feature_weights = FeatureWeights(rule, self.sae.n_features, device) if weighs else None
-        self.step = 0
+        self.step = plan.begun_at
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which step of how many this is, of the part of the run that is trained now."""
+        return self.step - self.plan.begun_at, self.config.run.steps - self.plan.begun_at
+
+    def _warmed(self, share: float) -> float:
+        """The factor of a weight that grows over a share of the run; an extension begins with all of it."""
+        return 1.0 if self.plan.begun_at else warmup_factor(self.step, self.config.run.steps, share)
 
     @property
     def dead(self) -> Tensor:
@@ -87,11 +96,8 @@ class Member:
 
     def current_objective(self) -> Objective:
         """The terms of this step and their weights, warm-ups included."""
-        config, steps = self.config, self.config.run.steps
-        warmed = self.objective.warmed(
-            warmup_factor(self.step, steps, config.loss.l1_warmup),
-            warmup_factor(self.step, steps, config.temporal.warmup),
-        )
+        config = self.config
+        warmed = self.objective.warmed(self._warmed(config.loss.l1_warmup), self._warmed(config.temporal.warmup))
         if self.feature_weights is not None:
             term = replace(warmed.temporal, feature_weights=self.feature_weights.value_F)
             warmed = replace(warmed, temporal=term)
@@ -109,7 +115,7 @@ class Member:
         """
         if self.feature_weights is not None:
             self._look_at_features(self.feature_weights, result, x_NWD, n_tokens, share)
-        warm = warmup_factor(self.step, self.config.run.steps, self.config.loss.l1_warmup) == 1.0
+        warm = self._warmed(self.config.loss.l1_warmup) == 1.0
         if self.target is not None and warm:
             self.target.observe(result.fired_F, n_tokens)
         threshold = self.sae.running_threshold

@@ -52,7 +52,7 @@ def stacks(members: Sequence[MemberPlan], device: str) -> list[list[MemberPlan]]
             found.append([plan])
             continue
         seen = view_of(config.data)
-        alike.setdefault((*shape, *terms, seen, config.optimiser, config.run.steps), []).append(plan)
+        alike.setdefault((*shape, *terms, seen, config.optimiser, config.run.steps, plan.begun_at), []).append(plan)
     for plans in alike.values():
         each = tokens_per_step(plans[0].config) * plans[0].config.sae.width
         n_stacks = math.ceil(len(plans) / max(1, STACK_BELOW.get(device, 0) // each))

@@ -42,7 +42,7 @@ class Single:
         """
         (member,) = self.members
         sae, config, objective = member.sae, member.config, member.current_objective()
-        lr = set_rate([member.optimiser], member.step, config)
+        lr = set_rate([member.optimiser], *member.place, config.optimiser)
         sae.zero_grad(set_to_none=True)
         result = self._step(
             sae,

@@ -74,7 +74,7 @@ class Stack:
         """
         first = self.members[0]
         optimisers = {id(each): each for each in (self._optimiser, *(m.optimiser for m in self.members))}
-        lr = set_rate(optimisers.values(), first.step, first.config)
+        lr = set_rate(optimisers.values(), *first.place, first.config.optimiser)
         objectives = [member.current_objective() for member in self.members]
         results = self._gradients(x_NWD, objectives, partners or [None] * len(self.members))
         pairs = zip(self.members, results, strict=True)

@@ -28,7 +28,8 @@ from ..loss.partners import Batch, draw_partners, generator_of, neighbours_in_ro
 from ..loss.registry import PARTNERS
 from ..plan import MemberPlan, tokens_per_step, view_of
 from ..run_folder.checkpoint import load_checkpoint, save_checkpoint
-from ..run_folder.metrics_log import MetricsLog
+from ..run_folder.metrics_log import MetricsLog, read_metrics
+from ..run_folder.record import RunRecord
 from ..sae.protocol import RowTokens
 from .alarms import MemberError, MembersFailedError, check_divergence, check_finite, check_weights, collapse
 from .batches import open_batches
@@ -41,6 +42,7 @@ from .memory_plan import alone, stacks
 from .single import Single
 from .stack import Stack
 from .threshold import calibrate_thresholds
+from .warm_start import begin_from_run
 
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", "{:.4g}".format),
@@ -124,7 +126,9 @@ class Pass:
             self.stacks.append(Single(members[0], step) if step else Stack(members))
         self.mean_D = inputs.mean_D.to(device)
         self.feed = open_batches(store, [plan.config.data for plan in plans], inputs, device)
-        self.step, self.steps = 0, self.config.run.steps
+        self.step, self.steps = plans[0].begun_at, self.config.run.steps
+        self.ends: dict[str, dict[str, Any]] = {}
+        """Of every member, by name: where training stopped, for its record."""
         self.last_metrics: dict[str, Metrics] = {}
         self._alarmed: set[str] = set()
         self._rate, self._clock = _Rate(), _Clock(device)
@@ -139,6 +143,21 @@ class Pass:
             self.feed.load_state_dict(json.loads(state["stream"]), view_of(member.config.data))
         self.step = step
 
+    def go_on(self, records: Mapping[str, RunRecord]) -> None:
+        """Begin where finished runs ended: with their weights, at the next batch of their stream.
+
+        The record of an earlier version does not say which batch that is: then it is the first of the next pass over
+        the store.
+        """
+        for member in self.members:
+            record, run = records[member.plan.name], member.plan.folder.parent
+            begin_from_run(member, record, run)
+            view = view_of(member.config.data)
+            here = self.feed.state_dict(view)
+            epochs = [entry["epoch"] for entry in read_metrics(run) if entry.get("epoch") is not None]
+            after = {"epoch": int(max(epochs, default=0)) + 1, "pool": 0, "batch": 0}
+            self.feed.load_state_dict(record.ends.get("stream") or here | after, view)
+
     def cost(self, member: Member) -> dict[str, float]:
         """What the training of a member took, for its record."""
         seconds, memory = self._clock.seconds(member), peak_memory(self.device)
@@ -146,7 +165,7 @@ class Pass:
 
     def folder(self, member: Member) -> Path:
         """Run folder of a member."""
-        return Path(self.config.run.out) / member.plan.name
+        return member.plan.folder
 
     def run(self, bar: Progress, tell_pairs: Callable[[dict[str, Facts]], None] | None = None) -> None:
         """Train to the last step.
@@ -175,6 +194,7 @@ class Pass:
                         )
                     if self.step < self.steps and self._checkpoint_is_due():
                         self.checkpoint()
+                self.ends = {member.plan.name: self._end(member) for member in self.members}
                 calibrate_thresholds(self.members, self.feed, self.inputs, self.device)
                 self._say_missed_targets()
         finally:
@@ -315,14 +335,20 @@ class Pass:
             "seconds": self._clock.seconds(member),
         }
 
+    def _end(self, member: Member) -> dict[str, Any]:
+        target = {} if member.target is None else {"target": member.target.state_dict()}
+        return {"stream": self.feed.state_dict(view_of(member.config.data)), **target}
+
     def _open_logs(self) -> dict[str, MetricsLog]:
         if not self.world.writes:
             return {}
         kinds = self.config.run.log
-        return {
-            m.plan.name: MetricsLog(self.folder(m), kinds, from_step=self.step, config=m.config.model_dump(mode="json"))
-            for m in self.members
-        }
+        logs = {}
+        for member in self.members:
+            folder, config = self.folder(member), member.config.model_dump(mode="json")
+            curves = folder.parent if member.plan.begun_at else folder
+            logs[member.plan.name] = MetricsLog(folder, kinds, from_step=self.step, config=config, curves=curves)
+        return logs
 
 
 def siblings_wanted(plan: MemberPlan) -> int:

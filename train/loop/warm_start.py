@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..config import TrainConfig
 from ..formats.locate import read_sae
 from ..loss.objective import group_sizes
 from ..plan import MemberPlan
+from ..run_folder.record import RunRecord
 from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
@@ -118,6 +120,21 @@ def begin_from_source(member: Member, scale: float) -> dict[str, Any]:
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     facts = {"path": path, "format": source_format, "weights": digest.hexdigest()}
     return facts | {name: source.metadata[name] for name in ("model_name", "hook_name") if source.metadata.get(name)}
+
+
+def begin_from_run(member: Member, record: RunRecord, folder: Path) -> None:
+    """Give a new member the weights of its finished run, and what its record keeps of the training's state.
+
+    Raises:
+        RunError: the run's files are damaged.
+
+    """
+    weights = for_training(read_sae(folder)[1], member.config, record.input_scale).state_dict()
+    if member.sae.running_threshold is not None:
+        weights["threshold"] = weights["threshold"][0]  # files of batchtopk are jumprelu's, all thresholds alike
+    member.sae.load_state_dict(weights)
+    if member.target is not None and "target" in record.ends:
+        member.target.load_state_dict(record.ends["target"])
 
 
 @torch.no_grad()

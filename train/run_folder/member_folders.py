@@ -14,7 +14,7 @@ from ...cache.store import ActivationStore
 from ...errors import RunError
 from ...plugins import changed_plugin, load_plugins
 from ...system.atomic_files import PARTIAL, make_folder, plain_errors, sync_folder
-from ...system.untrusted_files import folder_name, shown
+from ...system.untrusted_files import shown
 from ..config import DataConfig, TrainConfig
 from ..plan import MemberPlan
 from ..presets import changed
@@ -138,7 +138,7 @@ def locked(folders: Sequence[MemberFolder]) -> Iterator[None]:
 
 
 def _member_folder(plan: MemberPlan, store: ActivationStore, *, fresh: bool, default_length: bool) -> MemberFolder:
-    folder = _folder(plan)
+    folder = plan.folder
     with plain_errors(f"look into {folder}"):
         begun = (folder / RECORD).exists()
         if not begun:
@@ -149,7 +149,8 @@ def _member_folder(plan: MemberPlan, store: ActivationStore, *, fresh: bool, def
         return MemberFolder(plan, folder)
     record = load_run(folder)
     asked = plan
-    if default_length:
+    was_asked = record.parts and plan.config.run.steps == record.parts[0].steps  # before it was extended
+    if default_length or was_asked:
         plan = replace(plan, config=changed(plan.config, {"run.steps": record.planned_steps}))
     failed = bool(record.failure) and first_difference(record.config, plan.config.model_dump(mode="json")) is None
     if not record.finished and not failed and not checkpoints(folder) and not read_metrics(folder):
@@ -158,11 +159,6 @@ def _member_folder(plan: MemberPlan, store: ActivationStore, *, fresh: bool, def
     if record.finished:
         record.check_files(folder)
     return MemberFolder(plan, folder, record, done=record.finished)
-
-
-def _folder(plan: MemberPlan) -> Path:
-    """The run's folder, which lies directly in ``run.out``."""
-    return Path(plan.config.run.out) / folder_name(plan.name, "--name")
 
 
 def _refuse_foreign(folder: Path) -> None:

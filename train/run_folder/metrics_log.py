@@ -35,21 +35,24 @@ class MetricsLog:
         kinds: jsonl, tensorboard, wandb.
         from_step: lines after this step are dropped (0: all lines).
         config: shown by Weights & Biases.
+        curves: where TensorBoard and Weights & Biases have their files; None: in the run's folder, too.
 
     Raises:
         RunError: the folder cannot be written, or Weights & Biases refuses.
 
     """
 
-    def __init__(self, run: Path, kinds: Sequence[str], *, from_step: int, config: dict[str, Any]):
-        self._path = run / METRICS
+    def __init__(
+        self, run: Path, kinds: Sequence[str], *, from_step: int, config: dict[str, Any], curves: Path | None = None
+    ):
+        self._path, curves = run / METRICS, curves or run
         with plain_errors(f"write {self._path}"):
             make_folder(run)
             sent = _truncate(self._path, from_step)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._sinks: list[_Sink] = []
         try:
-            self._sinks += (_SINKS[kind](run, config, from_step, sent) for kind in kinds if kind != "jsonl")
+            self._sinks += (_SINKS[kind](curves, config, from_step, sent) for kind in kinds if kind != "jsonl")
         except BaseException:
             self.close()
             raise
@@ -101,6 +104,11 @@ def check_loggers(kinds: Sequence[str]) -> None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All complete lines of a run's metrics, without alarms."""
     return [entry for line in _lines(run / METRICS) if (entry := _parsed(line)) and "alarm" not in entry]
+
+
+def metrics_until(run: Path, step: int) -> list[str]:
+    """The lines of a run's metrics up to a step, alarms included."""
+    return [line for line in _lines(run / METRICS) if (entry := _parsed(line)) and entry["step"] <= step]
 
 
 def _lines(path: Path) -> list[str]:

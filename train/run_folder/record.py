@@ -19,6 +19,31 @@ from ...system.untrusted_files import read_json, shown
 
 RECORD = "train.json"
 SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the SAE's files, in the format of SAELens
+EXTENSION = "extension"
+"""Folder inside a finished run's, where it is trained further."""
+
+
+class TrainedPart(BaseModel):
+    """One of the parts of a run that went on after it was finished."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_step: int
+    """Steps of the parts before."""
+    steps: int
+    tokens: int
+    lr: float
+    """Peak learning rate."""
+    warmup: int
+    """Steps of this part over which the learning rate grows from zero."""
+    decay: int
+    """Last steps of this part over which it falls."""
+    moments: Literal["fresh"] = "fresh"
+    """Adam's averages: they begin anew with every part."""
+    created: str
+    """When the part was begun, ISO 8601, UTC."""
+    cost: dict[str, float] = {}
+    versions: dict[str, str] = {}
 
 
 class RunRecord(BaseModel):
@@ -71,6 +96,12 @@ class RunRecord(BaseModel):
     """
     cost: dict[str, float] = {}
     """seconds: of this SAE's steps. peak_memory_bytes: of the process or its GPU. members: SAEs that trained beside."""
+    parts: list[TrainedPart] = []
+    """Of a run that was extended (``train --extend``), in order; empty: it was trained in one."""
+    ends: dict[str, Any] = {}
+    """Where training stopped, for an extension. stream: position of the next batch. target: of the controller on λ1.
+    Empty: it is not finished, or before this was kept.
+    """
     versions: dict[str, str]
     created: str
     """When the run started, ISO 8601, UTC."""
@@ -111,11 +142,16 @@ class RunRecord(BaseModel):
             if not (folder / name).exists():
                 raise RunError(f"{folder / name} is missing: {_REMEDY}")
             said, found = expected.partition(":"), (folder / name).stat().st_size
-            if str(found) != said[0]:
-                sizes = f"it has {found:,} bytes, {RECORD} says {shown(said[0])}"
-                raise RunError(f"{folder / name} is damaged or was changed ({sizes}): {_REMEDY}")
-            if file_hash(folder / name) != said[2]:
-                raise RunError(f"{folder / name} is damaged or was changed (not the hash in {RECORD}): {_REMEDY}")
+            sizes = f"it has {found:,} bytes, {RECORD} says {shown(said[0])}" if str(found) != said[0] else ""
+            if not sizes and file_hash(folder / name) == said[2]:
+                continue
+            if (folder / EXTENSION / RECORD).exists():
+                raise RunError(
+                    f"{folder} was being replaced by its extension when the program was stopped: "
+                    f"finish that with 'pipeline train --extend {folder}'"
+                )
+            why = sizes or f"not the hash in {RECORD}"
+            raise RunError(f"{folder / name} is damaged or was changed ({why}): {_REMEDY}")
 
 
 def load_run(path: str | Path) -> RunRecord:

@@ -9,7 +9,7 @@ from .registry import panel
 
 
 @panel("features")
-def density_histogram(report: EvaluationReport, layer: int) -> Panel | None:
+def density_histogram(report: EvaluationReport, layer: int) -> list[Panel]:
     """How often features fire."""
     return curve_panel(
         report,

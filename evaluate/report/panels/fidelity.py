@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ...results import EvaluationReport
 from ..chart import Axis, Mark, Panel, Rule
-from .parts import links, records_of, row_panel, saes_of, scatter
+from ..sweep import Sweep
+from .parts import charts, links, records_of, row_panel, saes_of, scatter, scattered
 from .registry import panel
 
 
@@ -26,41 +27,45 @@ def plane(report: EvaluationReport, layer: int) -> Panel | None:
         rules=rules,
         links=links(report, layer, marks),
         caption="Every row. A reference without features has no L0 and is drawn as a level.",
+        names=Sweep(report).names,
     )
 
 
 @panel("fidelity")
-def plane_zoomed(report: EvaluationReport, layer: int) -> Panel | None:
+def plane_zoomed(report: EvaluationReport, layer: int) -> list[Panel]:
     """The same without the reference rows, so that SAEs can be told apart."""
-    marks, _ = scatter(report, saes_of(report, layer), "l0", "ce_score_mean")
-    if not marks:
-        return None
-    return Panel(
+    drawn = scattered(report, saes_of(report, layer), "l0", "ce_score_mean")
+    if not drawn.marks:
+        return []
+    marks = [mark for _, mark in drawn.marks]
+    chart = Panel(
         f"plane-zoomed-{layer}",
         f"The SAEs alone, layer {layer}",
         _l0_axis(marks),
         Axis("share of CE recovered"),
-        marks,
-        links=links(report, layer, marks),
-        caption="The same, enlarged. A thin line joins a pair; where two coincide they are drawn apart.",
+        links=(joined := links(report, layer, marks)),
+        caption="The same, enlarged."
+        + (" A thin line joins a pair; where two coincide they are drawn apart." if joined else ""),
     )
+    return charts(report, drawn, chart)
 
 
 @panel("fidelity")
-def variance_plane(report: EvaluationReport, layer: int) -> Panel | None:
+def variance_plane(report: EvaluationReport, layer: int) -> list[Panel]:
     """L0 against explained variance, SAEs alone: an untrained one lies far below."""
-    marks, _ = scatter(report, saes_of(report, layer), "l0", "explained_variance")
-    if not marks:
-        return None
-    return Panel(
+    drawn = scattered(report, saes_of(report, layer), "l0", "explained_variance")
+    if not drawn.marks:
+        return []
+    marks = [mark for _, mark in drawn.marks]
+    chart = Panel(
         f"variance-{layer}",
         f"Explained variance, layer {layer}",
         _l0_axis(marks),
         Axis("explained variance"),
-        marks,
         links=links(report, layer, marks),
-        caption="What is explained of the activations need not be what the model uses: compare the charts beside.",
+        caption="What is explained of the activations need not be what the model uses: compare with CE recovered.",
     )
+    return charts(report, drawn, chart)
 
 
 @panel("fidelity")

@@ -9,7 +9,7 @@ from .registry import panel
 
 
 @panel("position")
-def eta_histogram(report: EvaluationReport, layer: int) -> Panel | None:
+def eta_histogram(report: EvaluationReport, layer: int) -> list[Panel]:
     """How much of each feature's variance its position explains."""
     return curve_panel(
         report,
@@ -22,7 +22,7 @@ def eta_histogram(report: EvaluationReport, layer: int) -> Panel | None:
 
 
 @panel("position")
-def norm_by_position(report: EvaluationReport, layer: int) -> Panel | None:
+def norm_by_position(report: EvaluationReport, layer: int) -> list[Panel]:
     """Size by position."""
     title = f"By position in the row, layer {layer}"
     caption = "A level line means that position does not matter; the first tokens after the start are usually special."

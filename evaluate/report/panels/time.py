@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
 from ...results import EvaluationReport, Record
-from ..chart import Axis, Panel
-from .parts import axis_from_zero, curve_panel, links, mark_of, records_of, row_panel, saes_of, scatter
+from ..chart import Axis, Line, Mark, Panel, Rule
+from ..sweep import COLOURS, Sweep
+from .parts import axis_from_zero, charts, curve_panel, links, row_panel, saes_of, scattered
 from .registry import panel
 
 VARIATION = "temporal variation, Σ(zₜ − zₜ₊₁)² / Σ z²"
-FEWEST = 3
-"""Different weights, the twin's zero included: with fewer the table of differences says as much."""
+FEWEST = 2
+"""Different weights on a line; with fewer the table of differences says as much."""
 
 
 @panel("time")
-def time_plane(report: EvaluationReport, layer: int) -> Panel | None:
+def time_plane(report: EvaluationReport, layer: int) -> list[Panel]:
     """Temporal variation against CE recovered: is less variation paid for with fidelity?"""
-    marks, _ = scatter(report, saes_of(report, layer), "temporal_variation", "ce_score_mean")
-    if not marks:
-        return None
-    return Panel(
+    drawn = scattered(report, saes_of(report, layer), "temporal_variation", "ce_score_mean")
+    if not drawn.marks:
+        return []
+    marks = [mark for _, mark in drawn.marks]
+    chart = Panel(
         f"time-plane-{layer}",
         f"Fidelity against temporal variation, layer {layer}",
         axis_from_zero(VARIATION, [mark.x for mark in marks]),
         Axis("share of CE recovered"),
-        marks,
         links=links(report, layer, marks),
         caption="Further left: features vary less from token to token; further up: more of the model's predictions is "
         "kept. The temporal term is trained to go left; the question is how much fidelity that loses.",
     )
+    return charts(report, drawn, chart)
 
 
 @panel("time")
 def weight_fidelity(report: EvaluationReport, layer: int) -> Panel | None:
     """λ2 against CE recovered."""
-    caption = "How much fidelity is lost as λ2 grows. One point per seed; 0 is the twin."
+    caption = "How much fidelity is lost as λ2 grows."
     return _weight_panel(report, layer, "ce_score_mean", "share of CE recovered", "Fidelity by λ2", caption)
 
 
@@ -47,38 +50,57 @@ def weight_variation(report: EvaluationReport, layer: int) -> Panel | None:
 
 
 def _weight_panel(report: EvaluationReport, layer: int, key: str, label: str, title: str, caption: str) -> Panel | None:
-    found = [
-        (weight, record, metric)
-        for record in records_of(report, layer)
-        if (weight := _weight(record)) is not None
-        and (metric := record.metrics.get(key)) is not None
-        and metric.value is not None
-    ]
-    weights = sorted({weight for weight, *_ in found})
-    if len(weights) < FEWEST:
+    """A line through the means of those that differ in λ2 alone, a dot for each run; the twin is a level."""
+    sweep, lines, marks = Sweep(report), [], []
+    weighted = [(r, w) for r in saes_of(report, layer) if (w := _weight(r)) and _has(r, key)]
+    rest: dict[tuple[str, Any], list[tuple[float, float]]] = {}
+    for record, weight in weighted:
+        rest.setdefault(sweep.but(record, "temporal.weight"), []).append((weight, record.metrics[key].value or 0.0))
+    curves = {name: points for name, points in rest.items() if len({weight for weight, _ in points}) >= FEWEST}
+    styles = ["tc"] if len(curves) == 1 else COLOURS
+    for ((name, _), points), style in zip(curves.items(), styles, strict=False):
+        xs = sorted({weight for weight, _ in points})
+        means = tuple(fmean(value for weight, value in points if weight == x) for x in xs)
+        lines.append(Line(tuple(xs), means, style, name))
+        dots = [(x, value) for x, value in points if sum(weight == x for weight, _ in points) > 1]
+        marks += [Mark(x, value, style, "", f"{name}, λ2 = {x:g}: {value:.4g}", small=True) for x, value in dots]
+    if not lines:
         return None
-    marks = []
-    for weight, record, metric in found:
-        column = metric.model_copy(update={"value": float(weights.index(weight)), "low": None, "high": None})
-        mark = mark_of(report, record, column, metric, (key, key))
-        marks.append(replace(mark, label="", title=f"{record.name}, λ2 = {weight:g}"))
-    axis = Axis("λ2, weight of the temporal term", categories=tuple(f"{weight:g}" for weight in weights))
-    name = f"weight-{key.replace('_', '-')}-{layer}"
-    return Panel(name, f"{title}, layer {layer}", axis, Axis(label), tuple(marks), caption=caption)
+    levels = [r.metrics[key].value or 0.0 for r in saes_of(report, layer) if r.role == "twin" and _has(r, key)]
+    rules = [Rule("twin" if len(levels) == 1 else f"mean of {len(levels)} twins", y=fmean(levels))] if levels else []
+    cut = f" The first {len(lines)} of {len(curves)} series." if len(lines) < len(curves) else ""
+    return Panel(
+        f"weight-{key.replace('_', '-')}-{layer}",
+        f"{title}, layer {layer}",
+        Axis(
+            "λ2, weight of the temporal term (log scale)",
+            log=True,
+            at=tuple(sorted({x for line in lines for x in line.x})),
+        ),
+        Axis(label),
+        tuple(marks),
+        tuple(lines),
+        tuple(rules),
+        caption=caption + (" A dot for each seed." if marks else "") + cut,
+        names={line.role: line.label for line in lines},
+        own_legend=True,
+    )
+
+
+def _has(record: Record, key: str) -> bool:
+    return key in record.metrics and record.metrics[key].value is not None
 
 
 def _weight(record: Record) -> float | None:
-    """λ2 of a TC-SAE, 0 of a twin."""
-    if record.role not in ("tc", "twin") or record.sae is None:
-        return None
-    if record.role == "twin":
-        return 0.0
-    weight = record.sae.settings.get("temporal.weight")
-    return float(weight) if isinstance(weight, int | float) else None
+    """λ2 of a run with a temporal term."""
+    settings = record.sae.settings if record.sae else {}
+    weight = settings.get("temporal.weight")
+    on = record.role == "tc" and settings.get("temporal.form") != "none"
+    return float(weight) if on and isinstance(weight, int | float) else None
 
 
 @panel("time")
-def lag_curves(report: EvaluationReport, layer: int) -> Panel | None:
+def lag_curves(report: EvaluationReport, layer: int) -> list[Panel]:
     """Autocorrelation by lag."""
     return curve_panel(
         report,

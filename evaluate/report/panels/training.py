@@ -6,7 +6,8 @@ import math
 
 from ...results import EvaluationReport, Record, TrainingCurves
 from ..chart import Axis, Line, Panel
-from ..wording import role_of, short_name
+from ..sweep import Sweep
+from .parts import first_of_series, line_charts
 from .registry import panel
 
 LOSS_POINTS = 160
@@ -22,28 +23,26 @@ TERM_WORDS = {
 
 
 @panel("training")
-def total_loss(report: EvaluationReport, layer: int) -> Panel | None:
+def total_loss(report: EvaluationReport, layer: int) -> list[Panel]:
     """The total loss of every run."""
-    lines = []
-    for record in report.records:
-        if record.layer != layer:
-            continue
+
+    def line_of(record: Record) -> Line | None:
         curves = report.training.get(record.name)
         total = _total(curves) if curves else None
         points = [(s, t) for s, t in zip(curves.steps, total, strict=True) if t and t > 0] if curves and total else []
-        if points:
-            xs, ys = zip(*points[:: math.ceil(len(points) / LOSS_POINTS)], strict=True)
-            lines.append(Line(tuple(map(float, xs)), ys, role_of(record), short_name(record, report)))
-    if not lines:
-        return None
-    return Panel(
+        if not points:
+            return None
+        xs, ys = zip(*points[:: math.ceil(len(points) / LOSS_POINTS)], strict=True)
+        return Line(tuple(map(float, xs)), ys, "", "")
+
+    chart = Panel(
         f"loss-{layer}",
         f"Training loss, layer {layer}",
         Axis("step", low=0),
         Axis("total loss (log scale)", log=True),
-        lines=tuple(lines),
         caption="A TC-SAE's total holds one term more than its twin's, so their levels do not compare.",
     )
+    return line_charts(report, layer, line_of, chart)
 
 
 def _total(curves: TrainingCurves) -> list[float | None] | None:
@@ -70,6 +69,7 @@ def _terms(curves: TrainingCurves) -> dict[str, list[float | None]]:
 def loss_shares(report: EvaluationReport, layer: int) -> list[Panel]:
     """Each term's share of the loss, one panel for each of the first few TC-SAEs."""
     tc = [record for record in report.records if record.role == "tc" and record.name in report.training]
+    tc = first_of_series(report, tc)
     return [found for one in tc[:SHARE_PANELS] if one.layer == layer if (found := _shares(report, one)) is not None]
 
 
@@ -93,7 +93,7 @@ def _shares(report: EvaluationReport, record: Record) -> Panel | None:
     final = "; ".join(f"{line.label} {line.y[-1]:.1f} %" for line in lines if line.y)
     return Panel(
         f"shares-{record.name}",
-        f"Share of each loss term: {short_name(record, report)}, layer {record.layer}",
+        f"Share of each loss term: {Sweep(report).label(record)}, layer {record.layer}",
         Axis("step", low=0),
         Axis("share of the total loss (%)", low=0, high=100),
         lines=lines,
@@ -102,37 +102,34 @@ def _shares(report: EvaluationReport, record: Record) -> Panel | None:
 
 
 @panel("training")
-def sparsity_weights(report: EvaluationReport, layer: int) -> Panel | None:
+def sparsity_weights(report: EvaluationReport, layer: int) -> list[Panel]:
     """λ1 of every run that has one, or the aim for L0 that a target changes in its place."""
-    lines = []
-    for record in report.records:
-        curves = report.training.get(record.name) if record.layer == layer else None
+    sweep = Sweep(report)
+
+    def line_of(record: Record) -> Line | None:
+        curves = report.training.get(record.name)
         aimed = curves is not None and "l0_aim" in curves.series
         line = _line(curves, "l0_aim" if aimed else "sparsity_weight") if curves else None
-        if line:
-            lines.append(Line(*line, role_of(record), f"{short_name(record, report)}{', aim for L0' if aimed else ''}"))
-    if not lines:
-        return None
-    return Panel(
+        label = f"{sweep.label(record)}, aim for L0" if aimed else ""
+        return Line(*line, "", label) if line else None
+
+    chart = Panel(
         f"sparsity-weights-{layer}",
         f"Weight of sparsity, layer {layer}",
         Axis("step", low=0),
         Axis("λ1, or the aim for L0 (log scale)", log=True),
-        lines=tuple(lines),
         caption="With a target for L0, λ1 (or the aim of a quadratic penalty) changes until L0 is there.",
     )
+    return line_charts(report, layer, line_of, chart)
 
 
 @panel("training")
 def feature_weights(report: EvaluationReport, layer: int) -> list[Panel]:
     """Deciles over features of λ2, one panel for each of the first few runs in which every feature has its own."""
-    found = []
-    for record in report.records:
-        curves = report.training.get(record.name)
-        if curves is None or "temporal_weight_median" not in curves.series:
-            continue
-        found.append((record, curves))
-    return [_feature_weights(report, *each) for each in found[:SHARE_PANELS] if each[0].layer == layer]
+    curves = report.training
+    with_deciles = [r for r in report.records if r.name in curves and "temporal_weight_median" in curves[r.name].series]
+    found = first_of_series(report, with_deciles)[:SHARE_PANELS]
+    return [_feature_weights(report, one, curves[one.name]) for one in found if one.layer == layer]
 
 
 def _feature_weights(report: EvaluationReport, record: Record, curves: TrainingCurves) -> Panel:
@@ -145,41 +142,37 @@ def _feature_weights(report: EvaluationReport, record: Record, curves: TrainingC
     lines = [Line(*line, *style) for name, style in styles.items() if (line := _line(curves, name))]
     return Panel(
         f"feature-weights-{record.name}",
-        f"λ2 of single features: {short_name(record, report)}, layer {record.layer}",
+        f"λ2 of single features: {Sweep(report).label(record)}, layer {record.layer}",
         Axis("step", low=0),
         Axis("λ2 of a feature (log scale)", log=True),
         lines=tuple(lines),
         caption="How far λ2 differs between features, by their own correlation with the next token or by density.",
+        names={line.role: line.label for line in lines},
     )
 
 
 @panel("training")
 def temporal_weights(report: EvaluationReport, layer: int) -> list[Panel]:
     """λ2 of every TC-SAE step by step; and once, by layer, where several layers have not the same."""
-    lines, ends = [], []
-    for record in report.records:
+
+    def line_of(record: Record) -> Line | None:
         curves = report.training.get(record.name)
         line = _line(curves, "temporal_weight") if curves else None
-        if line is None:
-            continue
-        ends.append((record.layer, line[1][-1]))
-        if record.layer == layer:
-            lines.append(Line(*line, role_of(record), short_name(record, report)))
-    found = []
-    if lines:
-        found.append(
-            Panel(
-                f"temporal-weights-{layer}",
-                f"λ2, layer {layer}",
-                Axis("step", low=0),
-                Axis("λ2, weight of the temporal term", low=0),
-                lines=tuple(lines),
-                caption="It grows where it has a warm-up.",
-            )
-        )
+        return Line(*line, "", "") if line else None
+
+    lines = [(record.layer, line) for record in report.records if (line := line_of(record)) is not None]
+    ends = [(at, line.y[-1]) for at, line in lines]
+    chart = Panel(
+        f"temporal-weights-{layer}",
+        f"λ2, layer {layer}",
+        Axis("step", low=0),
+        Axis("λ2, weight of the temporal term", low=0),
+        caption="It grows where it has a warm-up.",
+    )
+    found = line_charts(report, layer, line_of, chart)
     layers = sorted({at for at, _ in ends})
     weights_of = [{weight for at, weight in ends if at == one} for one in layers]
-    if lines and layer == layers[0] and any(each != weights_of[0] for each in weights_of):
+    if found and layer == layers[0] and any(each != weights_of[0] for each in weights_of):
         xs, ys = zip(*sorted(ends), strict=True)
         found.append(
             Panel(

@@ -6,8 +6,9 @@ from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.report.page import render_page
 from tcsae.evaluate.report.panels.registry import sections
+from tcsae.evaluate.report.sweep import Sweep, in_reading_order
 from tcsae.evaluate.report.verdict import first_sentences, verdicts
-from tcsae.evaluate.report.wording import in_reading_order, pruned_outcomes, short_name
+from tcsae.evaluate.report.wording import pruned_outcomes
 from tcsae.evaluate.results import NO_INTERVAL
 from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
@@ -81,14 +82,14 @@ def test_every_number_has_an_interval_or_a_reason(report):
 
 def test_pruned_saes_follow_in_the_order_of_their_originals():
     report = with_pruned(families=("none", "pairwise0.1-w5"))
-    order = [short_name(record, report) for record in in_reading_order(report).records if record.kind == "sae"]
+    order = [Sweep(report).label(record) for record in in_reading_order(report).records if record.kind == "sae"]
     assert order[:4] == ["TC-SAE", "twin", "TC-SAE, pruned", "twin, pruned"]
 
 
 def test_its_label_names_the_original_and_it_stands_below(report):
     order = [record for record in in_reading_order(report).records if record.kind == "sae"]
     assert [record.name for record in order] == ["b-tc", "b-twin", "a-pruned"]
-    assert [short_name(record, report) for record in order] == ["TC-SAE", "twin", "twin, pruned"]
+    assert [Sweep(report).label(record) for record in order] == ["TC-SAE", "twin", "twin, pruned"]
 
 
 def with_pruned(families=("none",)):
@@ -107,7 +108,7 @@ def test_the_page_shows_both_comparisons_under_their_own_names():
     page = render_page(with_pruned())
     assert page.index('<section id="twins">') < page.index('<section id="pruned">') < page.index('<section id="table">')
     part = page[page.index('<section id="pruned">') : page.index('<section id="table">')]
-    assert f'<b class="ink-pruned">{PRUNED}</b> against <b class="ink-twin">' in part
+    assert f'<b class="ink-pruned" title="{PRUNED}">twin, pruned</b> against <b class="ink-twin"' in part
     assert "the pruned SAE is" in part
     assert "TC-SAE" not in part
     assert f"Layer 5, {PRUNED} minus its original: " in page

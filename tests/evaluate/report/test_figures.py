@@ -150,7 +150,7 @@ def test_time_panels_leave_out_zero_where_all_would_crowd_at_the_other_end(repor
         near = with_records(report, lambda r: {"metrics": r.metrics | close(r, change)})
         return min(
             panel.x.range([mark.x for mark in panel.marks])[0]
-            for panel in (time_plane(near, 5), variation_rows(near, 5))
+            for panel in (*time_plane(near, 5), variation_rows(near, 5))
         )
 
     def close(record, change: float):
@@ -177,7 +177,7 @@ def with_records(report: EvaluationReport, change) -> EvaluationReport:
 
 def test_nulls_are_not_drawn(report):
     null = metric("ce_score_mean", None)
-    assert plane_zoomed(with_records(report, lambda r: {"metrics": r.metrics | {"ce_score_mean": null}}), 5) is None
+    assert plane_zoomed(with_records(report, lambda r: {"metrics": r.metrics | {"ce_score_mean": null}}), 5) == []
     points = {"x": [1, 2, 3, None], "y": [0.5, None, 0.2, 0.1], "low": [0, None, 0, 0], "high": [1, None, 1, 1]}
     holes = Curve(**points, x_label="x", y_label="y", definition="d")
     found = sections(with_records(report, lambda r: {"curves": {"lag_autocorrelation": holes}}))["time"]

@@ -6,8 +6,9 @@ from page import Page, data_of
 from synthetic import metric, paired, synthetic_report
 from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
+from tcsae.evaluate.report.sweep import in_reading_order
 from tcsae.evaluate.report.tables import comparisons, main_tables, published
-from tcsae.evaluate.report.wording import decimals, evaluated, in_reading_order, pruned_outcomes, show, verdict
+from tcsae.evaluate.report.wording import decimals, evaluated, pruned_outcomes, show, verdict
 from tcsae.evaluate.results import Definition, EvaluationReport, Metric
 from tcsae.sites import Location
 
