@@ -121,19 +121,34 @@ class SplicedModel:
 
         ``clean``: of these tokens, with this location asked for.
         """
-        x_BTD = x_BTD.to(self.lm.dtype)
-        if at in self._by_hook:
-            return self.spliced_by_hook(at, x_BTD, tokens_BT)
-        after = self._after(at)
+        if at in self._by_hook or self._after(at) is not None:
+            return self.continued(at, x_BTD, tokens_BT)
         with ExitStack() as stack:
-            if after is not None:
+            if at.layer:
+                stack.enter_context(self._handing_on(range(at.layer - 1)))
+                stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
+            stack.enter_context(hook_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)))
+            return self._run(tokens_BT)
+
+    def is_block_output(self, at: Location) -> bool:
+        """Whether the tensor is all that the layers above it need: the residual stream between two blocks."""
+        return self._after(at) is not None
+
+    def continued(self, at: Location, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """As :meth:`spliced`, with gradients to ``x_BTD`` and without a clean pass of these tokens.
+
+        For block outputs (:meth:`is_block_output`), where only the layers above run, and for what :meth:`verify` has
+        found to need the hook. One clean pass, of any tokens, must have been made before: it shows what blocks put out.
+        """
+        x_BTD = x_BTD.to(self.lm.dtype)
+        with ExitStack() as stack:
+            if at in self._by_hook:
+                stack.enter_context(hook_of(self.lm, at).replace(x_BTD))
+            else:
+                after = self._after(at)
+                assert after is not None  # noqa: S101 - see above
                 stack.enter_context(self._handing_on(range(after)))
                 stack.enter_context(self._replaced(after, x_BTD))
-            else:
-                if at.layer:
-                    stack.enter_context(self._handing_on(range(at.layer - 1)))
-                    stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
-                stack.enter_context(hook_of(self.lm, at).replace(x_BTD))
             return self._run(tokens_BT)
 
     @torch.no_grad()
@@ -275,6 +290,17 @@ class Head:
         if self._softcap:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits
+
+    def logits(self, final_ND: Tensor) -> Tensor:
+        """The same with gradients to the states: no step of it overwrites what the backward pass needs."""
+        if self._own:
+            return self._own_logits(final_ND)
+        logits = final_ND.float() @ self._W_VD.T
+        if self._b_V is not None:
+            logits = logits + self._b_V
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     def product(self, states_ND: Tensor) -> Tensor:
         """The matrix product alone [N, V]."""

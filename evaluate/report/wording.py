@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...console import format_bytes, format_duration
-from ..results import EvaluationReport, Metric, Paired, Record
+from ..results import MADE_OF_ANOTHER, EvaluationReport, Metric, Paired, Record
 from .chart import number, power_label
 
 REFERENCE_NAMES = {
@@ -25,7 +25,8 @@ REFERENCE_NAMES = {
     "zero_sae": "all-zero SAE",
 }
 ARROWS = {"lower": "↓", "higher": "↑"}
-_BELOW = {"twin": 1, "pruned": 2}  # what stands below the SAE it is compared with, and in which order
+_MADE = {"pruned": "pruned", "finetuned": "fine-tuned"}
+_BELOW = {"twin": 1, "pruned": 2, "finetuned": 3}  # what stands below the SAE it is compared with, and in which order
 
 
 def role_of(record: Record) -> str:
@@ -36,14 +37,14 @@ def role_of(record: Record) -> str:
 
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
-    """The same report in reading order: SAEs before references, by layer; TC-SAE, twin, pruned ones."""
+    """The same report in reading order: SAEs before references, by layer; TC-SAE, twin, pruned and fine-tuned ones."""
     order = {at: n for n, at in enumerate(report.locations)}
     found = {(record.location, record.name): i for i, record in enumerate(report.records) if record.kind == "sae"}
 
     def place(item: tuple[int, Record]) -> tuple[bool, int, int, int]:
         i, record = item
         head, rank = i, 0
-        for _ in report.records:  # up to the head of the family, however often it was pruned
+        for _ in report.records:  # up to the head of the family, however often it was pruned or fine-tuned
             above = report.records[head]
             next_above = found.get((above.location, above.pair or ""), head) if above.role in _BELOW else head
             rank += _BELOW[above.role or ""] if next_above != head else 0
@@ -61,11 +62,11 @@ def short_name(record: Record, report: EvaluationReport) -> str:
     if record.kind == "reference":
         return REFERENCE_NAMES.get(record.name, record.name)
     beside = [other for other in report.records if other.location == record.location and other.kind == "sae"]
-    if record.role == "pruned":
+    if record.role in MADE_OF_ANOTHER:
         original = next((other for other in beside if other.name == record.pair), None)
-        alone = sum(other.role == "pruned" and other.pair == record.pair for other in beside) == 1
+        alone = sum(other.role == record.role and other.pair == record.pair for other in beside) == 1
         if original is not None and alone:
-            return f"{short_name(original, report)}, pruned"
+            return f"{short_name(original, report)}, {_MADE[record.role]}"
     elif record.role and sum(other.role == record.role for other in beside) == 1:
         return {"tc": "TC-SAE", "twin": "twin"}[record.role]
     return record.name.removeprefix(f"{record.location.short}-")
@@ -170,15 +171,21 @@ def _documents(report: EvaluationReport) -> str:
     return f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
 
 
-def pruned_outcomes(report: EvaluationReport) -> list[str]:
-    """What pruning did, a sentence per pair; with more than four pairs, how many of them went which way."""
-    pairs = [pair for pair in report.paired if pair.kind == "pruned"]
-    if len(pairs) > 4:
-        return [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
-    return [_outcome(pair, report) for pair in pairs]
+def outcomes_of_changes(report: EvaluationReport) -> list[str]:
+    """What pruning and fine-tuning did, a sentence per pair; with more than four pairs, how many of them went which
+    way.
+    """
+    found = []
+    for kind in MADE_OF_ANOTHER:
+        pairs = [pair for pair in report.paired if pair.kind == kind]
+        if len(pairs) > 4:
+            found += [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
+        else:
+            found += [_outcome(pair, report) for pair in pairs]
+    return found
 
 
-PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original")}
+PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original"), "finetuned": ("fine-tuned SAE", "original")}
 """What the two sides of a pair are called, by its kind."""
 _HEADLINE = {
     "ce_score_mean": "share of CE recovered",

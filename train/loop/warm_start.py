@@ -22,6 +22,7 @@ from ..config import TrainConfig
 from ..formats.locate import read_sae
 from ..loss.objective import group_sizes
 from ..plan import MemberPlan
+from ..sae.activation import Activation
 from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
@@ -49,7 +50,7 @@ def check_sources(plans: Iterable[MemberPlan], store: ActivationStore) -> None:
             known[path] = read_sae(path)[1]
             _warn_of_other_place(path, known[path], store)
         if path:
-            check_source(plan, known[path])
+            check_source(plan, _as_trained(known[path], plan.config))
 
 
 def check_source(plan: MemberPlan, source: SparseAutoencoder) -> None:
@@ -110,14 +111,32 @@ def begin_from_source(member: Member, scale: float) -> dict[str, Any]:
     path = member.config.run.init_from
     if not path:
         return {}
-    source_format, source = read_sae(path)
+    source_format, read = read_sae(path)
+    source = _as_trained(read, member.config)
     check_source(member.plan, source)
     member.sae.load_state_dict(for_training(source, member.config, scale).state_dict())
     digest = sha256()
-    for name, value in sorted(source.state_dict().items()):
+    for name, value in sorted(read.state_dict().items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     facts = {"path": path, "format": source_format, "weights": digest.hexdigest()}
     return facts | {name: source.metadata[name] for name in ("model_name", "hook_name") if source.metadata.get(name)}
+
+
+@torch.no_grad()
+def _as_trained(source: SparseAutoencoder, config: TrainConfig) -> SparseAutoencoder:
+    """A batchtopk SAE is kept as jumprelu with one threshold for all features, which it is outside training: the same
+    as batchtopk, where that is what is to be trained.
+    """
+    if type(source) is not TemporalSAE or config.sae.activation != "batchtopk" or source.threshold is None:
+        return source
+    threshold = source.threshold
+    if source.activation.kind != "jumprelu" or not bool((threshold == threshold[0]).all()):
+        return source
+    chosen = Activation("batchtopk", k=config.sae.k)
+    settings = {"subtract_b_dec": source.subtract_b_dec, "metadata": source.metadata}
+    found = TemporalSAE(source.d_model, source.n_features, chosen, **settings)
+    found.load_state_dict(source.state_dict() | {"threshold": threshold[0]})
+    return found.eval()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ...results import Curve, EvaluationReport, Metric, Record
+from ...results import MADE_OF_ANOTHER, Curve, EvaluationReport, Metric, Record
 from ..chart import Axis, Line, Mark, Panel, Rule
 from ..wording import decimals, metric_label, role_of, short_name, show, show_interval
 
@@ -59,11 +59,13 @@ def _interval(metric: Metric) -> tuple[float, float] | None:
 
 
 def links(report: EvaluationReport, layer: int, marks: Sequence[Mark]) -> tuple[tuple[int, int], ...]:
-    """Index pairs of each TC-SAE and its twin, each pruned SAE and its original among the marks of :func:`mark_of`."""
+    """Index pairs of each TC-SAE and its twin, each pruned or fine-tuned SAE and its original, among the marks of
+    :func:`mark_of`.
+    """
     index = {
         r.name: i for r in saes_of(report, layer) for i, m in enumerate(marks) if m.title.startswith(f"{r.name}: ")
     }
-    pairs = [(r.name, r.pair) for r in saes_of(report, layer) if r.role in ("tc", "pruned")]
+    pairs = [(r.name, r.pair) for r in saes_of(report, layer) if r.role in ("tc", *MADE_OF_ANOTHER)]
     return tuple((index[a], index[b]) for a, b in pairs if a in index and b in index)
 
 
@@ -102,8 +104,8 @@ def curve_panel(
 ) -> Panel | None:
     """One curve (or histogram) of every SAE that has it; None where none has."""
     found = [(record, record.curves[key]) for record in saes_of(report, layer) if key in record.curves]
-    # A pruned SAE is drawn first: it hardly differs from its original and must not hide it.
-    found.sort(key=lambda item: item[0].role != "pruned")
+    # What was made of another SAE is drawn first: it hardly differs from its original and must not hide it.
+    found.sort(key=lambda item: item[0].role not in MADE_OF_ANOTHER)
     lines = [line for record, curve in found if (line := _line(curve, role_of(record), short_name(record, report)))]
     if not lines:
         return None
