@@ -89,9 +89,7 @@ def finetune(
         "auto", "--tokens", help="Tokens to train on: 200k, 10M; auto: a twentieth of the run's, at least 100 steps."
     ),
     batch_size: str = _amount("auto", "--batch-size", help="Tokens per step, in whole rows; auto: the run's."),
-    lr: float = _loss(
-        FinetuneConfig.lr, "--lr", help="Peak learning rate, falls to zero; 0: a third of the run's."
-    ),
+    lr: float = _loss(FinetuneConfig.lr, "--lr", help="Peak learning rate, falls to zero; 0: a third of the run's."),
     kl_share: float = _loss(
         FinetuneConfig.kl_share,
         "--kl-share",

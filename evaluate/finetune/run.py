@@ -408,7 +408,9 @@ class _Finetuning:
         batch = self.reader.next_batches()[_VIEW]
         x_NTD = self.inputs.prepare(batch.x_NWD, self.device)
         seen = self.batches.of(batch, x_NTD, self.step)
-        self.kl_step.batch = seen
+        config = self.plan.config.run
+        logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+        self.kl_step.batch, self.kl_step.wanted = seen, logged or self.step == 0
         (update,) = self.stepping.train_step(x_NTD, [seen.partner], rows=seen.rows)
         check_finite(self.member, update, batch)
         if self.step == 0:
@@ -416,8 +418,7 @@ class _Finetuning:
             self.record = self.record.model_copy(update={"finetuned": facts})
             self.record.save(self.folder)
         self.step, self.tokens = self.step + 1, self.tokens + seen.rows.n_tokens
-        config = self.plan.config.run
-        if self.step % config.log_every == 0 or self.step == config.steps:
+        if logged:
             check_divergence(self.member, float(update.result.error), self.inputs.spread)
             self.last = self._metrics(update, x_NTD, seen.rows)
             log.write(self.step, {"tokens": self.tokens, "epoch": self.reader.epoch, **self.last})

@@ -124,6 +124,7 @@ class KLStep:
 
     Attributes:
         batch: what the next call is about.
+        wanted: whether KL is to be known even where it has no share in the loss; without both, no layer runs.
         weight: α; None before the first step.
         kl: of the last step, in nats per token.
 
@@ -133,6 +134,7 @@ class KLStep:
         self.model, self.head, self.at, self.scale = model, head, at, scale
         self.share, self.balance = share, balance
         self.batch: RowBatch | None = None
+        self.wanted = True
         self.weight: Tensor | None = None
         self.kl = torch.zeros(())
 
@@ -157,11 +159,15 @@ class KLStep:
         total, found = weighted_terms(
             sae, x_KD, out, objective, dead_F=dead_F, compared=compared, partner_NP=partner_NP
         )
-        kl = self.divergence(batch, at_least_float32(out.reconstruction) / self.scale)
+        kl = self.kl
+        if self.share or self.wanted:
+            with torch.set_grad_enabled(self.share > 0):
+                kl = self.divergence(batch, at_least_float32(out.reconstruction) / self.scale)
         self.kl = kl.detach()
         if self.weight is None or self.balance == "step":
             self.weight = (found["reconstruction"].detach() / self.kl.clamp(min=_TINY)).float()
-        total = total + self.share * (self.weight * kl - found["reconstruction"])
+        if self.share:
+            total = total + self.share * (self.weight * kl - found["reconstruction"])
         total.backward()
         sae.after_backward(out)
         return step_result(total, found, out)
