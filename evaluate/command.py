@@ -210,6 +210,14 @@ def evaluate(
     gguf_file: str | None = _model(None, "--gguf-file", help="A GGUF file inside --model."),
     device: str = _model(EvaluateConfig.device, "--device", help="auto, cuda, cuda:1, cpu."),
     dtype: str = _model(EvaluateConfig.dtype, "--dtype", help="Of the language model: auto, bfloat16 or float32."),
+    device_map: str = _model(
+        EvaluateConfig.device_map,
+        "--device-map",
+        help="auto: spread a model larger than one GPU over all, CPU and disk; or a JSON file of module → device.",
+    ),
+    load_in: str = _model(
+        EvaluateConfig.load_in, "--load-in", help="8bit or 4bit weights (bitsandbytes). Default: the store's."
+    ),
     dataset: str | None = _text(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
     split: str | None = _text(None, "--split", help="Split of the dataset."),
     text_column: str | None = _text(None, "--text-column", help="Column that holds the text."),
@@ -267,6 +275,8 @@ def evaluate(
         gguf_file=gguf_file,
         device=device,
         dtype=dtype,
+        device_map=device_map,
+        load_in=load_in,  # pyright: ignore[reportArgumentType] - checked with the model
         dataset=dataset,
         split=split,
         text_column=text_column,

@@ -231,6 +231,7 @@ class ModelFacts(Frozen):
     vocab_size: int
     attn_implementation: str
     dtype: str
+    load_in: str = Field(default="", description="8bit or 4bit where its weights were quantised by bitsandbytes")
 
     @property
     def predicts_tokens(self) -> bool:

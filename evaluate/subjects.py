@@ -344,7 +344,8 @@ def _group(
 
 
 def _model(config: EvaluateConfig, manifest: StoreManifest | None, model_name: str | None) -> ModelSource:
-    common = {"device": config.device, "dtype": config.dtype}
+    load_in = config.load_in or (manifest.model.load_in if manifest is not None else "")
+    common = {"device": config.device, "dtype": config.dtype, "device_map": config.device_map, "load_in": load_in}
     if config.model is not None:
         return ModelSource(id=config.model, revision=config.revision, gguf_file=config.gguf_file, **common)
     if manifest is not None:

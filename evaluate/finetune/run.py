@@ -212,6 +212,11 @@ def _check_store(folder: Path, record: RunRecord, store: ActivationStore) -> Non
             f"{theirs}; the run is of layer {record.location}, width {record.store_manifest['d_model']}: name its own "
             "store with --store"
         )
+    if store.manifest.model.load_in:
+        raise RunError(
+            f"{store.path} was extracted from weights in {store.manifest.model.load_in}, through which no gradient is "
+            f"taken: {folder} cannot be fine-tuned"
+        )
     trained = StoreManifest.model_validate(record.store_manifest).model
     if store.manifest.model.fingerprint != trained.fingerprint:
         raise RunError(

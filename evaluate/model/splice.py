@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...extract.model.hooks import hook_of
 from ...extract.model.module_hook import ModuleHook, with_first
+from ...extract.model.placement import weights_in_memory
 from ...sites import Location
 from .heldout_text import HeldOutText
 from .token_text import token_text
@@ -104,7 +105,8 @@ class SplicedModel:
             for layer in inside:
                 hooks.enter_context(ModuleHook(self.lm.blocks[layer], "input").keep(before, layer))
             final_BTD = self._run(tokens_BT)
-        return CleanPass({at: _shaped(x, final_BTD) for at, x in kept.items()}, before, final_BTD)
+        here = {at: _shaped(x, final_BTD).to(self.device) for at, x in kept.items()}
+        return CleanPass(here, {at: x.to(self.device) for at, x in before.items()}, final_BTD)
 
     @torch.no_grad()
     def activations(self, tokens_BT: Tensor, locations: Sequence[Location]) -> dict[Location, Tensor]:
@@ -209,7 +211,7 @@ class SplicedModel:
 
     def _run(self, tokens_BT: Tensor) -> Tensor:
         # Without an attention mask on purpose: padding only ever follows the text, and attention is causal.
-        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state.to(self.device)
 
     @contextmanager
     def _handing_on(self, skipped: range) -> Iterator[None]:
@@ -245,8 +247,10 @@ class Head:
         self.note: str | None = None
         self._own = False
         output: Any = lm.model.get_output_embeddings()
-        self._W_VD: Tensor = output.weight.detach().float()
-        self._b_V: Tensor | None = None if getattr(output, "bias", None) is None else output.bias.detach().float()
+        with weights_in_memory(output):
+            self._W_VD: Tensor = output.weight.detach().float().to(lm.device)
+            bias = getattr(output, "bias", None)
+            self._b_V: Tensor | None = None if bias is None else bias.detach().float().to(lm.device)
         config = lm.model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -268,7 +272,7 @@ class Head:
 
     def verify(self, tokens_BT: Tensor, final_BTD: Tensor) -> None:
         """Compare with the model's own logits for these rows."""
-        own = self.lm.model(input_ids=tokens_BT, use_cache=False).logits.float().flatten(0, 1)
+        own = self.lm.model(input_ids=tokens_BT, use_cache=False).logits.float().flatten(0, 1).to(self.lm.device)
         ours = self(final_BTD.flatten(0, 1))
         if (ours - own).abs().max() > TOLERANCE[final_BTD.dtype] * own.abs().max():
             self._own = True
