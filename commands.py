@@ -240,7 +240,8 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
         there = manifest.execution.device_name
         warn(f"{store} was computed on {there}, which this machine lacks: rows differ in their last bits")
         device = "cpu"
-    source = ModelSource(model, revision, gguf_file, device, recorded.dtype)
+    known = {"gguf_file": gguf_file, "load_in": recorded.load_in}
+    source = ModelSource(model, revision, device=device, dtype=recorded.dtype, **known)
     at = manifest.location
     lm = load_language_model(source, deepest_layer=deepest_block([at]))
     difference = identity_difference(recorded, lm.identity, leave_out=("id", "revision", "gguf_file"))

@@ -146,8 +146,10 @@ def _run(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
             )
         return True, what, twin
     done = max(checkpoints(path), default=0)
-    state = f"{what}, {done} of {record.planned_steps} steps: the same `pipeline train` goes on"
-    return False, state, (Path(record.store), *twin)
+    command = "finetune" if record.finetuned else "train"
+    begun = (Path(record.origin["path"]),) if record.finetuned else ()
+    state = f"{what}, {done} of {record.planned_steps} steps: the same `pipeline {command}` goes on"
+    return False, state, (Path(record.store), *twin, *begun)
 
 
 def _report(path: Path) -> tuple[bool, str, tuple[Path, ...]]:

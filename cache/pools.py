@@ -122,7 +122,7 @@ class PoolReader:
         if self._only:
             of_role_RT = of_role(flags_RT, self._only)
             usable_RT &= of_role_RT
-            spans_RT = _messages(documents_RT, of_role_RT)
+            spans_RT = message_spans(documents_RT, of_role_RT)
         return Pool(x_RTD.flatten(0, 1), rows_R, places_R, usable_RT, documents_RT, spans_RT)
 
     def _chunks(self, epoch: int, pool: int) -> list[int]:
@@ -162,7 +162,7 @@ class PoolReader:
         return None if norms is None else norms[rows.start - whole.start : rows.stop - whole.start]
 
 
-def _messages(documents_RT: np.ndarray, of_role_RT: np.ndarray) -> np.ndarray:
+def message_spans(documents_RT: np.ndarray, of_role_RT: np.ndarray) -> np.ndarray:
     """Numbers within a row that change wherever a document ends, or a message of the role begins or ends."""
     changes_RT = np.zeros(documents_RT.shape, dtype=np.int64)
     changes_RT[:, 1:] = (documents_RT[:, 1:] != documents_RT[:, :-1]) | (of_role_RT[:, 1:] != of_role_RT[:, :-1])

@@ -24,7 +24,7 @@ from .metrics.fidelity import definitions as fidelity_definitions
 from .metrics.saebench import SAEBenchSums
 from .model.heldout_text import HeldOutText
 from .protocol import UnitSums
-from .results import Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
+from .results import MADE_OF_ANOTHER, Definition, EvaluationReport, Metric, Paired, Record, TextFacts, TrainingCurves
 from .table_row import MeasuredRow
 
 L0_TOLERANCE = 0.05
@@ -145,14 +145,16 @@ def _compat(row: MeasuredRow, zero_all: MeasuredRow | None) -> dict[str, float |
 
 
 def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
-    """TC-SAE − twin and pruned − original for every pair that is there whole, on whatever both were measured by."""
+    """TC-SAE − twin, and pruned or fine-tuned − original, for every pair that is there whole, on whatever both were
+    measured by.
+    """
     found = []
     for first in rows:
         second = next(
             (row for row in rows if row.name == first.pair and row.location == first.location and row.kind == "sae"),
             None,
         )
-        if first.role not in ("tc", "pruned") or second is None:
+        if first.role not in ("tc", *MADE_OF_ANOTHER) or second is None:
             continue
         a, b = scored(first, rows), scored(second, rows)
         differences = {name: resampler.difference(a[name], b[name]) for name in a if name in b}
@@ -161,7 +163,7 @@ def paired(rows: Sequence[MeasuredRow], resampler: Resampler) -> list[Paired]:
             if isinstance(one, Jackknifed) and isinstance(other, Jackknifed):
                 differences[name] = one.minus(other)
         differences = {name: one for name, one in differences.items() if not name.startswith(_OF_THE_MODEL)}
-        kind = "pruned" if first.role == "pruned" else "twin"
+        kind = first.role if first.role in MADE_OF_ANOTHER else "twin"
         warning = _unequal(a, b, kind)
         names = {"first": first.name, "second": second.name, "layer": first.layer, "site": first.site}
         found.append(Paired(kind=kind, **names, metrics=differences, warning=warning))
@@ -174,6 +176,8 @@ def _unequal(a: dict[str, UnitSums], b: dict[str, UnitSums], kind: str) -> str |
         return None
     if kind == "pruned":
         return f"pruning took L0 from {l0[1]:.1f} to {l0[0]:.1f}: part of every difference is sparsity"
+    if kind == "finetuned":
+        return f"fine-tuning took L0 from {l0[1]:.1f} to {l0[0]:.1f}: part of every difference is sparsity"
     return f"L0 differs ({l0[0]:.1f} against {l0[1]:.1f}): part of every difference is sparsity, not the temporal term"
 
 

@@ -7,12 +7,14 @@ from functools import partial
 import typer
 
 from .config import EvaluateConfig
+from .finetune.config import FinetuneConfig
 
 _main = partial(typer.Option, rich_help_panel="What to evaluate")
 _seen = partial(typer.Option, rich_help_panel="What to look at")
 _amount = partial(typer.Option, rich_help_panel="How much")
 _model = partial(typer.Option, rich_help_panel="Model")
 _text = partial(typer.Option, rich_help_panel="Text")
+_loss = partial(typer.Option, rich_help_panel="Loss")
 _redundant = partial(typer.Option, rich_help_panel="What is redundant")
 _output = partial(typer.Option, rich_help_panel="Output")
 _cluster = partial(typer.Option, rich_help_panel="Many machines")
@@ -82,6 +84,93 @@ def _change(before: float | None, after: float | None) -> str:
     return " → ".join("undefined" if value is None else f"{value:.4g}" for value in (before, after))
 
 
+def finetune(
+    run: str = typer.Argument(..., help="Folder of a finished run."),
+    tokens: str = _amount(
+        "auto", "--tokens", help="Tokens to train on: 200k, 10M; auto: a twentieth of the run's, at least 100 steps."
+    ),
+    batch_size: str = _amount("auto", "--batch-size", help="Tokens per step, in whole rows; auto: the run's."),
+    lr: float = _loss(FinetuneConfig.lr, "--lr", help="Peak learning rate, falls to zero; 0: a third of the run's."),
+    kl_share: float = _loss(
+        FinetuneConfig.kl_share,
+        "--kl-share",
+        help="Part of KL in the sum of it and the reconstruction error: 0 trains on as before, 1 by KL alone.",
+    ),
+    balance: str = _loss(
+        FinetuneConfig.balance,
+        "--balance",
+        help="KL is given the size of the reconstruction error in every step, or once, at the start.",
+    ),
+    store: str | None = _seen(None, "--store", help="Activation store. Default: the one the run was trained on."),
+    seed: int | None = _seen(None, "--seed", help="Of the order of the rows. Default: the run's data seed."),
+    model: str | None = _model(
+        None, "--model", help="The language model, where it lies elsewhere now; with the same weights."
+    ),
+    device: str = _model(FinetuneConfig.device, "--device", help="auto, cpu, cuda or cuda:1."),
+    dtype: str = _model(
+        FinetuneConfig.dtype, "--dtype", help="Of the language model and of products: auto, bfloat16 or float32."
+    ),
+    plugin: list[str] = _main([], "--plugin", help="A Python file that the run was trained with; repeatable."),
+    out: str | None = _output(None, "--out", help="Folder of the new run. Default: the run's name with -finetuned."),
+    resume: bool = _output(True, "--resume/--fresh", help="Go on with what is there, or delete it first."),
+    log_every: int = _output(FinetuneConfig.log_every, "--log-every", help="Steps between two lines of metrics."),
+    checkpoint_every: int = _output(
+        FinetuneConfig.checkpoint_every, "--checkpoint-every", help="Steps between two checkpoints."
+    ),
+    checkpoint_minutes: float = _output(
+        FinetuneConfig.checkpoint_minutes,
+        "--checkpoint-minutes",
+        help="Write one also after so many minutes; 0: do not.",
+    ),
+    json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
+) -> None:
+    """Train a run's SAE on by reconstruction error and KL through the upper layers, as a new run beside it.
+
+    Its temporal and sparsity terms are kept. No lower layer runs: the residuals of its store are spliced in. `pipeline
+    evaluate` then shows the new run beside the old one.
+
+    Examples:
+        pipeline finetune runs/l12-topk64-none-s0
+
+        pipeline finetune runs/l12-topk64-pairwise0.03-w5-s0 --tokens 25M --lr 1e-4
+
+        pipeline finetune runs/l12-topk64-none-s0 --kl-share 0 --out runs/control
+
+    """
+    from dataclasses import asdict
+
+    from ..console import parse_count, summary
+    from ..system.allocator import keeping_freed_memory
+    from .finetune.run import finetune_run, in_words
+
+    counts = {
+        name: 0 if value == "auto" else parse_count(value)
+        for name, value in {"tokens": tokens, "batch_size": batch_size}.items()
+    }
+    config = FinetuneConfig(
+        run=run,
+        out=out,
+        store=store,
+        model=model,
+        lr=lr,
+        kl_share=kl_share,
+        balance=balance,  # pyright: ignore[reportArgumentType] - the configuration checks it
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        plugins=tuple(plugin),
+        fresh=not resume,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
+        **counts,
+    )
+    with keeping_freed_memory():
+        done = finetune_run(config)
+    title = "already fine-tuned" if done.skipped else "fine-tuned"
+    summary(title, asdict(done) if json_output else in_words(done), as_json=json_output)
+
+
 def evaluate(
     run: list[str] = _main([], "--run", help="A run folder; repeatable. Default: every finished run under runs/."),
     sae: list[str] = _main(
@@ -122,6 +211,14 @@ def evaluate(
     gguf_file: str | None = _model(None, "--gguf-file", help="A GGUF file inside --model."),
     device: str = _model(EvaluateConfig.device, "--device", help="auto, cuda, cuda:1, cpu."),
     dtype: str = _model(EvaluateConfig.dtype, "--dtype", help="Of the language model: auto, bfloat16 or float32."),
+    device_map: str = _model(
+        EvaluateConfig.device_map,
+        "--device-map",
+        help="auto: spread a model larger than one GPU over all, CPU and disk; or a JSON file of module → device.",
+    ),
+    load_in: str = _model(
+        EvaluateConfig.load_in, "--load-in", help="8bit or 4bit weights (bitsandbytes). Default: the store's."
+    ),
     dataset: str | None = _text(None, "--dataset", help="Text. Default: held-out documents of the store's text."),
     split: str | None = _text(None, "--split", help="Split of the dataset."),
     text_column: str | None = _text(None, "--text-column", help="Column that holds the text."),
@@ -187,6 +284,8 @@ def evaluate(
         gguf_file=gguf_file,
         device=device,
         dtype=dtype,
+        device_map=device_map,
+        load_in=load_in,  # pyright: ignore[reportArgumentType] - checked with the model
         dataset=dataset,
         split=split,
         text_column=text_column,
@@ -217,4 +316,4 @@ def evaluate(
         raise typer.Exit(1)
 
 
-COMMANDS = [evaluate, prune]
+COMMANDS = [evaluate, prune, finetune]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from .. import options
 from ..cache.format.layout import ROLES
@@ -79,6 +79,10 @@ class EvaluateConfig:
     """``cuda``, ``cpu`` …"""
     dtype: str = "auto"
     """Of the language model; every metric is computed in float32 or better."""
+    device_map: str = ""
+    """How a model larger than one GPU is spread (:class:`~tcsae.extract.config.ModelSource`)."""
+    load_in: str = ""
+    """Quantised weights of the model: 8bit or 4bit; empty: as each run's store has them."""
     quick: bool = False
     """Ten batches and no feature browser: a first look."""
     plugins: tuple[str, ...] = ()
@@ -189,6 +193,10 @@ class EvaluateOptions(TypedDict, total=False):
     seed: int | None
     device: str | None
     dtype: str | None
+    device_map: str | None
+    """``auto``: a model larger than one GPU is spread over all, the CPU's memory and the disk (accelerate)."""
+    load_in: Literal["8bit", "4bit"] | None
+    """Quantised weights (bitsandbytes); by default as each run's store has them."""
     out: str | Path | None
     name: str | None
     plugin: str | Path | Sequence[str | Path] | None

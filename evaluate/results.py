@@ -37,7 +37,9 @@ def _finite_or_none(value: Any) -> Any:
 Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
 
 
-Role = Literal["tc", "twin", "pruned"]
+Role = Literal["tc", "twin", "pruned", "finetuned"]
+MADE_OF_ANOTHER = ("pruned", "finetuned")
+"""The roles of runs that a command made of another run, which is their pair."""
 
 
 class Frozen(BaseModel):
@@ -122,11 +124,13 @@ class Record(Frozen):
     site: str = Field(default=RESIDUAL, description="hook point there: resid_post, mlp_out …")
     role: Role | None = Field(
         default=None,
-        description="with the temporal term, its twin without, or a run that `pipeline prune` made of another",
+        description="with the temporal term, its twin without, or a run that `pipeline prune` or `pipeline finetune` "
+        "made of another",
     )
     pair: str | None = Field(
         default=None,
-        description="name of the other half: the twin of a tc, the tc of a twin, the original of a pruned one",
+        description="name of the other half: the twin of a tc, the tc of a twin, the original of a pruned or "
+        "fine-tuned one",
     )
     sae: SAEFacts | None = None
     metrics: dict[str, Metric]
@@ -151,7 +155,9 @@ class Record(Frozen):
 class Paired(Frozen):
     """Differences first − second between two SAEs, token by token on the same text, with paired intervals."""
 
-    kind: Literal["twin", "pruned"] = Field(default="twin", description="TC-SAE − twin, or pruned − original")
+    kind: Literal["twin", "pruned", "finetuned"] = Field(
+        default="twin", description="TC-SAE − twin, pruned − original, or fine-tuned − original"
+    )
     first: str
     second: str
     layer: int
@@ -225,6 +231,7 @@ class ModelFacts(Frozen):
     vocab_size: int
     attn_implementation: str
     dtype: str
+    load_in: str = Field(default="", description="8bit or 4bit where its weights were quantised by bitsandbytes")
 
     @property
     def predicts_tokens(self) -> bool:

@@ -32,7 +32,7 @@ from ..train.sae.protocol import RowTokens, SparseAutoencoder
 from ..train.sae.registry import ACTIVATIONS, ARCHITECTURES
 from .config import EvaluateConfig
 from .cost import cost_settings
-from .results import Failure, Role, SAEFacts
+from .results import MADE_OF_ANOTHER, Failure, Role, SAEFacts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Subject:
     fingerprint: str
     role: Role | None = None
     pair: str | None = None
-    """Name of what it is compared with: a TC-SAE's twin and the other way round, a pruned run's original."""
+    """Name of what it is compared with: a TC-SAE's twin and the other way round, the original of a pruned or fine-tuned
+    run.
+    """
     scope: float = 1.0
     """Share of the dictionary that the temporal term sees (a twin: its TC-SAE's), or the first of nested groups; below
     1 both parts are measured too.
@@ -218,22 +220,30 @@ def _add_run(
     _check_fits(path, record, manifest, sae)
     _check_computes(path, sae)
     group = _group(groups, config, manifest, store=record.store)
-    original = sae.metadata.get("pruned_from")
+    role, original = _made_of(sae)
     group.subjects.append(
         Subject(
             name=_free_name(record.name, record.location, group),
             at=record.location,
-            facts=_facts_of_run(path, record, sae, {"pruned_from": original} if original else {}),
+            facts=_facts_of_run(path, record, sae, {f"{role}_from": original} if role and original else {}),
             load=partial(SparseAutoencoder.load, str(Path(path).absolute())),
             fingerprint=sha256(weights.read_bytes()).hexdigest()[:16],
-            role="pruned" if original else record.role,
+            role=role or record.role,
             pair=original or record.twin,
-            scope=1.0 if original else scope,
+            scope=1.0 if role == "pruned" else scope,
             notes=notes,
             n_bytes=_n_bytes(sae),
             untrained=None if original else _untrained(path, record, sae),
         )
     )
+
+
+def _made_of(sae: SparseAutoencoder) -> tuple[Role | None, str | None]:
+    """The role of a run that was made of another one, and that one's name."""
+    for role in MADE_OF_ANOTHER:
+        if original := sae.metadata.get(f"{role}_from"):
+            return role, original  # pyright: ignore[reportReturnType] - one of them
+    return None, None
 
 
 def _notes_on_roles(path: str, record: RunRecord, measured: str | None) -> tuple[str, ...]:
@@ -347,7 +357,8 @@ def _group(
 
 
 def _model(config: EvaluateConfig, manifest: StoreManifest | None, model_name: str | None) -> ModelSource:
-    common = {"device": config.device, "dtype": config.dtype}
+    load_in = config.load_in or (manifest.model.load_in if manifest is not None else "")
+    common = {"device": config.device, "dtype": config.dtype, "device_map": config.device_map, "load_in": load_in}
     if config.model is not None:
         return ModelSource(id=config.model, revision=config.revision, gguf_file=config.gguf_file, **common)
     if manifest is not None:

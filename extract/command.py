@@ -58,6 +58,12 @@ def extract(
     dtype: str = _model(
         ModelSource.dtype, "--dtype", help="Arithmetic: auto, bfloat16 or float32. Stores are bfloat16."
     ),
+    device_map: str = _model(
+        ModelSource.device_map,
+        "--device-map",
+        help="auto: spread a model larger than one GPU over all, CPU and disk; or a JSON file of module → device.",
+    ),
+    load_in: str = _model(ModelSource.load_in, "--load-in", help="8bit or 4bit: quantised weights (bitsandbytes)."),
     batch_size: str = _model("auto", "--batch-size", help="Rows per forward pass, or auto."),
     plugin: list[str] = _model([], "--plugin", help="Python file that registers a hook point; repeatable."),
     out: str = _output(
@@ -114,6 +120,8 @@ def extract(
         gguf_file=gguf_file,
         device=device,
         dtype=dtype,
+        device_map=device_map,
+        load_in=load_in,  # pyright: ignore[reportArgumentType] - the configuration checks it
         batch_size=batch_size,
         out=out,
         compression=compression,  # pyright: ignore[reportArgumentType]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..cache.format.manifest import ModelIdentity, TextIdentity
 
 Packing = Literal["document", "concat"]
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,26 @@ class ModelSource:
     """``cuda``, ``cuda:1``, ``cpu`` …; ``auto`` takes the GPU if there is one."""
     dtype: str = "auto"
     """Weights and arithmetic: ``bfloat16``, ``float32``, or ``auto`` (bfloat16 if it is fast). Stores are bfloat16."""
+    device_map: str = ""
+    """How a model that is larger than one GPU is spread by accelerate: ``auto``, ``balanced``, ``balanced_low_0``,
+    ``sequential``, or a JSON file of module → device, ``cpu`` or ``disk``. Empty: it lies on ``device``.
+    """
+    load_in: str = ""
+    """``8bit`` or ``4bit``: weights quantised by bitsandbytes; empty: as they are."""
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is put where it belongs while it is loaded, not moved to ``device`` afterwards."""
+        return bool(self.device_map or self.load_in)
 
     def __post_init__(self):
+        if self.load_in not in ("", "8bit", "4bit"):
+            raise UsageError(f"--load-in {self.load_in} is unknown: choose 8bit or 4bit, or leave it out")
+        if self.device_map and self.device_map not in DEVICE_MAPS and not self.device_map.endswith(".json"):
+            known = ", ".join(DEVICE_MAPS)
+            raise UsageError(f"--device-map {self.device_map} is unknown: choose one of {known}, or a .json file")
+        if self.is_placed and (self.gguf_file or self.id.endswith(".gguf")):
+            raise UsageError("--device-map and --load-in are not for GGUF files: give the model's own weights")
         if not self.id:
             raise UsageError("--model is empty: give a hub id, a folder or a .gguf file")
         if self.dtype not in ("auto", "bfloat16", "float32"):
@@ -174,6 +193,10 @@ class ExtractOptions(TypedDict, total=False):
     gguf_file: str | None
     device: str | None
     dtype: str | None
+    device_map: str | None
+    """``auto``: a model larger than one GPU is spread over all, the CPU's memory and the disk (accelerate)."""
+    load_in: Literal["8bit", "4bit"] | None
+    """Quantised weights (bitsandbytes)."""
     batch_size: int | str | None
     """Rows per forward pass, or ``auto``."""
     out: str | Path | None
@@ -188,6 +211,7 @@ class ExtractOptions(TypedDict, total=False):
 
 # Option → field of the model's or the text's record; all other options are fields of ExtractConfig.
 MODEL_OPTIONS = {"model": "id", "revision": "revision", "gguf_file": "gguf_file", "device": "device", "dtype": "dtype"}
+MODEL_OPTIONS |= {"device_map": "device_map", "load_in": "load_in"}
 TEXT_OPTIONS = {"dataset": "dataset", "dataset_revision": "revision"}
 TEXT_OPTIONS |= {
     name: name
@@ -222,7 +246,8 @@ def extract_config(**asked: Unpack[ExtractOptions]) -> ExtractConfig:
 
 def model_source(identity: ModelIdentity, *, device: str = "auto") -> ModelSource:
     """The model of a store's manifest, at the recorded commit and in the recorded dtype."""
-    return ModelSource(identity.id, identity.revision, identity.gguf_file, device, identity.dtype)
+    known = {"revision": identity.revision, "gguf_file": identity.gguf_file, "load_in": identity.load_in}
+    return ModelSource(identity.id, device=device, dtype=identity.dtype, **known)
 
 
 def text_source(identity: TextIdentity) -> TextSource:

@@ -140,7 +140,10 @@ class _Coordinator:
             threads = max(1, torch.get_num_threads() // plan.config.workers)
         device = plan.outline.source.device.split(":")[0]
         note(f"      {len(self.client.nthreads())} workers, {threads} threads each, {batch_size} rows at a time")
-        return Execution(batch_size=batch_size, threads=threads, device=device, device_name=device_name)
+        spread = plan.outline.source.device_map
+        return Execution(
+            batch_size=batch_size, threads=threads, device=device, device_name=device_name, device_map=spread
+        )
 
     def _shards(self, writer: StoreSetWriter, execution: Execution, paths: dict[Location, str], bar: Progress) -> None:
         from distributed import wait

@@ -301,7 +301,13 @@ def resolve_execution(plan: Plan, batch_size: int) -> Execution:
     threads = torch.get_num_threads()
     if plan.stored and plan.stored.execution.threads <= (os.cpu_count() or 1):
         threads = plan.stored.execution.threads
-    return Execution(batch_size=batch_size, threads=threads, device=device.type, device_name=describe_execution(device))
+    return Execution(
+        batch_size=batch_size,
+        threads=threads,
+        device=device.type,
+        device_name=describe_execution(device),
+        device_map=plan.outline.source.device_map,
+    )
 
 
 def describe_execution(device: torch.device) -> str:

@@ -55,6 +55,13 @@ class ModelIdentity(_Record):
     attn_implementation: str
     dtype: str
     tokenizer_fingerprint: str
+    load_in: str = ""
+    """8bit or 4bit where the weights were quantised by bitsandbytes."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_quantisation(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written only where it says something, so that older versions read all other stores."""
+        return {name: value for name, value in plain(self).items() if name != "load_in" or value}
 
 
 class TextIdentity(_Record):
@@ -100,6 +107,13 @@ class Execution(_Record):
     threads: int
     device: str
     device_name: str = ""
+    device_map: str = ""
+    """How the model was spread over devices; empty: it was on one."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_on_one_device(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written only where it says something, so that older versions read all other stores."""
+        return {name: value for name, value in plain(self).items() if name != "device_map" or value}
 
 
 def installed_versions() -> dict[str, str]:

@@ -230,7 +230,9 @@ def compute_effects(codes: CodeStore, run: str, device: str = "auto") -> None:
     at, model = codes.manifest.location, codes.manifest.of_store.model
     if at.site not in BUILT_IN:
         raise ModelError(f"directions of {at} are none of the residual stream: they have no logit effects")
-    source = ModelSource(id=model.id, revision=model.revision, gguf_file=model.gguf_file, device=device)
+    source = ModelSource(
+        id=model.id, revision=model.revision, gguf_file=model.gguf_file, device=device, load_in=model.load_in
+    )
     lm = load_language_model(source)
     effects = LogitEffects(lm, Head(lm))
     if effects.note is not None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...extract.model.hooks import hook_of
 from ...extract.model.module_hook import ModuleHook, with_first
+from ...extract.model.placement import weights_in_memory
 from ...sites import Location
 from .heldout_text import HeldOutText
 from .token_text import token_text
@@ -104,7 +105,8 @@ class SplicedModel:
             for layer in inside:
                 hooks.enter_context(ModuleHook(self.lm.blocks[layer], "input").keep(before, layer))
             final_BTD = self._run(tokens_BT)
-        return CleanPass({at: _shaped(x, final_BTD) for at, x in kept.items()}, before, final_BTD)
+        here = {at: _shaped(x, final_BTD).to(self.device) for at, x in kept.items()}
+        return CleanPass(here, {at: x.to(self.device) for at, x in before.items()}, final_BTD)
 
     @torch.no_grad()
     def activations(self, tokens_BT: Tensor, locations: Sequence[Location]) -> dict[Location, Tensor]:
@@ -121,19 +123,34 @@ class SplicedModel:
 
         ``clean``: of these tokens, with this location asked for.
         """
-        x_BTD = x_BTD.to(self.lm.dtype)
-        if at in self._by_hook:
-            return self.spliced_by_hook(at, x_BTD, tokens_BT)
-        after = self._after(at)
+        if at in self._by_hook or self._after(at) is not None:
+            return self.continued(at, x_BTD, tokens_BT)
         with ExitStack() as stack:
-            if after is not None:
+            if at.layer:
+                stack.enter_context(self._handing_on(range(at.layer - 1)))
+                stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
+            stack.enter_context(hook_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)))
+            return self._run(tokens_BT)
+
+    def is_block_output(self, at: Location) -> bool:
+        """Whether the tensor is all that the layers above it need: the residual stream between two blocks."""
+        return self._after(at) is not None
+
+    def continued(self, at: Location, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """As :meth:`spliced`, with gradients to ``x_BTD`` and without a clean pass of these tokens.
+
+        For block outputs (:meth:`is_block_output`), where only the layers above run, and for what :meth:`verify` has
+        found to need the hook. One clean pass, of any tokens, must have been made before: it shows what blocks put out.
+        """
+        x_BTD = x_BTD.to(self.lm.dtype)
+        with ExitStack() as stack:
+            if at in self._by_hook:
+                stack.enter_context(hook_of(self.lm, at).replace(x_BTD))
+            else:
+                after = self._after(at)
+                assert after is not None  # noqa: S101 - see above
                 stack.enter_context(self._handing_on(range(after)))
                 stack.enter_context(self._replaced(after, x_BTD))
-            else:
-                if at.layer:
-                    stack.enter_context(self._handing_on(range(at.layer - 1)))
-                    stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
-                stack.enter_context(hook_of(self.lm, at).replace(x_BTD))
             return self._run(tokens_BT)
 
     @torch.no_grad()
@@ -194,7 +211,7 @@ class SplicedModel:
 
     def _run(self, tokens_BT: Tensor) -> Tensor:
         # Without an attention mask on purpose: padding only ever follows the text, and attention is causal.
-        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return self.lm.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state.to(self.device)
 
     @contextmanager
     def _handing_on(self, skipped: range) -> Iterator[None]:
@@ -230,8 +247,10 @@ class Head:
         self.note: str | None = None
         self._own = False
         output: Any = lm.model.get_output_embeddings()
-        self._W_VD: Tensor = output.weight.detach().float()
-        self._b_V: Tensor | None = None if getattr(output, "bias", None) is None else output.bias.detach().float()
+        with weights_in_memory(output):
+            self._W_VD: Tensor = output.weight.detach().float().to(lm.device)
+            bias = getattr(output, "bias", None)
+            self._b_V: Tensor | None = None if bias is None else bias.detach().float().to(lm.device)
         config = lm.model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -253,7 +272,7 @@ class Head:
 
     def verify(self, tokens_BT: Tensor, final_BTD: Tensor) -> None:
         """Compare with the model's own logits for these rows."""
-        own = self.lm.model(input_ids=tokens_BT, use_cache=False).logits.float().flatten(0, 1)
+        own = self.lm.model(input_ids=tokens_BT, use_cache=False).logits.float().flatten(0, 1).to(self.lm.device)
         ours = self(final_BTD.flatten(0, 1))
         if (ours - own).abs().max() > TOLERANCE[final_BTD.dtype] * own.abs().max():
             self._own = True
@@ -275,6 +294,17 @@ class Head:
         if self._softcap:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits
+
+    def logits(self, final_ND: Tensor) -> Tensor:
+        """The same with gradients to the states: no step of it overwrites what the backward pass needs."""
+        if self._own:
+            return self._own_logits(final_ND)
+        logits = final_ND.float() @ self._W_VD.T
+        if self._b_V is not None:
+            logits = logits + self._b_V
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     def product(self, states_ND: Tensor) -> Tensor:
         """The matrix product alone [N, V]."""

@@ -31,6 +31,7 @@ ROLES = {
     "tc": RoleStyle("TC-SAE", "#0a5fa5", "#6cb6f2", "circle", ()),
     "twin": RoleStyle("twin (λ2 = 0)", "#b34700", "#f0995c", "square", (7, 3)),
     "pruned": RoleStyle("pruned", "#1d6f42", "#74c69a", "diamond", (10, 3, 2, 3)),
+    "finetuned": RoleStyle("fine-tuned", "#0b6b72", "#6bc7cf", "diamond", (12, 3)),
     "external": RoleStyle("other SAE", "#7a3f98", "#cf9fe8", "triangle", (2, 2)),
     "reference": RoleStyle("reference row", "#5c5f66", "#a4a8b0", "cross", (1, 3)),
 }

@@ -25,7 +25,7 @@ from .svg import render, swatch
 from .sweep import in_reading_order
 from .tables import Cell, Column, cell, comparisons, difference_tables, full_tables, main_tables, published, reasons_of
 from .verdict import by_series, first_sentences, verdicts
-from .wording import PAIRS, evaluated, named, provenance, pruned_outcomes
+from .wording import PAIRS, evaluated, named, outcomes_of_changes, provenance
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -73,7 +73,7 @@ def render_page(
         colours=colours(),
         swatches={role: swatch(role) for role in STYLES},
         evaluated=evaluated(report),
-        outcomes=first_sentences(found) + pruned_outcomes(report),
+        outcomes=first_sentences(found) + outcomes_of_changes(report),
         verdicts=found,
         verdicts_by_series=by_series(found, report),
         comparisons={kind: comparisons(report, kind) for kind in PAIRS},
@@ -135,6 +135,7 @@ def _contents(
     present = {
         "twins": ("TC-SAE against its twin", any(pair.kind == "twin" for pair in report.paired)),
         "pruned": ("Pruned against the original", any(pair.kind == "pruned" for pair in report.paired)),
+        "finetuned": ("Fine-tuned against the original", any(pair.kind == "finetuned" for pair in report.paired)),
         "table": ("Every row, the main numbers", True),
         "fidelity": ("Fidelity and sparsity", panels["fidelity"]),
         "time": ("Time", panels["time"]),

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import EvaluationReport, Record
+from ..results import MADE_OF_ANOTHER, EvaluationReport, Record
 from .chart import RAMP, ROLES, SERIES
-from .wording import REFERENCE_NAMES, role_of
+from .wording import MADE, REFERENCE_NAMES, role_of
 
 _WORDS = {  # setting → how a value of it is said; in this order in a run's name, the least needed last
     "kind": "{}",
@@ -39,7 +39,6 @@ _FOLLOWS = {  # from the store, or from other settings
 }
 COLOURS = [name for name, style in SERIES.items() if style.light not in (ROLES["twin"].light, ROLES["reference"].light)]
 """Styles of series: none is that of a twin or of a reference row."""
-_WITH_PRUNED = [name for name in COLOURS if SERIES[name].light != ROLES["pruned"].light]
 TWIN, ALONE = "twin", "no temporal term"
 
 
@@ -77,8 +76,8 @@ class Sweep:
         self.names: dict[str, str] = {}
         """Style → what is drawn in it."""
         self._series: dict[int, Series] = {}
-        pruned = any(record.role == "pruned" for record in report.records)
-        self._colours = _WITH_PRUNED if pruned else COLOURS
+        made = {ROLES[record.role].light for record in report.records if record.role in MADE_OF_ANOTHER}
+        self._colours = [name for name in COLOURS if SERIES[name].light not in made]
         self._make(list(dict.fromkeys(self._keys[id(run)] for run in compared)))
         self._labels = self._distinct_labels()
 
@@ -171,11 +170,11 @@ class Sweep:
             return self._labels[id(record)]
         if record.kind == "reference":
             return REFERENCE_NAMES.get(record.name, record.name)
-        if record.role == "pruned":
+        if record.role in MADE_OF_ANOTHER:
             original = self._report.record(record.pair or "", *record.location)
-            beside = [r for r in self._report.records if r.location == record.location and r.role == "pruned"]
+            beside = [r for r in self._report.records if r.location == record.location and r.role == record.role]
             if original is not None and sum(one.pair == record.pair for one in beside) == 1:
-                return f"{self.label(original)}, pruned"
+                return f"{self.label(original)}, {MADE[record.role]}"
         return record.name.removeprefix(f"{record.location.short}-")
 
     def but(self, record: Record, field: str) -> tuple[str, tuple[Any, ...]]:
@@ -319,23 +318,23 @@ def _order(key: tuple[Any, ...], fields: Sequence[str], values: Mapping[str, Seq
 
 def in_reading_order(report: EvaluationReport) -> EvaluationReport:
     """The same report in reading order: by layer and site; runs by what was swept and by seed, twins after them,
-    pruned SAEs in the order of their originals, SAEs from elsewhere, reference rows.
+    pruned and fine-tuned SAEs in the order of their originals, SAEs from elsewhere, reference rows.
     """
     sweep, places = Sweep(report), {at: n for n, at in enumerate(report.locations)}
     by_name = {(record.location, record.name): record for record in report.records if record.kind == "sae"}
 
     def place(record: Record) -> tuple[Any, ...]:
-        head, below = record, 0
-        while head.role == "pruned" and below < len(report.records):  # up to the run itself, however often pruned
+        head, below = record, ()
+        while head.role in MADE_OF_ANOTHER and len(below) < len(report.records):  # up to the run, however often changed
             above = by_name.get((head.location, head.pair or ""))
             if above is None:
                 break
-            head, below = above, below + 1
-        kind = 2 if sweep.of(head) is None else int(below > 0)
-        return (record.kind == "reference", places[record.location], kind, sweep.rank(head), below)
+            head, below = above, (MADE_OF_ANOTHER.index(head.role), *below)
+        kind = 2 if sweep.of(head) is None else int(len(below) > 0)
+        return (record.kind == "reference", places[record.location], kind, sweep.rank(head), len(below), below)
 
     rank = {(record.location, record.name): place(record) for record in report.records}
     records = sorted(report.records, key=lambda record: rank[(record.location, record.name)])
-    last = (True, len(places), 2, (1,), 0)
+    last = (True, len(places), 2, (1,), 0, ())
     pairs = sorted(report.paired, key=lambda pair: (places[pair.location], rank.get((pair.location, pair.first), last)))
     return report.model_copy(update={"records": records, "paired": pairs})

@@ -309,7 +309,7 @@ def _difference(
     digits = max([decimals(v.value, v.low, v.high) for v in values if v and v.value is not None], default=3)
     reach = max(abs(v) for v in (metric.value, metric.low or 0.0, metric.high or 0.0))
     word, tone = _judged(found.word, better_of(key, report))
-    role = "pruned" if pair.kind == "pruned" else "tc"
+    role = "tc" if pair.kind == "twin" else pair.kind
     glyph = interval_glyph(metric.value, metric.low, metric.high, reach, role)
     cells = [cell(v, digits) for v in values]
     return Difference(column(report, key), cells[0], cells[1], found.difference, found.interval, glyph, word, tone)

@@ -91,7 +91,8 @@ def _table(report: EvaluationReport) -> Any:
             name = f"{series.label} ×{len(group)}" if many and series else sweep.label(group[0])
             table.add_row(name, *(_cell(group, key) for key in columns))
             names = [record.name for record in group]
-            for kind, other in (("twin", "its twin"), ("pruned", "the original")):
+            for kind in PAIRS:
+                other = "its twin" if kind == "twin" else "the original"
                 pairs = [p for p in report.paired if p.kind == kind and p.location == at and p.first in names]
                 if pairs:
                     table.add_row(f"  − {other}", *(_difference(pairs, key) for key in columns))

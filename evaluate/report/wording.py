@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...console import format_bytes, format_duration
-from ..results import EvaluationReport, Metric, Paired, Record
+from ..results import MADE_OF_ANOTHER, EvaluationReport, Metric, Paired, Record
 from .chart import number, power_label
 
 REFERENCE_NAMES = {
@@ -25,6 +25,8 @@ REFERENCE_NAMES = {
     "zero_sae": "all-zero SAE",
 }
 ARROWS = {"lower": "↓", "higher": "↑"}
+MADE = {"pruned": "pruned", "finetuned": "fine-tuned"}
+"""Role of an SAE that was made of another → how."""
 
 
 def role_of(record: Record) -> str:
@@ -133,15 +135,21 @@ def _documents(report: EvaluationReport) -> str:
     return f"{report.n_documents:,} document{'' if report.n_documents == 1 else 's'}"
 
 
-def pruned_outcomes(report: EvaluationReport) -> list[str]:
-    """What pruning did, a sentence per pair; with more than four pairs, how many of them went which way."""
-    pairs = [pair for pair in report.paired if pair.kind == "pruned"]
-    if len(pairs) > 4:
-        return [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
-    return [_outcome(pair, report) for pair in pairs]
+def outcomes_of_changes(report: EvaluationReport) -> list[str]:
+    """What pruning and fine-tuning did, a sentence per pair; with more than four pairs, how many of them went which
+    way.
+    """
+    found = []
+    for kind in MADE_OF_ANOTHER:
+        pairs = [pair for pair in report.paired if pair.kind == kind]
+        if len(pairs) > 4:
+            found += [sentence for key in _HEADLINE if (sentence := _tally(pairs, key))]
+        else:
+            found += [_outcome(pair, report) for pair in pairs]
+    return found
 
 
-PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original")}
+PAIRS = {"twin": ("TC-SAE", "twin"), "pruned": ("pruned SAE", "original"), "finetuned": ("fine-tuned SAE", "original")}
 """What the two sides of a pair are called, by its kind."""
 _HEADLINE = {
     "ce_score_mean": "share of CE recovered",

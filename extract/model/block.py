@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from ...errors import ModelError
 from .module_hook import ModuleHook, first_argument, first_tensor, with_first_argument
+from .placement import why_not_whole
 
 if TYPE_CHECKING:
     from .load import LanguageModel
@@ -144,6 +145,8 @@ class Block:
 
     @cached_property
     def _structure(self) -> _Structure:
+        if (reason := why_not_whole(self.module)) is not None:
+            raise self._refusal(reason)
         args, kwargs = self._call()
         watched = _Watched(self.module, args, kwargs)
         try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...console import note
 from ...errors import ModelError
 from .module_hook import ModuleHook
+from .placement import input_device
 
 _ROWS, _POSITIONS = 2, 6
 
@@ -64,7 +65,7 @@ def verified_blocks(model: nn.Module, n_layers: int, d_model: int) -> Blocks:
     if not found:
         raise ModelError(f"{who} keeps its {n_layers} blocks in no list beside its embedding: it cannot be tapped")
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    device = next(model.parameters()).device
+    device = input_device(model)
     # From the middle of the vocabulary: the first tokens are padding and the like, which XLM sets to zero.
     tokens_BT = (vocabulary // 2 + torch.arange(_ROWS * _POSITIONS, device=device)).reshape(_ROWS, -1) % vocabulary
     for decoder, name in found:
@@ -119,4 +120,4 @@ def _watch(
 def _equal(a: Any, b: Any) -> bool:
     """Bit for bit; NaN of damaged weights is for later to find, and to name."""
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-    return both and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return both and torch.allclose(a, b.to(a.device), rtol=0, atol=0, equal_nan=True)

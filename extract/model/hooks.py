@@ -149,6 +149,7 @@ def capture(lm: LanguageModel, tokens_BT: Tensor | np.ndarray, locations: Sequen
             raise ModelError(f"layer {at} of {lm.identity.architecture} was not run: it cannot be tapped")
         if caught[at].numel() == tokens.numel() * lm.d_model:  # OPT hands all tokens of a batch on in a row, [B·T, D]
             caught[at] = caught[at].reshape(shape)
+        caught[at] = caught[at].to(lm.device)  # its block may lie on another
         if caught[at].shape != shape:
             raise ModelError(
                 f"layer {at} of {lm.identity.architecture} gives {tuple(caught[at].shape)}, not {shape}: it cannot "

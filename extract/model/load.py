@@ -22,6 +22,7 @@ from .blocks import cut_above, verified_blocks
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
 from .module_hook import ModuleHook
+from .placement import main_device, offload_folder, placement_options
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,15 @@ def identify_model(outline: ModelOutline) -> ModelIdentity:
         attn_implementation=outline.attn_implementation,
         dtype=outline.source.dtype,
         tokenizer_fingerprint=tokenizer_fingerprint(files, serialized),
+        load_in=outline.source.load_in,
     )
 
 
 def load_language_model(
     source: ModelSource | ModelOutline, *, deepest_layer: int | None = None, identity: ModelIdentity | None = None
 ) -> LanguageModel:
-    """Load a model for running, weights in ``source.dtype`` on ``source.device``.
+    """Load a model for running, weights in ``source.dtype`` on ``source.device``, or where ``source.device_map`` puts
+    them.
 
     With ``deepest_layer`` the blocks above it and the head are dropped. ``identity`` spares hashing the weights again.
     The blocks are verified: what they put out is what the model reports as its hidden states.
@@ -159,16 +162,15 @@ def load_language_model(
     identity = identity or identify_model(outline)
     dtype, device = DTYPES[outline.source.dtype], torch.device(outline.source.device)
     model = _read_weights(outline, dtype)
+    main = main_device(model, device)  # before it is cut, which takes its map along
     found = verified_blocks(model, outline.n_layers, outline.d_model)
     if deepest_layer is not None:
         cut_above(found, deepest_layer)
         model = found.decoder
-    try:
-        model = model.to(device)
-    except torch.OutOfMemoryError:
-        raise ResourceError(
-            f"{outline.files.name} in {outline.source.dtype} does not fit into the memory of {device}"
-        ) from None
+    if outline.source.is_placed:
+        device = main
+    else:
+        model = _moved(model, outline, device)
     return LanguageModel(
         model=model,
         decoder=found.decoder,
@@ -183,6 +185,16 @@ def load_language_model(
         bos_token_id=outline.bos_token_id,
         special_token_ids=outline.special_token_ids,
     )
+
+
+def _moved(model: Any, outline: ModelOutline, device: torch.device) -> Any:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"{outline.files.name} in {outline.source.dtype} does not fit into the memory of {device}: spread it with "
+            "--device-map auto, or give --load-in 8bit"
+        ) from None
 
 
 def check_layers(outline: ModelOutline, layers: tuple[int, ...]) -> None:
@@ -229,7 +241,8 @@ def _read_weights(outline: ModelOutline, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     gguf = {"gguf_file": outline.files.gguf_file} if outline.files.gguf_file else {}
-    with _load_failures(outline.files):
+    placed = placement_options(outline.source, dtype)
+    with _load_failures(outline.files), offload_folder(outline.source) as offloaded:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             outline.files.folder,
             dtype=dtype,
@@ -237,6 +250,8 @@ def _read_weights(outline: ModelOutline, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
             **gguf,
+            **placed,
+            **offloaded,
         )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):

@@ -71,7 +71,7 @@ class ModuleHook:
 
     def _given(self, x: Tensor, there: Tensor) -> Tensor:
         """What stands in the place of ``there``; OPT hands all tokens of a batch on in a row, [B·T, D]."""
-        return (x.clone() if self.scale == 1.0 else x / self.scale).reshape(there.shape)
+        return (x.clone() if self.scale == 1.0 else x / self.scale).reshape(there.shape).to(there.device)
 
     @contextmanager
     def _hook(self, output_hook: Any, input_hook: Any) -> Iterator[None]:

@@ -24,6 +24,7 @@ from ..formats.locate import read_sae
 from ..loss.objective import group_sizes
 from ..plan import MemberPlan
 from ..run_folder.record import RunRecord
+from ..sae.activation import Activation
 from ..sae.protocol import SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
@@ -51,7 +52,7 @@ def check_sources(plans: Iterable[MemberPlan], store: ActivationStore) -> None:
             known[path] = read_sae(path)[1]
             _warn_of_other_place(path, known[path], store)
         if path:
-            check_source(plan, known[path])
+            check_source(plan, _as_trained(known[path], plan.config))
 
 
 def check_source(plan: MemberPlan, source: SparseAutoencoder) -> None:
@@ -112,11 +113,12 @@ def begin_from_source(member: Member, scale: float) -> dict[str, Any]:
     path = member.config.run.init_from
     if not path:
         return {}
-    source_format, source = read_sae(path)
+    source_format, read = read_sae(path)
+    source = _as_trained(read, member.config)
     check_source(member.plan, source)
     member.sae.load_state_dict(for_training(source, member.config, scale).state_dict())
     digest = sha256()
-    for name, value in sorted(source.state_dict().items()):
+    for name, value in sorted(read.state_dict().items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     facts = {"path": path, "format": source_format, "weights": digest.hexdigest()}
     return facts | {name: source.metadata[name] for name in ("model_name", "hook_name") if source.metadata.get(name)}
@@ -135,6 +137,23 @@ def begin_from_run(member: Member, record: RunRecord, folder: Path) -> None:
     member.sae.load_state_dict(weights)
     if member.target is not None and "target" in record.ends:
         member.target.load_state_dict(record.ends["target"])
+
+
+@torch.no_grad()
+def _as_trained(source: SparseAutoencoder, config: TrainConfig) -> SparseAutoencoder:
+    """A batchtopk SAE is kept as jumprelu with one threshold for all features, which it is outside training: the same
+    as batchtopk, where that is what is to be trained.
+    """
+    if type(source) is not TemporalSAE or config.sae.activation != "batchtopk" or source.threshold is None:
+        return source
+    threshold = source.threshold
+    if source.activation.kind != "jumprelu" or not bool((threshold == threshold[0]).all()):
+        return source
+    chosen = Activation("batchtopk", k=config.sae.k)
+    settings = {"subtract_b_dec": source.subtract_b_dec, "metadata": source.metadata}
+    found = TemporalSAE(source.d_model, source.n_features, chosen, **settings)
+    found.load_state_dict(source.state_dict() | {"threshold": threshold[0]})
+    return found.eval()
 
 
 @torch.no_grad()

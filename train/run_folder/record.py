@@ -94,6 +94,10 @@ class RunRecord(BaseModel):
     """Of the SAE whose weights it began with (``run.init_from``): path, format, SHA-256 of its weights, and the model
     and hook name that it says. Empty: it began with random weights.
     """
+    finetuned: dict[str, Any] = {}
+    """Of a run of ``pipeline finetune``, whose weights are further trained ones of another run (``origin``): that run's
+    name, steps and tokens, the settings that ``config`` has no place for, and the KL before the first step.
+    """
     cost: dict[str, float] = {}
     """seconds: of this SAE's steps. peak_memory_bytes: of the process or its GPU. members: SAEs that trained beside."""
     parts: list[TrainedPart] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..loss import terms as loss_terms
 from ..loss.objective import Objective, StepResult
-from ..sae.protocol import RowTokens, SparseAutoencoder
+from ..sae.protocol import RowTokens, SAEOutput, SparseAutoencoder
 
 _TERMS = ("reconstruction", "sparsity", "temporal", "auxiliary", "error")
 
@@ -42,7 +42,7 @@ def autograd_step(
 
     """
     all_x_NWD = x_NWD
-    with _autocast(x_NWD.device, compute_dtype):
+    with autocast(x_NWD.device, compute_dtype):
         if objective.current_only:
             # Two calls, so that batchtopk's largest are chosen among the current tokens, and among the earlier ones.
             earlier_NF, x_NWD = sae.encode(x_NWD[:, 0]), x_NWD[:, 1]
@@ -53,30 +53,65 @@ def autograd_step(
             features_NWF = out.features
     if rows is not None:
         x_NWD, out = rows.counted(x_NWD), out.each(rows.counted)
-    found = {"reconstruction": sae.reconstruction_loss(x_NWD, out, objective)}
+    total, found = weighted_terms(
+        sae, x_NWD, out, objective, dead_F=dead_F, compared=(features_NWF, all_x_NWD), partner_NP=partner_NP
+    )
+    total.backward()
+    sae.after_backward(out)
+    return step_result(total, found, out)
+
+
+def weighted_terms(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    out: SAEOutput,
+    objective: Objective,
+    *,
+    dead_F: Tensor | None = None,
+    compared: tuple[Tensor, Tensor] | None = None,
+    partner_NP: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its terms, unweighted, by name.
+
+    Args:
+        sae: in training mode.
+        x: scaled activations [.., D], float32, all of which count.
+        out: what the SAE makes of them.
+        objective: the terms and their weights.
+        dead_F: bool [F], the features that the auxiliary term revives.
+        compared: codes [N, W, F] and activations [N, W, D] of the temporal term; None: there is nothing to compare.
+        partner_NP: see :class:`..loss.terms.Pairs`.
+
+    """
+    found = {"reconstruction": sae.reconstruction_loss(x, out, objective)}
     with torch.set_grad_enabled(objective.sparsity_weight > 0):
         found["sparsity"] = sae.sparsity_loss(out, objective)
     with torch.no_grad():  # reported only
-        found["error"] = sae.prefix_error(x_NWD, out, sae.n_features)
+        found["error"] = sae.prefix_error(x, out, sae.n_features)
     total = found["reconstruction"]
     if objective.sparsity_weight > 0:
         total = total + objective.sparsity_weight * found["sparsity"]
-    if objective.temporal.active:
+    if objective.temporal.active and compared is not None:
+        z_NWF, x_NWD = compared
         found["temporal"] = loss_terms.temporal(
-            loss_terms.at_least_float32(features_NWF), objective.temporal, partner_NP, all_x_NWD
+            loss_terms.at_least_float32(z_NWF), objective.temporal, partner_NP, x_NWD
         )
         total = total + objective.temporal.weight * found["temporal"]
     if objective.aux_weight > 0:
-        auxiliary = sae.auxiliary_loss(x_NWD, out, dead_F, objective)
+        auxiliary = sae.auxiliary_loss(x, out, dead_F, objective)
         if auxiliary is not None:
             found["auxiliary"] = auxiliary
             total = total + objective.aux_weight * auxiliary
-    total.backward()
-    sae.after_backward(out)
-    zero = torch.zeros((), device=x_NWD.device)
+    return total, found
+
+
+def step_result(total: Tensor, found: dict[str, Tensor], out: SAEOutput) -> StepResult:
+    """What a step reports of its loss and of who fired."""
+    zero = torch.zeros((), device=total.device)
     terms = {name: found[name].detach().float() if name in found else zero for name in _TERMS}
     return StepResult(total=total.detach().float(), fired_F=(out.counted > 0).flatten(0, -2).sum(0), **terms)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Products in ``dtype``; nothing for float32 or None."""
     return nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype=dtype)

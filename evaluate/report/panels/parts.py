@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from ...results import Curve, EvaluationReport, Metric, Record
+from ...results import MADE_OF_ANOTHER, Curve, EvaluationReport, Metric, Record
 from ..chart import Axis, Line, Mark, Panel, Rule
 from ..sweep import Series, Sweep
 from ..wording import decimals, metric_label, show, show_interval
@@ -142,15 +142,15 @@ def _interval(metric: Metric) -> tuple[float, float] | None:
 
 
 def links(report: EvaluationReport, layer: int, marks: Sequence[Mark]) -> tuple[tuple[int, int], ...]:
-    """Index pairs of each TC-SAE and its twin, each pruned SAE and its original among the marks of :func:`mark_of`;
-    none in a sweep, whose members have one twin.
+    """Index pairs of each TC-SAE and its twin, each pruned or fine-tuned SAE and its original, among the marks of
+    :func:`mark_of`; none in a sweep, whose members have one twin.
     """
     if Sweep(report).several:
         return ()
     index = {
         r.name: i for r in saes_of(report, layer) for i, m in enumerate(marks) if m.title.startswith(f"{r.name}: ")
     }
-    pairs = [(r.name, r.pair) for r in saes_of(report, layer) if r.role in ("tc", "pruned")]
+    pairs = [(r.name, r.pair) for r in saes_of(report, layer) if r.role in ("tc", *MADE_OF_ANOTHER)]
     return tuple((index[a], index[b]) for a, b in pairs if a in index and b in index)
 
 
@@ -208,8 +208,8 @@ def curve_panel(
     the most of its seeds. Empty where none has.
     """
     found = [(record, record.curves[key]) for record in saes_of(report, layer) if key in record.curves]
-    # A pruned SAE is drawn first: it hardly differs from its original and must not hide it.
-    found.sort(key=lambda item: item[0].role != "pruned")
+    # What was made of another SAE is drawn first: it hardly differs from its original and must not hide it.
+    found.sort(key=lambda item: item[0].role not in MADE_OF_ANOTHER)
     sweep = Sweep(report)
     lines = _merged([(r, line) for r, c in found if (line := _line(c, sweep.style(r), sweep.label(r)))], sweep)
     if not lines:

@@ -8,7 +8,7 @@ from tcsae.evaluate.report.page import render_page
 from tcsae.evaluate.report.panels.registry import sections
 from tcsae.evaluate.report.sweep import Sweep, in_reading_order
 from tcsae.evaluate.report.verdict import first_sentences, verdicts
-from tcsae.evaluate.report.wording import pruned_outcomes
+from tcsae.evaluate.report.wording import outcomes_of_changes
 from tcsae.evaluate.results import NO_INTERVAL
 from tcsae.train.sae.activation import Activation
 from tiny import tiny_corpus, tiny_model
@@ -119,7 +119,7 @@ def test_pruned_alone_says_nothing_of_the_temporal_term():
     report = with_pruned()
     alone = report.model_copy(update={"paired": [pair for pair in report.paired if pair.kind == "pruned"]})
     assert "nothing can be said of the temporal term" in first_sentences(verdicts(alone))[0]
-    assert PRUNED in pruned_outcomes(alone)[0]
+    assert PRUNED in outcomes_of_changes(alone)[0]
 
 
 def test_charts_join_a_pruned_sae_with_its_original_and_leave_it_out_of_the_sweep():

@@ -8,7 +8,7 @@ from tcsae.evaluate.features.page_data import embedded, payload, visible
 from tcsae.evaluate.report.page import render_page, write_report
 from tcsae.evaluate.report.sweep import in_reading_order
 from tcsae.evaluate.report.tables import comparisons, main_tables, published
-from tcsae.evaluate.report.wording import decimals, evaluated, pruned_outcomes, show, verdict
+from tcsae.evaluate.report.wording import decimals, evaluated, outcomes_of_changes, show, verdict
 from tcsae.evaluate.results import Definition, EvaluationReport, Metric
 from tcsae.sites import Location
 
@@ -209,7 +209,7 @@ def test_no_interval_decides_nothing():
 
 def test_many_pruned_pairs_are_counted():
     many = [paired(f"a{i}", f"b{i}", 5).model_copy(update={"kind": "pruned"}) for i in range(6)]
-    sentences = pruned_outcomes(synthetic_report(layers=(5,), features=0, paired=many))
+    sentences = outcomes_of_changes(synthetic_report(layers=(5,), features=0, paired=many))
     assert "6 pairs, pruned SAE minus original: KL 6 higher." in sentences
 
 

@@ -6,11 +6,15 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets.exceptions import DataFilesNotFoundError
 from tcsae.errors import TextError, UsageError
 from tcsae.extract.config import ModelSource, TextSource
 from tcsae.extract.model.load import outline_model
+from tcsae.extract.text import local_files
+from tcsae.extract.text.documents import LargeText
 from tcsae.extract.text.open import open_documents, resolve_text
 from tiny import tiny_text
 
@@ -44,11 +48,8 @@ def write(folder, kind):
             writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
             writer.writerows([["text"], *([text] for text in TEXTS)])
     else:
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        pa.parquet.write_table(pa.table({"text": TEXTS[:3]}), folder / "a.parquet")
-        pa.parquet.write_table(pa.table({"text": TEXTS[3:]}), folder / "b.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[:3]}), folder / "a.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[3:]}), folder / "b.parquet")
     return folder
 
 
@@ -63,6 +64,36 @@ def test_every_local_format_gives_the_same_documents(tmp_path, kind):
         t for _, t in read
     ]
     assert documents.revision is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_cell_larger_than_a_document_in_memory_is_read_in_pieces(tmp_path, monkeypatch, kind):
+    """Of 50 MB, a process grows by 0.2 to 0.5 GB (docs/LOG.md); here, that no Python object of the cell is made. 12 MB
+    are more than the JSON reader takes at a time.
+    """
+    large = "the old king remembers the harvest in winter. " * (260_000 if kind == "jsonl" else 4_000)
+    rows = [{"text": "a short one"}, {"text": large}]
+    file = tmp_path / f"cells.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        file.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    monkeypatch.setattr(local_files, "LARGE", 100_000)
+    real, made = local_files.content_of, []
+
+    def content_of(row, *rest, **more):
+        made.append(len(row["text"]))
+        return real(row, *rest, **more)
+
+    monkeypatch.setattr(local_files, "content_of", content_of)
+    documents = open_documents(TextSource(dataset=str(file)))
+    (found,) = [content for _, content in documents.read(0) if isinstance(content, LargeText)]
+    pieces = list(found.pieces())
+    assert "".join(pieces) == large
+    assert max(map(len, pieces)) <= 1_000_000
+    assert made == [len("a short one")]
 
 
 def test_fingerprint_covers_names_and_bytes(tmp_path):
