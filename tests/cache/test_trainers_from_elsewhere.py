@@ -11,8 +11,10 @@ from stores import make_store
 from tcsae.train.sae.temporal_sae import TemporalSAE
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/train-elsewhere.md"
-SMALL = {"1024": "60", "2048": "32", "1_000_000": "1200", "steps = 1000": "steps = 20", "k=32": "k=4",
-         '"k": 32': '"k": 4', "_steps=100": "_steps=2", "_steps=200": "_steps=4", '_steps": 50': '_steps": 2'}  # fmt: skip
+SMALL = {
+    "1024": "60", "2048": "32", "1_000_000": "1200", "steps = 1000": "steps = 20", "k=32": "k=4", '"k": 32': '"k": 4',
+    "_steps=100": "_steps=2", "_steps=200": "_steps=4", '_steps": 50': '_steps": 2',
+}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
