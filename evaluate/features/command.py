@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .survey import Survey
 
 _which = partial(typer.Option, rich_help_panel="Which features")
-_page = partial(typer.Option, rich_help_panel="All of them as a page")
+_page = partial(typer.Option, rich_help_panel="All of them as files")
 _output = partial(typer.Option, rich_help_panel="Output")
 _WIDTH = 78
 
@@ -32,7 +32,12 @@ def features(
         False, "--logit-effects", help="Load the language model once and keep every feature's logit effects."
     ),
     html: bool = _page(False, "--html", help="Write every feature into a folder to open in a browser."),
-    out: str | None = _page(None, "--out", help="That folder. Default: features in --report, or reports/RUN/features."),
+    neuronpedia: bool = _page(
+        False, "--neuronpedia", help="Write every feature as SAEDashboard does for Neuronpedia: batch-0.json …"
+    ),
+    out: str | None = _page(
+        None, "--out", help="That folder. Default: features in --report, or reports/RUN/features; RUN/neuronpedia."
+    ),
     rows: int = _page(2000, "--rows", help="Rows of text to look at whole, from the first.", min=0),
     device: str = _output("auto", "--device", help="Of --logit-effects: auto, cuda, cuda:1, cpu."),
     json_output: bool = _output(False, "--json", help="Print one line of JSON."),
@@ -49,6 +54,8 @@ def features(
         pipeline features runs/l12-topk64-none-s0 --search "federal government"
 
         pipeline features runs/l12-topk64-none-s0 --html --report reports/gemma-2-2b
+
+        pipeline features runs/l12-topk64-none-s0 --logit-effects --neuronpedia
 
     """
     import json
@@ -70,6 +77,14 @@ def features(
 
         for one in run:
             compute_effects(codes_of(one, codes), one, device)
+    if neuronpedia:
+        from .neuronpedia import write_neuronpedia
+
+        if html:
+            raise UsageError("--html and --neuronpedia write different folders: say one of them at a time")
+        written = write_neuronpedia(run[0], out=out, codes=codes, report=report)
+        summary("written", written.facts(as_json=json_output), as_json=json_output)
+        return
     if html:
         from .folder import write_features
 
