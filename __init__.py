@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .cache.arrays.config import ImportConfig as ImportConfig
     from .cache.arrays.run import ImportSummary as ImportSummary
+    from .cache.dataset import ActivationBatches as ActivationBatches
     from .cache.dataset import ActivationDataset as ActivationDataset
     from .cache.store import ActivationStore as ActivationStore
     from .errors import TcsaeError as TcsaeError
@@ -67,6 +68,7 @@ _HOMES = {
     "import_array": "interface",
     "load_report": "interface",
     "ActivationStore": "cache.store",
+    "ActivationBatches": "cache.dataset",
     "ActivationDataset": "cache.dataset",
     "TemporalSAE": "train.sae.temporal_sae",
     "SAEOutput": "train.sae.protocol",

@@ -1,4 +1,4 @@
-"""The commands about what is on disk: ls, inspect, verify, rm."""
+"""The commands about what is on disk: ls, inspect, verify, push, rm."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _norms = partial(typer.Option, rich_help_panel="Norms of a store")
 _again = partial(typer.Option, rich_help_panel="The model once more")
 _removal = partial(typer.Option, rich_help_panel="What is removed")
+_upload = partial(typer.Option, rich_help_panel="Where to")
 _output = partial(typer.Option, rich_help_panel="Output")
 
 Json = Annotated[bool, _output("--json", help="Print one line of JSON.")]
@@ -85,6 +86,29 @@ def rm(
         remove(entry)
     facts = {"removed": len(going), "bytes": sum(entry.n_bytes for entry in going)}
     summary("removed", facts if json_output else facts | {"bytes": format_bytes(facts["bytes"])}, as_json=json_output)
+
+
+def push(
+    paths: Annotated[list[str], typer.Argument(help="Folders of finished stores.")],
+    to: Annotated[str, _upload("--to", help="Hugging Face dataset repository, OWNER/NAME; made if it is not there.")],
+    private: Annotated[bool, _upload("--private", help="Make the repository private, if it is made now.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Upload stores to a dataset repository on the Hugging Face hub, with a card; runs: `export --push-to-hub`.
+
+    The same command goes on after an interruption: what is there is not sent again.
+
+    Examples:
+        pipeline push cache/l12.zarr --to me/gemma-activations --private
+
+    """
+    from .cache.push import push_stores
+    from .cache.store import ActivationStore
+
+    done = push_stores([ActivationStore.open(path) for path in paths], to, private=private)
+    facts = {"page": done.page, "stores": list(done.stores), "bytes": done.n_bytes}
+    readable = facts | {"stores": ", ".join(done.stores), "bytes": format_bytes(done.n_bytes)}
+    summary("uploaded", facts if json_output else readable, as_json=json_output)
 
 
 def inspect(
@@ -256,4 +280,4 @@ def _recompute(store: str, model: str, gguf_file: str | None, revision: str | No
     return recompute
 
 
-COMMANDS = [ls, inspect, verify, rm]
+COMMANDS = [ls, inspect, verify, push, rm]

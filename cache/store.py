@@ -274,6 +274,24 @@ class ActivationStore:
 
         return store_statistics(self, scheduler=scheduler)
 
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the store to a dataset repository of the Hugging Face hub, with a card; see :func:`.push.push_stores`.
+
+        Args:
+            repository: ``OWNER/NAME``, made if it is not there. The store becomes a folder of its own name in it.
+            private: whether a repository that is made now can be seen by its owner alone.
+
+        Returns:
+            The address of its page.
+
+        Raises:
+            StoreError: it is not finished or not on this machine; or the hub refuses or is out of reach.
+
+        """
+        from .push import push_stores
+
+        return push_stores([self], repository, private=private).page
+
     def close(self) -> None:
         """Close files and clear the caches; the store can still be read afterwards."""
         self._reader.forget()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,6 +122,11 @@ def shown(value: object, most: int = 100) -> str:
     """A name or value from outside as part of a sentence: one line, printable, cut where it is very long."""
     words = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(value))
     return words if len(words) <= most else f"{words[: most // 2]}…{words[-most // 2 :]}"
+
+
+def markdown(words: object) -> str:
+    """Words from elsewhere on one line of Markdown, so that they are shown and not understood."""
+    return re.sub(r"([\\`*\[\]<>#!|~$&])", r"\\\1", shown(words, 300))
 
 
 def folder_name(name: str, option: str) -> str:

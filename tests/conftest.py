@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests say: from tiny import ti
 import pytest
 import torch
 from browser import tab  # noqa: F401 - a fixture
+from hub_server import HubOfTests, hub_of_tests
 from hypothesis import settings
 from tcsae import plugins
 from tcsae.cache.store import ActivationStore
@@ -158,3 +159,10 @@ def chunks_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(ActivationStore, "read_chunks", counted)
     monkeypatch.setattr(TokenStream, "close", close)
     return read
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubOfTests]:
+    """A hub on loopback that huggingface_hub asks, logged in as ``me``."""
+    with hub_of_tests(monkeypatch, tmp_path / "hub cache") as hub:
+        yield hub

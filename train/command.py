@@ -215,9 +215,16 @@ def export(
     run: str = typer.Argument(..., help="Folder of a finished run."),
     format_name: str = _output("saelens", "--format", help="saelens or dictionary-learning."),
     out: str | None = _output(None, "--out", help="Folder to write; default RUN/FORMAT."),
+    base_model: str | None = _output(
+        None, "--base-model", help="The language model's name on the hub, OWNER/NAME, where it came from a folder."
+    ),
+    module: str | None = _output(
+        None, "--module", help="Name the place by this module of transformers, model.layers.12, not as TransformerLens."
+    ),
     push_to_hub: str | None = _output(
         None, "--push-to-hub", help="Upload to this Hugging Face repository, OWNER/NAME."
     ),
+    private: bool = _output(False, "--private", help="Make the repository private, if it is made now."),
     json_output: bool = _output(False, "--json", help="Print the summary as one line of JSON."),
 ) -> None:
     """Write a finished run in a format that other tools read, with a model card.
@@ -233,7 +240,9 @@ def export(
     from ..console import summary
     from .formats.export import export as write
 
-    folder = write(run, format_name, out, push_to_hub=push_to_hub)
+    folder = write(
+        run, format_name, out, base_model=base_model, module=module, push_to_hub=push_to_hub, private=private
+    )
     facts = {"folder": str(folder), "format": format_name, "uploaded_to": push_to_hub}
     summary("exported", {name: value for name, value in facts.items() if value}, as_json=json_output)
 

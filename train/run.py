@@ -19,6 +19,7 @@ import safetensors
 import torch
 
 from .. import __version__
+from ..cache.public_names import hub_name
 from ..cache.storage.local_cache import DEFAULT_FOLDER, LocalCache
 from ..cache.store import ActivationStore
 from ..console import format_bytes, format_count, format_duration, note, progress, warn
@@ -26,6 +27,7 @@ from ..errors import ResourceError, RunError, UsageError
 from ..plugins import load_plugins
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from .config import TrainConfig
+from .formats.locate import OWN_MODEL
 from .loop.alarms import MembersFailedError
 from .loop.compared_inputs import Facts, in_words
 from .loop.diagnostics import Metrics
@@ -492,8 +494,10 @@ def metadata_of(record: RunRecord) -> dict[str, object]:
     config = TrainConfig.model_validate(record.config)
     sizes = group_sizes(config.sae, config.sae.width)
     nested: dict[str, object] = {PREFIX_SIZES: list(sizes)} if len(sizes) > 1 else {}
+    public = hub_name(model["id"]) or model["id"]
     return {
-        "model_name": model["id"],
+        "model_name": public,
+        **({OWN_MODEL: model["id"]} if public != model["id"] else {}),
         "hook_name": manifest["hook_name"],
         "layer": record.layer,
         "context_size": text["context"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from ...errors import UsageError
 from ...train.run_folder.record import RunRecord, load_run
 from ..codes.format import DEFAULT_NAME
 from ..codes.store import CodeStore
+from .known_labels import kept_labels
 from .look import FeatureView, TokenTexts, known_effects, views
+from .page_data import visible
 from .survey import Survey, order_of, survey
 
 
@@ -38,6 +40,11 @@ class CodedRun:
         """Logit effects that are at hand, by feature."""
         return known_effects(self.codes, self.text, self.report)
 
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """Labels that were asked of a language model, by feature."""
+        return {feature: visible(each.label) for feature, each in kept_labels(self.codes).items()}
+
     def views(self, features: Sequence[int]) -> list[FeatureView]:
         """Some features with their passages.
 
@@ -49,13 +56,16 @@ class CodedRun:
             if not 0 <= feature < self.survey.n_features:
                 last = self.survey.n_features - 1
                 raise UsageError(f"{self.path} has no feature {feature}: they are numbered 0 to {last}")
-        return views(self.codes, self.survey, self.text, features, self.effects)
+        found = views(self.codes, self.survey, self.text, features, self.effects)
+        return [replace(view, label=self.labels.get(view.card.feature)) for view in found]
 
     def listed(self, name: str, n: int, *, ascending: bool = False) -> list[dict[str, Any]]:
         """The first n features by one of their numbers, with all of them; undefined ones are None."""
         numbers = self.survey.numbers()
         return [
-            {"feature": int(f)} | {key: _number(float(values_F[f])) for key, values_F in numbers.items()}
+            {"feature": int(f)}
+            | {key: _number(float(values_F[f])) for key, values_F in numbers.items()}
+            | {"label": self.labels.get(int(f))}
             for f in order_of(numbers, name, up=ascending)[:n]
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .survey import Survey
 
 _which = partial(typer.Option, rich_help_panel="Which features")
-_page = partial(typer.Option, rich_help_panel="All of them as a page")
+_page = partial(typer.Option, rich_help_panel="All of them as files")
+_label = partial(typer.Option, rich_help_panel="Labels from a language model")
 _output = partial(typer.Option, rich_help_panel="Output")
 _WIDTH = 78
 
@@ -31,8 +32,20 @@ def features(
     logit_effects: bool = _which(
         False, "--logit-effects", help="Load the language model once and keep every feature's logit effects."
     ),
+    label: bool = _label(
+        False, "--label", help="Ask a language model for a short label of each feature of the list, or of --feature."
+    ),
+    endpoint: str | None = _label(
+        None, "--endpoint", help="OpenAI-compatible address, http://localhost:8000/v1. Key: TCSAE_LABEL_KEY."
+    ),
+    label_model: str | None = _label(None, "--label-model", help="The model's name there."),
     html: bool = _page(False, "--html", help="Write every feature into a folder to open in a browser."),
-    out: str | None = _page(None, "--out", help="That folder. Default: features in --report, or reports/RUN/features."),
+    neuronpedia: bool = _page(
+        False, "--neuronpedia", help="Write every feature as SAEDashboard does for Neuronpedia: batch-0.json …"
+    ),
+    out: str | None = _page(
+        None, "--out", help="That folder. Default: features in --report, or reports/RUN/features; RUN/neuronpedia."
+    ),
     rows: int = _page(2000, "--rows", help="Rows of text to look at whole, from the first.", min=0),
     device: str = _output("auto", "--device", help="Of --logit-effects: auto, cuda, cuda:1, cpu."),
     json_output: bool = _output(False, "--json", help="Print one line of JSON."),
@@ -50,8 +63,13 @@ def features(
 
         pipeline features runs/l12-topk64-none-s0 --html --report reports/gemma-2-2b
 
+        pipeline features runs/l12-topk64-none-s0 --logit-effects --neuronpedia
+
+        pipeline features runs/l12-topk64-none-s0 --n 50 --label --endpoint http://localhost:8000/v1 --label-model qwen
+
     """
     import json
+    import os
 
     from ...console import summary
     from ...errors import UsageError
@@ -60,16 +78,27 @@ def features(
 
     if sort not in NUMBERS:
         raise UsageError(f"--sort {sort} is unknown: choose one of {', '.join(NUMBERS)}")
+    if label and (html or neuronpedia or search is not None):
+        raise UsageError("--label asks for labels alone: say --search, --html or --neuronpedia in the next command")
     if len(run) > 1 and not html:
         raise UsageError(f"{len(run)} runs were named: name one, or say --html for a page of all of them")
     if codes is not None and len(run) > 1:
         raise UsageError("--codes names the codes of one run: name one run, or leave it out")
+    _check_label(label, endpoint, label_model)
     if logit_effects:
         from .catalogue import codes_of
         from .look import compute_effects
 
         for one in run:
             compute_effects(codes_of(one, codes), one, device)
+    if neuronpedia:
+        from .neuronpedia import write_neuronpedia
+
+        if html:
+            raise UsageError("--html and --neuronpedia write different folders: say one of them at a time")
+        written = write_neuronpedia(run[0], out=out, codes=codes, report=report)
+        summary("written", written.facts(as_json=json_output), as_json=json_output)
+        return
     if html:
         from .folder import write_features
 
@@ -77,11 +106,21 @@ def features(
         summary("written", done.facts(as_json=json_output), as_json=json_output)
         return
     opened = open_run(run[0], codes=codes, report=report)
+    if endpoint is not None and label_model is not None:
+        from .chat_endpoint import KEY_VARIABLE, ChatEndpoint
+        from .labels import label_features
+
+        asked = feature or [one["feature"] for one in opened.listed(sort, n, ascending=ascending)]
+        given = label_features(opened, asked, ChatEndpoint(endpoint, label_model, os.environ.get(KEY_VARIABLE, "")))
+        summary("labelled", given.facts(), as_json=json_output)
+        return
     if search is not None:
         from .search import search as look_for
 
         found = look_for(opened.codes, opened.text, search, n, opened.effects)
-        print(json.dumps(_found_facts(found)) if json_output else _found_text(search, found))
+        labels = opened.labels
+        facts = _found_facts(search, found, labels)
+        print(json.dumps(facts) if json_output else _found_text(search, found, labels))
     elif feature:
         views = opened.views(feature)
         print(json.dumps([one.facts() for one in views]) if json_output else "\n\n".join(map(_view_text, views)))
@@ -90,11 +129,22 @@ def features(
         print(json.dumps(listed) if json_output else _list_text(opened.survey, listed))
 
 
+def _check_label(label: bool, endpoint: str | None, model: str | None) -> None:
+    from ...errors import UsageError
+
+    if label and (endpoint is None or model is None):
+        raise UsageError("--label needs the address and the name of a model: --endpoint URL --label-model NAME")
+    if not label and (endpoint is not None or model is not None):
+        raise UsageError("--endpoint and --label-model are for --label: say it, too, or leave them out")
+
+
 def _list_text(found: Survey, listed: list[dict[str, Any]]) -> str:
     heads = {"density": "density", "max_activation": "max", "mean_activation": "mean", "lag1_autocorrelation": "lag 1",
              "run_length": "run", "eta_squared": "eta²", "neighbour_cosine": "near", "together": "with"}  # fmt: skip
     lines = [f"{'feature':>8}" + "".join(f"{head:>9}" for head in heads.values())]
-    lines += [f"{one['feature']:>8}" + "".join(f"{_short(one[name]):>9}" for name in heads) for one in listed]
+    for one in listed:
+        lines.append(f"{one['feature']:>8}" + "".join(f"{_short(one[name]):>9}" for name in heads))
+        lines += _wrapped(one["label"], 10) if one["label"] else []
     return "\n".join([*lines, f"{len(listed)} of {found.n_features} features, on {found.n_tokens} tokens that count"])
 
 
@@ -104,7 +154,7 @@ def _short(value: float | None) -> str:
 
 def _view_text(one: FeatureView) -> str:
     card, numbers = one.card, one.card.numbers
-    lines = [f"feature {card.feature}"]
+    lines = [f"feature {card.feature}", *(_wrapped(f"label: {one.label}", 2) if one.label else [])]
     lines += [f"  {name.replace('_', ' '):<22}{_short(value)}" for name, value in numbers.items()]
     most = max((count for _, count in one.histogram), default=1)
     if one.histogram:
@@ -149,29 +199,39 @@ def _listed(title: str, items: Iterable[str]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, indent: int = 4) -> list[str]:
     import textwrap
 
     from .page_data import visible
 
-    return textwrap.wrap(visible(text), _WIDTH, initial_indent="    ", subsequent_indent="    ")
+    margin = " " * indent
+    return textwrap.wrap(visible(text), _WIDTH, initial_indent=margin, subsequent_indent=margin)
 
 
-def _found_facts(found: Found) -> dict[str, Any]:
+def _labelled(phrase: str, labels: Mapping[int, str]) -> list[int]:
+    return [feature for feature, label in sorted(labels.items()) if phrase.lower() in label.lower()]
+
+
+def _found_facts(phrase: str, found: Found, labels: Mapping[int, str]) -> dict[str, Any]:
     raises = [{"feature": feature, "token": token, "effect": effect} for feature, token, effect in found.raises]
-    return {"occurrences": found.occurrences, "hits": [hit.facts() for hit in found.hits], "raises": raises}
+    hits = [hit.facts() | {"label": labels.get(hit.feature)} for hit in found.hits]
+    plain = {"occurrences": found.occurrences, "hits": hits, "raises": raises}
+    return plain | {"labelled": _labelled(phrase, labels)}
 
 
-def _found_text(phrase: str, found: Found) -> str:
+def _found_text(phrase: str, found: Found, labels: Mapping[int, str]) -> str:
     times = "once" if found.occurrences == 1 else f"{found.occurrences} times"
     lines = [f"'{phrase}' stands {times} in the text" if found.occurrences else f"'{phrase}' is not in the text"]
     if found.hits:
         lines.append(f"{'feature':>8}{'score':>9}{'on it':>9}{'else':>9}{'active on':>11}{'share':>9}")
-        lines += [
-            f"{hit.feature:>8}{_short(hit.score):>9}{_short(hit.on_phrase):>9}{_short(hit.elsewhere):>9}"
-            f"{hit.occurrences:>11.0%}{hit.share:>9.1%}"
-            for hit in found.hits
-        ]
+        for hit in found.hits:
+            lines.append(
+                f"{hit.feature:>8}{_short(hit.score):>9}{_short(hit.on_phrase):>9}{_short(hit.elsewhere):>9}"
+                f"{hit.occurrences:>11.0%}{hit.share:>9.1%}"
+            )
+            lines += _wrapped(labels[hit.feature], 10) if hit.feature in labels else []
+    for feature in _labelled(phrase, labels):
+        lines += _wrapped(f"labelled so: {feature}, {labels[feature]}", 0)
     if found.raises:
         lines.append("raise its logits: " + ", ".join(f"{f} ({token!r} {e:.3g})" for f, token, e in found.raises))
     return "\n".join(lines)

@@ -289,6 +289,7 @@ def _feature_pages(
             cards = []
             for feature in range(start, min(start + FEATURES_PER_FILE, some.stop)):
                 words.add(feature, found[feature], text)
+                words.add_label(feature, run.labels.get(feature, ""))
                 match = [[b, int(f[feature]), figures(float(c[feature]))] for b, (f, c) in matched.items()]
                 cards.append(_card(run, feature, found[feature], of_file, match))
             yield {"n": start // FEATURES_PER_FILE, "data": {"words": of_file.list, "f": cards}}
@@ -299,8 +300,10 @@ def _card(run: CodedRun, feature: int, found: Sequence[Stretch], words: Words, m
     top = float(survey.max_activation_F[feature])
     raises, lowers = run.effects.get(feature, ([], []))
     numbers = {name: _number(values_F[feature]) for name, values_F in survey.numbers().items()}
+    label = run.labels.get(feature)
     return {
         "id": feature,
+        **({"label": label} if label else {}),
         "n": {name: value for name, value in numbers.items() if value is not None},
         "top": figures(top) if np.isfinite(top) else 0,
         "p": [_passage(stretch, top, words, run.text) for stretch in found],
@@ -368,6 +371,11 @@ class _WordIndex:
             for word, value in words_of(pieces, stretch.values, _ON_WORD * top):
                 features = self._words.setdefault(word, {})
                 features[feature] = max(features.get(feature, 0), round(LEVELS * value / top))
+
+    def add_label(self, feature: int, label: str) -> None:
+        """Take the words of a label in, as if it were fully active on them."""
+        for word in {match[0].lower() for match in _WORD.finditer(label)}:
+            self._words.setdefault(word, {})[feature] = LEVELS
 
     def files(self) -> Iterator[tuple[str, list[Any]]]:
         """(name, [[word, [feature, level, …]], …]) of every file."""

@@ -122,11 +122,13 @@ class FeatureView:
     """(lower end of the bin, tokens) of the activations' sizes, empty bins inside included."""
     together: list[tuple[int, float]] = field(default_factory=list)
     """(feature, correlation of being active), the strongest first."""
+    label: str | None = None
+    """What a language model called it, if one was asked; see :mod:`.labels`."""
 
     def facts(self) -> dict[str, Any]:
         """For machines."""
         plain = self.card.model_dump(mode="json", exclude={"why"})
-        return plain | {"histogram": self.histogram, "together": self.together}
+        return plain | {"label": self.label, "histogram": self.histogram, "together": self.together}
 
 
 Effects = Mapping[int, tuple[list[LogitEffect], list[LogitEffect]]]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...console import format_bytes, format_duration, summary
-from ..results import OUTLIERS, EvaluationReport, Paired, Record
+from ..results import MADE_OF_ANOTHER, OUTLIERS, EvaluationReport, Paired, Record
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -91,7 +91,7 @@ def _table(report: EvaluationReport) -> Any:
             name = f"{series.label} ×{len(group)}" if many and series else sweep.label(group[0])
             table.add_row(name, *(_cell(group, key) for key in columns))
             names = [record.name for record in group]
-            for kind in PAIRS:
+            for kind in ("twin", *MADE_OF_ANOTHER):
                 other = "its twin" if kind == "twin" else "the original"
                 pairs = [p for p in report.paired if p.kind == kind and p.location == at and p.first in names]
                 if pairs:

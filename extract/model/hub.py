@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ...cache.storage.hub import is_network
 from ...errors import TcsaeError
 
 # Read by huggingface_hub when it is first imported: without a network nothing should wait for minutes.
 os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "20")
-
-_NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def hub_sentence(kind: str, repo: str, problem: BaseException) -> str | None:
             f"there is no {kind} '{repo}': no such folder or file here, and the hub does not show it "
             f"(if it is private, log in with `hf auth login` or set HF_TOKEN)"
         )
-    if any(_is_network(e) for e in chain):
+    if any(is_network(e) for e in chain):
         return (
             f"the hub cannot be reached and {kind} {repo} is not complete in the local cache: "
             f"check the network, or pass a folder on this machine instead"
@@ -57,16 +56,6 @@ def hub_sentence(kind: str, repo: str, problem: BaseException) -> str | None:
     if any(isinstance(e, errors.HfHubHTTPError) for e in chain):
         return f"the hub refused {kind} {repo}: {first_line(problem)}"
     return None
-
-
-def _is_network(problem: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
-    package = type(problem).__module__.split(".")[0].rstrip("0123456789")
-    return isinstance(problem, offline) or (
-        package in _NETWORK_PACKAGES and not isinstance(problem, errors.HfHubHTTPError)
-    )
 
 
 def _chain(problem: BaseException | None) -> Iterator[BaseException]:

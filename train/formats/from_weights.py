@@ -20,6 +20,7 @@ from ..sae.gated import GatedSAE
 from ..sae.protocol import PREFIX_SIZES, SparseAutoencoder
 from ..sae.registry import ARCHITECTURES
 from ..sae.temporal_sae import TemporalSAE
+from .locate import OWN_MODEL
 
 MOST_FEATURES = 1 << 31
 MADE_FOR = (
@@ -182,7 +183,7 @@ def place_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         RunError: one of them is neither missing nor what it should be.
 
     """
-    for name in ("model_name", "hook_name", "hf_hook_point_in"):
+    for name in ("model_name", OWN_MODEL, "hook_name", "hf_hook_point_in"):
         value = metadata.get(name)
         if value is not None and not isinstance(value, str):
             raise RunError(f"{shown(source)}: '{name}' is {shown(repr(value))}, a name was expected")

@@ -18,6 +18,9 @@ from .registry import FORMATS, format_of
 if TYPE_CHECKING:  # the SAE classes reach this file, not the other way round
     from ..sae.protocol import SparseAutoencoder
 
+OWN_MODEL = "tcsae_model"
+"""In the metadata: what the language model is called here, where that is not its name on the hub."""
+
 
 @dataclass(frozen=True)
 class ExternalSAE:
@@ -53,7 +56,8 @@ def load_external(path: str, layer: int | None = None, site: str | None = None) 
     """
     source, sae = read_sae(path)
     at = site_of(sae.metadata, path, layer, site)
-    return ExternalSAE(_name(path), path, source, at, sae, sae.metadata.get("model_name"))
+    model = sae.metadata.get(OWN_MODEL) or sae.metadata.get("model_name")
+    return ExternalSAE(_name(path), path, source, at, sae, model)
 
 
 def read_sae(path: str | Path) -> tuple[str, SparseAutoencoder]:

@@ -100,7 +100,12 @@ def saelens_config(sae: SparseAutoencoder) -> dict[str, Any]:
         "apply_b_dec_to_input": getattr(sae, "subtract_b_dec", True),
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {**_DEFAULT_METADATA, "tcsae_version": __version__, **sae.metadata},
+        "metadata": {
+            **_DEFAULT_METADATA,
+            **_loader(sae.metadata.get("hook_name")),
+            "tcsae_version": __version__,
+            **sae.metadata,
+        },
     }
     if config["architecture"].startswith(_OWN):
         config["tcsae_settings"] = sae.settings()
@@ -122,7 +127,6 @@ _DEFAULT_METADATA: dict[str, Any] = {
     "sae_lens_version": _SAE_LENS_FORMAT,
     "sae_lens_training_version": None,
     "model_name": None,
-    "model_class_name": "AutoModelForCausalLM",
     "hook_name": None,
     "hook_head_index": None,
     "context_size": None,
@@ -130,9 +134,18 @@ _DEFAULT_METADATA: dict[str, Any] = {
     "dataset_path": None,
     "exclude_special_tokens": True,
     "seqpos_slice": [None],
-    "model_from_pretrained_kwargs": {},
     "neuronpedia_id": None,
 }
+
+
+def _loader(hook_name: object) -> dict[str, Any]:
+    """With what SAELens loads the model, so that it has a hook of that name: TransformerLens', whose weights are then
+    left as they are, or transformers' for a module's path.
+    """
+    if isinstance(hook_name, str) and not hook_name.startswith("blocks."):
+        return {"model_class_name": "AutoModelForCausalLM", "model_from_pretrained_kwargs": {}}
+    kept = {"center_writing_weights": False}
+    return {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": kept}
 
 
 def _sae(path: Path, config: dict[str, Any], weights: dict[str, Tensor], common: dict[str, Any]) -> SparseAutoencoder:

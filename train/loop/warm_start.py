@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.public_names import hub_name
 from ...cache.store import ActivationStore
 from ...console import warn
 from ...errors import UsageError
@@ -93,9 +94,9 @@ def _warn_of_other_place(path: str, source: SparseAutoencoder, store: Activation
     said, here = source.metadata.get("hook_name"), store.manifest.hook_name
     if said and said != here:
         warn(f"{path} was trained at {said}, the store is of {here}: its features begin in another place")
-    model = source.metadata.get("model_name")
-    if model and model != store.manifest.model.id:
-        warn(f"{path} was trained on {model}, the store is of {store.manifest.model.id}")
+    model, of_store = source.metadata.get("model_name"), store.manifest.model.id
+    if model and model not in (of_store, hub_name(of_store)):
+        warn(f"{path} was trained on {model}, the store is of {of_store}")
 
 
 def begin_from_source(member: Member, scale: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gives raw activations.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from ...cache.storage.hub import upload
 from ...errors import RunError, UsageError
 from ..formats.locate import read_sae
 from ..formats.registry import FORMATS
@@ -365,6 +367,31 @@ class SparseAutoencoder(nn.Module):
 
         """
         FORMATS.get("saelens").write(self, Path(path))
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload it in SAELens' format, with a model card of what its metadata say; ``load(repository)`` reads it.
+
+        The card of a run says more: ``pipeline export RUN --push-to-hub OWNER/NAME``.
+
+        Args:
+            repository: ``OWNER/NAME``, made if it is not there.
+            private: whether a repository that is made now can be seen by its owner alone.
+
+        Returns:
+            The address of its page.
+
+        Raises:
+            RunError: the hub refuses or is out of reach.
+
+        """
+        from ..formats.model_card import CARD, plain_card
+
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save(scratch)
+            name = repository.split("/")[-1]
+            card = plain_card(name, self.label, self.n_features, self.d_model, self.metadata)
+            (Path(scratch) / CARD).write_text(card, encoding="utf-8")
+            return upload(Path(scratch), repository, "model", private=private, failure=RunError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -125,7 +125,9 @@
     const about = index.runs[at], role = about.role === "twin" ? "twin" : "tc";
     const out = el("article", { class: "side heat-" + role, "data-run": at, "data-feature": f.id });
     const title = cosine === null ? ["Feature " + f.id] : ["Match: ", link(at, f.id)];
-    out.append(el("h2", {}, ...title), el("p", { class: "why" }, about.label + (cosine === null ? "" : " · cosine of the decoder rows " + figures(cosine))));
+    out.append(el("h2", {}, ...title));
+    if (f.label) out.append(el("p", { class: "label", title: "A language model's guess from the passages; see labels in the guide" }, f.label));
+    out.append(el("p", { class: "why" }, about.label + (cosine === null ? "" : " · cosine of the decoder rows " + figures(cosine))));
     out.append(el("dl", { class: "vitals" }, ...Object.entries(f.n).map(([name, value]) => el("div", { title: index.meanings[name] || "" }, el("dt", {}, label(name)), el("dd", {}, figures(value))))));
     if (!f.p.length) out.append(el("p", { class: "why" }, "It fires nowhere on this text."));
     f.p.slice(0, 3).forEach((p) => out.append(passage(at, f, p, words)));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from saes import random_sae
 from stores import make_store
 from tcsae.errors import RunError, UsageError
 from tcsae.pipeline import main
-from tcsae.train.formats.export import export, model_card
+from tcsae.train.formats.export import export
+from tcsae.train.formats.locate import load_external
+from tcsae.train.formats.model_card import model_card
 from tcsae.train.formats.registry import FORMATS
 from tcsae.train.presets import build_config
 from tcsae.train.run import train
@@ -148,27 +151,92 @@ def test_a_card_shows_what_it_quotes_and_does_not_understand_it(run):
     card = model_card(changed, "saelens")
     assert "| text | a \\| b\\\\x0a\\# \\<img src=x\\> \\[here\\](http://x) \\`c\\`, rows" in card
     assert card.count("\n---\n") == model_card(record, "saelens").count("\n---\n")
-    assert 'base_model: "x\\n---\\nlicense: mine"' in card
+    assert "base_model" not in card
+    assert "| language model | x\\\\x0a---\\\\x0alicense: mine, from a local folder |" in card
 
 
-def test_uploading_makes_the_repository_and_sends_the_folder(run, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo, exist_ok: calls.append(("create", repo))
-    )
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.upload_folder", lambda self, repo_id, folder_path: calls.append((repo_id, folder_path))
-    )
-    assert main(["export", str(run), "--out", str(tmp_path), "--push-to-hub", "me/mine", "--json"]) == 0
-    assert calls == [("create", "me/mine"), ("me/mine", str(tmp_path))]
+def test_an_uploaded_run_is_read_by_its_name(run, tmp_path, hub):
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--push-to-hub", "me/mine", "--json"]) == 0
+    there = hub.repositories["models/me/mine"]
+    assert sorted(there) == ["README.md", "cfg.json", "sae_weights.safetensors"]
+    again, ours = TemporalSAE.load("me/mine"), TemporalSAE.load(run)
+    assert torch.equal(again.W_dec, ours.W_dec)
+    assert again.metadata["model_name"] == "tiny"
+
+
+def test_an_sae_is_uploaded_without_its_run(tmp_path, hub):
+    sae = random_sae()
+    sae.metadata |= {"model_name": "/home/someone/llama", "dataset_path": "a | b"}
+    assert sae.push_to_hub("me/plain", private=True) == f"{hub.url}/me/plain"
+    assert hub.private == {"models/me/plain"}
+    assert torch.equal(TemporalSAE.load("me/plain").W_enc, sae.W_enc)
+    card = hub.repositories["models/me/plain"]["README.md"].decode()
+    assert "# plain\n" in card
+    assert "| language model | llama, from a local folder |" in card
+    assert "| text | a \\| b |" in card
+    assert "base_model" not in card
+
+
+def test_what_the_hub_has_not_is_one_sentence(hub):
+    with pytest.raises(RunError, match="there is no SAE at me/none, neither a local path nor on the hub"):
+        TemporalSAE.load("me/none")
 
 
 def test_uploading_without_a_network_is_one_sentence(run, tmp_path):
-    with pytest.raises(RunError, match=r"the hub refuses me/mine .* is complete") as caught:
+    with pytest.raises(RunError, match=r"is complete here and not on the hub: it cannot be reached") as caught:
         export(run, "saelens", tmp_path, push_to_hub="me/mine")
     assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match="write OWNER/NAME"):
         export(run, "saelens", tmp_path, push_to_hub="not a name")
+
+
+def changed_model(run, tmp_path, model):
+    """The run, as if its store had been made with another model."""
+    folder = shutil.copytree(run, tmp_path / "changed")
+    record = load_run(folder)
+    manifest = record.store_manifest | {"model": record.store_manifest["model"] | {"id": model}}
+    record.model_copy(update={"store_manifest": manifest}).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("demo-gemma3", "google/gemma-3-270m"), ("gpt2", "gpt2"),
+    ("google/gemma-2-2b", "google/gemma-2-2b"),
+])  # fmt: skip
+def test_models_are_named_as_the_hub_does(run, tmp_path, model, name):
+    folder = export(changed_model(run, tmp_path, model), "saelens", tmp_path / "out")
+    assert f'base_model: "{name}"\n' in (folder / "README.md").read_text()
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert metadata["model_name"] == name
+    assert load_external(str(folder)).model_name == model  # which is the one that is loaded here
+
+
+def test_a_model_of_a_local_folder_is_named_by_the_user_or_by_nobody(run, tmp_path, hub):
+    changed = changed_model(run, tmp_path, "/home/someone/llama")
+    export(changed, "saelens", tmp_path / "out", push_to_hub="me/mine")
+    there = hub.repositories["models/me/mine"]
+    assert b"base_model" not in there["README.md"]
+    assert b"/home/" not in there["README.md"] + there["cfg.json"]
+    named = export(changed, "saelens", tmp_path / "named", base_model="someone/llama")
+    assert 'base_model: "someone/llama"' in (named / "README.md").read_text()
+    assert TemporalSAE.load(named).metadata["model_name"] == "someone/llama"
+    with pytest.raises(UsageError, match="--base-model /home/x is no name of a model on the hub: write OWNER/NAME"):
+        export(changed, "saelens", tmp_path / "other", base_model="/home/x")
+
+
+def test_the_place_is_named_for_the_loader_that_the_files_name(run, tmp_path):
+    def metadata(folder):
+        kept = json.loads((folder / "cfg.json").read_text())["metadata"]
+        return kept["model_class_name"], kept["hook_name"], kept["model_from_pretrained_kwargs"]
+
+    theirs = ("HookedTransformer", "blocks.3.hook_resid_post", {"center_writing_weights": False})
+    assert metadata(run) == metadata(export(run, "saelens", tmp_path / "a")) == theirs
+    modules = export(run, "saelens", tmp_path / "b", module="model.layers.3")
+    assert metadata(modules) == ("AutoModelForCausalLM", "model.layers.3", {})
+    assert load_external(str(modules)).at == load_external(str(run)).at
+    for module, sentence in (("model.layers.4", "is layer 4, the run is of layer 3"), ("x", "no module of a block")):
+        with pytest.raises(UsageError, match=sentence):
+            export(run, "saelens", tmp_path / "c", module=module)
 
 
 def test_the_command_exports_next_to_the_run(run, capsys):
