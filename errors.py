@@ -9,10 +9,18 @@ from __future__ import annotations
 import importlib.util
 
 
+def printable(text: str) -> str:
+    """The same on one line, what cannot be printed written out as numbers: names come from files of anyone."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 class TcsaeError(Exception):
-    """A failure with a sentence for the user. Exit status 1."""
+    """A failure with a sentence for the user, on one line whatever it quotes. Exit status 1."""
 
     exit_code = 1
+
+    def __init__(self, sentence: object = ""):
+        super().__init__(printable(str(sentence)))
 
 
 class UsageError(TcsaeError):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..cache.format.manifest import NO_MODEL
-from ..errors import RunError
+from ..errors import RunError, printable
 from ..sites import RESIDUAL, Location
 from ..system.atomic_files import write_json
 from ..system.checksums import content_hash
@@ -102,10 +102,14 @@ class Curve(Frozen):
         return cls(kind="histogram", x=[float(edge) for edge in edges], y=[float(count) for count in counts], **facts)
 
 
+PathText = Annotated[str, BeforeValidator(lambda path: printable(str(path)))]
+"""A path as text: of names in other encodings, what is no UTF-8 is written out."""
+
+
 class SAEFacts(Frozen):
     """What is known of an SAE apart from its measurements; a reference row has no such facts."""
 
-    path: str
+    path: PathText
     source: str = Field(description="run, or the format of files from elsewhere: saelens, gemma-scope …")
     architecture: str = Field(description="relu, topk, batchtopk, jumprelu, gated …")
     d_model: int
@@ -257,7 +261,7 @@ class TextFacts(Frozen):
 class Failure(Frozen):
     """An SAE that was asked for and could not be evaluated."""
 
-    path: str
+    path: PathText
     message: str
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cache.arrays.config import held_out_beside
 from ..cache.format.manifest import StoreManifest
 from ..console import warn
-from ..errors import RunError, TcsaeError, UsageError
+from ..errors import RunError, TcsaeError, UsageError, printable
 from ..extract.config import ModelSource, TextSource
 from ..sites import Location, named_module
 from ..system.untrusted_files import reason, shown
@@ -458,6 +458,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | f
 
 
 def _free_name(name: str, at: Location, group: Group) -> str:
+    name = printable(name)
     taken = {subject.name for subject in group.subjects if subject.at == at}
     if name not in taken:
         return name

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import RunError, UsageError
+from ..errors import RunError, UsageError, printable
 
 MOST_JSON = 1 << 28  # bytes; reports of many SAEs are the largest JSON files there are
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names inside are made of it
@@ -120,7 +120,7 @@ def parse_json(raw: bytes) -> Any:
 
 def shown(value: object, most: int = 100) -> str:
     """A name or value from outside as part of a sentence: one line, printable, cut where it is very long."""
-    words = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(value))
+    words = printable(str(value))
     return words if len(words) <= most else f"{words[: most // 2]}…{words[-most // 2 :]}"
 
 

@@ -59,10 +59,16 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_in_results_is_named(results, tmp_path, seed):
+def test_a_flipped_bit_in_results_is_named_or_without_effect(results, tmp_path, seed):
     (tmp_path / "results.json").write_bytes(flipped(results.read_bytes(), seed))
-    with pytest.raises(RunError, match=r"results\.json .*evaluate again to replace it"):
-        read_results(tmp_path)
+    try:
+        found = read_results(tmp_path)
+    except RunError as failure:
+        said = str(failure)
+    else:  # the last digit of a number, too small a change to make it another number
+        assert found == read_results(results)
+        return
+    assert re.search(r"results\.json .*evaluate again to replace it", said)
 
 
 def test_results_of_before_have_no_checksum(results, tmp_path):
@@ -163,10 +169,12 @@ def test_bad_saes_do_not_stop_the_good_one(place, manifest, tmp_path, monkeypatc
     file.write_bytes(flipped(file.read_bytes(), 0))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/ae.pt").write_bytes(b"\x80\x02]q\x00.")
+    no_text = "\udc80"  # how Python reads a name that is no UTF-8
     config = EvaluateConfig(
-        runs=(str(good), str(damaged)), saes=(str(tmp_path / "theirs"),), layers=(1,), references=("zero",),
+        runs=(str(good), str(damaged)), saes=(str(tmp_path / "theirs"), no_text), layers=(1,), references=("zero",),
         out=str(tmp_path / "reports"), batches=2, batch_rows=4, device="cpu", dtype="float32", quick=True,
     )  # fmt: skip
     (outcome,) = evaluation.evaluate(config)
     assert outcome.report.record("good", 1) is not None
-    assert {failure.path for failure in outcome.report.failures} == {str(damaged), str(tmp_path / "theirs")}
+    paths = {failure.path for failure in read_results(outcome.folder).failures}
+    assert paths == {str(damaged), str(tmp_path / "theirs"), r"\xdc80"}
