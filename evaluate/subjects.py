@@ -207,6 +207,7 @@ def _add_run(
             "pipeline train --resume"
         )
     notes = (*_notes_on_plugins(path, record, plugins), *_notes_on_roles(path, record, config.role))
+    notes += _notes_on_parts(record)
     manifest = _manifest(path, record)
     scope = _scope(path, record)
     weights = Path(path) / WEIGHTS
@@ -232,6 +233,14 @@ def _add_run(
             untrained=None if original else _untrained(path, record, sae),
         )
     )
+
+
+def _notes_on_parts(record: RunRecord) -> tuple[str, ...]:
+    """What to note of a run that went on after it was finished."""
+    if not record.parts:
+        return ()
+    steps = " + ".join(f"{part.steps:,}" for part in record.parts)
+    return (f"it was trained in {len(record.parts)} parts, of {steps} steps, each with its own learning-rate schedule",)
 
 
 def _notes_on_roles(path: str, record: RunRecord, measured: str | None) -> tuple[str, ...]:
