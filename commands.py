@@ -112,7 +112,9 @@ def push(
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A store (folder or URL), a training run, or a report.")],
+    path: Annotated[
+        str, typer.Argument(help="A store of activations or of codes, a training run, a report, or a study's folder.")
+    ],
     statistics: Annotated[
         bool | None,
         _norms("--statistics/--no-statistics", help="Compute norms that are not kept; by default below 4 GB."),
@@ -126,7 +128,7 @@ def inspect(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """What a store, a run or a report is, and how much of it there is.
+    """What a store, a run, a report or a study is, and how much of it there is.
 
     Examples:
         pipeline inspect cache/l12.zarr
@@ -138,11 +140,15 @@ def inspect(
         pipeline inspect runs/l12-topk64-pairwise0.03-w5-s0 --json
 
     """
-    for name, describe in (("train.json", _run_facts), ("results.json", _report_facts)):
+    documents = {"train.json": _run_facts, "results.json": _report_facts, "study.json": _study_facts}
+    for name, describe in documents.items():
         document = Path(path) / name
         if document.is_file():
             summary(str(path), describe(document), as_json=json_output)
             return
+    if (Path(path) / "values").is_dir() and (Path(path) / "zarr.json").is_file():
+        summary(path, _codes_facts(path), as_json=json_output)
+        return
     from .cache.describe import draw_norms, readable, store_facts
     from .cache.store import ActivationStore
 
@@ -191,6 +197,46 @@ def _report_facts(document: Path) -> dict[str, Any]:
             facts[name] = value
     page = document.parent / "index.html"
     return facts | {"page": str(page)} if page.is_file() else facts
+
+
+def _study_facts(document: Path) -> dict[str, Any]:
+    from .study.state import ANALYSIS, read_state
+
+    folder = document.parent
+    state = read_state(folder)
+    if state is None:
+        raise UsageError(f"{folder} has no study.json that can be read: name a study's folder")
+    done = [name for name, stage in state.stages.items() if stage.done]
+    facts: dict[str, Any] = {"study": state.name, "scale": state.scale, "file": state.file, "version": state.version}
+    facts |= {"stages_done": f"{len(done)} of {len(state.stages)} begun", "seconds": round(state.seconds)}
+    facts |= {f"failed_{name}": stage.failure for name, stage in state.stages.items() if stage.failure}
+    for name, file in (("analysis", ANALYSIS), ("page", "index.html")):
+        if (folder / file).is_file():
+            facts[name] = str(folder / file)
+    return facts
+
+
+def _codes_facts(path: str) -> dict[str, Any]:
+    from .evaluate.codes.format import read_manifest
+    from .evaluate.codes.store import CodeStore
+
+    manifest = read_manifest(path)
+    facts: dict[str, Any] = {
+        "codes_of": manifest.run,
+        "layer": str(manifest.location),
+        "store": manifest.store,
+        "features": manifest.n_features,
+        "rows": manifest.planned_rows,
+        "context": manifest.context,
+        "rows_trained_on": manifest.trained_rows,
+        "weights": manifest.weights,
+        "finished": manifest.finished,
+    }
+    if manifest.finished:
+        codes = CodeStore.open(path)
+        tokens = codes.n_rows * codes.context
+        facts |= {"entries": codes.n_entries, "entries_per_token": round(codes.n_entries / max(tokens, 1), 3)}
+    return facts
 
 
 def verify(

@@ -211,6 +211,7 @@ def _add_run(
             "pipeline train --resume"
         )
     notes = (*_notes_on_plugins(path, record, plugins), *_notes_on_roles(path, record, config.role))
+    notes += _notes_on_parts(record)
     manifest = _manifest(path, record)
     scope = _scope(path, record)
     weights = Path(path) / WEIGHTS
@@ -244,6 +245,14 @@ def _made_of(sae: SparseAutoencoder) -> tuple[Role | None, str | None]:
         if original := sae.metadata.get(f"{role}_from"):
             return role, original  # pyright: ignore[reportReturnType] - one of them
     return None, None
+
+
+def _notes_on_parts(record: RunRecord) -> tuple[str, ...]:
+    """What to note of a run that went on after it was finished."""
+    if not record.parts:
+        return ()
+    steps = " + ".join(f"{part.steps:,}" for part in record.parts)
+    return (f"it was trained in {len(record.parts)} parts, of {steps} steps, each with its own learning-rate schedule",)
 
 
 def _notes_on_roles(path: str, record: RunRecord, measured: str | None) -> tuple[str, ...]:

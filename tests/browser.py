@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,13 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
-    profile = tmp_path_factory.mktemp("profile")
+    with browsing(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@contextmanager
+def browsing(profile: Path):
+    """A tab of a browser of its own, which ends with the block."""
     process = subprocess.Popen(
         [CHROME, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
         stdout=subprocess.DEVNULL,

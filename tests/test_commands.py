@@ -15,6 +15,7 @@ from tcsae.cache.statistics import STATISTICS
 from tcsae.cache.store import ActivationStore
 from tcsae.evaluate.results import write_results
 from tcsae.pipeline import main
+from tcsae.study.state import StageState, StudyState
 from tiny import tiny_corpus
 
 
@@ -148,3 +149,17 @@ def test_verify_runs_the_recorded_revision_of_the_recorded_model(monkeypatch, ca
     here, copy = asked
     assert (here.revision, here.device, copy.revision) == (used, "cpu", None)
     assert "was computed on NVIDIA H100, which this machine lacks" in capsys.readouterr().err
+
+
+def test_inspect_a_study(tmp_path, capsys):
+    stages = {"extract": StageState(done=True, seconds=3.2), "train": StageState(failure="there is no room.")}
+    StudyState(
+        name="topics", scale="full", fingerprint="f", file="topics.toml", created="2026-01-01", stages=stages
+    ).save(tmp_path)
+    (tmp_path / "analysis.json").write_text("{}")
+    status, out, _ = ask(capsys, "inspect", tmp_path, "--json")
+    facts = json.loads(out)
+    assert (status, facts["study"], facts["stages_done"], facts["seconds"]) == (0, "topics", "1 of 2 begun", 3)
+    assert facts["failed_train"] == "there is no room."
+    assert facts["analysis"] == str(tmp_path / "analysis.json")
+    assert "page" not in facts

@@ -22,6 +22,7 @@ from ..errors import RunError, UsageError
 from ..plugins import changed_plugin, load_plugins
 from ..system.atomic_files import plain_errors, sync_folder, write_file
 from ..system.device import DTYPES, resolve_device, resolve_dtype
+from ..system.untrusted_files import read_json
 from .config import TrainConfig
 from .loop.distributed import World, joined
 from .loop.inputs import Inputs
@@ -128,6 +129,8 @@ def _check_can_go_on(run: Path, record: RunRecord, changes: Mapping[str, Any]) -
         raise RunError(f"{what}: finish it with the command that began it, then extend it")
     if not (run / EXTENSION / RECORD).exists():  # which may be taking its place
         record.check_files(run)
+    if original := read_json(run / SAE_CONFIG).get("metadata", {}).get("pruned_from"):
+        raise UsageError(f"{run} was pruned from {original}: extend {original}, and prune it again")
     plugins = changes.get("run.plugins", record.config.get("run", {}).get("plugins", ()))
     if plugin := changed_plugin(record.plugins, load_plugins(plugins)):
         raise RunError(f"{run}: {plugin}; only the plug-ins that it was trained with can take it further")

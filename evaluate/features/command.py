@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from .look import FeatureView
+    from .probe import ProbeFindings
     from .search import Found
     from .survey import Survey
 
@@ -23,6 +24,9 @@ _WIDTH = 78
 def features(
     run: list[str] = typer.Argument(..., help="Folder of a run whose codes are written; several for --html."),
     feature: list[int] = _which([], "--feature", help="Show this feature; repeatable."),
+    probe: str | None = _which(
+        None, "--probe", help="What 1, 5 and 20 features tell of: label (of passages), token_class or position."
+    ),
     search: str | None = _which(None, "--search", help="Features that fire on these words more than elsewhere."),
     sort: str = _which("density", "--sort", help="Order of the list: density, max_activation, eta_squared …"),
     ascending: bool = _which(False, "--ascending", help="Smallest first."),
@@ -61,6 +65,8 @@ def features(
 
         pipeline features runs/l12-topk64-none-s0 --search "federal government"
 
+        pipeline features runs/l12-topk64-none-s0 --probe label
+
         pipeline features runs/l12-topk64-none-s0 --html --report reports/gemma-2-2b
 
         pipeline features runs/l12-topk64-none-s0 --logit-effects --neuronpedia
@@ -73,7 +79,7 @@ def features(
 
     from ...console import summary
     from ...errors import UsageError
-    from .catalogue import open_run
+    from .catalogue import codes_of, open_run
     from .survey import NUMBERS
 
     if sort not in NUMBERS:
@@ -86,7 +92,6 @@ def features(
         raise UsageError("--codes names the codes of one run: name one run, or leave it out")
     _check_label(label, endpoint, label_model)
     if logit_effects:
-        from .catalogue import codes_of
         from .look import compute_effects
 
         for one in run:
@@ -104,6 +109,12 @@ def features(
 
         done = write_features(run, out=out, report=report, codes=codes, rows=rows)
         summary("written", done.facts(as_json=json_output), as_json=json_output)
+        return
+    if probe is not None:
+        from .probe import probe as ask
+
+        told = ask(codes_of(run[0], codes), probe)
+        print(json.dumps(told.facts()) if json_output else _probe_text(told))
         return
     opened = open_run(run[0], codes=codes, report=report)
     if endpoint is not None and label_model is not None:
@@ -206,6 +217,23 @@ def _wrapped(text: str, indent: int = 4) -> list[str]:
 
     margin = " " * indent
     return textwrap.wrap(visible(text), _WIDTH, initial_indent=margin, subsequent_indent=margin)
+
+
+def _probe_text(found: ProbeFindings) -> str:
+    samples = "passages" if found.asked == "label" else "tokens"
+    lines = _wrapped(found.text, 0)
+    lines += [
+        f"{found.n_samples} {samples} of {found.n_documents} documents, {len(found.features)} classes; 0.5 is chance"
+    ]
+    accuracy = [(f"k = {k}", metric) for k, metric in found.accuracy.items()]
+    accuracy += [("permuted", found.permuted)] if found.permuted is not None else []
+    for name, metric in accuracy:
+        ends = f"  [{_short(metric.low)}, {_short(metric.high)}]" if metric.low is not None else ""
+        lines.append(f"  {name:<10}{_short(metric.value):>8}{ends}")
+    lines.append("best features of each class (in how many of 3 folds)")
+    for name, pairs in found.features.items():
+        lines += _listed(name, (f"{feature} ({folds})" for feature, folds in pairs))
+    return "\n".join(lines)
 
 
 def _labelled(phrase: str, labels: Mapping[int, str]) -> list[int]:

@@ -183,7 +183,7 @@ class _Pass:
         codes = self._codes
         with progress("features", codes.n_rows * codes.context) as bar:
             for part in codes:
-                for piece in _pieces(part):
+                for piece in pieces_of(part):
                     self._take(piece)
                     bar.advance(piece.tokens_RT.size)
         return self._result()
@@ -208,18 +208,12 @@ class _Pass:
         feature_P, _, row_P, place_P = _peaks(feature_E, value_E, row_E, place_E)
         self._random.add(feature_P, uniform_hash(1, feature_P.astype(np.int64), row_P), row_P, place_P)
         self._together.add(place_E, feature_E, part.value_E)
-        self._over_time(part, token_E)
+        self._over_time(part)
 
-    def _over_time(self, part: RowCodes, token_E: np.ndarray) -> None:
+    def _over_time(self, part: RowCodes) -> None:
         valid_RT = torch.from_numpy(part.valid)
         rows, context = valid_RT.shape
-        order = np.argsort(part.feature_E, kind="stable")
-        feature_E = torch.from_numpy(part.feature_E[order].astype(np.int64))
-        token_of_E = torch.from_numpy(token_E[order])
-        value_E = torch.from_numpy(part.value_E[order].astype(np.float64))
-        nothing = torch.zeros(rows, context, 0)
-        flat_N = valid_RT.reshape(-1)
-        active = ActiveEntries(nothing, rows, context, self._codes.n_features, flat_N, feature_E, token_of_E, value_E)
+        active = entries_of(part, self._codes.n_features)
         documents_RT = torch.from_numpy(part.documents_RT.astype(np.int64))
         masks = pair_masks(valid_RT, documents_RT, len(self._pairs_L))
         found = matches(active, masks)
@@ -281,7 +275,23 @@ def _arrays(active: ActiveEntries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return active.feature_E.numpy(), active.token_E.numpy(), active.value_E.numpy()
 
 
-def _pieces(part: RowCodes) -> list[RowCodes]:
+def entries_of(part: RowCodes, n_features: int) -> ActiveEntries:
+    """The codes as the evaluation's own measures take them: by feature, then token."""
+    rows, context = part.tokens_RT.shape
+    order = np.argsort(part.feature_E, kind="stable")
+    return ActiveEntries(
+        torch.zeros(rows, context, 0),
+        rows,
+        context,
+        n_features,
+        torch.from_numpy(part.valid).reshape(-1),
+        torch.from_numpy(part.feature_E[order].astype(np.int64)),
+        torch.from_numpy(part.entry_tokens[order]),
+        torch.from_numpy(part.value_E[order].astype(np.float64)),
+    )
+
+
+def pieces_of(part: RowCodes) -> list[RowCodes]:
     """A part in runs of rows of bounded size."""
     rows = len(part.tokens_RT)
     step = max(1, int(rows * _ENTRIES_AT_ONCE / max(len(part.value_E), 1)))

@@ -12,6 +12,7 @@ import torch
 from stores import grow_store, make_store
 from tcsae import pipeline
 from tcsae.errors import RunError, UsageError
+from tcsae.evaluate.subjects import _notes_on_parts
 from tcsae.on_disk import entries
 from tcsae.train.config import OptimiserConfig
 from tcsae.train.loop import trainer
@@ -234,6 +235,26 @@ def test_what_cannot_go_on_is_one_sentence(store, tmp_path, monkeypatch):
         extended(tc)
     with pytest.raises(RunError, match="is no training run"):
         extended(tmp_path / "other")
+
+
+def test_a_pruned_run_is_refused(store, tmp_path):
+    (run,) = trained(store, tmp_path, baseline=False)
+    sae = SparseAutoencoder.load(run)
+    sae.metadata |= {"pruned_from": "whole"}
+    sae.save(run)
+    load_run(run).save(run)
+    with pytest.raises(UsageError, match="was pruned from whole: extend whole, and prune it again"):
+        extended(run)
+
+
+def test_evaluation_sees_other_weights_and_says_that_there_are_parts(store, tmp_path):
+    (run,) = trained(store, tmp_path, baseline=False)
+    before = files(run)["sae_weights.safetensors"]
+    assert _notes_on_parts(load_run(run)) == ()
+    extended(run)
+    assert files(run)["sae_weights.safetensors"] != before, "whose hash is in the names of kept rows"
+    (note,) = _notes_on_parts(load_run(run))
+    assert note.startswith("it was trained in 2 parts, of 20 + 10 steps")
 
 
 def test_a_changed_plugin_is_refused(store, tmp_path):
