@@ -9,9 +9,9 @@ measurement is a process of its own: seconds of the call alone, and the most mem
 holds after its imports. ``parsed`` reads every line, as it is without an index; ``first`` opens a store whose index is
 not there yet, ``open`` one whose index is there; ``fingerprint`` and ``size`` are of an opened store. ``resume`` is
 what a writer does with the records of two layers before it goes on (the sizes of files, four stats per shard, are left
-out: there are no files); ``commit`` is one more shard, in both logs; ``grow`` opens a store whose log has 4,000 lines
-more than its index; ``records`` is what ``pipeline verify`` does before it reads data; ``ls`` the line of ``pipeline
-ls``; ``plan`` the chunks of the first two pools of an epoch.
+out: there are no files); ``commit`` is one more shard, in both logs; ``records`` is what ``pipeline verify`` does
+before it reads data; ``ls`` the line of ``pipeline ls``; ``plan`` the chunks of the first two pools of an epoch;
+``grow`` opens a store whose log has 4,000 lines more than its index.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ and what shows it the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from .metrics.all import AllMetrics
 from .metrics.by_scope import ByScope, BySummand
 from .metrics.registry import MetricFamily
 from .metrics.windows import WindowMetrics
-from .model.heldout_text import HeldOutText, Survey
+from .model.heldout_text import HeldOutText, Survey, survey
 from .model.reference_rows import untrained_sae
 from .protocol import RawActivations
 from .results import Failure
@@ -125,6 +125,10 @@ class Process(Protocol):
         """
         ...
 
+    def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
+        """What a look at the text finds at each."""
+        ...
+
     def measure(self, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         """Show them the whole text; returns why some were left out, by key."""
         ...
@@ -145,6 +149,10 @@ class ThisProcess:
         """As of any process."""
         wanted = self.wanted[key]
         return self.maker.make(key, wanted, self.maker.load(wanted, survey), survey, self.share_R)
+
+    def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
+        """As of any process."""
+        return survey(self.source.activations, self.text, locations, self.maker.config.batch_rows)
 
     def measure(self, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         """As of any process."""

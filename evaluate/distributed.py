@@ -1,9 +1,10 @@
 """Evaluation on a Dask cluster: the rows of the text are divided among workers, and what they summed is added here.
 
 A task is a block of whole batches. A worker measures all rows of the table on it and returns the states of their
-accumulators. This process merges them in the order of the text, so that nothing depends on who was first; it looks at
-the text before, and asks the model after the pass what is asked then. Batches are those of a single process: figures
-differ from its own by the rounding of sums alone. When a worker dies, Dask gives its blocks to another.
+accumulators. This process merges them in the order of the text, so that nothing depends on who was first, and asks the
+model after the pass what is asked then. The first look at the text is divided likewise. Batches are those of a single
+process: figures differ from its own by the rounding of sums alone. When a worker dies, Dask gives its blocks to
+another.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import secrets
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from ..train.sae.protocol import SparseCoder
 from .candidates import CandidateMaker, Wanted
 from .config import EvaluateConfig
 from .metrics.registry import METRICS, MetricFamily
-from .model.heldout_text import HeldOutText, Survey
+from .model.heldout_text import HeldOutText, Look, Survey, look_at
 from .protocol import State
 from .results import Failure
 from .row_cache import measuring_code
@@ -41,6 +42,7 @@ from .sources import VERIFY_ROWS, Source, source_of
 from .subjects import Group
 from .table_row import Candidate
 
+T = TypeVar("T")
 _BLOCKS = 4  # per thread of the cluster: what is lost with a worker is one of them
 _AHEAD = 2  # blocks per thread that are handed out: the states of no more than these wait for their turn
 _OF_FAMILIES = ("metrics", "by_scope", "by_summand")
@@ -202,30 +204,62 @@ class Workers:
     def _on_workers(self, job: Job, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         failures: dict[str, Failure] = {}
         by_key = {candidate.key: candidate for candidate in candidates}
-        pending: deque[tuple[Any, slice]] = deque()
-        blocks = deque(blocks_of(len(self._text), job.config.batch_rows, self._threads))
-        try:
-            while (blocks or pending) and len(failures) < len(by_key):
-                while blocks and len(pending) < self._threads * _AHEAD:
-                    rows = blocks.popleft()
-                    left = {key: wanted for key, wanted in job.rows.items() if key not in failures}
-                    pending.append((self._submit(replace(job, rows=left), rows), rows))
-                future, rows = pending.popleft()
-                found = _result(future, rows)
+
+        def task(rows: slice) -> tuple[Any, ...]:
+            left = {key: wanted for key, wanted in job.rows.items() if key not in failures}
+            share = None if self._share_R is None else self._share_R[rows]
+            return _measure_rows, replace(job, rows=left), self._text.part(rows), share
+
+        with closing(self._each_block(task)) as blocks:
+            for rows, found in blocks:
                 failures |= {key: failure for key, failure in found.failures.items() if key not in failures}
                 for key, packed in found.states.items():
                     if key not in failures:
                         by_key[key].merge(_unpacked(packed))
                 bar.advance((rows.stop - rows.start) * self._text.context)
-        finally:
-            self._client.cancel([future for future, _ in pending])
+                if len(failures) == len(by_key):
+                    break
         return failures
 
-    def _submit(self, job: Job, rows: slice) -> Any:
-        share = None if self._share_R is None else self._share_R[rows]
+    def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
+        """As of any process."""
+        looks = {at: Look() for at in locations}
+        while open_ := {at: look for at, look in looks.items() if look.found is None}:
+            apart = {at: look.apart for at, look in open_.items()}
+
+            def task(rows: slice, apart: dict[Location, float | None] = apart) -> tuple[Any, ...]:
+                return _look_at_rows, self._job, self._text.part(rows), apart
+
+            with (
+                progress("looking at the text", len(self._text) * self._text.context) as bar,
+                closing(self._each_block(task)) as blocks,
+            ):
+                for rows, found in blocks:
+                    for at, packed in found.items():
+                        open_[at].merge(_unpacked(packed))
+                    bar.advance((rows.stop - rows.start) * self._text.context)
+            for look in open_.values():
+                look.conclude()
+        return {at: look.found for at, look in looks.items() if look.found is not None}
+
+    def _each_block(self, task: Callable[[slice], tuple[Any, ...]]) -> Generator[tuple[slice, Any]]:
+        """Hand out the task of every block of rows, a few ahead, and yield their results in the order of the text."""
+        pending: deque[tuple[Any, slice]] = deque()
+        blocks = deque(blocks_of(len(self._text), self._job.config.batch_rows, self._threads))
+        try:
+            while blocks or pending:
+                while blocks and len(pending) < self._threads * _AHEAD:
+                    rows = blocks.popleft()
+                    pending.append((self._submit(*task(rows)), rows))
+                future, rows = pending.popleft()
+                yield rows, _result(future, rows)
+        finally:
+            self._client.cancel([future for future, _ in pending])
+
+    def _submit(self, *call: Any) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
-            return self._client.submit(_measure_rows, job, self._text.part(rows), share, pure=False, retries=_RETRIES)
+            return self._client.submit(*call, pure=False, retries=_RETRIES)
 
     def _measure_here(self, candidates: list[Candidate]) -> dict[str, Failure]:
         """Measure what no worker can, without splices."""
@@ -245,11 +279,11 @@ class Workers:
         return measurement.failures
 
 
-def _result(future: Any, rows: slice) -> _Measured:
+def _result(future: Any, rows: slice) -> Any:
     from distributed import KilledWorker
 
     try:
-        found: _Measured | Exception = future.result()
+        found = future.result()
     except KilledWorker as lost:
         raise ResourceError(
             f"rows {rows.start} to {rows.stop - 1} took every worker that tried them down with it, most likely out of "
@@ -323,13 +357,31 @@ def _both_ways(one: Sequence[str], other: Sequence[str]) -> tuple[tuple[Sequence
 
 
 def _measure_rows(job: Job, part: HeldOutText, share_R: np.ndarray | None) -> _Measured | Exception:
-    """Measure one block; returns a failure that another try would repeat."""
+    """Measure one block."""
+    return _returned(job, lambda worker: worker.measure(job, part, share_R))
+
+
+def _look_at_rows(
+    job: Job, part: HeldOutText, apart: Mapping[Location, float | None]
+) -> dict[Location, bytes] | Exception:
+    """Look at one block."""
+
+    def look(worker: _Worker) -> dict[Location, bytes]:
+        looks = {at: Look(norm) for at, norm in apart.items()}
+        look_at(worker.source.activations, part, looks, job.config.batch_rows)
+        return {at: _packed(one.state()) for at, one in looks.items()}
+
+    return _returned(job, look)
+
+
+def _returned(job: Job, work: Callable[[_Worker], T]) -> T | Exception:
+    """What comes of some work; a failure that another try would repeat is returned, not raised."""
     try:
         with _one_at_a_time, speaking(False):
             if not _known or _known[0].evaluation != job.evaluation:
                 _known.clear()
                 _known.append(_Worker(job))
-            return _known[0].measure(job, part, share_R)
+            return work(_known[0])
     except Exception as failure:
         if is_out_of_memory(failure):
             return MemoryError(str(failure))

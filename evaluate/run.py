@@ -31,7 +31,7 @@ from .config import FIDELITY, EvaluateConfig
 from .finished import Asked, Outcome
 from .flat import write_tables
 from .metrics.all import families, installed, probes
-from .model.heldout_text import Survey, survey
+from .model.heldout_text import Survey
 from .model.probes import ProbeContext
 from .model.reference_rows import share_of
 from .report.page import write_report
@@ -249,7 +249,7 @@ class _Evaluation:
         kept = {at: None if self.config.fresh else self.shared.survey(at) for at in self.locations}
         found = {at: one for at, one in kept.items() if one is not None}
         if missing := [at for at in self.locations if at not in found]:
-            for at, one in survey(self.source.activations, self.text, missing, self.config.batch_rows).items():
+            for at, one in self.process.survey(missing).items():
                 self.shared.put_survey(at, one)
                 found[at] = one
         device = self.source.device

@@ -97,16 +97,12 @@ def probe(codes: CodeStore, asked: str, *, seed: int = 0) -> ProbeFindings:
         why = "its text has no labels, or too few documents of each" if asked == "label" else "there is too little text"
         raise UsageError(f"{codes.path} cannot be asked for the {asked.replace('_', ' ')}: {why}")
     resampler = Resampler.of(documents, seed)
-    ranking = rank_features(
-        question.sample, codes.n_features, question.class_M, question.fold_M, question.asked, max(KS)
-    )
+    ranking = rank_features(question.sample, question.class_M, question.fold_M, question.asked, max(KS))
     columns, accuracy = sparse_columns(question.sample, ranking), {}
     for k in KS:
         accuracy[k] = resampler.metric(question.answered("accuracy", partial(columns, k=k))["accuracy"])
     control = question.permuted(seed)
-    of_control = rank_features(
-        control.sample, codes.n_features, control.class_M, control.fold_M, control.asked, max(KS)
-    )
+    of_control = rank_features(control.sample, control.class_M, control.fold_M, control.asked, max(KS))
     found = control.answered("accuracy", partial(sparse_columns(control.sample, of_control), k=max(KS)))
     return ProbeFindings(
         asked=asked,

@@ -8,7 +8,7 @@ Shapes: R rows of the text, B rows of a batch, T positions, D model width, U uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Protocol
@@ -21,7 +21,7 @@ from ...cache.format.layout import PADDING, SPECIAL, RowBlock, of_role
 from ...console import progress
 from ...errors import TextError
 from ...sites import Location
-from ..protocol import TokenBatch
+from ..protocol import State, TokenBatch
 
 UNIT_TOKENS = 1000
 OUTLIER_FACTOR = 10.0
@@ -240,29 +240,36 @@ def survey(
 
     Nothing of what is found depends on how the text is cut into batches, but for the rounding of the forward passes.
     """
-    looks = {at: _Look() for at in locations}
-    while open_ := [at for at, look in looks.items() if look.found is None]:
-        with progress("looking at the text", len(text) * text.context) as bar:
-            for rows in text.batches(batch_rows):
-                real_BT = torch.from_numpy(text.real_RT[rows]).to(model.device)
-                for at, x_BTD in model.of_rows(text, rows, open_).items():
-                    looks[at].add(x_BTD.float()[real_BT])
-                bar.advance((rows.stop - rows.start) * text.context)
-        for at in open_:
-            looks[at].conclude()
+    looks = {at: Look() for at in locations}
+    while open_ := {at: look for at, look in looks.items() if look.found is None}:
+        look_at(model, text, open_, batch_rows)
+        for look in open_.values():
+            look.conclude()
     return {at: look.found for at, look in looks.items() if look.found is not None}
 
 
-class _Look:
+@torch.no_grad()
+def look_at(model: Activations, text: HeldOutText, looks: Mapping[Location, Look], batch_rows: int) -> None:
+    """Show a text, or a part of one, to looks at some locations."""
+    with progress("looking at the text", len(text) * text.context) as bar:
+        for rows in text.batches(batch_rows):
+            real_BT = torch.from_numpy(text.real_RT[rows]).to(model.device)
+            for at, x_BTD in model.of_rows(text, rows, list(looks)).items():
+                looks[at].add(x_BTD.float()[real_BT])
+            bar.advance((rows.stop - rows.start) * text.context)
+
+
+class Look:
     """The mean within ten times the median norm, which is known only at the end: what may lie beyond it is kept apart.
 
     Apart are tokens beyond half the limit that the first batch suggests. Should the limit be lower still, the text is
     looked at once more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: float | None = None) -> None:
         self.found: Survey | None = None
-        self._apart: float | None = None
+        self.apart = apart
+        """The norm beyond which a token is kept apart; None before the first batch."""
         self._begin()
 
     def _begin(self) -> None:
@@ -273,20 +280,38 @@ class _Look:
     def add(self, x_ND: Tensor) -> None:
         """Take the tokens of a batch in, special ones and padding left out."""
         norms_N = x_ND.norm(dim=-1)
-        if self._apart is None:
-            self._apart = OUTLIER_FACTOR / 2 * float(norms_N.median()) if len(norms_N) else float("inf")
-        far_N = norms_N > self._apart
+        if self.apart is None:
+            self.apart = OUTLIER_FACTOR / 2 * float(norms_N.median()) if len(norms_N) else float("inf")
+        far_N = norms_N > self.apart
         self._norms.append(norms_N.cpu())
         self._far.append(x_ND[far_N].cpu())
         near_D = x_ND[~far_N].double().sum(0)
         self._sum_D = near_D if self._sum_D is None else self._sum_D + near_D
 
+    def state(self) -> State:
+        """What it holds."""
+        nothing = torch.zeros(0)
+        parts = {"norms": torch.cat(self._norms or [nothing]), "far": torch.cat(self._far or [nothing])}
+        sum_D = None if self._sum_D is None else self._sum_D.cpu().numpy()
+        return {"apart": self.apart, "sum": sum_D} | {name: part.numpy() for name, part in parts.items()}
+
+    def merge(self, later: State) -> None:
+        """Take in what another look saw of other rows."""
+        if later["sum"] is None:
+            return
+        sum_D = torch.from_numpy(later["sum"])
+        self._norms.append(torch.from_numpy(later["norms"]))
+        self._far.append(torch.from_numpy(later["far"]))
+        self._sum_D = sum_D if self._sum_D is None else self._sum_D + sum_D.to(self._sum_D.device)
+        # What is not apart lies within the limit only if the limit is beyond each of them.
+        self.apart = later["apart"] if self.apart is None else max(self.apart, later["apart"])
+
     def conclude(self) -> None:
         """After the last batch: what was found, if what was kept apart suffices to say it."""
         norms_N, far_ND = torch.cat(self._norms), torch.cat(self._far)
         limit = OUTLIER_FACTOR * float(norms_N.median()) if len(norms_N) else float("inf")
-        if self._apart is not None and limit < self._apart:
-            self._apart = limit
+        if self.apart is not None and limit < self.apart:
+            self.apart = limit
             self._begin()
             return
         assert self._sum_D is not None  # noqa: S101 - a text has at least one row

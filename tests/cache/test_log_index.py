@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from stores import grow_store, make_store
+from stores import grow_store, make_activations, make_block, make_manifest, make_store, write_rows
 from tcsae.cache.format import log_index
 from tcsae.cache.format.commit_log import LOG, fingerprint, latest, parse_log, rows_in
+from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.format.log_index import INDEX
 from tcsae.cache.storage.open_place import place_of
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.verify import verify
+from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import StoreError
 
 
@@ -69,6 +72,49 @@ def test_what_was_added_since_is_read_from_the_log(store: Path, monkeypatch: pyt
     monkeypatch.setattr(log_index, "WORTH_IT", 1)
     check_as_the_log(store)
     assert (store / INDEX).read_bytes() != made
+
+
+def test_a_longer_log_extends_the_index(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_as_the_log(store)
+    before = len(ActivationStore.open(store).commits)
+    grow_store(store, 120)
+    (store / INDEX).unlink()
+    ActivationStore.open(store)
+    whole = (store / INDEX).read_bytes()
+    lines = (store / LOG).read_bytes().splitlines(keepends=True)
+    short = store.parent / "short"
+    shutil.copytree(store, short)
+    (short / LOG).write_bytes(b"".join(lines[:before]))
+    (short / INDEX).unlink()
+    log_index.open_log(place_of(short))
+    (short / LOG).write_bytes(b"".join(lines))
+    parsed, real = [], log_index.parse_line
+    monkeypatch.setattr(log_index, "parse_line", lambda line: (parsed.append(line), real(line))[1])
+    log_index.open_log(place_of(short))
+    assert (short / INDEX).read_bytes() == whole
+    assert {*parsed} == {*lines[before - 1 :]}  # the last of the old ones, which the new ones must follow
+
+
+def test_checking_a_store_writes_no_index(store: Path) -> None:
+    assert verify(store).ok
+    assert not (store / INDEX).exists()
+
+
+def test_layers_that_a_crash_left_uneven_go_on_from_their_common_line(tmp_path: Path) -> None:
+    block = make_block(75, 16)
+    layouts = {layer: StoreLayout(8, 16, 4, 16) for layer in (3, 5)}
+    bits = {layer: make_activations(block, 8, layer=layer) for layer in layouts}
+    paths = {layer: tmp_path / f"l{layer}.zarr" for layer in layouts}
+    manifests = {layer: make_manifest(layer=layer, layout=layouts[layer], planned_rows=75) for layer in layouts}
+    with StoreSetWriter.open(paths, manifests) as writer:
+        write_rows(writer, block.slice(0, 64), {layer: x[:64] for layer, x in bits.items()}, finish=False)
+    whole = {layer: (path / LOG).read_bytes() for layer, path in paths.items()}
+    lines = whole[5].splitlines(keepends=True)
+    (paths[5] / LOG).write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote its line
+    with StoreSetWriter.open(paths, manifests) as writer:
+        assert (writer.rows_committed, writer.next_shard, writer.kept_rows) == (48, 3, 0)
+        assert (paths[5] / LOG).read_bytes() == b"".join(lines[:-1])
+        assert (paths[3] / LOG).read_bytes() == b"".join(whole[3].splitlines(keepends=True)[:-1])
 
 
 @pytest.mark.parametrize("part", ["first byte", "header", "lines", "last byte"])

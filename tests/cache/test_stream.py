@@ -317,3 +317,14 @@ def test_a_role_that_is_not_there_is_one_sentence(talks, tmp_path):
     plain = ActivationStore.open(make_store(tmp_path))
     with pytest.raises(StoreError, match="so that --only user selects nothing: extract rows of messages with --chat"):
         of_windows(plain, 2, tokens_per_batch=4, seed=0, only="user")
+
+
+def test_pools_divide_an_epoch_as_numpy_does(tmp_path):
+    store = ActivationStore.open(make_store(tmp_path, rows=91))
+    options = {"tokens_per_batch": 1, "seed": 3, "norm_limit": None, "rows": None}
+    reader = PoolReader(store, pool_tokens=5 * store.chunk_rows * store.context, **options)
+    assert store.n_chunks % reader.pools  # not all of one size
+    for epoch in (0, 1, 0):
+        order = np.random.default_rng([3, epoch]).permutation(store.n_chunks)
+        expected = [part.tolist() for part in np.array_split(order, reader.pools)]
+        assert [reader._chunks(epoch, pool) for pool in range(reader.pools)] == expected

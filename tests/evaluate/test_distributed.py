@@ -195,7 +195,7 @@ FEW = {"plugins": (), "only": ("fidelity",), "batches": 16, "references": ("zero
 
 def test_no_more_blocks_are_handed_out_than_are_soon_measured(place, client, tmp_path):
     evaluate(config_of(place, tmp_path, **FEW))
-    assert client.tasks == 16  # of a batch each
+    assert client.tasks == 2 * 16  # of a batch each: a look at the text, and the pass
     assert client.most == 4 * distributed._AHEAD
     assert not client.open
 
