@@ -31,6 +31,11 @@ from sae_lens.training.activations_store import ActivationsStore
 HOOKED = "AutoModelForCausalLM"
 
 
+def rows_of(order: dict[str, Any]) -> Dataset:
+    """As a dataset: of a path the library asks the hub for a tokenizer's settings."""
+    return Dataset.from_parquet(f"{order['rows']}/rows.parquet")  # pyright: ignore[reportReturnType]
+
+
 def cache(order: dict[str, Any]) -> None:
     """Write the activations of the rows in the order they have."""
     config = CacheActivationsRunnerConfig(
@@ -48,7 +53,7 @@ def cache(order: dict[str, Any]) -> None:
         prepend_bos=False,
         buffer_size_gb=order["buffer_gb"],
     )
-    CacheActivationsRunner(config).run()
+    CacheActivationsRunner(config, override_dataset=rows_of(order)).run()
 
 
 def train(order: dict[str, Any]) -> None:
@@ -77,7 +82,7 @@ def train(order: dict[str, Any]) -> None:
         logger=LoggingConfig(log_to_wandb=False),
         resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None,
     )
-    LanguageModelSAETrainingRunner(config).run()
+    LanguageModelSAETrainingRunner(config, override_dataset=rows_of(order)).run()
 
 
 def evaluate(order: dict[str, Any]) -> None:

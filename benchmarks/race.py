@@ -200,7 +200,15 @@ def our_turn(race: Race) -> None:
     race.ours("evaluate one, again", *measure, *one, "--name", "again")
     race.ours("evaluate six", *measure, "--runs", f"{folder}/runs/six", "--out", f"{folder}/reports/six")
     whole = statistics.median(race.found["train one"]["tcsae"].seconds)
-    words = (*train, "--name", "killed", "--out", f"{folder}/runs/killed", "--checkpoint-every", str(args.steps // 4))
+    words = (
+        *train,
+        "--name",
+        "killed",
+        "--out",
+        f"{folder}/runs/killed",
+        "--checkpoint-every",
+        str(max(1, args.steps // 4)),
+    )
     killed = race.ours("train, killed", *words, kill_after=0.7 * whole)
     add(race, "train, killed and resumed", "tcsae", killed + race.ours("train, resumed", *words))
 
