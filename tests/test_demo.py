@@ -30,7 +30,7 @@ def test_the_demo_runs_from_text_to_page_and_a_second_run_reuses_all(tiny_llama,
     out = capsys.readouterr().out
     page = tmp_path / "reports/demo/index.html"
     assert str(page.relative_to(tmp_path)) in out
-    for row in ("identity_bf16", "zero_all", "zero", "mean", "untrained"):
+    for row in ("identity (bf16)", "zero, every position", "zero", "mean", "untrained SAE"):
         assert row in out
     written = (
         page.stat().st_mtime_ns,

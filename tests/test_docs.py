@@ -27,7 +27,7 @@ def blocks(page: str, language: str) -> list[str]:
 def command_lines():
     for page in PAGES:
         for block in blocks(page, "bash"):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():  # a command on several lines is one
                 words = shlex.split(line, comments=True)
                 if words and Path(words[0]).name == "pipeline":
                     yield words[1:]

@@ -65,7 +65,7 @@ def evaluate(place, out, run="one", **more):
 def test_a_second_report_measures_only_what_is_its_own(place, tmp_path, passes, monkeypatch):
     first = evaluate(place, tmp_path)
     assert set(passes[0]) == {*REFERENCES[:-2], "untrained:topk", "one"}, "zero_sae is zero"
-    monkeypatch.setattr(run_module, "survey", lambda *_: pytest.fail("the text was looked at before"))
+    monkeypatch.setattr("tcsae.evaluate.candidates.survey", lambda *_: pytest.fail("the text was looked at before"))
     second = evaluate(place, tmp_path, "two")
     assert passes[1:] == [["untrained:relu", "two"]]
     for name in REFERENCES[:-1]:

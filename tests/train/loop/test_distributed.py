@@ -36,6 +36,9 @@ def test_a_run_of_several_processes_says_what_will_differ(tmp_path, monkeypatch,
         def wait(self):
             pass
 
+        def agrees(self, facts):
+            return True
+
     @contextmanager
     def joined(_device):
         yield Alone(0, size)
