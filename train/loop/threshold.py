@@ -43,7 +43,7 @@ def calibrate_thresholds(members: Sequence[Member], batches: BatchReader, inputs
         member
         for member in members
         if (member.sae.running_threshold is not None and member.config.sae.threshold_rule == "calibrated")
-        or _of_target(member) is not None
+        or _steered(member) is not None
     ]
     paired = [member for member in asking if member.objective.current_only]
     _calibrate([member for member in asking if member not in paired], batches, inputs, device)
@@ -57,7 +57,7 @@ def _calibrate(
     members: Sequence[Member], batches: BatchReader, inputs: Inputs, device: torch.device, view: View | None = None
 ) -> None:
     smallest: list[list[float]] = [[] for _ in members]
-    over = [_of_target(member) for member in members]
+    over = [_TimesThreshold(*found) if (found := _steered(member)) else None for member in members]
     for _ in range(_BATCHES if members else 0):
         found = batches.next_batches()
         for member, codes, times in zip(members, smallest, over, strict=True):
@@ -75,11 +75,12 @@ def _calibrate(
             member.sae.running_threshold.fill_(sum(codes) / len(codes))
 
 
-def _of_target(member: Member) -> _TimesThreshold | None:
+def _steered(member: Member) -> tuple[TemporalSAE, nn.Parameter] | None:
+    """An SAE with a target for L0 and thresholds of its own, and these."""
     sae = member.sae
     if member.target is None or not isinstance(sae, TemporalSAE) or not isinstance(sae.threshold, nn.Parameter):
         return None
-    return _TimesThreshold(sae, sae.threshold)
+    return sae, sae.threshold
 
 
 class _TimesThreshold:
@@ -102,6 +103,7 @@ class _TimesThreshold:
     def scale_to(self, l0: float) -> float:
         """Multiply the thresholds with the factor that gives this L0, or comes nearest to it; returns what it gives."""
         above_E = self._above.flip(0).cumsum(0).flip(0)[1:] / self._tokens  # features per token above each edge
-        nearest = int((above_E - l0).abs().argmin())
+        # Where several factors do as well (no feature fires with any), the one nearest to 1.
+        nearest = int(((above_E - l0).abs() + 1e-9 * self._edges.log2().abs()).argmin())
         self._threshold_F.mul_(float(self._edges[nearest]))
         return float(above_E[nearest])
