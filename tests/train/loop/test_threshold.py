@@ -12,6 +12,7 @@ def sae_with(threshold: float, b_enc: float = 0.0) -> tuple[TemporalSAE, torch.n
     sae = TemporalSAE(8, 64, Activation("jumprelu"))
     assert isinstance(sae.threshold, torch.nn.Parameter)
     with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(8, 64))
         sae.threshold.fill_(threshold)
         sae.b_enc.fill_(b_enc)
     return sae, sae.threshold
@@ -20,7 +21,7 @@ def sae_with(threshold: float, b_enc: float = 0.0) -> tuple[TemporalSAE, torch.n
 @torch.no_grad()
 @pytest.mark.parametrize("l0", [2, 5, 9])
 def test_it_gives_the_l0_that_it_says(l0):
-    sae, threshold_F = sae_with(0.5)
+    sae, threshold_F = sae_with(3.0)
     x = torch.randn(50, 5, 8)
     times = _TimesThreshold(sae, threshold_F)
     times.add(x[:20])
