@@ -13,7 +13,7 @@ from typing import Any
 
 from .console import format_count
 from .errors import TcsaeError, UsageError
-from .evaluate.config import REFERENCES_FOLDER
+from .evaluate.config import REFERENCES_FOLDER, STATES_FOLDER
 from .system.atomic_files import plain_errors, sync_folder
 from .system.untrusted_files import shown
 
@@ -168,7 +168,8 @@ def _report(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
 
 def _references(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
     rows = sum(not file.name.endswith("-survey.npz") for file in path.glob("*/*.npz"))
-    kept = f"{rows} row{'s' if rows != 1 else ''} that reports share"
+    states = " and states of the model" if any(path.glob(f"*/{STATES_FOLDER}/*")) else ""
+    kept = f"{rows} row{'s' if rows != 1 else ''}{states} that reports share"
     return True, f"{kept}: removing them costs the next evaluation their time, no report needs them", ()
 
 

@@ -71,6 +71,7 @@ def train(order: dict[str, Any]) -> None:
         training_tokens=order["steps"] * order["batch_size"],
         train_batch_size_tokens=order["batch_size"],
         store_batch_size_prompts=order["batch_rows"],
+        n_batches_in_buffer=64,  # rows, whatever its name says: 8192 tokens, and a batch of training must fit in
         lr=order["lr"],
         lr_warm_up_steps=order["warmup"],
         device="cpu",

@@ -89,14 +89,22 @@ def _scores(row: MeasuredRow, others: Sequence[MeasuredRow], floor: MeasuredRow 
             other = _reference(others, row.location, reference)
             if other is None:
                 continue
-            # A reference that was measured on a share of the text is scored on that share.
-            ce, kl = (_numerator(other.sums[name + suffix], where=own[name]) for name in ("ce", "kl"))
-            for name, above, below in (
-                ("ce", ce - own["ce"].numerator_U, ce - own["ce_clean"].numerator_U),
-                ("kl", kl - own["kl"].numerator_U, kl),
-            ):
+            both_U = _both(own["ce"], other.sums["ce" + suffix])
+            counted = round(float(own["ce"].denominator_U.sum()))
+            shared = round(float(_within(own["ce"].denominator_U, both_U).sum()))
+            if not shared:
+                continue
+            ce_U, kl_U = (_within(other.sums[name + suffix].numerator_U, both_U) for name in ("ce", "kl"))
+            if counted == shared:
+                scores = (("ce", ce_U - own["ce"].numerator_U, ce_U - own["ce_clean"].numerator_U),)
+                scores += (("kl", kl_U - own["kl"].numerator_U, kl_U),)
+            else:  # the reference was spliced into a share of the rows: what it loses there stands for all rows
+                gap_U = (ce_U - _within(own["ce_clean"].numerator_U, both_U)) * (counted / shared)
+                kl_U *= counted / shared
+                lost_U = own["ce"].numerator_U - own["ce_clean"].numerator_U
+                scores = (("ce", gap_U - lost_U, gap_U), ("kl", kl_U - own["kl"].numerator_U, kl_U))
+            for name, above, below in scores:
                 key = f"{name}_score_{reference}{suffix}"
-                counted = round(float(own["ce"].denominator_U.sum()))
                 sums[key] = UnitSums(above, below, "1", key, n=counted)
         if floor is not None:
             key = "kl_noise_floor" + suffix
@@ -130,10 +138,20 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
     )
 
 
-def _numerator(sums: UnitSums, *, where: UnitSums) -> np.ndarray:
-    """The numerators of the units in which another row has something."""
-    n = len(where.denominator_U)
-    return np.where(where.denominator_U > 0, sums.numerator_U[:n], 0.0)
+def _both(one: UnitSums, other: UnitSums) -> np.ndarray:
+    """Bool [U]: the units of the first in which both have something."""
+    n = len(one.denominator_U)
+    other_U = np.zeros(n)
+    other_U[: len(other.denominator_U)] = other.denominator_U[:n]
+    return (one.denominator_U > 0) & (other_U > 0)
+
+
+def _within(values_U: np.ndarray, units_U: np.ndarray) -> np.ndarray:
+    """Sums of some units [U], zero in the others."""
+    found = np.zeros(len(units_U))
+    n = min(len(values_U), len(units_U))
+    found[:n] = np.where(units_U[:n], values_U[:n], 0.0)
+    return found
 
 
 def _compat(row: MeasuredRow, zero_all: MeasuredRow | None) -> dict[str, float | None]:

@@ -73,7 +73,7 @@ class CandidateMaker:
             wanted: what it is.
             sae: what :meth:`load` gave.
             survey: of its location.
-            share_R: bool [R], the rows of the text that references see which only give meaning; None: all of them.
+            share_R: bool [R], the rows of the text that references are spliced into which only give meaning; None: all.
 
         """
         at, what = wanted
@@ -83,7 +83,10 @@ class CandidateMaker:
             name = what if isinstance(what, str) else what.name
             row = MeasuredRow(name, "reference", at.layer, site=at.site)
         scope = what.scope if isinstance(what, Subject) else 1.0
-        share_R = share_R if what in (ACTIVATIONS, "untrained") else None
+        # At a first look, of all references; zero_all must be of all rows to be compared with (metrics/saebench.py).
+        only_meaning = what in (ACTIVATIONS, "untrained")
+        quick = self.config.quick and not isinstance(what, Subject) and what != "zero_all"
+        share_R = share_R if only_meaning or quick else None
         return Candidate(
             *(row, sae, survey, self._accumulators(row, sae, scope, survey), key),
             in_model=self.splices,
@@ -152,7 +155,7 @@ class ThisProcess:
 
     def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
         """As of any process."""
-        return survey(self.source.activations, self.text, locations, self.maker.config.batch_rows)
+        return survey(self.source.untouched(self.text), self.text, locations, self.maker.config.batch_rows)
 
     def measure(self, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         """As of any process."""

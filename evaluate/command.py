@@ -238,6 +238,11 @@ def evaluate(
     resume: bool = _output(
         True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
     ),
+    keep_states: float = _output(
+        EvaluateConfig.keep_states,
+        "--keep-states",
+        help="GB beside the reports for states of the untouched model, which the next evaluation on a text reads; 0: none.",
+    ),
     workers: int | None = _cluster(
         None, "--workers", help="Divide the text's rows among this number of processes (Dask)."
     ),
@@ -294,6 +299,7 @@ def evaluate(
         out=out,
         name=name,
         plugin=plugin,
+        keep_states=keep_states,
         fresh=not resume,
         workers=workers,
         scheduler=scheduler,

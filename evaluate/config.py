@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ WITH_FEATURES = (ACTIVATIONS, "untrained", UNTRAINED_TWINS)
 """References of which more than the splice is measured."""
 REFERENCES_FOLDER = ".references"
 """The folder beside the reports that holds what all of them share; named so that it is no report."""
+STATES_FOLDER = "states"
+"""Inside it, per model and text: states of the untouched model."""
 FIDELITY, FEATURES = "fidelity", "features"
 PARTS = (FIDELITY, FEATURES, "temporal", "position")
 """What ``only`` chooses among; probes of the model belong to none of them."""
@@ -87,6 +90,10 @@ class EvaluateConfig:
     """Ten batches and no feature browser: a first look."""
     plugins: tuple[str, ...] = ()
     """Python files that register metrics, report panels or what an SAE is made of; each is run first."""
+    keep_states: float = 4.0
+    """GB beside the reports in which states of the untouched model are kept, so that the next evaluation on a text need
+    not run it; 0: none.
+    """
     fresh: bool = False
     """Measure everything again, also what an earlier evaluation of the same text has measured."""
     workers: int | None = None
@@ -105,6 +112,8 @@ class EvaluateConfig:
             raise UsageError(f"{self.batch_rows} rows per batch hold no text: use 1 or more")
         if self.splice_rows < 0:
             raise UsageError(f"--splice-rows {self.splice_rows} is no number of rows: use 1 or more, or 0 for all")
+        if not 0 <= self.keep_states < math.inf:
+            raise UsageError(f"--keep-states {self.keep_states} is no number of GB: use 0 for none, or more")
         for option, given in (("layer", self.layers), ("site", self.sites)):
             if given and len(given) not in (1, len(self.saes)):
                 raise UsageError(
@@ -201,6 +210,8 @@ class EvaluateOptions(TypedDict, total=False):
     name: str | None
     plugin: str | Path | Sequence[str | Path] | None
     """Python files with metrics or panels of your own, or with what a run was trained with."""
+    keep_states: float | None
+    """GB beside the reports for states of the untouched model; 0: none."""
     fresh: bool | None
     workers: int | None
     """Divide the rows of the text among so many processes of this machine."""

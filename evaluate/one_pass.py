@@ -22,6 +22,7 @@ from .model.heldout_text import HeldOutText
 from .model.reference_rows import spliced_in
 from .model.splice import CleanPass, Head, SplicedModel
 from .model.stored_vectors import StoredVectors
+from .model.untouched import Untouched
 from .protocol import TokenBatch
 from .results import Failure
 from .table_row import Candidate
@@ -63,6 +64,8 @@ class Measurement:
     """Where zero at every position ends in logits that are all zero."""
     splices: bool = True
     """Whether CE and KL are measured."""
+    untouched: Untouched | None = None
+    """What the model makes of this text as it is; None: it is run."""
     failures: dict[str, Failure] = field(default_factory=dict)
     """Of what was left out, by the key of the candidate."""
     buffers: LogitBuffers = field(default_factory=LogitBuffers)
@@ -109,21 +112,10 @@ class Measurement:
     def _activations(self, rows: slice, spliced: Tensor) -> tuple[dict[Location, Tensor], CleanPass | None]:
         """The tensor [B, T, D] at every location, and the whole pass of the rows that are spliced, if there are any."""
         locations = sorted({candidate.row.location for candidate in self.candidates})
-        if isinstance(self.model, StoredVectors) or not len(spliced):
+        if isinstance(self.model, StoredVectors):
             return self.model.of_rows(self.text, rows, locations), None
-        tokens_BT = self.text.tokens(rows, self.model.device)
-        spliced = spliced.to(tokens_BT.device)  # an index elsewhere would make a GPU wait
-        clean = self.model.clean(tokens_BT[spliced], locations)
-        at_BTD = dict(clean.at)
-        clean.at.clear()
-        if len(spliced) < len(tokens_BT):
-            others = torch.ones(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-            others[spliced] = False
-            for at, x_BTD in self.model.activations(tokens_BT[others], locations).items():
-                whole_BTD = x_BTD.new_empty(len(tokens_BT), *x_BTD.shape[1:])
-                whole_BTD[others], whole_BTD[spliced] = x_BTD, at_BTD[at]
-                at_BTD[at] = whole_BTD
-        return at_BTD, clean
+        untouched = self.untouched or Untouched(self.model, self.text, locations)
+        return untouched.batch(rows, locations, spliced)
 
     def _limit(self, at: Location) -> float:
         return next(candidate.survey.norm_limit for candidate in self.candidates if candidate.row.location == at)

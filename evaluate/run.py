@@ -24,6 +24,7 @@ from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
 from ..plugins import load_plugins
 from ..sites import Location
+from ..system.allocator import keeping_freed_memory
 from ..system.free_memory import is_out_of_memory, peak_memory
 from .assemble import compose
 from .candidates import CandidateMaker, Process, ThisProcess
@@ -138,12 +139,16 @@ class _Evaluation:
             self._say(f"only what was asked for is measured: {', '.join(config.parts)}, and L0 and L1")
         if self.text.spliced_R is not None and config.measures(FIDELITY):
             self._say(f"CE and KL are of {config.splice_rows} of the {len(self.text)} rows")
+        self.share_R = share_of(self.text, quick=config.quick)
+        if config.quick and self.share_R is not None and self.source.spliced and config.measures(FIDELITY):
+            rows = f"{int(self.share_R.sum())} of the {len(self.text)} rows"
+            self._say(f"a first look: references are spliced into {rows}, and their losses there stand for all")
         model = self.source.facts
         splices = config.splice_rows if self.text.spliced_R is not None else 0
         seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
         settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
         arithmetic = (self.source.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
-        self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings)
+        self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings, quick=config.quick)
         self.rows = RowCache(
             *(self.folder, (*seen, *settings), self.locations, self._references(), group.subjects),
             shared=self.shared,
@@ -215,6 +220,8 @@ class _Evaluation:
             self.process = self._process(stack)
             for message in self.source.prepare(self.text, self.locations):
                 self._say(message)
+            if not self.config.on_workers:
+                self.source.keep_states(self.text, self.locations, self.shared.states)
             self._in_passes(self._surveys())
 
     def _process(self, stack: ExitStack) -> Process:
@@ -222,7 +229,7 @@ class _Evaluation:
         config, source, text = self.config, self.source, self.text
         cards = max(BROWSER_CARDS // len(self.group.subjects), BROWSER_CARDS // 10)
         facts = (text.context, source.facts.d_model, source.device, source.spliced, cards)
-        maker, share_R = CandidateMaker(config, self.families, *facts), share_of(text)
+        maker, share_R = CandidateMaker(config, self.families, *facts), self.share_R
         if not config.on_workers:
             return ThisProcess(source, text, maker, share_R, self.rows.wanted)
         from .distributed import Workers, workers_of
@@ -235,7 +242,7 @@ class _Evaluation:
         if device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory / 4
         passes = deque(self.rows.passes(limit))
-        with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
+        with keeping_freed_memory(), progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
             while passes:
                 part = passes.popleft()
                 if not self._fits(part, surveys, bar):

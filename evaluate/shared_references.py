@@ -18,7 +18,7 @@ from ..console import warn
 from ..sites import Location
 from ..system.atomic_files import write_file
 from ..system.untrusted_files import open_regular, reason
-from .config import REFERENCES_FOLDER, WITH_FEATURES
+from .config import REFERENCES_FOLDER, STATES_FOLDER, WITH_FEATURES
 from .model.heldout_text import Survey
 from .table_row import MeasuredRow, array_hash
 
@@ -35,16 +35,23 @@ class SharedReferences:
         reports: the folder of the reports.
         plain: everything that a splice depends on: model, text, arithmetic, code.
         more: what the metrics of features depend on besides: seed, metrics, plug-ins.
+        quick: whether references are spliced into a share of the rows.
 
     """
 
-    def __init__(self, reports: Path, plain: Sequence[object], more: Sequence[object]):
+    def __init__(self, reports: Path, plain: Sequence[object], more: Sequence[object], *, quick: bool = False):
         self._plain = reports / REFERENCES_FOLDER / fingerprint_of(plain)
+        self._splices = reports / REFERENCES_FOLDER / fingerprint_of((*plain, "quick")) if quick else self._plain
         self._more = reports / REFERENCES_FOLDER / fingerprint_of((*plain, *more))
+
+    @property
+    def states(self) -> Path:
+        """The folder for the states of the untouched model."""
+        return self._plain / STATES_FOLDER
 
     def _path(self, key: str, name: str) -> Path:
         with_features = name in WITH_FEATURES or name.startswith("untrained:")
-        return (self._more if with_features else self._plain) / key
+        return (self._more if with_features else self._splices) / key
 
     def row(self, key: str, name: str) -> MeasuredRow | None:
         """The row of the reference called ``name``; None where it was not measured, or is damaged (said)."""

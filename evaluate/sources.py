@@ -6,6 +6,7 @@ Both give rows to measure on, say which SAEs fit them, and set up the pass; only
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,14 @@ from ..sites import Location
 from ..system.device import resolve_device
 from .config import FIDELITY, EvaluateConfig
 from .made_for import made_for_notes
-from .model.heldout_text import HeldOutText
+from .model.heldout_text import Activations, HeldOutText
+from .model.kept_states import KeptStates
 from .model.logit_effects import LogitEffects
 from .model.probes import ProbedModel
 from .model.splice import Head, SplicedModel
 from .model.stored_vectors import StoredVectors, open_held_out
 from .model.token_text import token_classes
+from .model.untouched import Untouched, states_bytes
 from .one_pass import Measurement
 from .results import ModelFacts
 from .subjects import Group, Subject
@@ -82,6 +85,14 @@ class Source(Protocol):
         """Try what the pass relies on; returns what the report must say."""
         ...
 
+    def keep_states(self, text: HeldOutText, locations: Sequence[Location], folder: Path) -> None:
+        """Keep in a folder what this text is to the untouched model, for evaluations to come."""
+        ...
+
+    def untouched(self, text: HeldOutText) -> Activations:
+        """The tensors of a text at the locations, read from where they are kept."""
+        ...
+
     def measurement(self, text: HeldOutText, candidates: list[Candidate]) -> Measurement:
         """A pass over the text."""
         ...
@@ -113,6 +124,7 @@ class InModel:
         self.activations, self.head = SplicedModel(self.lm), Head(self.lm)
         self.effects: LogitEffects | None = None
         self.uniform: frozenset[Location] = frozenset()
+        self._untouched: Untouched | None = None
 
     def reads(self) -> list[Path] | None:
         """Those of the model and the text, as they were before anything was read."""
@@ -184,9 +196,24 @@ class InModel:
         )
         return said
 
+    def keep_states(self, text: HeldOutText, locations: Sequence[Location], folder: Path) -> None:
+        """In as many bytes as the configuration allows."""
+        if self.config.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        needed = states_bytes(self.activations, text, locations)
+        kept = KeptStates.within(folder, needed, self.config.keep_states * 1e9)
+        self._untouched = Untouched(self.activations, text, locations, kept)
+
+    def untouched(self, text: HeldOutText) -> Activations:
+        """Run, or read."""
+        known = self._untouched
+        return known if known is not None and known.text is text else self.activations
+
     def measurement(self, text: HeldOutText, candidates: list[Candidate]) -> Measurement:
         """With splices."""
-        return Measurement(self.activations, self.head, text, candidates, self.uniform, self.config.measures(FIDELITY))
+        known = self._untouched if self._untouched is not None and self._untouched.text is text else None
+        splices = self.config.measures(FIDELITY)
+        return Measurement(self.activations, self.head, text, candidates, self.uniform, splices, known)
 
     def probed(self, text: HeldOutText) -> ProbedModel:
         """Altered rows can be run."""
@@ -251,6 +278,13 @@ class InVectors:
     def prepare(self, text: HeldOutText, locations: Sequence[Location]) -> list[str]:  # noqa: ARG002 - as a model
         """Nothing is relied on."""
         return []
+
+    def keep_states(self, text: HeldOutText, locations: Sequence[Location], folder: Path) -> None:
+        """They are kept already."""
+
+    def untouched(self, text: HeldOutText) -> Activations:  # noqa: ARG002 - as of a model
+        """The store."""
+        return self.activations
 
     def measurement(self, text: HeldOutText, candidates: list[Candidate]) -> Measurement:
         """Without splices."""

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D model width, F features, V vocabulary, N counted 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,8 @@ from ..model.splice import Head
 from ..protocol import State, SumsByUnit, TokenBatch, UnitSums
 from ..results import OUTLIERS, Definition
 
-LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 buffers together
+LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 tensors together
+CACHED_LOGITS = 1 << 18  # 1 MB in fp32
 OF_THE_SPLICE = ("ce", "ce_clean", "kl")
 SPARSITY = ("l0", "l1")
 """What is measured even where fidelity is not asked for."""
@@ -115,7 +117,7 @@ def predictions(tokens_BT: Tensor, documents_BT: Tensor, real_BT: Tensor) -> tup
 
 
 class LogitBuffers:
-    """The four [tokens, V] buffers of :func:`token_losses`, kept from batch to batch to save allocations."""
+    """The four [tokens, V] tensors of :func:`token_losses`, kept from batch to batch to save allocations."""
 
     def __init__(self, limit_bytes: int = LOGIT_BYTES):
         self._limit = limit_bytes
@@ -139,8 +141,8 @@ def token_losses(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Cross-entropy of the clean states, and (cross-entropy, KL) of every spliced one, per token in nats.
 
-    KL = lse_b − lse_a − Σ softmax(a)(b − a) for clean logits a and spliced b: exactly 0 where they are equal. None
-    among the spliced stands for logits that are all zero: no product with the head is computed.
+    KL = Σ p_a (log p_a − log p_b) for clean logits a and spliced b: exactly 0 where they are equal. None among the
+    spliced stands for logits that are all zero: no product with the head is computed.
     """
     n = len(clean_ND)
     four = (buffers or LogitBuffers()).of(n, head.vocab_size, clean_ND.device)
@@ -149,24 +151,29 @@ def token_losses(
     losses = [(torch.empty_like(ce_N), torch.empty_like(ce_N)) for _ in spliced]
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        p, a, b, scratch = four[:, : part.stop - start].unbind(0)
-        a = head(clean_ND[part], out=a)
-        lse_a = _softmax(a, p)
-        ce_N[part] = lse_a - _at(a, targets_N[part])
+        log_a, p, log_b, gap = four[:, : part.stop - start].unbind(0)
+        _log_softmax(head(clean_ND[part]), log_a)
+        torch.exp(log_a, out=p)
+        ce_N[part] = -_at(log_a, targets_N[part])
         for final_ND, (ces_N, kls_N) in zip(spliced, losses, strict=True):
-            b = b.zero_() if final_ND is None else head(final_ND[part], out=b)
-            lse_b = _softmax(b, scratch)
-            ces_N[part] = lse_b - _at(b, targets_N[part])
-            kls_N[part] = lse_b - lse_a - torch.sub(b, a, out=scratch).mul_(p).sum(-1)
+            if final_ND is None:
+                log_b.fill_(-math.log(head.vocab_size))
+            else:
+                _log_softmax(head(final_ND[part]), log_b)
+            ces_N[part] = -_at(log_b, targets_N[part])
+            kls_N[part] = _weighted_gap(log_a, log_b, p, gap)
     return ce_N, losses
 
 
-def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax into ``out``; returns the log of its normaliser [N]."""
-    top = logits.amax(-1, keepdim=True)
-    total = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
-    out.div_(total)
-    return (total.log() + top).squeeze(-1)
+def _log_softmax(logits: Tensor, out: Tensor) -> None:
+    torch.ops.aten._log_softmax.out(logits, -1, False, out=out)
+
+
+def _weighted_gap(log_a: Tensor, log_b: Tensor, p: Tensor, gap: Tensor) -> Tensor:
+    """Σ p (log a − log b) [N]. On a CPU, as many rows at a time as its caches hold: each is fetched from memory once."""
+    n_rows = max(1, CACHED_LOGITS // p.shape[-1]) if p.device.type == "cpu" else max(1, len(p))
+    parts = zip(*(each.split(n_rows) for each in (log_a, log_b, p, gap)), strict=True)
+    return torch.cat([torch.sub(a, b, out=gap).mul_(p).sum(-1) for a, b, p, gap in parts])
 
 
 def _at(logits: Tensor, targets: Tensor) -> Tensor:

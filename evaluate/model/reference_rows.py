@@ -27,21 +27,22 @@ WHAT = {
     "orthogonal decoder, no biases",
     "zero_sae": "an SAE whose weights are all zero: the row of zero with an L0 of 0",
 }
-SHARE = 0.25
+SHARE, QUICK_SHARE = 0.25, 0.125
 """Of the rows: what references that only give meaning are spliced into (``identity_bf16``), or see at all
-(``untrained``)."""
-LEAST_ROWS = 64
+(``untrained``); and at a first look (``--quick``), what all references are spliced into."""
+LEAST_ROWS, LEAST_QUICK_ROWS = 64, 8
 """The fewest rows that such a share has."""
 
 
-def share_of(text: HeldOutText) -> np.ndarray | None:
+def share_of(text: HeldOutText, *, quick: bool = False) -> np.ndarray | None:
     """Which rows the share is, bool [R]; None where it is all of them.
 
     It is made of whole units of text, spread evenly over the documents, so that sums per unit can be compared with
     those of rows that were measured on all of the text.
     """
     n_rows, n_units = len(text), len(text.unit_documents)
-    wanted = max(LEAST_ROWS, round(SHARE * n_rows))
+    share, least = (QUICK_SHARE, LEAST_QUICK_ROWS) if quick else (SHARE, LEAST_ROWS)
+    wanted = max(least, round(share * n_rows))
     chosen = spread_over_documents(text.unit_documents, max(1, round(wanted / n_rows * n_units)))
     chosen_U = np.isin(np.arange(n_units), chosen)
     share_R: np.ndarray = np.zeros(n_rows, dtype=bool)

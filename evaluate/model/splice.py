@@ -24,6 +24,7 @@ from ...extract.model.hooks import hook_of
 from ...extract.model.module_hook import ModuleHook, with_first
 from ...extract.model.placement import weights_in_memory
 from ...sites import Location
+from ...system.dense_product import linear
 from .heldout_text import HeldOutText
 from .token_text import token_text
 
@@ -97,12 +98,11 @@ class SplicedModel:
         """One ordinary pass."""
         kept: dict[Location, Tensor] = {}
         before: dict[int, Tensor] = {}
-        inside = {at.layer for at in locations if at.layer and self._after(at) is None}
         with ExitStack() as hooks:
             hooks.enter_context(self._noting_outputs())
             for at in locations:
                 hooks.enter_context(hook_of(self.lm, at).keep(kept, at))
-            for layer in inside:
+            for layer in self.inside_blocks(locations):
                 hooks.enter_context(ModuleHook(self.lm.blocks[layer], "input").keep(before, layer))
             final_BTD = self._run(tokens_BT)
         here = {at: _shaped(x, final_BTD).to(self.device) for at, x in kept.items()}
@@ -131,6 +131,10 @@ class SplicedModel:
                 stack.enter_context(self._replaced(at.layer - 1, clean.before[at.layer]))
             stack.enter_context(hook_of(self.lm, at).replace(x_BTD.to(self.lm.dtype)))
             return self._run(tokens_BT)
+
+    def inside_blocks(self, locations: Sequence[Location]) -> set[int]:
+        """The blocks, but the first, inside which some of the locations lie: what comes before them is kept, too."""
+        return {at.layer for at in locations if at.layer and self._after(at) is None}
 
     def is_block_output(self, at: Location) -> bool:
         """Whether the tensor is all that the layers above it need: the residual stream between two blocks."""
@@ -282,11 +286,11 @@ class Head:
             )
 
     @torch.no_grad()
-    def __call__(self, final_ND: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [N, V] in fp32, written into ``out`` where one is given."""
+    def __call__(self, final_ND: Tensor) -> Tensor:
+        """Logits [N, V] in fp32."""
         if self._own:
             return self._own_logits(final_ND)
-        logits = torch.mm(final_ND.float(), self._W_VD.T, out=out)
+        logits = linear(final_ND.float(), self._W_VD)
         if self._b_V is not None:
             logits.add_(self._b_V)
         if self._scale != 1.0:

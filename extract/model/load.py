@@ -19,6 +19,7 @@ from ...sites import Location
 from ...system.device import DTYPES, resolve_device, resolve_dtype
 from ..config import ModelSource
 from .blocks import cut_above, verified_blocks
+from .fast_linear import speed_up
 from .files import ModelFiles, fetch_weights, locate_model, tokenizer_fingerprint, weight_fingerprint
 from .hub import first_line
 from .module_hook import ModuleHook
@@ -171,6 +172,7 @@ def load_language_model(
         device = main
     else:
         model = _moved(model, outline, device)
+    speed_up(model)
     return LanguageModel(
         model=model,
         decoder=found.decoder,

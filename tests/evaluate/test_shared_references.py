@@ -175,11 +175,12 @@ def test_rows_of_a_share_are_scored_on_it(place, tmp_path, monkeypatch):
     """What a reference on a share says is what an evaluation of the share alone would say."""
     monkeypatch.setattr(reference_rows, "LEAST_ROWS", 4)
     shares = []
-    monkeypatch.setattr(run_module, "share_of", lambda text: shares.append(share_of(text)) or shares[-1])
-    report = evaluate(place, tmp_path, references=("identity_bf16", "untrained", "mean"))
+    monkeypatch.setattr(run_module, "share_of", lambda text, **_: shares.append(share_of(text)) or shares[-1])
+    plain = {"quick": False, "only": ("fidelity",)}
+    report = evaluate(place, tmp_path, references=("identity_bf16", "untrained", "mean"), **plain)
     share_R = shares[0]
     assert 4 <= share_R.sum() < len(share_R)
-    monkeypatch.setattr(run_module, "share_of", lambda text: None)
+    monkeypatch.setattr(run_module, "share_of", lambda text, **_: None)
     real = HeldOutText.gather
     small = {"tokens_RT", "documents_RT", "units_RT", "real_RT"}
 
@@ -188,7 +189,8 @@ def test_rows_of_a_share_are_scored_on_it(place, tmp_path, monkeypatch):
         return replace(text, **{name: getattr(text, name)[share_R] for name in small})
 
     monkeypatch.setattr(HeldOutText, "gather", only_the_share)
-    alone = evaluate(place, tmp_path / "alone", references=("identity_bf16", "untrained"), batches=1, batch_rows=12)
+    plain |= {"batches": 1, "batch_rows": 12}
+    alone = evaluate(place, tmp_path / "alone", references=("identity_bf16", "untrained"), **plain)
     for name in ("identity_bf16", "untrained"):
         for key in ("ce", "ce_clean", "kl"):
             one, other = report.record(name, 1).metrics[key], alone.record(name, 1).metrics[key]
@@ -200,6 +202,36 @@ def test_rows_of_a_share_are_scored_on_it(place, tmp_path, monkeypatch):
     means = [report.record("mean", 1).metrics[key].value for key in ("ce", "ce_clean")]
     whole = (means[0] - row["ce"]) / (means[0] - means[1])
     assert row["ce_score_mean"] != pytest.approx(whole, abs=1e-9), "the mean's loss on the share, not on all"
+
+
+def test_a_first_look_splices_all_references_into_a_share(place, tmp_path, monkeypatch, capsys):
+    """What a reference loses there stands for all rows in the scores."""
+    monkeypatch.setattr(reference_rows, "LEAST_QUICK_ROWS", 4)
+    whole = evaluate(place, tmp_path / "whole", quick=False, only=("fidelity",))
+    quick = evaluate(place, tmp_path / "quick")
+    assert "references are spliced into 4 of the 12 rows" in " ".join(capsys.readouterr().err.split())
+    assert "references are spliced into 4 of the 12 rows" in " ".join(quick.notes)
+    for report, share in ((whole, False), (quick, True)):
+        n = {one.name: one.metrics["ce"].n for one in report.records}
+        assert n["one"] == n["zero_all"] == max(n.values())
+        for name in ("mean", "zero", "zero_sae", "previous_token", "untrained:topk"):
+            assert (n[name] < n["one"]) is share, name
+        assert report.record("one", 1).saebench_compat["ce_loss_score"] is not None
+    ours = [report.record("one", 1).metrics for report in (whole, quick)]
+    assert ours[0]["ce"] == ours[1]["ce"], "the SAE itself sees all rows"
+    assert ours[1]["ce_score_mean"].n == ours[0]["ce_score_mean"].n == ours[0]["ce"].n
+    rows = {name: MeasuredRow.load(tmp_path / "quick" / "one" / quick.record(name, 1).kept) for name in ("one", "mean")}
+    one, mean = rows["one"].sums, rows["mean"].sums
+    there = np.flatnonzero(mean["ce"].denominator_U > 0)
+    per_token = {name: mean[name].numerator_U[there].sum() / mean[name].denominator_U.sum() for name in ("ce", "kl")}
+    clean = one["ce_clean"].numerator_U[there].sum() / one["ce_clean"].denominator_U[there].sum()
+    lost = ours[1]["ce"].value - ours[1]["ce_clean"].value
+    assert ours[1]["ce_score_mean"].value == pytest.approx(1 - lost / (per_token["ce"] - clean))
+    assert ours[1]["kl_score_mean"].value == pytest.approx(1 - ours[1]["kl"].value / per_token["kl"])
+    assert ours[1]["ce_score_mean"].value == pytest.approx(ours[0]["ce_score_mean"].value, abs=0.1)
+    evaluate(place, tmp_path / "quick", "two", quick=False, only=("fidelity",), references=("mean",))
+    later = evaluate(place, tmp_path / "quick", "two", quick=False, only=("fidelity",), references=("mean",))
+    assert later.record("mean", 1).metrics["ce"].n == later.record("two", 1).metrics["ce"].n, "no share is taken for all"
 
 
 def test_references_are_chosen(place, tmp_path, passes):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from ..loss.objective import StepResult
 from ..sae.protocol import RowTokens
 from ..step.autograd import autograd_step
+from ..step.descent import clip, descend, lies_transposed
 from .member import Member, Update
 from .schedule import set_rate
 
@@ -26,6 +25,7 @@ class Single:
 
     def __init__(self, member: Member, step: Callable[..., StepResult] = autograd_step):
         self.members, self._step = [member], step
+        self._turned = [weight for weight in member.sae.parameters() if lies_transposed(weight)]
 
     def train_step(
         self,
@@ -56,12 +56,11 @@ class Single:
         result = member.world.combine(sae, result, share)
         if config.sae.decoder == "unit":
             sae.project_gradients()
-        gradients = [p for p in sae.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(gradients, config.optimiser.clip or math.inf)
+        (norm,) = clip([list(sae.parameters())], config.optimiser.clip)
         update = Update(result, objective, norm, lr)
         if x_NWD.device.type == "cpu" and not update.is_finite:
             return [update]
-        member.optimiser.step()
+        descend(member.optimiser, self._turned)
         if config.sae.decoder == "unit":
             sae.constrain()
         for parameter in sae.fast_parameters():

@@ -12,8 +12,7 @@ Shapes: M members, N windows, W positions, D model width, F features.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from ..loss.objective import Objective, StepResult
 from ..sae.protocol import RowTokens
 from ..sae.temporal_sae import TemporalSAE
+from ..sae.unit_rows import drop_radial, make_unit
 from ..step.by_hand import Stacked, sparse_step, stacked_step
+from ..step.descent import clip, descend
 from .member import Member, Update
 from .schedule import set_rate
 
@@ -80,7 +81,7 @@ class Stack:
         pairs = zip(self.members, results, strict=True)
         results = [member.world.combine(member.sae, result, share) for member, result in pairs]
         self._keep_rows_unit()
-        norms = self._clip()
+        norms = clip(self._parameters, self.members[0].config.optimiser.clip)
         updates = [Update(*each, lr) for each in zip(results, objectives, norms, strict=True)]
         if x_NWD.device.type == "cpu" and not all(update.is_finite for update in updates):
             return updates
@@ -119,28 +120,12 @@ class Stack:
         self._gradients_of_rows = [(gradients.W_dec, self.weights.W_dec)]
         return results
 
-    @torch.no_grad()
     def _keep_rows_unit(self) -> None:
         if self.members[0].config.sae.decoder == "unit":
-            # What points along a row of unit norm would only be undone by the renormalisation.
             for gradient, rows in self._gradients_of_rows:
                 assert gradient is not None  # noqa: S101 - for the type checker
-                gradient -= (gradient * rows).sum(-1, keepdim=True) * rows
+                drop_radial(gradient, rows)
         self._gradients_of_rows = []  # so that the next step finds their memory free
-
-    @torch.no_grad()
-    def _clip(self) -> list[Tensor]:
-        """Every member's gradient norm, before the gradient is clipped by it."""
-        gradients = [p.grad for parameters in self._parameters for p in parameters if p.grad is not None]
-        # As torch.nn.utils.clip_grad_norm_ does it, for all members in as few calls as for one.
-        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
-        norm_M = torch.linalg.vector_norm(norms.view(len(self.members), -1), dim=1)
-        clip = self.members[0].config.optimiser.clip
-        if clip:
-            each = len(gradients) // len(self.members)
-            shrink = [factor for factor in (clip / (norm_M + 1e-6)).clamp_(max=1.0).unbind() for _ in range(each)]
-            torch._foreach_mul_(gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
-        return list(norm_M.unbind())
 
     @torch.no_grad()
     def _descend(self) -> None:
@@ -148,10 +133,9 @@ class Stack:
         for member, parameters in zip(self.members, self._parameters, strict=True):
             for parameter in parameters:  # whose state may just have been loaded
                 self._optimiser.state[parameter] = member.optimiser.state[parameter]
-        with _as_they_lie([member.sae.W_enc for member in self.members]):
-            self._optimiser.step()
+        descend(self._optimiser, [member.sae.W_enc for member in self.members])
         if self.members[0].config.sae.decoder == "unit":
-            self.weights.W_dec.div_(self.weights.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+            make_unit(self.weights.W_dec)
         if self.weights.threshold is not None:
             self.weights.threshold.clamp_(min=0)
 
@@ -174,25 +158,6 @@ def _joined(parts: Sequence[Tensor], *, feature_major: bool = False) -> Tensor:
     for part, own in zip(parts, joined, strict=True):
         part.data = own.t() if feature_major else own
     return joined
-
-
-@contextmanager
-def _as_they_lie(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Each W_enc as [F, D], the order of its memory: given as [D, F], the optimiser copies its gradient before it reads
-    it.
-    """
-
-    def turn() -> None:
-        for weight in weights:
-            gradient, weight.grad = weight.grad, None
-            weight.data = weight.data.t()
-            weight.grad = None if gradient is None else gradient.t()
-
-    turn()
-    try:
-        yield
-    finally:
-        turn()
 
 
 def _joint_optimiser(members: Sequence[Member]) -> torch.optim.Optimizer:

@@ -14,9 +14,9 @@ from ..config import SAEConfig
 from ..loss import terms
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
-from .initialise import unit_rows
 from .protocol import SAEOutput, SparseAutoencoder
 from .registry import architecture
+from .unit_rows import unit_rows
 
 
 @architecture("gated")

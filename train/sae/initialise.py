@@ -26,8 +26,3 @@ def orthogonal(n_features: int, d_model: int, generator: torch.Generator) -> Ten
     q, r = torch.linalg.qr(tall)
     q = q * torch.sign(torch.diagonal(r))
     return q if n_features >= d_model else q.T
-
-
-def unit_rows(rows_FD: Tensor) -> Tensor:
-    """The rows with norm 1."""
-    return rows_FD / rows_FD.norm(dim=-1, keepdim=True).clamp(min=1e-12)

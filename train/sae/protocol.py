@@ -22,6 +22,7 @@ from ..formats.locate import read_sae
 from ..formats.registry import FORMATS
 from ..loss import terms
 from ..loss.terms import at_least_float32
+from .unit_rows import drop_radial, make_unit
 
 PREFIX_SIZES = "matryoshka_widths"  # in the metadata; SAELens' word
 
@@ -321,12 +322,12 @@ class SparseAutoencoder(nn.Module):
     def project_gradients(self) -> None:
         """Remove what would only be undone by :meth:`constrain`; called where decoder rows keep norm 1."""
         if self.W_dec.grad is not None:
-            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+            drop_radial(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Give decoder rows norm 1; called after a step where the configuration asks for it."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        make_unit(self.W_dec)
 
     @property
     def running_threshold(self) -> Tensor | None:

@@ -15,9 +15,10 @@ from ..config import SAEConfig
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
 from .activation import Activation, step_function
-from .initialise import kaiming_uniform, orthogonal, unit_rows
+from .initialise import kaiming_uniform, orthogonal
 from .protocol import SAEOutput, SparseAutoencoder
 from .registry import ACTIVATIONS, architecture
+from .unit_rows import unit_rows
 
 _THRESHOLD_MOMENTUM = {"calibrated": 0.99, "running": 0.999}  # the latter as published; the former is set anew at last
 

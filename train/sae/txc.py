@@ -20,9 +20,9 @@ from ..loss import terms
 from ..loss.objective import Objective
 from ..loss.terms import at_least_float32
 from .activation import Activation
-from .initialise import unit_rows
 from .protocol import RowTokens, SAEOutput, SparseAutoencoder, SparseCoder
 from .registry import architecture
+from .unit_rows import unit_rows
 
 
 @architecture("txc")
