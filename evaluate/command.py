@@ -241,7 +241,7 @@ def evaluate(
     keep_states: float = _output(
         EvaluateConfig.keep_states,
         "--keep-states",
-        help="GB beside the reports for states of the untouched model, which the next evaluation on a text reads; 0: none.",
+        help="GB beside the reports for states of the untouched model, read by the next evaluation on a text; 0: none.",
     ),
     workers: int | None = _cluster(
         None, "--workers", help="Divide the text's rows among this number of processes (Dask)."

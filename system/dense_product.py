@@ -16,9 +16,9 @@ def linear(x: Tensor, W_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x·Wᵀ + bias [.., O] for x [.., I], as :func:`torch.nn.functional.linear` and as exact; without gradients where
     oneDNN is the better.
     """
-    if x.dtype == W_OI.dtype == torch.float32 and x.device.type == W_OI.device.type == "cpu" and x.numel():
-        if x.dim() > 1 and prefers_onednn():
-            return torch.ops.mkldnn._linear_pointwise(x, W_OI, bias_O, "none", [], "")
+    fits = x.dtype == W_OI.dtype == torch.float32 and x.device.type == W_OI.device.type == "cpu"
+    if fits and x.dim() > 1 and x.numel() and prefers_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, W_OI, bias_O, "none", [], "")
     return torch.nn.functional.linear(x, W_OI, bias_O)
 
 

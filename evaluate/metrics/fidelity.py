@@ -170,7 +170,7 @@ def _log_softmax(logits: Tensor, out: Tensor) -> None:
 
 
 def _weighted_gap(log_a: Tensor, log_b: Tensor, p: Tensor, gap: Tensor) -> Tensor:
-    """Σ p (log a − log b) [N]. On a CPU, as many rows at a time as its caches hold: each is fetched from memory once."""
+    """Σ p (log a − log b) [N]; on a CPU, as many rows at a time as its caches hold, each fetched from memory once."""
     n_rows = max(1, CACHED_LOGITS // p.shape[-1]) if p.device.type == "cpu" else max(1, len(p))
     parts = zip(*(each.split(n_rows) for each in (log_a, log_b, p, gap)), strict=True)
     return torch.cat([torch.sub(a, b, out=gap).mul_(p).sum(-1) for a, b, p, gap in parts])

@@ -41,9 +41,9 @@ class KeptStates:
 
     @classmethod
     def within(cls, folder: Path, needed: int, limit: float) -> KeptStates | None:
-        """States that take ``needed`` bytes in ``folder``, beside those of other texts, all together in ``limit`` bytes.
+        """States that take ``needed`` bytes in ``folder``, and those of other texts: ``limit`` bytes together.
 
-        Those of other texts go first, the least recently used ones before others. None where they would not fit alone.
+        Of other texts those used longest ago go first. None where these alone would not fit.
         """
         if needed > limit:
             if limit:

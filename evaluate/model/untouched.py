@@ -63,12 +63,15 @@ class Untouched:
             if found is not None:
                 at_BTD, before = {at: found[at.short] for at in locations}, {n: found[_before(n)] for n in inside}
                 return at_BTD, CleanPass({}, before, found[_FINAL]) if len(spliced) else None
-        if not len(spliced):
-            return self.model.of_rows(self.text, rows, locations), None
-        at_BTD, clean = self._run(rows, list(locations) if kept is None else self.locations, spliced)
+        asked = list(locations) if kept is None else self.locations
+        if len(spliced):
+            at_BTD, clean = self._run(rows, asked, spliced)
+        else:
+            at_BTD, clean = self.model.of_rows(self.text, rows, asked), None
         if kept is not None:
-            before = {_before(layer): x_BTD for layer, x_BTD in clean.before.items()}
-            kept.put(rows, {_FINAL: clean.final_BTD} | {at.short: x_BTD for at, x_BTD in at_BTD.items()} | before)
+            kept.put(rows, {at.short: x_BTD for at, x_BTD in at_BTD.items()})
+            if clean is not None:
+                kept.put(rows, {_FINAL: clean.final_BTD} | {_before(layer): x for layer, x in clean.before.items()})
         return {at: at_BTD[at] for at in locations}, clean
 
     def _run(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -50,25 +52,31 @@ def write_figures(panels: Sequence[Panel], folder: Path) -> list[Path]:
     A panel that is drawn already is not drawn again: ``drawn.json`` says from what each file was drawn, and its hash.
     """
     needs("matplotlib", extra="report", what="a report's figures")
-    written: list[Path] = []
-    known, drawn = _drawn_before(folder / DRAWN), {}
+    known = _drawn_before(folder / DRAWN)
     made_with = f"{version('matplotlib')} {_code()}"
+    of: dict[str, str] = {}
+    new: dict[Path, bytes] = {}
     for panel in panels:
         stem = _file_name(panel.key)
-        paths = [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
-        of = content_hash([repr(panel), made_with])
-        if known.get(stem) != {"of": of, "files": _hashes(paths)}:
+        of[stem] = content_hash([repr(panel), made_with])
+        if known.get(stem) != {"of": of[stem], "files": _hashes(_paths(folder, stem))}:
             with _figure(1, _height(panel)) as (figure, axes):
                 draw(axes[0], panel)
-                _save(figure, folder / stem)
-        drawn[stem] = {"of": of, "files": _hashes(paths)}
-        written += paths
+                new |= zip(_paths(folder, stem), _contents(figure), strict=True)
+    with ThreadPoolExecutor() as pool:  # all of them wait for the disk at once
+        list(pool.map(write_file, new, new.values()))
+    written = [path for stem in of for path in _paths(folder, stem)]
     for old in {*folder.glob("*.png"), *folder.glob("*.svg")} - set(written):
         with plain_errors(f"remove {old}"):
             old.unlink()
+    drawn = {stem: {"of": what, "files": _hashes(_paths(folder, stem))} for stem, what in of.items()}
     if drawn != known:
         write_json(folder / DRAWN, drawn)
     return written
+
+
+def _paths(folder: Path, stem: str) -> list[Path]:
+    return [folder / f"{stem}.{ending}" for ending in ("png", "svg")]
 
 
 def _drawn_before(file: Path) -> dict[str, Any]:
@@ -246,10 +254,12 @@ def _figure(columns: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
         yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _save(figure: Any, stem: Path) -> None:
-    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
-    write_file(png, lambda file: figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}))
-    write_file(svg, lambda file: figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}))
+def _contents(figure: Any) -> tuple[bytes, bytes]:
+    """A figure as png and svg."""
+    png, svg = BytesIO(), BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return png.getvalue(), svg.getvalue()
 
 
 def _file_name(key: str) -> str:

@@ -19,9 +19,13 @@ class FastLinear(nn.Linear):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Make plain linear layers in float32 on the CPU fast ones. They stay where and what they are to everybody else."""
+    """Make plain linear layers in float32 fast ones. They stay where and what they are to everybody else; on a GPU
+    nothing changes.
+    """
     if not prefers_onednn():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             module.__class__ = FastLinear
+            if "_old_forward" in vars(module):  # what accelerate calls once it has brought the weights into memory
+                setattr(module, "_old_forward", FastLinear.forward.__get__(module))  # noqa: B010 - no attribute of torch's

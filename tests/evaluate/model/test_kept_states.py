@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tcsae.console import speaking
 from tcsae.evaluate.config import STATES_FOLDER
 from tcsae.evaluate.model.kept_states import KeptStates
 from tcsae.system import atomic_files
@@ -57,10 +58,12 @@ def test_those_of_other_texts_go_when_there_is_no_room(tmp_path: Path, capsys: p
     assert [folder.exists() for folder in folders[:2]] == [True, True]
     assert KeptStates.within(folders[2], size, 2.5 * size) is not None
     assert [folder.exists() for folder in folders[:2]] == [False, True]
-    assert KeptStates.within(folders[2], 2 * size, size) is None, "it would not fit alone"
+    with speaking(True):
+        assert KeptStates.within(folders[2], 2 * size, size) is None, "it would not fit alone"
     assert "more than the" in capsys.readouterr().err
     assert folders[1].exists(), "nothing goes for what is not kept"
-    assert KeptStates.within(folders[2], size, 0.0) is None
+    with speaking(True):
+        assert KeptStates.within(folders[2], size, 0.0) is None
     assert not capsys.readouterr().err, "nobody asked for any"
 
 

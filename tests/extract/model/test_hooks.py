@@ -9,6 +9,7 @@ from tcsae.errors import ModelError, UsageError
 from tcsae.extract.config import ExtractConfig, ModelSource, TextSource
 from tcsae.extract.model.block import Block
 from tcsae.extract.model.blocks import verified_blocks
+from tcsae.extract.model.fast_linear import speed_up
 from tcsae.extract.model.hooks import capture, deepest_block, hook_of, module_path
 from tcsae.extract.model.load import load_language_model
 from tcsae.extract.model.module_hook import ModuleHook
@@ -22,11 +23,12 @@ BATCH = 4
 
 def own_states(folder, kind, tokens_BT, dtype):
     """Residual streams after every block by transformers' own output_hidden_states; the last block by a hook of our
-    own.
+    own. In float32 with the products that ours has (test_fast_linear.py holds them to torch's).
     """
     attention = "eager" if kind == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
     blocks = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(kind, "model.layers")
+    speed_up(model)
     last = []
     model.get_submodule(blocks)[-1].register_forward_hook(
         lambda _m, _i, out: last.append(out if torch.is_tensor(out) else out[0])
