@@ -246,7 +246,8 @@ class _Run:
         if not (known.done and known.code == code and _readable(text.report)):
             with self._stage(name) as stage:
                 if self.client is not None:
-                    self._on_workers([(_evaluate_there, config)])
+                    many = len(self.client.nthreads()) > 1
+                    self._on_workers([(_evaluate_there, config, self.client.scheduler.address if many else None)])
                 else:
                     evaluate(config)
                 report = read_results(text.report)
@@ -410,5 +411,10 @@ def _train_there(training: Training, only: Sequence[str]) -> TrainSummary | Tcsa
     return _returned(lambda: _train_here(training, only))
 
 
-def _evaluate_there(config: EvaluateConfig) -> int | TcsaeError:
-    return _returned(lambda: len(evaluate(config)))
+def _evaluate_there(config: EvaluateConfig, scheduler: str | None) -> int | TcsaeError:
+    """One worker evaluates and hands rows of the text out to all, itself among them."""
+    if scheduler is not None:
+        from distributed import secede
+
+        secede()  # which frees its thread for such rows
+    return _returned(lambda: len(evaluate(replace(config, scheduler=scheduler))))
