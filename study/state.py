@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import __version__
 from ..errors import RunError, UsageError
-from ..system.atomic_files import make_folder, write_json
+from ..system.atomic_files import PARTIAL, make_folder, write_json
 from ..system.untrusted_files import read_json
 from .file import StudyFile
 
@@ -137,7 +137,8 @@ def check_free(folder: Path) -> None:
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file: give another --out")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in PARTS) if folder.is_dir() else []
+    there = [path for path in folder.iterdir() if path.suffix != PARTIAL] if folder.is_dir() else []
+    others = sorted(path.name for path in there if path.name not in PARTS)
     if others and not (folder / STATE).exists():
         raise UsageError(f"{folder} is no folder of a study and holds other files ({others[0]}): give another --out")
 

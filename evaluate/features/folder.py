@@ -21,7 +21,7 @@ import numpy as np
 
 from ...console import format_bytes, progress
 from ...errors import RunError, UsageError
-from ...system.atomic_files import make_folder, plain_errors, write_file
+from ...system.atomic_files import PARTIAL, make_folder, plain_errors, remove_partials, write_file
 from ...train.run_folder.record import RECORD, load_run
 from ...train.sae.protocol import SparseAutoencoder
 from ..codes.format import DEFAULT_NAME
@@ -138,12 +138,14 @@ def _clear(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file: choose another --out")
-    other = sorted(file.name for file in folder.iterdir() if file.name not in (PAGE, DATA))
+    whole = [file.name for file in folder.iterdir() if file.suffix != PARTIAL]  # others were left by a killed process
+    other = sorted(name for name in whole if name not in (PAGE, DATA))
     if other or ((folder / PAGE).exists() and _MARK not in (folder / PAGE).read_text(errors="replace")):
         raise UsageError(f"{folder} holds other things ({(other or [PAGE])[0]}): choose another --out")
     with plain_errors(f"empty {folder}"):
         (folder / PAGE).unlink(missing_ok=True)
         shutil.rmtree(folder / DATA, ignore_errors=True)
+        remove_partials(folder)
 
 
 _MARK = '<meta name="generator" content="tcsae features">'

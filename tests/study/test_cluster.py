@@ -34,7 +34,9 @@ def numbers(folder):
 def test_workers_share_the_members_and_find_what_one_process_finds(tiny_gemma2, tmp_path):
     text = tiny_corpus(tmp_path / "text", documents=60, words=60)
     absurd = {'"temporal.weight" = 0.1 }': '"temporal.weight" = 0.1, "optimiser.lr" = 1e30 }'}
-    file = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **absurd, **{"[0]\nvar": "[0, 1]\nvar", "rows = 4": "rows = 48"})
+    file = write_study(
+        tmp_path / "tiny.toml", tiny_gemma2, text, **absurd, **{"[0]\nvar": "[0, 1]\nvar", "rows = 4": "rows = 48"}
+    )
     alone = tcsae.study(file, scale="one", out=tmp_path / "alone", device="cpu")
     with cluster_elsewhere(workers=2) as (address, _):
         there = tcsae.study(file, scale="one", out=tmp_path / "there", device="cpu", scheduler=address)

@@ -18,7 +18,7 @@ from tcsae.pipeline import main
 from tcsae.study import run as study_run
 from tcsae.study.file import read_study
 from tcsae.study.plan import plan_study
-from tcsae.study.state import read_state
+from tcsae.study.state import check_free, read_state
 from tcsae.train.run_folder.record import load_run
 from tiny import tiny_corpus
 from tiny_study import without_figures, write_study
@@ -207,6 +207,11 @@ def test_a_changed_file_may_begin_anew(tiny_gemma2, text, tmp_path):
     state = read_state(out)
     assert state is not None
     assert state.fingerprint == read_study(file, "one").fingerprint() == done.analysis.fingerprint
+
+
+def test_what_a_killed_start_leaves_is_no_foreign_file(tmp_path):
+    (tmp_path / "study.json.0a1b2c3d.partial").write_text("killed before its first file was there")
+    check_free(tmp_path)
 
 
 def test_a_foreign_folder_is_refused(file, tmp_path):

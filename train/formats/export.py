@@ -109,11 +109,11 @@ def _refuse_foreign(folder: Path, record: RunRecord, format_name: str) -> None:
 
     """
     with plain_errors(f"look into {folder}"):
-        there = sorted(folder.iterdir()) if folder.exists() else []
-    if not there:
+        whole = [file for file in sorted(folder.iterdir()) if file.suffix != PARTIAL] if folder.exists() else []
+    if not whole:  # nothing, or what a process left that was killed before it had written its first file
         return
     ours = {CARD, *FORMATS.get(format_name).files}
-    other = next((file.name for file in there if file.name not in ours and not file.name.endswith(PARTIAL)), None)
+    other = next((file.name for file in whole if file.name not in ours), None)
     if other is None and (folder / CARD).exists():
         head = read_bytes(folder / CARD, most=1 << 20).decode(errors="replace")
         if f"\n# {markdown(record.name)}\n" in head:

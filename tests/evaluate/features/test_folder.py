@@ -191,6 +191,11 @@ def test_what_is_in_the_way_is_left_alone(pair, tmp_path):
     with pytest.raises(UsageError, match=r"mine holds other things \(index.html\): choose another --out"):
         write_features([str(pair[0])], out=str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "index.html").read_text() == "my page"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "index.html.0a1b2c3d.partial").write_text("killed while it wrote the page")
+    write_features([str(pair[0])], out=str(tmp_path / "begun"))
+    assert (tmp_path / "begun" / "index.html").is_file()
+    assert not list((tmp_path / "begun").glob("*.partial"))
     bare = random_run(tmp_path / "bare", make_store(tmp_path))
     with pytest.raises(StoreError, match="there are no codes"):
         write_features([str(bare)], out=str(tmp_path / "features"))

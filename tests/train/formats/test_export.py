@@ -130,7 +130,10 @@ def test_only_an_earlier_export_of_the_run_is_overwritten(run, tmp_path):
         with pytest.raises(RunError, match=r"is not overwritten: name another folder with --out"):
             export(run, "saelens", out)
     assert before == ((run / "train.json").read_bytes(), (run / "cfg.json").read_bytes())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md.0a1b2c3d.partial").write_text("killed before its first file was there")
     folder = export(run, "saelens", tmp_path / "out")
+    assert not list(folder.glob("*.partial"))
     (folder / "cfg.json").unlink()  # as if it had been cut short
     assert export(run, "saelens", folder) == folder
     TemporalSAE.load(folder)
