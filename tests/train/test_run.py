@@ -18,7 +18,7 @@ from tcsae import pipeline
 from tcsae.cache.format.layout import of_role
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
-from tcsae.train import run
+from tcsae.train import passes, run
 from tcsae.train.loop import memory_plan, trainer
 from tcsae.train.loop.alarms import MemberError
 from tcsae.train.loop.batches import BatchReader
@@ -329,13 +329,13 @@ def test_a_sweep_that_does_not_fit_is_split_and_gives_the_same(store, tmp_path, 
     grid = {"run.seed": ("0", "1", "2")}
     whole = run.train(config_for(store, tmp_path / "whole"), sweep=grid)
     plans = []
-    real = run.split_passes
-    monkeypatch.setattr(run, "available_bytes", lambda _: 80_000)
-    monkeypatch.setattr(run, "split_passes", lambda *args: plans.append(real(*args)) or plans[-1])
+    real = passes.split_passes
+    monkeypatch.setattr(passes, "available_bytes", lambda _: 80_000)
+    monkeypatch.setattr(passes, "split_passes", lambda *args: plans.append(real(*args)) or plans[-1])
     split = run.train(config_for(store, tmp_path / "split"), sweep=grid)
     assert len(plans[0]) > 1
     assert [weights(path) for path in whole.runs] == [weights(path) for path in split.runs]
-    monkeypatch.setattr(run, "available_bytes", lambda _: 10_000)
+    monkeypatch.setattr(passes, "available_bytes", lambda _: 10_000)
     with pytest.raises(ResourceError, match=r"needs .* are free: give a smaller --width"):
         run.train(config_for(store, tmp_path / "never"))
 
@@ -662,7 +662,7 @@ def talks(tmp_path_factory) -> Path:
 )
 def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path, monkeypatch, changes):
     store, trained, said_before = ActivationStore.open(talks), [], []
-    monkeypatch.setattr(run, "note", said_before.append)
+    monkeypatch.setattr(passes, "note", said_before.append)
     said = of_role(store.flags(0, store.n_rows), "assistant")
     real = BatchReader.next_batches
 
