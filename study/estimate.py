@@ -22,6 +22,7 @@ from ..extract.plan import Estimate, Plan, estimate, make_plan
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
 from ..train.loop.step_time import seconds_per_step
+from .alone import in_processes
 from .checks import check_outcomes, member_plans
 from .plan import AloneStage, PlannedText, StudyPlan, Training
 from .state import STATE, StudyState, read_state
@@ -140,10 +141,11 @@ def _of_alone(stage: AloneStage, planned: Plan, device: torch.device, known: _Ra
     plans = member_plans(stage, planned.outline.d_model, planned.config.rows * context, context)
     dtype = DTYPES[resolve_dtype(plans[0].config.run.dtype, device)]
     n, steps, rate = len(plans), plans[0].config.run.steps, known.of(stage.key)
-    seconds = n / rate if rate else n * _START + steps * seconds_per_step(plans, context, device, dtype)
+    each = 0.0 if rate else steps * seconds_per_step(plans, context, device, dtype)
+    seconds = n / rate if rate else stage.repeats * (n * _START + each)
     return StageEstimate(
         stage.key,
-        f"{n} SAEs, {steps} steps, each in a process of its own",
+        f"{n} SAEs, {steps} steps, each in {in_processes(stage.repeats)}",
         seconds,
         _said(rate is not None, "two steps of each kind"),
         max(4 * plan.n_parameters for plan in plans),

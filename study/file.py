@@ -98,6 +98,8 @@ class CostAlone(_Part):
 
     variants: tuple[str, ...] = Field(min_length=1)
     steps: int = Field(default=50, ge=2)
+    repeats: int = Field(default=3, ge=1)
+    """Of every SAE; the least counts. What else happens at that moment, such as reading ahead, only ever adds."""
 
 
 class Scale(_Part):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
 from ..evaluate.report.wording import ARROWS, capitalised
+from .alone import in_processes
 from .findings import Analysis, VariantRow
 from .statistics.decision import figures
 from .statistics.effects import ComparisonEffects, OutcomeEffect
@@ -309,8 +310,8 @@ def alone_caption(analysis: Analysis) -> str:
     """How trainings in processes of their own were made."""
     each = analysis.alone[0]
     return (
-        f"Trained once more for {each.steps:,} steps, each SAE in a process of its own, for this alone. Memory is what "
-        f"the training added to the {each.held_bytes / 1e6:.0f} MB that Python and libraries held before it."
+        f"Trained once more for {each.steps:,} steps, for this alone: each SAE in {in_processes(each.repeats)}. Memory is "
+        f"what the training added to the {each.held_bytes / 1e6:.0f} MB that Python and libraries held before it."
     )
 
 

@@ -76,6 +76,8 @@ class Training:
 class AloneStage(Training):
     """SAEs that are trained once more, for a few steps, each in a process of its own: for time and memory alone."""
 
+    repeats: int = 1
+
     @property
     def key(self) -> str:
         """Name of the stage."""
@@ -222,7 +224,8 @@ def _alone(study: StudyFile, training: Training, out: str, device: str) -> Alone
         for variant in variants
         for seed, config in _configs(study, variant, at, place)
     ]
-    return AloneStage(text, at, store, tuple(sorted(members, key=lambda each: study.sizes.seeds.index(each.seed))))
+    members.sort(key=lambda each: study.sizes.seeds.index(each.seed))
+    return AloneStage(text, at, store, tuple(members), asked.repeats)
 
 
 def _configs(

@@ -52,6 +52,18 @@ def test_a_training_has_a_process_of_its_own(stage):
     assert [path.name for path in one.members[0].folder.parent.iterdir()] == ["l3-next-s0.json"], "nothing else is kept"
 
 
+def test_of_several_tries_the_least_counts(stage, monkeypatch):
+    tries = iter([(5.0, 300), (7.0, 200), (6.0, 250)] * 2)
+
+    def trained(each):
+        seconds, peak = next(tries)
+        return NUMBERS | {"seconds": seconds, "peak_bytes": peak * 10**6}
+
+    monkeypatch.setattr(alone, "_train_in_a_process", trained)
+    assert measure_alone(replace(stage, repeats=3), MACHINE) == 2
+    assert [(one.seconds, one.memory_bytes, one.repeats) for one in alone_costs(stage, "tiny")] == [(5.0, 10**8, 3)] * 2
+
+
 def test_what_fits_is_not_measured_again(stage, asked, capsys):
     assert measure_alone(stage, MACHINE) == 2
     assert measure_alone(stage, MACHINE) == 0

@@ -63,7 +63,8 @@ def test_ratios_and_shares(rows):
 
 def alone(variant, seed, megabytes):
     """Training alone added so much."""
-    about = {"variant": variant, "seed": seed, "model": "toy", "place": "l5", "steps": 50, "tokens": 1000, "seconds": 1.0}
+    about = {"variant": variant, "seed": seed, "model": "toy", "place": "l5", "repeats": 3, "steps": 50}
+    about |= {"tokens": 1000, "seconds": 1.0}
     return AloneCost(held_bytes=400_000_000, peak_bytes=400_000_000 + int(1e6 * megabytes), **about)
 
 

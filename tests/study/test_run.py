@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import house
@@ -101,12 +99,9 @@ KILLS = {
     "evaluate": ("tcsae.evaluate.run.RowCache.put", 4),
 }
 KILLER = """
-import os, pydoc, signal, sys
+import os, pydoc, signal
 import tcsae, tcsae.evaluate.run, tcsae.extract.run, tcsae.train.loop.trainer
-import torch
-torch.use_deterministic_algorithms(True)
-torch.set_num_threads(1)
-where, calls, file, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+where, calls, file, out = arguments[0], int(arguments[1]), arguments[2], arguments[3]
 owner, name = where.rsplit(".", 1)
 owner = pydoc.locate(owner)
 real, seen = getattr(owner, name), []
@@ -121,13 +116,13 @@ tcsae.study(file, out=out, device="cpu")
 
 
 @pytest.mark.parametrize("phase", KILLS)
-def test_killed_in_any_phase_and_resumed_it_has_the_numbers_of_an_uninterrupted_one(whole, file, tmp_path, phase):
+def test_killed_in_any_phase_and_resumed_it_has_the_numbers_of_an_uninterrupted_one(
+    whole, file, tmp_path, phase, forks
+):
     where, calls = KILLS[phase]
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, where, str(calls), str(file), str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == -9, done.stderr
+    process = forks.start(KILLER, where, calls, file, out)
+    assert process.wait() == -9, process.said
     state = read_state(out)
     assert state is not None
     assert not state.finished
@@ -195,8 +190,10 @@ def test_a_changed_file_is_refused(whole, tiny_gemma2, text, tmp_path):
 def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_measured(
     whole, tiny_gemma2, text, tmp_path, monkeypatch, capsys
 ):
-    table = '[cost_alone]\nvariants = ["none", "next"]\nsteps = 3\n\n[rule]'
-    changed = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02", "[rule]": table})
+    table = '[cost_alone]\nvariants = ["none", "next"]\nsteps = 3\nrepeats = 1\n\n[rule]'
+    changed = write_study(
+        tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02", "[rule]": table}
+    )
     for part in ("stores", "runs", "reports"):
         shutil.copytree(whole.folder / part, tmp_path / "out" / part)
     monkeypatch.setattr("tcsae.extract.run.StoreSetRun.run", lambda *_: pytest.fail("the store is there"))
@@ -208,7 +205,13 @@ def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_
         asked.append(each.name)
         if len(asked) == 3:
             raise RunError("no process can be started: try again")
-        return {"steps": 3, "tokens": 180, "seconds": 1.0, "held_bytes": 10**8, "peak_bytes": 10**8 + 10**6 * len(asked)}
+        return {
+            "steps": 3,
+            "tokens": 180,
+            "seconds": 1.0,
+            "held_bytes": 10**8,
+            "peak_bytes": 10**8 + 10**6 * len(asked),
+        }
 
     monkeypatch.setattr("tcsae.study.alone._train_in_a_process", trained)
     done = tcsae.study(changed, out=tmp_path / "out", device="cpu")
@@ -227,7 +230,7 @@ def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_
         "none": 2.5e6, "next": 3.5e6, "shuffled": None
     }  # fmt: skip
     page = done.page.read_text()
-    assert "each SAE in a process of its own, for this alone" in page
+    assert "for this alone: each SAE in a process of its own. Memory is" in page
     assert "<td>2.5 MB</td>" in page
     assert "| variant, trained alone |" in document([done.analysis])
     assert read_state(done.folder).stage(name).units == 2, "the failed try told nothing"
@@ -289,7 +292,12 @@ def test_a_scale_that_does_not_run_a_variant_does_not_measure_it(file):
     study = read_study(file, "one").model_copy(update={"cost_alone": CostAlone(variants=("shuffled", "next"), steps=3)})
     (text,) = plan_study(study).texts
     assert [each.name for each in text.alone.members] == ["l1-next-s0"]
-    assert text.stages == (f"extract {text.name}", f"train {text.name} l1", f"cost {text.name} l1", f"evaluate {text.name}")
+    assert text.stages == (
+        f"extract {text.name}",
+        f"train {text.name} l1",
+        f"cost {text.name} l1",
+        f"evaluate {text.name}",
+    )
     config = text.alone.members[0].config
     assert (config.run.steps, config.run.checkpoint_every, config.run.checkpoint_minutes) == (3, 3, 0), "no checkpoint"
     assert plan_study(study.model_copy(update={"cost_alone": CostAlone(variants=("shuffled",))})).texts[0].alone is None

@@ -242,27 +242,25 @@ def test_a_checkpoint_is_written_by_time_too(store, tmp_path, monkeypatch, minut
     assert max(checkpoints(path), default=None) == kept
 
 
-def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
+def test_killed_processes_resume_to_the_same_bits(store, tmp_path, forks):
     whole = run.train(config_for(store, tmp_path / "whole", run__steps=250, run__log_every=1, run__checkpoint_every=23))
     config = config_for(store, tmp_path / "parts", run__steps=250, run__log_every=1, run__checkpoint_every=23)
     code = (
-        "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
-        "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
-        "train(validated(json.loads(sys.argv[1])))"
+        "import json; from tcsae.train.presets import validated; from tcsae.train.run import train\n"
+        "train(validated(json.loads(arguments[0])))"
     )
-    command = [sys.executable, "-c", code, config.model_dump_json()]
     metrics = tmp_path / "parts" / whole.runs[0].name / "metrics.jsonl"
     for target in (40, 120):  # lines of metrics to wait for, so that the kill falls at a random step after it
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = forks.start(code, config.model_dump_json())
         deadline = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < target:
-            assert process.poll() is None
+            assert process.runs(), process.said
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.kill()
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert checkpoints(metrics.parent)
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert forks.start(code, config.model_dump_json()).wait() == 0
     for path in whole.runs:
         other = tmp_path / "parts" / path.name
         assert weights(path) == weights(other)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import RunError, UsageError
-from tcsae.evaluate.prune.elimination import GainFit, eliminate, plan_elimination
 from tcsae.evaluate.prune.config import PruneConfig
+from tcsae.evaluate.prune.elimination import GainFit, eliminate, plan_elimination
 from tcsae.evaluate.prune.run import prune_run
 from tcsae.pipeline import main
 from tcsae.train.run_folder.record import RunRecord, find_runs, load_run
