@@ -230,7 +230,7 @@ def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_
         "none": 2.5e6, "next": 3.5e6, "shuffled": None
     }  # fmt: skip
     page = done.page.read_text()
-    assert "for this alone: each SAE in a process of its own. Memory is" in page
+    assert "for this alone: each SAE in a process of its own. Memory " in page
     assert "<td>2.5 MB</td>" in page
     assert "| variant, trained alone |" in document([done.analysis])
     assert read_state(done.folder).stage(name).units == 2, "the failed try told nothing"
