@@ -17,9 +17,13 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .cache.store import ActivationStore as ActivationStore
     from .errors import TcsaeError as TcsaeError
     from .evaluate.config import EvaluateConfig as EvaluateConfig
+    from .evaluate.finetune.config import FinetuneConfig as FinetuneConfig
+    from .evaluate.finetune.run import FinetuneSummary as FinetuneSummary
     from .evaluate.flat import Report as Report
     from .evaluate.metrics.registry import metric as metric
     from .evaluate.report.panels.registry import panel as panel
+    from .evaluate.prune.config import PruneConfig as PruneConfig
+    from .evaluate.prune.run import PruneSummary as PruneSummary
     from .evaluate.results import EvaluationReport as EvaluationReport
     from .evaluate.run import Outcome as Outcome
     from .extract.config import ExtractConfig as ExtractConfig
@@ -30,8 +34,10 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .extract.summary import ExtractSummary as ExtractSummary
     from .interface import evaluate as evaluate
     from .interface import extract as extract
+    from .interface import finetune as finetune
     from .interface import import_array as import_array
     from .interface import load_report as load_report
+    from .interface import prune as prune
     from .interface import study as study
     from .interface import train as train
     from .study.file import StudyFile as StudyFile
@@ -65,6 +71,8 @@ _HOMES = {
     "train": "train",
     "evaluate": "evaluate",
     "study": "study",
+    "finetune": "interface",
+    "prune": "interface",
     "import_array": "interface",
     "load_report": "interface",
     "ActivationStore": "cache.store",
@@ -91,6 +99,10 @@ _HOMES = {
     "Outcome": "evaluate.run",
     "EvaluationReport": "evaluate.results",
     "Report": "evaluate.flat",
+    "FinetuneConfig": "evaluate.finetune.config",
+    "FinetuneSummary": "evaluate.finetune.run",
+    "PruneConfig": "evaluate.prune.config",
+    "PruneSummary": "evaluate.prune.run",
     "StudyFile": "study.file",
     "StudySummary": "study.run",
     "ActivationFunction": "train.sae.activation",

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from .cache.arrays.config import ImportConfig, ImportOptions
     from .cache.arrays.run import ImportSummary
     from .evaluate.config import EvaluateConfig, EvaluateOptions
+    from .evaluate.finetune.config import FinetuneConfig, FinetuneOptions
+    from .evaluate.finetune.run import FinetuneSummary
     from .evaluate.finished import Outcome
     from .evaluate.flat import Report
+    from .evaluate.prune.config import PruneConfig, PruneOptions
+    from .evaluate.prune.run import PruneSummary
     from .extract.config import ExtractConfig, ExtractOptions
     from .extract.summary import ExtractSummary
     from .study.file import StudyFile
@@ -142,6 +146,57 @@ def evaluate(
 
     with speaking(progress):
         return run(_either(config, options, lambda: evaluate_config(**options)))
+
+
+def finetune(
+    run: str | Path | FinetuneConfig, *, progress: bool = False, **options: Unpack[FinetuneOptions]
+) -> FinetuneSummary:
+    """Train a finished run on by KL through the upper layers, as ``pipeline finetune`` does; go on with what was begun.
+
+    ``tcsae.finetune("runs/l12-topk64-none-s0", tokens="10M").folder``
+
+    Args:
+        run: a run's folder, or everything at once.
+        options: by name, as on the command line (:class:`~tcsae.evaluate.finetune.config.FinetuneOptions`).
+        progress: whether notes and progress are shown.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; finished runs and checkpoints stay.
+
+    """
+    from .evaluate.finetune.config import FinetuneConfig, finetune_config
+    from .evaluate.finetune.run import finetune_run
+
+    given, folder = (run, "") if isinstance(run, FinetuneConfig) else (None, run)
+    with speaking(progress):
+        return finetune_run(_either(given, options, lambda: finetune_config(folder, **options)))
+
+
+def prune(
+    run: str | Path | PruneConfig, *, progress: bool = False, **options: Unpack[PruneOptions]
+) -> PruneSummary:
+    """Merge near-duplicate features of a run and drop position-locked ones, as ``pipeline prune`` does.
+
+    ``tcsae.prune("runs/l12-topk64-none-s0", min_cosine=0.95).merged``
+
+    Args:
+        run: a run's folder, or everything at once.
+        options: by name, as on the command line (:class:`~tcsae.evaluate.prune.config.PruneOptions`).
+        progress: whether notes and progress are shown.
+
+    Returns:
+        What was eliminated; its ``folder`` is None where nothing is redundant, and nothing was written.
+
+    Raises:
+        TcsaeError: one sentence that names both sides and the remedy; the run itself is never changed.
+
+    """
+    from .evaluate.prune.config import PruneConfig, prune_config
+    from .evaluate.prune.run import prune_run
+
+    given, folder = (run, "") if isinstance(run, PruneConfig) else (None, run)
+    with speaking(progress):
+        return prune_run(_either(given, options, lambda: prune_config(folder, **options)))
 
 
 def study(

@@ -7,7 +7,7 @@ from functools import partial
 import typer
 
 from .config import EvaluateConfig
-from .finetune.config import FinetuneConfig
+from .finetune.config import FinetuneConfig, finetune_config
 
 _main = partial(typer.Option, rich_help_panel="What to evaluate")
 _seen = partial(typer.Option, rich_help_panel="What to look at")
@@ -52,15 +52,16 @@ def prune(
     """
     from dataclasses import asdict
 
-    from ..console import parse_count, summary
-    from .prune.run import PruneConfig, prune_run
+    from ..console import summary
+    from .prune.config import prune_config
+    from .prune.run import prune_run
 
     done = prune_run(
-        PruneConfig(
-            run=run,
+        prune_config(
+            run,
             out=out,
             store=store,
-            tokens=parse_count(tokens),
+            tokens=tokens,
             min_cosine=min_cosine,
             min_eta_squared=min_eta_squared,
             false_discovery_rate=false_discovery_rate,
@@ -139,16 +140,14 @@ def finetune(
     """
     from dataclasses import asdict
 
-    from ..console import parse_count, summary
+    from ..console import summary
     from ..system.allocator import keeping_freed_memory
     from .finetune.run import finetune_run, in_words
 
-    counts = {
-        name: 0 if value == "auto" else parse_count(value)
-        for name, value in {"tokens": tokens, "batch_size": batch_size}.items()
-    }
-    config = FinetuneConfig(
-        run=run,
+    config = finetune_config(
+        run,
+        tokens=tokens,
+        batch_size=batch_size,
         out=out,
         store=store,
         model=model,
@@ -158,12 +157,11 @@ def finetune(
         seed=seed,
         device=device,
         dtype=dtype,
-        plugins=tuple(plugin),
+        plugin=plugin,
         fresh=not resume,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,
-        **counts,
     )
     with keeping_freed_memory():
         done = finetune_run(config)

@@ -18,6 +18,7 @@ from ..evaluate.report.wording import listed
 from ..evaluate.results import Definition, EvaluationReport
 from ..train.run_folder.metrics_log import read_metrics
 from ..train.run_folder.record import load_run
+from .alone import AloneCost
 from .claims import ClaimRow, check_claims
 from .file import StudyFile
 from .findings import (
@@ -45,7 +46,10 @@ SERIES = ("loss", "reconstruction", "temporal_share", "l0", "explained_variance"
 
 
 def analyse(
-    study: StudyFile, members: Sequence[StudyMember], seconds: Mapping[str, float] = MappingProxyType({})
+    study: StudyFile,
+    members: Sequence[StudyMember],
+    seconds: Mapping[str, float] = MappingProxyType({}),
+    alone: Sequence[AloneCost] = (),
 ) -> Analysis:
     """Everything that can be said of these members.
 
@@ -53,6 +57,7 @@ def analyse(
         study: as it was fixed before the run.
         members: all of the study's, failed ones too.
         seconds: how long each stage took, over all its sittings; where it is empty, what reports and runs say.
+        alone: what training in processes of their own took.
 
     Raises:
         RunError: no member has numbers.
@@ -70,7 +75,8 @@ def analyse(
     decisions = [decide(one, rule, labels) for one in comparisons]
     settings = _settings(observations)
     trained = {key: _trained(member) for key, member in observations.members.items()}
-    claims = check_claims(study, measured, settings, trained) if _is_about_the_paper(study) else []
+    alone = [one.model_copy(update={"model": _public_name(one.model)}) for one in alone]
+    claims = check_claims(study, measured, settings, trained, alone) if _is_about_the_paper(study) else []
     reports, texts = observations.reader.reports, _texts(measured)
     definitions: dict[str, Definition] = {}
     for report in reports:
@@ -104,7 +110,8 @@ def analyse(
         variants=_variant_rows(study, measured, definitions, labels),
         references=_reference_rows(observations),
         curves=curves,
-        costs=_costs(study, observations, labels),
+        costs=_costs(study, observations, labels, alone),
+        alone=alone,
         definitions=definitions,
         alpha=rule.alpha,
         resamples=rule.resamples,
@@ -272,7 +279,9 @@ def _reference_rows(observations: Observations) -> list[ReferenceRow]:
     return list(found.values())
 
 
-def _costs(study: StudyFile, observations: Observations, labels: Mapping[str, str]) -> list[CostRow]:
+def _costs(
+    study: StudyFile, observations: Observations, labels: Mapping[str, str], alone: Sequence[AloneCost]
+) -> list[CostRow]:
     found = []
     for variant in study.active:
         rows = [row.record.sae for key, row in observations.rows.items() if key[0] == variant.name]
@@ -283,6 +292,7 @@ def _costs(study: StudyFile, observations: Observations, labels: Mapping[str, st
             name: [v for one in settings if (v := _number(one.get(f"cost.{name}"))) is not None]
             for name in ("training_time", "training_memory", "trained_together", "forward_flops", "parameters")
         }
+        mine = [one for one in alone if one.variant == variant.name]
         found.append(
             CostRow(
                 variant=variant.name,
@@ -292,6 +302,9 @@ def _costs(study: StudyFile, observations: Observations, labels: Mapping[str, st
                 trained_together=int(max(each["trained_together"], default=1)),
                 flops_per_token=_mean(each["forward_flops"]),
                 parameters=_mean(each["parameters"]),
+                alone_microseconds_per_token=_mean([one.microseconds_per_token for one in mine]),
+                alone_memory_bytes=_mean([one.memory_bytes for one in mine]),
+                alone_peak_bytes=max((one.peak_bytes for one in mine), default=None),
             )
         )
     return found

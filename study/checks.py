@@ -9,7 +9,7 @@ from ..errors import UsageError, needs
 from ..evaluate.metrics.all import definitions, families
 from ..plugins import load_plugins
 from ..train.plan import MemberPlan, plan_together
-from ..train.run import with_siblings
+from ..train.siblings import with_siblings
 from .plan import StudyPlan, Training
 
 

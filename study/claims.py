@@ -14,6 +14,7 @@ import numpy as np
 
 from ..evaluate.report.wording import decimals, show
 from ..evaluate.results import Frozen
+from .alone import AloneCost
 from .file import StudyFile
 from .statistics.decision import figures
 from .statistics.effects import At, Measured
@@ -148,6 +149,7 @@ def check_claims(
     measured: Measured,
     settings: Mapping[str, Settings],
     trained: Mapping[tuple[str, int, str, str], Mapping[str, float | None]],
+    alone: Sequence[AloneCost] = (),
 ) -> list[ClaimRow]:
     """Every claim with what the study says of it.
 
@@ -156,10 +158,11 @@ def check_claims(
         measured: the numbers.
         settings: of a trained SAE of every variant, by dotted name.
         trained: the last logged metrics of every run: (variant, seed, model, place) → name → number.
+        alone: what trainings in processes of their own took.
 
     """
     of_paper = _of_paper(study, settings)
-    return [_checked(claim, of_paper, measured, settings, trained) for claim in CLAIMS]
+    return [_checked(claim, of_paper, measured, settings, trained, alone) for claim in CLAIMS]
 
 
 def _checked(
@@ -168,23 +171,29 @@ def _checked(
     measured: Measured,
     settings: Mapping[str, Settings],
     trained: Mapping[tuple[str, int, str, str], Mapping[str, float | None]],
+    alone: Sequence[AloneCost],
 ) -> ClaimRow:
     about: dict[str, Any] = {"key": claim.key, "claimed": claim.claimed, "meaning": claim.meaning}
     chosen = [_choose(names, settings, which) for which in (claim.first, claim.second) if which is not None]
     variants = [name for name in chosen if name is not None]
     if len(variants) < len(chosen):
         return ClaimRow(measured=f"needs {claim.needs}", verdict="not measured", variants=variants, **about)
-    if claim.kind == "cost" and any((settings[name].get("cost.trained_together") or 1) > 1 for name in variants):
+    unit = ""
+    samples = _trained_alone(variants, alone) if claim.quantity == "cost.training_memory" else None
+    if samples is not None:
+        unit, about["meaning"] = " MB", _ALONE.format(what=claim.meaning, steps=alone[0].steps)
+    elif claim.kind == "cost" and any((settings[name].get("cost.trained_together") or 1) > 1 for name in variants):
         why = "trained together with others in one process, whose memory cannot be told apart"
         return ClaimRow(measured=why, verdict="not measured", variants=variants, **about)
-    samples = _samples(claim, variants, measured, settings, trained)
+    else:
+        samples = _samples(claim, variants, measured, settings, trained)
     if samples is None:
         why = f"{claim.quantity} was not measured of {' and '.join(variants)} with any seed in common"
         return ClaimRow(measured=why, verdict="not measured", variants=variants, **about)
     first, *rest = samples
     combined = first if not rest else first - rest[0] if claim.form == "difference" else first.relative_to(rest[0])
     estimate = measured.sampling.estimate(combined)
-    means = " against ".join(_level(one) for one in samples)
+    means = " against ".join(_level(one) + unit for one in samples)
     said = f"{means}: {figures(estimate)}" if rest else figures(estimate, signed=False)
     if estimate.low is None:
         said += f" ({estimate.levels})"
@@ -249,6 +258,31 @@ def _logged(
         values_SP.append(row)
     values_S = np.array(values_SP, dtype=float).mean(1)
     return Sampled(tuple(seeds), values_S, None, why="a number of the training varies by seed alone")
+
+
+_ALONE = "{what}; of what {steps} steps in a process of their own add to what Python and libraries hold"
+
+
+def _trained_alone(variants: Sequence[str], alone: Sequence[AloneCost]) -> list[Sampled] | None:
+    """MB that the training of each variant added to its own process, for the seeds that all of them have; None where
+    one was not measured so.
+    """
+    found = {(one.variant, one.seed, one.model, one.place): one.memory_bytes / 1e6 for one in alone}
+    places = list(dict.fromkeys((one.model, one.place) for one in alone))
+    seeds = [
+        seed
+        for seed in sorted({one.seed for one in alone})
+        if all((name, seed, *at) in found for name in variants for at in places)
+    ]
+    if not seeds:
+        return None
+    why = "measured once for every seed"
+    return [
+        Sampled(
+            tuple(seeds), np.array([[found[name, seed, *at] for at in places] for seed in seeds]).mean(1), None, why=why
+        )
+        for name in variants
+    ]
 
 
 def _setting(sae: Any, name: str) -> float | None:

@@ -13,7 +13,7 @@ from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, listed,
 from ..system.atomic_files import write_file
 from .findings import Analysis
 from .page import command, provenance, question_panels, told
-from .panels import cost_panels, curve_panels, level_panels, metric_name, sweep_panels
+from .panels import alone_caption, cost_panels, curve_panels, level_panels, metric_name, sweep_panels
 from .statistics.decision import figures
 from .statistics.effects import ComparisonEffects, OutcomeEffect
 from .statistics.resampling import Estimate
@@ -205,7 +205,22 @@ def _cost(a: Analysis) -> list[str]:
         for one in a.costs
     ]
     header = ["variant", "training, µs per token", "peak memory of the process, GB", "SAEs in it", "FLOP per token"]
-    return ["### Cost", "", *_table(header, rows)] if rows else []
+    return ["### Cost", "", *_table(header, rows), *_alone(a)] if rows else []
+
+
+def _alone(a: Analysis) -> list[str]:
+    """What training takes in a process of its own."""
+    if not a.alone:
+        return []
+    rows = [
+        [one.label, *(f"{value:.3g}" for value in (time, memory / 1e6, peak / 1e6))]
+        for one in a.costs
+        if (time := one.alone_microseconds_per_token) is not None
+        and (memory := one.alone_memory_bytes) is not None
+        and (peak := one.alone_peak_bytes) is not None
+    ]
+    header = ["variant, trained alone", "µs per token", "memory that training adds, MB", "peak of the process, MB"]
+    return [alone_caption(a), "", *_table(header, rows)]
 
 
 def _levels(a: Analysis) -> list[str]:

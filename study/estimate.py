@@ -22,8 +22,9 @@ from ..extract.plan import Estimate, Plan, estimate, make_plan
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
 from ..train.loop.step_time import seconds_per_step
+from .alone import in_processes
 from .checks import check_outcomes, member_plans
-from .plan import PlannedText, StudyPlan, Training
+from .plan import AloneStage, PlannedText, StudyPlan, Training
 from .state import STATE, StudyState, read_state
 
 _CHECKPOINTS = 3  # two are kept, and one is being written
@@ -33,6 +34,8 @@ _STATES = 3  # weight and two moments in a checkpoint, float32
 _OF_HEAD = 5.0  # times its weights: in float32, with softmax and KL
 _PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over tokens
 _PER_ROW = 700_000.0  # null distributions, probes, passages for the feature browser
+_START = 8.0
+"""Seconds until a new process has loaded torch and opened a store, on two slow cores."""
 _UNKNOWN = "unknown until the model's weights are here"
 
 
@@ -109,6 +112,8 @@ def _of_text(text: PlannedText, device: torch.device, known: _Rates) -> Iterator
     )
     for training in text.trainings:
         yield _of_training(training, planned, device)
+    if text.alone is not None:
+        yield _of_alone(text.alone, planned, device, known)
     yield _of_evaluation(text, planned, rate, of_model, known)
 
 
@@ -128,6 +133,23 @@ def _of_training(training: Training, planned: Plan, device: torch.device) -> Sta
         _said(False, "two steps of each kind"),
         4 * parameters * (1 + _STATES * _CHECKPOINTS),
         memory,
+    )
+
+
+def _of_alone(stage: AloneStage, planned: Plan, device: torch.device, known: _Rates) -> StageEstimate:
+    context = planned.config.text.context
+    plans = member_plans(stage, planned.outline.d_model, planned.config.rows * context, context)
+    dtype = DTYPES[resolve_dtype(plans[0].config.run.dtype, device)]
+    n, steps, rate = len(plans), plans[0].config.run.steps, known.of(stage.key)
+    each = 0.0 if rate else steps * seconds_per_step(plans, context, device, dtype)
+    seconds = n / rate if rate else stage.repeats * (n * _START + each)
+    return StageEstimate(
+        stage.key,
+        f"{n} SAEs, {steps} steps, each in {in_processes(stage.repeats)}",
+        seconds,
+        _said(rate is not None, "two steps of each kind"),
+        max(4 * plan.n_parameters for plan in plans),
+        max(member_bytes(plan) + step_bytes(plan) for plan in plans),
     )
 
 

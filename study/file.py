@@ -90,6 +90,18 @@ class Rule(_Part):
     """So many outcomes that are not fidelity must be better, against controls and untrained twin, too; none worse."""
 
 
+class CostAlone(_Part):
+    """Variants whose SAEs are trained once more, each in a process of its own, for time and memory alone.
+
+    Members of a study share a process, whose memory says nothing of one of them.
+    """
+
+    variants: tuple[str, ...] = Field(min_length=1)
+    steps: int = Field(default=50, ge=2)
+    repeats: int = Field(default=3, ge=1)
+    """Of every SAE; the least counts. What else happens at that moment, such as reading ahead, only ever adds."""
+
+
 class Scale(_Part):
     """Sizes of a run of the study."""
 
@@ -121,6 +133,7 @@ class StudyFile(_Part):
     comparisons: tuple[Comparison, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     rule: Rule = Rule()
+    cost_alone: CostAlone | None = None
 
     @model_validator(mode="after")
     def _names_are_known_and_single(self) -> StudyFile:
@@ -139,6 +152,9 @@ class StudyFile(_Part):
             for name in (each.treatment, each.baseline, *each.controls):
                 if name not in names:
                     raise ValueError(f"comparison '{each.name}' names variant '{name}', which the file does not have")
+        for name in () if self.cost_alone is None else self.cost_alone.variants:
+            if name not in names:
+                raise ValueError(f"cost_alone names variant '{name}', which the file does not have")
         for scale in self.scales.values():
             for name in scale.variants or ():
                 if name not in names:
@@ -169,7 +185,9 @@ class StudyFile(_Part):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that bears on a number or on the verdict, at the chosen scale; 16 hex digits."""
-        plain = self.model_dump(mode="json", exclude={"scales"}) | {"sizes": self.sizes.model_dump(mode="json")}
+        # A file without the table has the hash that it had before there was one.
+        left_out = {"scales"} | ({"cost_alone"} if self.cost_alone is None else set())
+        plain = self.model_dump(mode="json", exclude=left_out) | {"sizes": self.sizes.model_dump(mode="json")}
         return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

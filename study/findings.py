@@ -13,6 +13,7 @@ from pydantic import Field
 from ..evaluate.results import Definition, Frozen, Number
 from ..system.atomic_files import write_json
 from ..system.untrusted_files import read_json
+from .alone import AloneCost
 from .claims import ClaimRow
 from .published import PublishedTable
 from .state import ANALYSIS
@@ -74,6 +75,9 @@ class CostRow(Frozen):
     trained_together: int = Field(description="SAEs that shared that process")
     flops_per_token: Number
     parameters: Number
+    alone_microseconds_per_token: Number = Field(default=None, description="trained in a process of its own")
+    alone_memory_bytes: Number = Field(default=None, description="what such a training added to its process")
+    alone_peak_bytes: Number = Field(default=None, description="the most that such a process held, libraries and all")
 
 
 class FailedMember(Frozen):
@@ -120,6 +124,7 @@ class Analysis(Frozen):
     references: list[ReferenceRow]
     curves: list[StudyCurve]
     costs: list[CostRow]
+    alone: list[AloneCost] = Field(default_factory=list, description="trainings in processes of their own")
     definitions: dict[str, Definition]
     alpha: float
     resamples: int

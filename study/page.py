@@ -18,6 +18,7 @@ from ..evaluate.report.wording import ARROWS, REFERENCE_NAMES, decimals, show
 from ..system.atomic_files import write_file
 from .findings import Analysis, VariantRow, write_analysis
 from .panels import (
+    alone_caption,
     cost_panels,
     curve_panels,
     effect_panels,
@@ -85,6 +86,8 @@ def render_page(analysis: Analysis) -> str:
             by_model=[_question(one, analysis) for one in analysis.comparisons if one.model is not None],
             legend={role: (swatch(role), name) for role, name in STYLES_SHOWN.items()},
             costs=_costs(analysis),
+            alone=_alone_costs(analysis),
+            alone_caption=alone_caption(analysis) if analysis.alone else "",
             level_panels=_drawn(level_panels(analysis)),
             sweep_panels=_drawn(sweep_panels(analysis)),
             cost_panels=_drawn(cost_panels(analysis)),
@@ -235,6 +238,20 @@ def _costs(analysis: Analysis) -> list[CostLine]:
             parameters="—" if one.parameters is None else f"{one.parameters:,.0f}",
         )
         for one in analysis.costs
+    ]
+
+
+def _alone_costs(analysis: Analysis) -> list[tuple[str, str, str, str]]:
+    """Of trainings in processes of their own: label, time per token, memory added, the process's peak."""
+    return [
+        (
+            one.label,
+            _plain(one.alone_microseconds_per_token),
+            format_bytes(one.alone_memory_bytes),
+            format_bytes(one.alone_peak_bytes),
+        )
+        for one in analysis.costs
+        if one.alone_memory_bytes is not None and one.alone_peak_bytes is not None
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..evaluate.report.chart import SERIES, Axis, Line, Mark, Panel, Rule
 from ..evaluate.report.wording import ARROWS, capitalised
+from .alone import in_processes
 from .findings import Analysis, VariantRow
 from .statistics.decision import figures
 from .statistics.effects import ComparisonEffects, OutcomeEffect
@@ -284,6 +285,8 @@ def cost_panels(analysis: Analysis) -> list[Panel]:
         ("cost-time", "Training time", "microseconds_per_token", "µs per token", 1.0),
         ("cost-memory", "Memory in training", "memory_bytes", "GB, the process's peak", 1e-9),
         ("cost-flops", "Arithmetic of one token's code", "flops_per_token", "MFLOP per token", 1e-6),
+        ("cost-alone-memory", "Memory of training alone", "alone_memory_bytes", "MB that it adds to its process", 1e-6),
+        ("cost-alone-time", "Time of training alone", "alone_microseconds_per_token", "µs per token", 1.0),
     ):
         rows = [(one, getattr(one, field)) for one in analysis.costs if getattr(one, field) is not None]
         if not rows:
@@ -293,10 +296,31 @@ def cost_panels(analysis: Analysis) -> list[Panel]:
             for y, (one, value) in enumerate(rows)
         )
         names = tuple(one.label for one, _ in rows)
-        shared = field == "memory_bytes" and any(one.trained_together > 1 for one, _ in rows)
-        caption = "Variants that trained in one process share its peak." if shared else ""
+        caption = ""
+        if field == "memory_bytes" and any(one.trained_together > 1 for one, _ in rows):
+            caption = "Variants that trained in one process share its peak."
+        if field.startswith("alone"):
+            caption = alone_caption(analysis)
+            marks += tuple(_alone_dots(rows, field, scale, analysis))
         found.append(Panel(key, title, Axis(label, low=0), Axis("", categories=names), marks, caption=caption))
     return found
+
+
+def alone_caption(analysis: Analysis) -> str:
+    """How trainings in processes of their own were made."""
+    each = analysis.alone[0]
+    return (
+        f"Trained once more for {each.steps:,} steps, for this alone: each SAE in {in_processes(each.repeats)}. Memory "
+        f"is what the training added to the {each.held_bytes / 1e6:.0f} MB that Python and libraries held before it."
+    )
+
+
+def _alone_dots(rows: Sequence, field: str, scale: float, analysis: Analysis) -> Iterable[Mark]:
+    for y, (row, _) in enumerate(rows):
+        for one in analysis.alone:
+            if one.variant == row.variant:
+                value = getattr(one, field.removeprefix("alone_")) * scale
+                yield Mark(value, y + DOTS, "external", "", f"{row.label}, seed {one.seed}: {value:.4g}", small=True)
 
 
 def curve_panels(analysis: Analysis) -> list[Panel]:

@@ -73,6 +73,22 @@ class Training:
 
 
 @dataclass(frozen=True)
+class AloneStage(Training):
+    """SAEs that are trained once more, for a few steps, each in a process of its own: for time and memory alone."""
+
+    repeats: int = 1
+
+    @property
+    def key(self) -> str:
+        """Name of the stage."""
+        return f"cost {self.text} {self.at.short}"
+
+    def file(self, each: PlannedMember) -> Path:
+        """What is kept of one of them."""
+        return each.folder.parent / f"{each.name}.json"
+
+
+@dataclass(frozen=True)
 class PlannedText:
     """A model and its text: what is extracted, trained and evaluated of it."""
 
@@ -84,6 +100,8 @@ class PlannedText:
     trainings: tuple[Training, ...]
     evaluation: EvaluateConfig
     """Without the runs, which are those that finish."""
+    alone: AloneStage | None = None
+    """At its first place: what a training costs does not depend on the layer."""
 
     @property
     def members(self) -> tuple[PlannedMember, ...]:
@@ -98,7 +116,9 @@ class PlannedText:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of its stages, in order."""
-        return (f"extract {self.name}", *(training.key for training in self.trainings), f"evaluate {self.name}")
+        alone = () if self.alone is None else (self.alone.key,)
+        trained = tuple(training.key for training in self.trainings)
+        return (f"extract {self.name}", *trained, *alone, f"evaluate {self.name}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +171,8 @@ def plan_study(
         )
         model = text.model if of_model.count(text.model) == 1 else name
         evaluation = _evaluation(study, name, extraction, trainings, f"{folder}/reports", device)
-        texts.append(PlannedText(name, text, model, extraction, trainings, evaluation))
+        alone = _alone(study, trainings[0], f"{folder}/cost/{name}", device)
+        texts.append(PlannedText(name, text, model, extraction, trainings, evaluation, alone))
     return StudyPlan(study, folder, tuple(texts))
 
 
@@ -186,6 +207,25 @@ def _training(study: StudyFile, text: str, at: Location, store: str, out: str, d
         for seed, config in _configs(study, variant, at, {"data.store": store, "run.out": out, "run.device": device})
     )
     return Training(text, at, store, members)
+
+
+def _alone(study: StudyFile, training: Training, out: str, device: str) -> AloneStage | None:
+    """The variants of ``cost_alone`` that this scale runs, seed by seed, so that all of them see the same machine."""
+    asked = study.cost_alone
+    variants = [] if asked is None else [one for one in study.active if one.name in asked.variants]
+    if asked is None or not variants:
+        return None
+    text, at, store = training.text, training.at, training.store
+    # No checkpoint, which would count as memory; no logger of others.
+    few = {"run.steps": asked.steps, "run.checkpoint_every": asked.steps, "run.checkpoint_minutes": 0.0}
+    place = {"data.store": store, "run.out": out, "run.device": device, "run.log": ("jsonl",), **few}
+    members = [
+        PlannedMember(text, at, variant.name, seed, config)
+        for variant in variants
+        for seed, config in _configs(study, variant, at, place)
+    ]
+    members.sort(key=lambda each: study.sizes.seeds.index(each.seed))
+    return AloneStage(text, at, store, tuple(members), asked.repeats)
 
 
 def _configs(

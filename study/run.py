@@ -33,10 +33,11 @@ from ..system.stop_signals import stop_signals
 from ..train.config import SAEConfig
 from ..train.run import TrainSummary, train
 from ..train.run_folder.record import RECORD, SAE_WEIGHTS, load_run
+from .alone import AloneCost, alone_costs, measure_alone
 from .checks import check_outcomes, member_plans
 from .file import StudyFile
 from .members import StudyMember
-from .plan import PlannedMember, PlannedText, StudyPlan, Training, output_folder, plan_study
+from .plan import AloneStage, PlannedMember, PlannedText, StudyPlan, Training, output_folder, plan_study
 from .state import ANALYSIS, PARTS, STATE, StageState, StudyState, check_free, check_same, locked, new_state, read_state
 
 if TYPE_CHECKING:
@@ -178,19 +179,24 @@ class _Run:
     def text(self, text: PlannedText) -> None:
         """Everything that has to do with one text; a failure of its own leaves the other texts alone."""
         left = [training for training in text.trainings if not self._is_trained(training)]
-        with self._alone(text.name, text.members):
+        with self._failures_of(text.name, text.members):
             if left:
                 self._extract(text)
             for training in text.trainings:
-                with self._alone(training.key, training.members):
+                with self._failures_of(training.key, training.members):
                     if training in left:
                         self._train(training)
                     for each in training.members:
                         self._note_failure(each)
+            if text.alone is not None and not self._is_measured(text.alone):
+                with self._failures_of(text.alone.key, ()):
+                    if not left:  # the store may have been deleted since
+                        self._extract(text)
+                    self._measure(text.alone)
             self._evaluate(text)
 
     @contextmanager
-    def _alone(self, name: str, members: Sequence[PlannedMember]) -> Iterator[None]:
+    def _failures_of(self, name: str, members: Sequence[PlannedMember]) -> Iterator[None]:
         """A failure inside is that of these members."""
         try:
             yield
@@ -216,6 +222,16 @@ class _Run:
         with self._stage(training.key) as stage, keeping_freed_memory():
             done = self._train_on_workers(training) if self.client is not None else [_train_here(training, None)]
             stage.units = sum(len(each.metrics) * each.tokens for each in done)
+
+    def _is_measured(self, stage: AloneStage) -> bool:
+        return self.state.stage(stage.key).done and all(stage.file(each).is_file() for each in stage.members)
+
+    def _measure(self, stage: AloneStage) -> None:
+        with self._stage(stage.key) as begun:
+            if self.client is not None:
+                (begun.units,) = self._on_workers([(_measure_there, stage, self.state.machine)])
+            else:
+                begun.units = measure_alone(stage, self.state.machine)
 
     def _train_on_workers(self, training: Training) -> list[TrainSummary]:
         """The members in as many parts as there are workers; each worker reads the store by itself."""
@@ -305,6 +321,10 @@ class _Run:
                 )
         return found
 
+    def _alone_costs(self, text: PlannedText) -> list[AloneCost]:
+        stage = text.alone
+        return [] if stage is None or not self._is_measured(stage) else alone_costs(stage, text.model)
+
     def conclude(self, write_docs: str | Path | None) -> StudySummary:
         """Analyse, write page and document.
 
@@ -321,7 +341,8 @@ class _Run:
         from .page import write_page
 
         took = {name: self.state.stage(name).seconds for name in self.plan.stages}
-        analysis = analyse(self.plan.study, members, took)
+        alone = [one for text in self.plan.texts for one in self._alone_costs(text)]
+        analysis = analyse(self.plan.study, members, took, alone)
         page = write_page(analysis, folder)
         documents = () if write_docs is None else (write_document(_beside(folder), Path(write_docs)),)
         self.state = self.state.model_copy(update={"finished": True})
@@ -409,6 +430,10 @@ def _returned(work: Callable[[], Any]) -> Any:
 
 def _train_there(training: Training, only: Sequence[str]) -> TrainSummary | TcsaeError:
     return _returned(lambda: _train_here(training, only))
+
+
+def _measure_there(stage: AloneStage, machine: Mapping[str, Any]) -> int | TcsaeError:
+    return _returned(lambda: measure_alone(stage, machine))
 
 
 def _evaluate_there(config: EvaluateConfig, scheduler: str | None) -> int | TcsaeError:

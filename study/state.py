@@ -24,7 +24,7 @@ from .file import StudyFile
 STATE = "study.json"
 ANALYSIS = "analysis.json"
 """Names in a study's folder."""
-PARTS = ("stores", "runs", "reports")
+PARTS = ("stores", "runs", "cost", "reports")
 """Its folders."""
 _REMEDY = "give another --out, or begin anew with --fresh"
 

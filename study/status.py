@@ -80,6 +80,9 @@ def _of_text(text: PlannedText, state: StudyState) -> Iterator[StageStatus]:
     yield _line(f"extract {text.name}", state, said, begun=rows > 0)
     for training in text.trainings:
         yield _line(training.key, state, *_progress(training))
+    if text.alone is not None:
+        kept = sum(text.alone.file(each).is_file() for each in text.alone.members)
+        yield _line(text.alone.key, state, f"{kept} of {len(text.alone.members)} SAEs", begun=kept > 0)
     wanted = f"{len(text.members)} SAEs on {text.evaluation.rows:,} rows"
     yield _line(f"evaluate {text.name}", state, wanted, begun=(text.report / "rows").is_dir())
 

@@ -41,14 +41,32 @@ def _container() -> int:
         return 1 << 62
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes held now: on the GPU where there is one, else by the process (where there is no /proc: the most so far)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS")
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: on the GPU where there is one, else by the process."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return _of_process("VmHWM")
+
+
+def _of_process(what: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))
+    except (OSError, StopIteration):
+        # On Linux this would include what the process held that started this one: exec() hands it on.
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

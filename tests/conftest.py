@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests say: from tiny import ti
 import pytest
 import torch
 from browser import tab  # noqa: F401 - a fixture
+from forks import Forks
 from hub_server import HubOfTests, hub_of_tests
 from hypothesis import settings
 from tcsae import plugins
@@ -90,6 +91,14 @@ for _kind in KINDS:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short documents, one .txt file each."""
     return tiny_corpus(tmp_path_factory.mktemp("text") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes that are stopped and killed."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 _S3_SERVER = """

@@ -134,7 +134,7 @@ def test_an_activation(example, tmp_path):
 def test_an_unfinished_run_does_not_go_on_with_another_plugin(example, tmp_path, capsys, monkeypatch, change):
     plugin = example("A temporal term")
     asked = ["--temporal", "second_difference", "--no-baseline", "--name", "begun"]
-    monkeypatch.setattr("tcsae.train.run.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("tcsae.train.passes.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(tmp_path, plugin, *asked) == 130
     monkeypatch.undo()
     if change == "changed":

@@ -17,6 +17,8 @@ from tcsae import pipeline
 from tcsae.cache.arrays.config import ImportOptions
 from tcsae.errors import UsageError
 from tcsae.evaluate.config import EvaluateConfig, EvaluateOptions, evaluate_config
+from tcsae.evaluate.finetune.config import FinetuneConfig, FinetuneOptions, finetune_config
+from tcsae.evaluate.prune.config import PruneConfig, PruneOptions, prune_config
 from tcsae.evaluate.results import read_results
 from tcsae.extract.config import ExtractConfig, ExtractOptions, ModelSource, TextSource, extract_config
 from tcsae.train.config import TrainConfig
@@ -58,7 +60,8 @@ def test_a_stage_is_a_package_and_a_function(name):
 
 
 @pytest.mark.parametrize(("command", "options"), [
-    ("extract", ExtractOptions), ("train", TrainOptions), ("evaluate", EvaluateOptions)
+    ("extract", ExtractOptions), ("train", TrainOptions), ("evaluate", EvaluateOptions),
+    ("finetune", FinetuneOptions), ("prune", PruneOptions),
 ])  # fmt: skip
 def test_every_option_of_a_command_has_its_name_in_python(command, options):
     shown = {"json_output", "dry_run", "show_config"}  # how the command line shows things
@@ -68,7 +71,7 @@ def test_every_option_of_a_command_has_its_name_in_python(command, options):
     if command == "train":
         in_python -= {"decoder", "pool", "scale", "norm_filter"}  # of --sweep and --config on the line
     else:
-        in_python.remove("config")
+        in_python -= {"config"}  # of extract and evaluate, which have no argument on the line
     assert on_the_line == in_python
 
 
@@ -94,11 +97,14 @@ def test_the_command_line_and_python_have_the_same_defaults(monkeypatch):
     monkeypatch.setattr("tcsae.extract.run.extract", lambda config: seen.append(config) or sys.exit())
     monkeypatch.setattr("tcsae.evaluate.run.evaluate", lambda config: seen.append(config) or sys.exit())
     monkeypatch.setattr("tcsae.train.run.train", lambda config, **_: seen.append(config) or sys.exit())
-    for words in (["extract", "--layers", "5"], ["evaluate"], ["train"]):
+    for name in ("finetune", "prune"):
+        monkeypatch.setattr(f"tcsae.evaluate.{name}.run.{name}_run", lambda config: seen.append(config) or sys.exit())
+    for words in (["extract", "--layers", "5"], ["evaluate"], ["train"], ["finetune", "r"], ["prune", "r"]):
         with pytest.raises(SystemExit):
             pipeline.main(words)
-    assert seen == [extract_config(layers=5), evaluate_config(), train_config()]
-    assert seen == [ExtractConfig((5,)), EvaluateConfig(), TrainConfig()]
+    options = [extract_config(layers=5), evaluate_config(), train_config(), finetune_config("r"), prune_config("r")]
+    assert seen == options
+    assert seen == [ExtractConfig((5,)), EvaluateConfig(), TrainConfig(), FinetuneConfig("r"), PruneConfig("r")]
 
 
 def test_options_become_a_configuration():
@@ -109,6 +115,9 @@ def test_options_become_a_configuration():
     assert extract_config(layers=5, batch_size=4, shard_bytes="1M").batch_size == 4
     judged = evaluate_config(run="runs/a", layer=3, sae=[Path("x")], runs="all", batch_size=8)
     assert judged == EvaluateConfig(("runs/a",), ("x",), (3,), runs_folder="all", batch_rows=8)
+    tuned = finetune_config(Path("runs/a"), tokens="2k", batch_size="auto", plugin="p.py", kl_share=None, fresh=True)
+    assert tuned == FinetuneConfig("runs/a", tokens=2000, plugins=("p.py",), fresh=True)
+    assert prune_config("runs/a", tokens="1k", store=Path("s")) == PruneConfig("runs/a", store="s", tokens=1000)
     trained = train_config(store=Path("a.zarr"), width="16k", temporal_weight=0, log="tensorboard", lr=None)
     assert (trained.data.store, trained.sae.width, trained.temporal.weight) == ("a.zarr", 16_000, 0)
     assert (trained.run.log, trained.optimiser.lr) == (("tensorboard",), TrainConfig().optimiser.lr)
@@ -135,6 +144,11 @@ def test_a_sweep_is_written_as_on_the_line_or_as_lists():
     (lambda: tcsae.extract(), "no layers were named"),
     (lambda: tcsae.extract(layers=[1], batch_size="many"), "--batch-size many must be a number, or auto"),
     (lambda: tcsae.train(width="much"), "'much' is not a count"),
+    (lambda: tcsae.finetune("r", kl_shar=1), "finetune has no option 'kl_shar': did you mean kl_share?"),
+    (lambda: tcsae.finetune("r", tokens="much"), "'much' is not a count"),
+    (lambda: tcsae.finetune(FinetuneConfig("r"), lr=1e-4), "a configuration was given and lr beside it"),
+    (lambda: tcsae.prune("r", min_cosin=1), "prune has no option 'min_cosin': did you mean min_cosine?"),
+    (lambda: tcsae.prune(PruneConfig("r"), tokens=3), "a configuration was given and tokens beside it"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_sentence(call, sentence):
     with pytest.raises(UsageError) as refused:

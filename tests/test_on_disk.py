@@ -14,7 +14,7 @@ from synthetic import synthetic_report
 from tcsae.evaluate.results import write_results
 from tcsae.on_disk import entries, removable, remove
 from tcsae.pipeline import main
-from tcsae.train import run
+from tcsae.train import passes, run
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.member_folders import lock_folder
 
@@ -30,7 +30,7 @@ def place(tmp_path, monkeypatch):
     about = SMALL | {"data.store": str(tmp_path / "cache" / "l3.zarr"), "run.out": str(tmp_path / "runs")}
     run.train(build_config(None, None, about | {"temporal.weight": 0.1}))
     with monkeypatch.context() as patch:
-        patch.setattr(run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(passes, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = about | {"run.name": "stopped", "run.baseline": False, "run.checkpoint_every": 2}
         with pytest.raises(KeyboardInterrupt):
             run.train(build_config(None, None, stopped))

@@ -26,9 +26,10 @@ from ..system.untrusted_files import read_json
 from .config import TrainConfig
 from .loop.distributed import World, joined
 from .loop.inputs import Inputs
+from .passes import train_members
 from .plan import MemberPlan
 from .presets import changed
-from .run import TrainSummary, train_members
+from .run import TrainSummary
 from .run_folder.checkpoint import checkpoints
 from .run_folder.member_folders import MemberFolder, lock_folder, locked
 from .run_folder.metrics_log import METRICS, check_loggers, metrics_until

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypedDict, Unpack
 
+from ... import options
+from ...console import parse_count
 from ...errors import UsageError
 
 
@@ -62,3 +67,43 @@ class FinetuneConfig:
             raise UsageError(f"--balance {self.balance} is unknown: choose step or start")
         if self.log_every < 1 or self.checkpoint_every < 1 or not self.checkpoint_minutes >= 0:
             raise UsageError("--log-every and --checkpoint-every count steps, from 1 on; see --help")
+
+
+class FinetuneOptions(TypedDict, total=False):
+    """The options of ``pipeline finetune`` under their names in Python; one that is None is left at its default."""
+
+    tokens: int | str | None
+    """``200k``, or ``auto``: a twentieth of the run's, at least 100 steps."""
+    batch_size: int | str | None
+    """Tokens per step, in whole rows; ``auto``: the run's."""
+    lr: float | None
+    kl_share: float | None
+    balance: Literal["step", "start"] | None
+    store: str | Path | None
+    seed: int | None
+    model: str | Path | None
+    device: str | None
+    dtype: str | None
+    plugin: str | Path | Sequence[str | Path] | None
+    """Python files that the run was trained with."""
+    out: str | Path | None
+    fresh: bool | None
+    log_every: int | None
+    checkpoint_every: int | None
+    checkpoint_minutes: float | None
+
+
+def finetune_config(run: str | Path, **asked: Unpack[FinetuneOptions]) -> FinetuneConfig:
+    """The configuration that options mean; defaults are those of the record.
+
+    Raises:
+        UsageError: no such option, or a value that cannot be.
+
+    """
+    given = options.chosen(asked, FinetuneOptions, "finetune")
+    for name in ("tokens", "batch_size"):
+        if name in given:
+            given[name] = 0 if given[name] == "auto" else parse_count(given[name])
+    if "plugin" in given:
+        given["plugins"] = options.several(given.pop("plugin"))
+    return FinetuneConfig(run=os.fspath(run), **given)

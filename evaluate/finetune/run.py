@@ -42,7 +42,7 @@ from ...train.loop.trainer import interruptible, live_table
 from ...train.loop.warm_start import begin_from_source
 from ...train.plan import MemberPlan
 from ...train.presets import changed
-from ...train.run import metadata_of, new_record
+from ...train.records import metadata_of, new_record
 from ...train.run_folder.checkpoint import drop_checkpoints, latest_common, load_checkpoint, save_checkpoint
 from ...train.run_folder.member_folders import MemberFolder, locked, member_folders
 from ...train.run_folder.metrics_log import MetricsLog

@@ -6,7 +6,6 @@ on; the evaluation of the new run beside the old one then uses held-out text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,63 +18,20 @@ from torch import Tensor
 
 from ...cache.store import ActivationStore
 from ...console import progress
-from ...errors import RunError, UsageError
+from ...errors import RunError
 from ...system.atomic_files import PARTIAL, remove_partials, write_json
 from ...system.device import resolve_device
-from ...system.untrusted_files import seed_number
 from ...train.run_folder.record import RECORD, RunRecord, load_run
 from ...train.sae.protocol import SparseCoder
 from ...train.sae.temporal_sae import TemporalSAE
 from ..metrics.active_entries import ActiveEntries
-from ..metrics.position import FALSE_DISCOVERY_RATE, LOCKED, PositionStatistics
-from ..metrics.redundancy import NEAR_DUPLICATE
+from ..metrics.position import PositionStatistics
 from ..protocol import TokenBatch
+from .config import PruneConfig
 from .elimination import Elimination, GainFit, eliminate, plan_elimination
 
 PRUNE_RECORD = "prune.json"
 _TOKENS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """What to eliminate, and from which run.
-
-    Raises:
-        UsageError: a threshold that cannot be.
-
-    """
-
-    run: str
-    """Folder of a finished run."""
-    out: str | None = None
-    """Folder of the new run; None: the run's name with ``-pruned``."""
-    store: str | None = None
-    """Activation store; None: the one the run was trained on."""
-    tokens: int = 200_000
-    """Tokens of the store to look at."""
-    min_cosine: float = NEAR_DUPLICATE
-    """Decoder rows at least this alike are merged."""
-    min_eta_squared: float = LOCKED
-    """Features whose η² is significant and at least this are dropped."""
-    false_discovery_rate: float = FALSE_DISCOVERY_RATE
-    """Of the rotation test."""
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.min_cosine <= 0:
-            raise UsageError(
-                f"--min-cosine {self.min_cosine} would merge unlike features: use 0.9, or more than 1 to merge none"
-            )
-        if self.min_eta_squared <= 0:
-            raise UsageError(
-                f"--min-eta-squared {self.min_eta_squared} would drop every significant feature: use 0.5, say"
-            )
-        if self.tokens < 1:
-            raise UsageError(f"--tokens {self.tokens} is no text: use 200k, say")
-        if math.isnan(self.min_cosine + self.min_eta_squared) or not 0 <= self.false_discovery_rate <= 1:
-            raise UsageError("thresholds are numbers, and a false discovery rate lies between 0 and 1: see --help")
-        seed_number(self.seed)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ NaN.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,17 +53,14 @@ def quick(small_shards, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-def start(config):
+def start(forks, config):
     """The same extraction in a process of its own, slow enough to be stopped in the middle, once two shards are
     committed.
     """
-    words = command_line(config).split()[1:]
-    code = f"import sys\n{SMALL_SHARDS}{SLOW_PASSES}from tcsae.pipeline import main\nsys.exit(main({words!r}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    code = f"{SMALL_SHARDS}{SLOW_PASSES}from tcsae.pipeline import main\nraise SystemExit(main(arguments))"
+    process = forks.start(code, *command_line(config).split()[1:])
     log = Path(config.paths[Location(2)]) / "activations" / "commits.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
+    while process.runs() and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
     return process
 
@@ -109,26 +104,25 @@ def test_stopped_and_resumed_is_the_same_store(config, monkeypatch, tmp_path, pa
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_killed_and_resumed_is_the_same_store(config, tmp_path):
+def test_killed_and_resumed_is_the_same_store(config, tmp_path, forks):
     extract(config)
     other = replace(config, out=str(tmp_path / "b"))
-    process = start(other)
-    process.kill()
-    process.communicate()
+    process = start(forks, other)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert not json.loads((tmp_path / "b/l1.zarr/zarr.json").read_text())["attributes"]["tcsae"]["finished"]
     extract(other)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_keep_what_is_committed_and_say_how_to_go_on(config, tmp_path, name):
-    process = start(config)
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "of 100 rows are committed" in said
-    assert f"to go on: {command_line(config)}" in said
-    assert "Traceback" not in said
+def test_signals_keep_what_is_committed_and_say_how_to_go_on(config, tmp_path, name, forks):
+    process = start(forks, config)
+    process.send(getattr(signal, name))
+    assert process.wait() == 130
+    assert "of 100 rows are committed" in process.said
+    assert f"to go on: {command_line(config)}" in process.said
+    assert "Traceback" not in process.said
     assert ActivationStore.open(config.paths[Location(1)], allow_unfinished=True).n_rows >= 8
 
 

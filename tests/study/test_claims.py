@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic_study import LEVELS, World, make_members, study_file
 from tcsae.study import claims as claims_module
+from tcsae.study.alone import AloneCost
 from tcsae.study.analysis import analyse
 from tcsae.study.claims import CLAIMS
 
@@ -58,6 +59,37 @@ def test_ratios_and_shares(rows):
     assert rows["l0"].verdict == "holds", "32 of 64 features"
     assert rows["l0_baseline"].verdict == "does not hold"
     assert (rows["collapse"].verdict, rows["collapse"].variants) == ("holds", ["heavy", "tc"])
+
+
+def alone(variant, seed, megabytes):
+    """Training alone added so much."""
+    about = {"variant": variant, "seed": seed, "model": "toy", "place": "l5", "repeats": 3, "steps": 50}
+    about |= {"tokens": 1000, "seconds": 1.0}
+    return AloneCost(held_bytes=400_000_000, peak_bytes=400_000_000 + int(1e6 * megabytes), **about)
+
+
+def test_memory_is_that_of_trainings_alone_where_members_shared_a_process(tmp_path):
+    shared = {name: one | {"cost.trained_together": 8} for name, one in SETTINGS.items()}
+    study, _ = make(tmp_path / "shared")
+    members = make_members(tmp_path / "other", World(variants=tuple(shared), settings=shared))
+    for factor, verdict in ((1.2, "holds"), (1.0, "does not hold")):
+        costs = [
+            alone(name, seed, (50 + 0.1 * seed) * (factor if name == "tc" else 1))
+            for name in ("tc", "plain")
+            for seed in (0, 1, 2)
+        ]
+        analysis = analyse(study, members, alone=costs)
+        (one,) = (claim for claim in analysis.claims if claim.key == "memory")
+        assert (one.verdict, one.variants) == (verdict, ["tc", "plain"])
+        assert one.estimate.value == pytest.approx(factor - 1, abs=1e-6)
+        assert one.estimate.seeds == [0, 1, 2]
+        assert "of what 50 steps in a process of their own add" in one.meaning
+        assert one.measured.startswith(f"{50.1 * factor:.1f} MB against 50.1 MB: ")
+        cost = {row.variant: row for row in analysis.costs}
+        assert cost["tc"].alone_memory_bytes == pytest.approx(50.1e6 * factor)
+        assert cost["window3"].alone_memory_bytes is None
+    (one,) = (claim for claim in analyse(study, members, alone=costs[:3]).claims if claim.key == "memory")
+    assert one.verdict == "not measured", "of the baseline there is none"
 
 
 def test_memory_needs_processes_of_their_own(rows, tmp_path):

@@ -200,6 +200,11 @@ def test_without_weights_the_forward_passes_are_not_guessed(file, monkeypatch):
         ("context = 16", "contxt = 16", "extract has no option 'contxt': did you mean context?"),
         ("context = 16", "tokens = 16", "gives the option 'tokens', which the study decides"),
         ('treatment = "next"', 'treatment = "best"', "names variant 'best', which the file does not have"),
+        (
+            "[rule]",
+            '[cost_alone]\nvariants = ["best"]\n\n[rule]',
+            "cost_alone names variant 'best', which the file does not",
+        ),
         ("margin = 0.01", "", "a margin belongs to every fidelity outcome"),
         ('"temporal.weight" = 0.1 }}', '"temporal.wieght" = 0.1 }}', "variant next: temporal.wieght"),
         ('"temporal.form" = "none"', '"temporal.form" = "nun"', "variant none: temporal.form"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import house
@@ -16,9 +14,12 @@ from tcsae.errors import RunError, UsageError
 from tcsae.evaluate.results import read_results
 from tcsae.pipeline import main
 from tcsae.study import run as study_run
-from tcsae.study.file import read_study
+from tcsae.study.document import document
+from tcsae.study.estimate import estimate_study
+from tcsae.study.file import CostAlone, read_study
 from tcsae.study.plan import plan_study
 from tcsae.study.state import check_free, read_state
+from tcsae.study.status import study_status
 from tcsae.train.run_folder.record import load_run
 from tiny import tiny_corpus
 from tiny_study import without_figures, write_study
@@ -98,12 +99,9 @@ KILLS = {
     "evaluate": ("tcsae.evaluate.run.RowCache.put", 4),
 }
 KILLER = """
-import os, pydoc, signal, sys
+import os, pydoc, signal
 import tcsae, tcsae.evaluate.run, tcsae.extract.run, tcsae.train.loop.trainer
-import torch
-torch.use_deterministic_algorithms(True)
-torch.set_num_threads(1)
-where, calls, file, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+where, calls, file, out = arguments[0], int(arguments[1]), arguments[2], arguments[3]
 owner, name = where.rsplit(".", 1)
 owner = pydoc.locate(owner)
 real, seen = getattr(owner, name), []
@@ -118,13 +116,13 @@ tcsae.study(file, out=out, device="cpu")
 
 
 @pytest.mark.parametrize("phase", KILLS)
-def test_killed_in_any_phase_and_resumed_it_has_the_numbers_of_an_uninterrupted_one(whole, file, tmp_path, phase):
+def test_killed_in_any_phase_and_resumed_it_has_the_numbers_of_an_uninterrupted_one(
+    whole, file, tmp_path, phase, forks
+):
     where, calls = KILLS[phase]
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, where, str(calls), str(file), str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == -9, done.stderr
+    process = forks.start(KILLER, where, calls, file, out)
+    assert process.wait() == -9, process.said
     state = read_state(out)
     assert state is not None
     assert not state.finished
@@ -189,14 +187,54 @@ def test_a_changed_file_is_refused(whole, tiny_gemma2, text, tmp_path):
         tcsae.study(changed, scale="one", out=whole.folder, device="cpu")
 
 
-def test_stores_and_runs_that_were_taken_along_are_used(whole, tiny_gemma2, text, tmp_path, monkeypatch):
-    changed = write_study(tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02"})
+def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_measured(
+    whole, tiny_gemma2, text, tmp_path, monkeypatch, capsys
+):
+    table = '[cost_alone]\nvariants = ["none", "next"]\nsteps = 3\nrepeats = 1\n\n[rule]'
+    changed = write_study(
+        tmp_path / "tiny.toml", tiny_gemma2, text, **{"margin = 0.01": "margin = 0.02", "[rule]": table}
+    )
     for part in ("stores", "runs", "reports"):
         shutil.copytree(whole.folder / part, tmp_path / "out" / part)
     monkeypatch.setattr("tcsae.extract.run.StoreSetRun.run", lambda *_: pytest.fail("the store is there"))
     monkeypatch.setattr("tcsae.train.loop.trainer.Pass.run", lambda *_: pytest.fail("the runs are there"))
     monkeypatch.setattr("tcsae.evaluate.one_pass.Measurement.run", lambda *_: pytest.fail("the rows are there"))
-    assert tcsae.study(changed, out=tmp_path / "out", device="cpu").analysis.finished == 12
+    asked = []
+
+    def trained(each):
+        asked.append(each.name)
+        if len(asked) == 3:
+            raise RunError("no process can be started: try again")
+        return {
+            "steps": 3,
+            "tokens": 180,
+            "seconds": 1.0,
+            "held_bytes": 10**8,
+            "peak_bytes": 10**8 + 10**6 * len(asked),
+        }
+
+    monkeypatch.setattr("tcsae.study.alone._train_in_a_process", trained)
+    done = tcsae.study(changed, out=tmp_path / "out", device="cpu")
+    assert (done.analysis.finished, done.failures, done.analysis.alone) == (12, {}, [])
+    (name,) = (stage for stage in plan_study(read_study(changed)).stages if stage.startswith("cost "))
+    plan = plan_study(read_study(changed), tmp_path / "out")
+    (line,) = (line for line in study_status(plan).stages if line.stage == name)
+    assert (line.state, line.progress) == ("failed", "2 of 4 SAEs: no process can be started: try again")
+    (left,) = (each for each in estimate_study(plan, [each for each in plan.stages if each != name]))
+    assert (left.stage, left.what) == (name, "4 SAEs, 3 steps, each in a process of its own")
+    assert left.seconds > 0
+    done = tcsae.study(changed, out=tmp_path / "out", device="cpu")
+    assert asked == ["l1-none-s0", "l1-next-s0", "l1-none-s1", "l1-none-s1", "l1-next-s1"], "seed by seed, each once"
+    assert [one.memory_bytes for one in done.analysis.alone] == [1e6, 2e6, 4e6, 5e6]
+    assert {row.variant: row.alone_memory_bytes for row in done.analysis.costs} == {
+        "none": 2.5e6, "next": 3.5e6, "shuffled": None
+    }  # fmt: skip
+    page = done.page.read_text()
+    assert "for this alone: each SAE in a process of its own. Memory " in page
+    assert "<td>2.5 MB</td>" in page
+    assert "| variant, trained alone |" in document([done.analysis])
+    assert read_state(done.folder).stage(name).units == 2, "the failed try told nothing"
+    assert "| variant, trained alone |" not in document([whole.analysis])
 
 
 def test_a_changed_file_may_begin_anew(tiny_gemma2, text, tmp_path):
@@ -243,6 +281,31 @@ def test_documents_are_written_of_all_studies_side_by_side(whole, file, tmp_path
     assert main(["study", str(file), "--scale", "one", "--out", "out/one", "--device", "cpu", "--write-docs"]) == 0
     assert "Does it run?" in Path("docs/RESULTS.md").read_text()
     assert "out/one/index.html" in capsys.readouterr().out
+
+
+def test_a_file_without_cost_alone_has_the_hash_it_had(file):
+    """Of studies that were run before there was such a table: docs/RESULTS.md says their hashes."""
+    said = (house.ROOT / "docs/RESULTS.md").read_text()
+    for name in ("verdict", "rivals"):
+        assert f"hash {read_study(house.ROOT / f'studies/{name}.toml', 'small').fingerprint()}" in said
+    study = read_study(file)
+    asked = study.model_copy(update={"cost_alone": CostAlone(variants=("none",), steps=3)})
+    assert asked.fingerprint() != study.fingerprint()
+
+
+def test_a_scale_that_does_not_run_a_variant_does_not_measure_it(file):
+    study = read_study(file, "one").model_copy(update={"cost_alone": CostAlone(variants=("shuffled", "next"), steps=3)})
+    (text,) = plan_study(study).texts
+    assert [each.name for each in text.alone.members] == ["l1-next-s0"]
+    assert text.stages == (
+        f"extract {text.name}",
+        f"train {text.name} l1",
+        f"cost {text.name} l1",
+        f"evaluate {text.name}",
+    )
+    config = text.alone.members[0].config
+    assert (config.run.steps, config.run.checkpoint_every, config.run.checkpoint_minutes) == (3, 3, 0), "no checkpoint"
+    assert plan_study(study.model_copy(update={"cost_alone": CostAlone(variants=("shuffled",))})).texts[0].alone is None
 
 
 def test_plans_name_every_member_once(file):

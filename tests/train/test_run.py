@@ -18,7 +18,7 @@ from tcsae import pipeline
 from tcsae.cache.format.layout import of_role
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import ResourceError, RunError, StoreError, UsageError
-from tcsae.train import run
+from tcsae.train import passes, run
 from tcsae.train.loop import memory_plan, trainer
 from tcsae.train.loop.alarms import MemberError
 from tcsae.train.loop.batches import BatchReader
@@ -242,27 +242,25 @@ def test_a_checkpoint_is_written_by_time_too(store, tmp_path, monkeypatch, minut
     assert max(checkpoints(path), default=None) == kept
 
 
-def test_killed_processes_resume_to_the_same_bits(store, tmp_path):
+def test_killed_processes_resume_to_the_same_bits(store, tmp_path, forks):
     whole = run.train(config_for(store, tmp_path / "whole", run__steps=250, run__log_every=1, run__checkpoint_every=23))
     config = config_for(store, tmp_path / "parts", run__steps=250, run__log_every=1, run__checkpoint_every=23)
     code = (
-        "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
-        "from tcsae.train.presets import validated; from tcsae.train.run import train; import json\n"
-        "train(validated(json.loads(sys.argv[1])))"
+        "import json; from tcsae.train.presets import validated; from tcsae.train.run import train\n"
+        "train(validated(json.loads(arguments[0])))"
     )
-    command = [sys.executable, "-c", code, config.model_dump_json()]
     metrics = tmp_path / "parts" / whole.runs[0].name / "metrics.jsonl"
     for target in (40, 120):  # lines of metrics to wait for, so that the kill falls at a random step after it
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = forks.start(code, config.model_dump_json())
         deadline = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < target:
-            assert process.poll() is None
+            assert process.runs(), process.said
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.kill()
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert checkpoints(metrics.parent)
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert forks.start(code, config.model_dump_json()).wait() == 0
     for path in whole.runs:
         other = tmp_path / "parts" / path.name
         assert weights(path) == weights(other)
@@ -329,13 +327,13 @@ def test_a_sweep_that_does_not_fit_is_split_and_gives_the_same(store, tmp_path, 
     grid = {"run.seed": ("0", "1", "2")}
     whole = run.train(config_for(store, tmp_path / "whole"), sweep=grid)
     plans = []
-    real = run.split_passes
-    monkeypatch.setattr(run, "available_bytes", lambda _: 80_000)
-    monkeypatch.setattr(run, "split_passes", lambda *args: plans.append(real(*args)) or plans[-1])
+    real = passes.split_passes
+    monkeypatch.setattr(passes, "available_bytes", lambda _: 80_000)
+    monkeypatch.setattr(passes, "split_passes", lambda *args: plans.append(real(*args)) or plans[-1])
     split = run.train(config_for(store, tmp_path / "split"), sweep=grid)
     assert len(plans[0]) > 1
     assert [weights(path) for path in whole.runs] == [weights(path) for path in split.runs]
-    monkeypatch.setattr(run, "available_bytes", lambda _: 10_000)
+    monkeypatch.setattr(passes, "available_bytes", lambda _: 10_000)
     with pytest.raises(ResourceError, match=r"needs .* are free: give a smaller --width"):
         run.train(config_for(store, tmp_path / "never"))
 
@@ -662,7 +660,7 @@ def talks(tmp_path_factory) -> Path:
 )
 def test_only_tokens_of_the_role_are_trained_on_by_the_twin_too(talks, tmp_path, monkeypatch, changes):
     store, trained, said_before = ActivationStore.open(talks), [], []
-    monkeypatch.setattr(run, "note", said_before.append)
+    monkeypatch.setattr(passes, "note", said_before.append)
     said = of_role(store.flags(0, store.n_rows), "assistant")
     real = BatchReader.next_batches
 

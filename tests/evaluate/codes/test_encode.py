@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +106,11 @@ def test_parts_read_back_are_what_zarr_reads(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from tcsae.evaluate.codes import encode as module, format, writer
 format._ENTRIES, format._BOUNDS, format._TOKENS = 100, 64, 7 * 16
 module._PART_TOKENS, module._DENSE_BYTES = 5 * 16, 3 * 16 * 24 * 4
-left = [int(sys.argv[2])]
+left = [int(arguments[1])]
 from tcsae.cache.storage.local import LocalPlace
 def dying(method):
     def call(*args):
@@ -122,16 +120,16 @@ def dying(method):
         return method(*args)
     return call
 LocalPlace.replace, LocalPlace.append = dying(LocalPlace.replace), dying(LocalPlace.append)
-module.encode_run(module.EncodeConfig(sys.argv[1]))
+module.encode_run(module.EncodeConfig(arguments[0]))
 """
 
 
-def test_killed_at_any_write_the_same_command_goes_on(tmp_path):
+def test_killed_at_any_write_the_same_command_goes_on(tmp_path, forks):
     run, store = coded(tmp_path)
     wanted = expected(run, store)
     for at in (2, 9, 16, 23, 30):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(run), str(at)], check=False, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+        process = forks.start(KILLED, run, at)
+        assert process.wait() == -signal.SIGKILL, process.said[-500:]
         if (run / "codes.zarr" / "zarr.json").exists():
             with pytest.raises(StoreError, match="not finished: finish it with the same `pipeline encode`"):
                 CodeStore.open(run / "codes.zarr")

@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import tcsae
 import torch
 from stores import make_store
 from tcsae.errors import RunError, UsageError
@@ -59,7 +60,7 @@ def same(one, other):
 def test_a_run_is_trained_on_recorded_and_compared_with_itself(place, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(place / "runs", runs)
-    done = finetune_run(FinetuneConfig(str(runs / "tc"), **SMALL))
+    done = tcsae.finetune(runs / "tc", **SMALL)
     assert (done.folder, done.steps, done.skipped) == (str(runs / "tc-finetuned"), 6, False)
     record, before = load_run(done.folder), load_run(runs / "tc")
     record.check_files(runs / "tc-finetuned")

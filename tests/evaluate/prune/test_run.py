@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import stores
+import tcsae
 import torch
 from safetensors.torch import load_file
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.writer import StoreSetWriter
 from tcsae.errors import RunError, UsageError
+from tcsae.evaluate.prune.config import PruneConfig
 from tcsae.evaluate.prune.elimination import GainFit, eliminate, plan_elimination
-from tcsae.evaluate.prune.run import PruneConfig, prune_run
+from tcsae.evaluate.prune.run import prune_run
 from tcsae.pipeline import main
 from tcsae.train.run_folder.record import RunRecord, find_runs, load_run
 from tcsae.train.sae.activation import Activation
@@ -170,7 +172,7 @@ def redundant(tmp_path):
 
 
 def test_a_pruned_run_is_a_finished_run_that_says_what_was_done(redundant):
-    done = prune_run(PruneConfig(str(redundant), device="cpu"))
+    done = tcsae.prune(redundant, device="cpu")
     out = redundant.with_name("one-pruned")
     assert done.folder == str(out)
     assert done.dropped == [3]

@@ -8,7 +8,7 @@ from stores import make_store
 from tcsae.cache.views import TokenBatch
 from tcsae.console import speaking
 from tcsae.errors import UsageError
-from tcsae.train import run
+from tcsae.train import passes, run
 from tcsae.train.loop.compared_inputs import compared_inputs, in_words
 from tcsae.train.presets import build_config
 from tcsae.train.run_folder.record import load_run
@@ -98,7 +98,7 @@ def test_facts_of_a_stopped_run_are_those_of_its_beginning(tmp_path, monkeypatch
     changes = SMALL | {"data.store": str(store), "run.out": str(tmp_path / "runs"), "run.checkpoint_every": 2}
     config = build_config(None, None, changes | {"temporal.partner": "shuffled", "run.baseline": False})
     with monkeypatch.context() as patch:
-        patch.setattr(run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(passes, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.train(config)
     (path,) = (tmp_path / "runs").iterdir()

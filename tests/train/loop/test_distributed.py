@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 from stores import make_store
-from tcsae.train import run
+from tcsae.train import passes, run
 from tcsae.train.loop.distributed import World, seen_by_share
 from tcsae.train.presets import build_config
 
@@ -46,7 +46,7 @@ def test_a_run_of_several_processes_says_what_will_differ(tmp_path, monkeypatch,
     store = make_store(tmp_path, rows=16, context=16, d_model=8)
     changes = {"data.store": str(store), "run.out": str(tmp_path / "runs"), "sae.activation": activation, "sae.k": 4}
     monkeypatch.setattr(run, "joined", joined)
-    monkeypatch.setattr(run, "_train_pass", lambda *_: {})
+    monkeypatch.setattr(passes, "_train_pass", lambda *_: {})
     run.train(build_config(None, None, changes | {"data.batch_size": 60, "run.steps": 2, "sae.width": 16}))
     sentence = "batchtopk's choice of the largest codes sees one process's share of a batch at a time: with 2 processes"
     assert (sentence in capsys.readouterr().err) == warned

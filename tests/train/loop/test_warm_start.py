@@ -97,7 +97,7 @@ def first_weights(monkeypatch):
         seen[member.plan.name] = ({k: v.clone() for k, v in member.sae.state_dict().items()}, scale)
         return facts
 
-    monkeypatch.setattr("tcsae.train.run.begin_from_source", begin)
+    monkeypatch.setattr("tcsae.train.passes.begin_from_source", begin)
     return seen
 
 
