@@ -21,6 +21,8 @@ WITH_FEATURES = (ACTIVATIONS, "untrained", UNTRAINED_TWINS)
 """References of which more than the splice is measured."""
 REFERENCES_FOLDER = ".references"
 """The folder beside the reports that holds what all of them share; named so that it is no report."""
+CODES_FOLDER = "codes"
+"""The folder inside a report that holds the codes of its runs, where they are kept."""
 FIDELITY, FEATURES = "fidelity", "features"
 PARTS = (FIDELITY, FEATURES, "temporal", "position")
 """What ``only`` chooses among; probes of the model belong to none of them."""
@@ -87,6 +89,8 @@ class EvaluateConfig:
     """Ten batches and no feature browser: a first look."""
     plugins: tuple[str, ...] = ()
     """Python files that register metrics, report panels or what an SAE is made of; each is run first."""
+    codes: bool = False
+    """Keep the sparse codes of every run on the text beside the report, for what `pipeline features --report` shows."""
     fresh: bool = False
     """Measure everything again, also what an earlier evaluation of the same text has measured."""
     workers: int | None = None
@@ -201,6 +205,8 @@ class EvaluateOptions(TypedDict, total=False):
     name: str | None
     plugin: str | Path | Sequence[str | Path] | None
     """Python files with metrics or panels of your own, or with what a run was trained with."""
+    codes: bool | None
+    """Keep the sparse codes of every run on the text beside the report."""
     fresh: bool | None
     workers: int | None
     """Divide the rows of the text among so many processes of this machine."""

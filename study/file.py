@@ -121,6 +121,8 @@ class StudyFile(_Part):
     comparisons: tuple[Comparison, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     rule: Rule = Rule()
+    codes: bool = False
+    """Keep the codes of every SAE on the evaluated rows beside the report; no number depends on it."""
 
     @model_validator(mode="after")
     def _names_are_known_and_single(self) -> StudyFile:
@@ -169,7 +171,8 @@ class StudyFile(_Part):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that bears on a number or on the verdict, at the chosen scale; 16 hex digits."""
-        plain = self.model_dump(mode="json", exclude={"scales"}) | {"sizes": self.sizes.model_dump(mode="json")}
+        plain = self.model_dump(mode="json", exclude={"scales", "codes"})
+        plain |= {"sizes": self.sizes.model_dump(mode="json")}
         return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
