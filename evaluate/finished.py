@@ -151,8 +151,7 @@ def _inputs(config: EvaluateConfig) -> set[Path]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The files of a report; without panels there is no folder of figures. Of kept codes what says that they are there.
-    """
+    """The files of a report, of kept codes what says that they are there; without panels there are no figures."""
     figures = folder / "figures"
     codes = sorted(folder.glob(f"{CODES_FOLDER}/*/zarr.json"))
     return [folder / "results.json", folder / "index.html", *([figures] if figures.is_dir() else []), *codes]

@@ -202,9 +202,7 @@ class _Evaluation:
             for subject in self.group.subjects:
                 if subject.facts.source != "run":
                     self._say(f"the codes of {subject.name} are not kept: it is no run of this program")
-        execution = Execution(
-            batch_size=config.batch_rows, threads=torch.get_num_threads(), device=source.device.type
-        )
+        execution = Execution(batch_size=config.batch_rows, threads=torch.get_num_threads(), device=source.device.type)
         of_text = (self.text, identity, source.identity, fingerprint, config.seed, execution)
         measured = MeasuredText(*of_text, self.group.vectors or "", source.trained_on)
         return ReportCodes(self.folder, measured, wanted=config.codes)

@@ -175,9 +175,10 @@ def test_a_pass_that_stops_leaves_codes_that_nobody_takes_for_whole(place, tmp_p
             raise KeyboardInterrupt
 
     monkeypatch.setattr("tcsae.evaluate.codes.writer._PART_TOKENS", 100)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Measurement, "_batch", stopped)
-        evaluated(place, tmp_path, codes=True)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(place, tmp_path, codes=True)
     left = [entry for entry in entries([tmp_path]) if entry.kind == "codes"]
     assert {entry.finished for entry in left} == {False}
     assert "the same `pipeline evaluate --codes` writes them anew" in left[0].state
