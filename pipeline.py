@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -108,7 +109,8 @@ def _is_option(arg: str) -> bool:
 
 
 def _repeat(flag: str, value: str) -> list[str]:
-    values = [value] if "=" in value else [part for part in value.replace(",", " ").split() if part]
+    whole = "=" in value or Path(value).exists()  # a path may have spaces and commas
+    values = [value] if whole else [part for part in value.replace(",", " ").split() if part]
     return [word for part in values for word in (flag, part)]
 
 
