@@ -11,7 +11,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -109,7 +108,7 @@ def _is_option(arg: str) -> bool:
 
 
 def _repeat(flag: str, value: str) -> list[str]:
-    whole = "=" in value or Path(value).exists()  # a path may have spaces and commas
+    whole = "=" in value or os.path.exists(value)  # a path may have spaces and commas
     values = [value] if whole else [part for part in value.replace(",", " ").split() if part]
     return [word for part in values for word in (flag, part)]
 
