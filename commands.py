@@ -221,10 +221,11 @@ def _codes_facts(path: str) -> dict[str, Any]:
     from .evaluate.codes.store import CodeStore
 
     manifest = read_manifest(path)
+    evaluated = manifest.kept_by == "evaluate"
     facts: dict[str, Any] = {
         "codes_of": manifest.run,
         "layer": str(manifest.location),
-        "store": manifest.store,
+        **({"evaluated_on": manifest.of_store.text.dataset} if evaluated else {"store": manifest.store}),
         "features": manifest.n_features,
         "rows": manifest.planned_rows,
         "context": manifest.context,

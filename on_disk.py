@@ -178,6 +178,9 @@ def _codes(path: Path) -> tuple[bool, str, tuple[Path, ...]]:
 
     manifest = read_manifest(path)
     what = f"of {manifest.run}, layer {manifest.location}, {manifest.planned_rows} rows"
+    if manifest.kept_by == "evaluate":
+        again = "" if manifest.finished else ", not all of them: the same `pipeline evaluate --codes` writes them anew"
+        return manifest.finished, f"{what} that were evaluated on{again}", ()
     if manifest.finished:
         return True, what, ()
     return False, f"{what}, not all of them: the same `pipeline encode` goes on", (Path(manifest.store),)

@@ -108,7 +108,8 @@ def _is_option(arg: str) -> bool:
 
 
 def _repeat(flag: str, value: str) -> list[str]:
-    values = [value] if "=" in value else [part for part in value.replace(",", " ").split() if part]
+    whole = "=" in value or os.path.exists(value)  # a path may have spaces and commas
+    values = [value] if whole else [part for part in value.replace(",", " ").split() if part]
     return [word for part in values for word in (flag, part)]
 
 

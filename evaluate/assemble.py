@@ -135,6 +135,7 @@ def record_of(row: MeasuredRow, rows: Sequence[MeasuredRow], resampler: Resample
         saebench_compat=_compat(row, zero_all),
         notes=[*row.subject_notes, *row.notes],
         kept=row.file,
+        codes=row.codes,
     )
 
 

@@ -14,6 +14,8 @@ import torch
 from ..console import Progress
 from ..sites import Location
 from ..train.sae.protocol import SparseCoder
+from .codes.beside_report import KEPT
+from .codes.of_pass import CodesOfPass
 from .config import ACTIVATIONS, FEATURES, FIDELITY, EvaluateConfig
 from .features.collect import FeatureBrowser
 from .metrics.all import AllMetrics
@@ -113,6 +115,8 @@ class CandidateMaker:
             found["windows"] = WindowMetrics(seen.mean_D)
         if row.kind == "sae" and not self.config.quick and self.config.measures(FEATURES):
             found["browser"] = FeatureBrowser(sae, seed=self.config.seed, n_cards=self.cards)
+        if self.config.codes and row.kind == "sae" and row.facts is not None and row.facts.source == "run":
+            found[KEPT] = CodesOfPass()
         return found
 
 

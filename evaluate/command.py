@@ -233,6 +233,11 @@ def evaluate(
     ),
     out: str = _output(EvaluateConfig.out, "--out", help="Where reports are written."),
     name: str | None = _output(None, "--name", help="Folder of the report under --out. Default: the model's name."),
+    codes: bool = _output(
+        EvaluateConfig.codes,
+        "--codes",
+        help="Keep the codes of every run on this text beside the report: `pipeline features RUN --report REPORT`.",
+    ),
     resume: bool = _output(
         True, "--resume/--fresh", help="Keep rows measured before on the same text, or measure anew."
     ),
@@ -260,6 +265,8 @@ def evaluate(
         pipeline evaluate --run runs/l12-topk64-pairwise0.03-w5-s0 --batches 50
 
         pipeline evaluate --only temporal position --references none
+
+        pipeline evaluate --codes
 
         pipeline evaluate --scheduler tcp://host:8786
 
@@ -298,6 +305,7 @@ def evaluate(
         name=name,
         plugin=plugin,
         keep_states=keep_states,
+        codes=codes,
         fresh=not resume,
         workers=workers,
         scheduler=scheduler,

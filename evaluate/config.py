@@ -24,6 +24,8 @@ REFERENCES_FOLDER = ".references"
 """The folder beside the reports that holds what all of them share; named so that it is no report."""
 STATES_FOLDER = "states"
 """Inside it, per model and text: states of the untouched model."""
+CODES_FOLDER = "codes"
+"""The folder inside a report that holds the codes of its runs, where they are kept."""
 FIDELITY, FEATURES = "fidelity", "features"
 PARTS = (FIDELITY, FEATURES, "temporal", "position")
 """What ``only`` chooses among; probes of the model belong to none of them."""
@@ -94,6 +96,8 @@ class EvaluateConfig:
     """GB beside the reports in which states of the untouched model are kept, so that the next evaluation on a text need
     not run it; 0: none.
     """
+    codes: bool = False
+    """Keep the sparse codes of every run on the text beside the report, for what `pipeline features --report` shows."""
     fresh: bool = False
     """Measure everything again, also what an earlier evaluation of the same text has measured."""
     workers: int | None = None
@@ -212,6 +216,8 @@ class EvaluateOptions(TypedDict, total=False):
     """Python files with metrics or panels of your own, or with what a run was trained with."""
     keep_states: float | None
     """GB beside the reports for states of the untouched model; 0: none."""
+    codes: bool | None
+    """Keep the sparse codes of every run on the text beside the report."""
     fresh: bool | None
     workers: int | None
     """Divide the rows of the text among so many processes of this machine."""

@@ -20,7 +20,7 @@ from ..errors import TcsaeError
 from ..system.atomic_files import write_json
 from ..system.checksums import content_hash
 from ..system.untrusted_files import read_json
-from .config import EvaluateConfig
+from .config import CODES_FOLDER, EvaluateConfig
 from .flat import write_tables
 from .results import EvaluationReport, Failure, read_results, write_results
 
@@ -151,9 +151,10 @@ def _inputs(config: EvaluateConfig) -> set[Path]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The files of a report; without panels there is no folder of figures."""
+    """The files of a report, of kept codes what says that they are there; without panels there are no figures."""
     figures = folder / "figures"
-    return [folder / "results.json", folder / "index.html", *([figures] if figures.is_dir() else [])]
+    codes = sorted(folder.glob(f"{CODES_FOLDER}/*/zarr.json"))
+    return [folder / "results.json", folder / "index.html", *([figures] if figures.is_dir() else []), *codes]
 
 
 def _state_of(paths: Iterable[Path]) -> dict[str, Any] | None:

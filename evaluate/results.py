@@ -149,6 +149,10 @@ class Record(Frozen):
         description="the file in the report's folder that holds its sums per unit of text; rows in one folder were "
         "measured on one text",
     )
+    codes: str = Field(
+        default="",
+        description="the folder inside the report's that holds its codes on this text; empty: they were not kept",
+    )
 
     @property
     def location(self) -> Location:

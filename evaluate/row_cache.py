@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..registry import Registry
 from ..sites import Location
+from .codes.beside_report import ReportCodes
 from .config import UNTRAINED_TWINS
 from .metrics.registry import METRICS
 from .shared_references import SharedReferences, fingerprint_of
@@ -81,6 +82,7 @@ class RowCache:
         references: their names.
         subjects: the SAEs.
         shared: the reference rows of all reports beside this one.
+        codes: those that the report keeps; None: of what has none.
         fresh: take no row that was there before.
 
     """
@@ -94,10 +96,11 @@ class RowCache:
         subjects: Sequence[Subject],
         *,
         shared: SharedReferences,
+        codes: ReportCodes | None = None,
         fresh: bool,
     ):
         self._inside = f"rows/{fingerprint_of(facts)}"
-        self._folder, self._shared = folder / self._inside, shared
+        self._folder, self._shared, self._codes = folder / self._inside, shared, codes
         names = [name for name in references if name != UNTRAINED_TWINS]
         self.wanted: dict[str, tuple[Location, str | Subject | UntrainedTwin]] = {
             _key(at, name): (at, name) for at in locations for name in names
@@ -114,7 +117,11 @@ class RowCache:
         self._rows: dict[str, MeasuredRow] = {}
         if not fresh:
             for key in self.wanted:
-                if (row := MeasuredRow.load(self._folder / key)) is not None:
+                if (row := MeasuredRow.load(self._folder / key)) is None:
+                    continue
+                if self._lacks_codes(key):
+                    self.without_codes += 1
+                else:
                     self._rows[key] = self._refreshed(key, row)
             for key in list(self._rows):
                 self._make_others(key)
@@ -122,11 +129,22 @@ class RowCache:
 
     from_others = 0
     """How many rows were measured for other reports."""
+    without_codes = 0
+    """How many that were measured before are measured again, since their codes were not kept then."""
+
+    def _lacks_codes(self, key: str) -> bool:
+        what = self.wanted[key][1]
+        return self._codes is not None and isinstance(what, Subject) and self._codes.missing(key, what)
+
+    def _name_files(self, key: str, row: MeasuredRow) -> None:
+        what = self.wanted[key][1]
+        row.file = f"{self._inside}/{key}"
+        row.codes = self._codes.found(key, what) if self._codes is not None and isinstance(what, Subject) else ""
 
     def _refreshed(self, key: str, row: MeasuredRow) -> MeasuredRow:
         """A kept row, with what may have changed around unchanged weights: its path, name, pair and notes."""
         what = self.wanted[key][1]
-        row.file = f"{self._inside}/{key}"
+        self._name_files(key, row)
         return row.described_by(what) if isinstance(what, Subject) else row
 
     def _copied(self, key: str) -> bool:
@@ -145,7 +163,7 @@ class RowCache:
 
     def _keep(self, key: str, row: MeasuredRow) -> None:
         row.save(self._folder / key)
-        row.file = f"{self._inside}/{key}"
+        self._name_files(key, row)
         self._rows[key] = row
         self._make_others(key)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..cache.format.manifest import installed_versions
+from ..cache.format.manifest import Execution, TextIdentity, installed_versions
 from ..console import Progress, note, progress, warn
 from ..errors import ResourceError, RunError, TcsaeError, needs
 from ..plugins import load_plugins
@@ -28,6 +28,7 @@ from ..system.allocator import keeping_freed_memory
 from ..system.free_memory import is_out_of_memory, peak_memory
 from .assemble import compose
 from .candidates import CandidateMaker, Process, ThisProcess
+from .codes.beside_report import MeasuredText, ReportCodes
 from .config import FIDELITY, EvaluateConfig
 from .finished import Asked, Outcome
 from .flat import write_tables
@@ -38,7 +39,7 @@ from .model.reference_rows import share_of
 from .report.page import write_report
 from .results import Failure, write_results
 from .row_cache import RowCache, measuring_code, slug
-from .shared_references import SharedReferences
+from .shared_references import SharedReferences, fingerprint_of
 from .sources import source_of
 from .subjects import Group, Subject, gather_subjects
 from .table_row import Candidate
@@ -149,13 +150,20 @@ class _Evaluation:
         settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
         arithmetic = (self.source.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
         self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings, quick=config.quick)
+        facts = (*seen, *settings)
+        self.codes = self._codes(identity, fingerprint_of(facts))
         self.rows = RowCache(
-            *(self.folder, (*seen, *settings), self.locations, self._references(), group.subjects),
+            *(self.folder, facts, self.locations, self._references(), group.subjects),
             shared=self.shared,
+            codes=self.codes,
             fresh=config.fresh,
         )
         if self.rows.from_others:
             note(f"{self.rows.from_others} reference rows were measured for other reports and are taken from there")
+        if self.rows.without_codes:
+            many = self.rows.without_codes > 1
+            rows = f"{self.rows.without_codes} rows are" if many else "1 row is"
+            note(f"{rows} measured again: {'their' if many else 'its'} codes were not kept")
         if self.rows.missing:
             with within_memory(config.batch_rows):
                 self._measure()
@@ -191,6 +199,18 @@ class _Evaluation:
         """Without a splice, zero at every position is the same as zero at those that count."""
         asked = self.config.reference_rows
         return asked if self.source.spliced else tuple(name for name in asked if name != "zero_all")
+
+    def _codes(self, identity: TextIdentity, fingerprint: str) -> ReportCodes:
+        """Those that lie beside the report, or will."""
+        config, source = self.config, self.source
+        if config.codes:
+            for subject in self.group.subjects:
+                if subject.facts.source != "run":
+                    self._say(f"the codes of {subject.name} are not kept: it is no run of this program")
+        execution = Execution(batch_size=config.batch_rows, threads=torch.get_num_threads(), device=source.device.type)
+        of_text = (self.text, identity, source.identity, fingerprint, config.seed, execution)
+        measured = MeasuredText(*of_text, self.group.vectors or "", source.trained_on)
+        return ReportCodes(self.folder, measured, wanted=config.codes)
 
     def _compare_origins(self) -> None:
         """Say where an SAE from elsewhere was made for something else."""
@@ -266,11 +286,14 @@ class _Evaluation:
         """Measure these rows in one pass; false where they do not fit into memory together."""
         try:
             candidates = [one for key in part if (one := self._candidate(key, surveys)) is not None]
-            failures = self.process.measure(candidates, bar)
-            for failure in failures.values():
-                warn(f"{failure.path}: {failure.message}")
-            self.failures += failures.values()
-            self._finish([one for one in candidates if one.key not in failures])
+            with ExitStack() as stack:
+                subjects = {key: what for key, (_, what) in self.rows.wanted.items() if isinstance(what, Subject)}
+                self.codes.begin(subjects, candidates, self.source.activations, stack)
+                failures = self.process.measure(candidates, bar)
+                for failure in failures.values():
+                    warn(f"{failure.path}: {failure.message}")
+                self.failures += failures.values()
+                self._finish([one for one in candidates if one.key not in failures])
         except Exception as failure:
             if len(part) == 1 or not is_out_of_memory(failure):
                 raise

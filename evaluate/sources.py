@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ..cache.format.manifest import TextIdentity
+from ..cache.format.manifest import ModelIdentity, TextIdentity
 from ..cache.store import ActivationStore
 from ..errors import TcsaeError
 from ..extract.assets import MODELS, demo_text
@@ -51,6 +51,10 @@ class Source(Protocol):
     """Whether reconstructions can be spliced, so that there are CE and KL."""
     device: torch.device
     facts: ModelFacts
+    identity: ModelIdentity
+    """Of the language model, or of what made the vectors."""
+    trained_on: bool
+    """Whether the rows are those that its runs were trained on."""
 
     @property
     def activations(self) -> SplicedModel | StoredVectors:
@@ -111,6 +115,7 @@ class InModel:
     """A language model, loaded, and a text."""
 
     spliced = True
+    trained_on = False
 
     def __init__(self, config: EvaluateConfig, group: Group):
         self.config, self.group = config, group
@@ -121,6 +126,7 @@ class InModel:
         self.lm = load_language_model(outline)
         self.device = self.lm.device
         self.facts = _model_facts(self.lm)
+        self.identity = self.lm.identity
         self.activations, self.head = SplicedModel(self.lm), Head(self.lm)
         self.effects: LogitEffects | None = None
         self.uniform: frozenset[Location] = frozenset()
@@ -233,6 +239,9 @@ class InVectors:
         store = None if trained_on is None else ActivationStore.open(trained_on)
         self.activations = open_held_out(group.vectors, store, self.device)
         self.facts = self.activations.facts
+        vectors = self.activations.store
+        self.identity = vectors.manifest.model
+        self.trained_on = store is not None and store.fingerprint() == vectors.fingerprint()
 
     def reads(self) -> list[Path] | None:
         """A store has too many files to be looked at one by one."""

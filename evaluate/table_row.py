@@ -61,6 +61,8 @@ class MeasuredRow:
     """int64 [U]: the document that each unit of the text belongs to."""
     file: str = ""
     """Where it is kept, seen from the report's folder; not kept on disk."""
+    codes: str = ""
+    """Where its codes on the text are, seen from the report's folder; empty: they were not kept. Not kept on disk."""
 
     @property
     def location(self) -> Location:

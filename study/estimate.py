@@ -15,6 +15,7 @@ import torch
 
 from ..console import format_bytes, format_duration
 from ..errors import ModelError, TextError
+from ..evaluate.codes.beside_report import bytes_of
 from ..evaluate.config import REFERENCES
 from ..evaluate.run import PASS_BYTES, describe_machine
 from ..extract.model.files import weights_in
@@ -22,6 +23,8 @@ from ..extract.plan import Estimate, Plan, estimate, make_plan
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
 from ..train.loop.step_time import seconds_per_step
+from ..train.plan import MemberPlan
+from ..train.sae.registry import ARCHITECTURES
 from .alone import in_processes
 from .checks import check_outcomes, member_plans
 from .plan import AloneStage, PlannedText, StudyPlan, Training
@@ -165,15 +168,25 @@ def _of_evaluation(
         tokens / measured if measured else None if rate is None else _evaluation_seconds(text, planned, rate, rows)
     )
     about = planned.outline.d_model, 1, planned.config.text.context
-    of_saes = sum(4 * plan.n_parameters for t in text.trainings for plan in member_plans(t, *about))
+    plans = [plan for t in text.trainings for plan in member_plans(t, *about)]
+    of_saes = sum(4 * plan.n_parameters for plan in plans)
+    of_codes = sum(bytes_of(config.rows * about[2], _most_codes(plan)) for plan in plans) if config.codes else 0
     return StageEstimate(
         f"evaluate {text.name}",
         f"{len(text.members)} SAEs and {rows - len(text.members)} references on {config.rows:,} rows",
         seconds,
         _UNKNOWN if seconds is None else _said(measured is not None, "the rate of the forward passes"),
-        rows * 1_000_000,
+        rows * 1_000_000 + round(of_codes),
         None if of_model is None else of_model + min(round(PASS_BYTES), of_saes),
     )
+
+
+def _most_codes(plan: MemberPlan) -> float:
+    """Codes of a token that are not zero; where training does not set their number, as if none were."""
+    sae, kind = plan.config.sae, ARCHITECTURES.get(plan.config.sae.architecture)
+    if kind.fixes_sparsity(sae) and not kind.summands:
+        return kind.active_features(sae)
+    return plan.config.loss.target_l0 or sae.width
 
 
 def _evaluation_seconds(text: PlannedText, planned: Plan, rate: float, rows: int) -> float:

@@ -134,6 +134,8 @@ class StudyFile(_Part):
     outcomes: tuple[Outcome, ...] = ()
     rule: Rule = Rule()
     cost_alone: CostAlone | None = None
+    codes: bool = False
+    """Keep the codes of every SAE on the evaluated rows beside the report; no number depends on it."""
 
     @model_validator(mode="after")
     def _names_are_known_and_single(self) -> StudyFile:
@@ -186,7 +188,7 @@ class StudyFile(_Part):
     def fingerprint(self) -> str:
         """SHA-256 of everything that bears on a number or on the verdict, at the chosen scale; 16 hex digits."""
         # A file without the table has the hash that it had before there was one.
-        left_out = {"scales"} | ({"cost_alone"} if self.cost_alone is None else set())
+        left_out = {"scales", "codes"} | ({"cost_alone"} if self.cost_alone is None else set())
         plain = self.model_dump(mode="json", exclude=left_out) | {"sizes": self.sizes.model_dump(mode="json")}
         return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -272,5 +272,6 @@ def _evaluation(
         device=device,
         dtype=extraction.model.dtype,
         plugins=several(sorted({*plugins, *extraction.plugins})),
+        codes=study.codes,
     )
     return replace(config, runs=tuple(str(each.folder) for training in trainings for each in training.members))

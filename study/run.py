@@ -257,7 +257,7 @@ class _Run:
         if not runs:
             return
         config, name = replace(text.evaluation, runs=runs), f"evaluate {text.name}"
-        code = _identity(config.plugins, runs, config.rows)
+        code = _identity(config.plugins, runs, config.rows, codes=config.codes)
         known = self.state.stage(name)
         if not (known.done and known.code == code and _readable(text.report)):
             with self._stage(name) as stage:
@@ -392,9 +392,9 @@ def _readable(report: Path) -> bool:
     return True
 
 
-def _identity(plugins: Sequence[str], runs: Sequence[str], rows: int) -> str:
+def _identity(plugins: Sequence[str], runs: Sequence[str], rows: int, *, codes: bool) -> str:
     """Of everything that a report says: what measures, and which weights are measured on how many rows."""
-    digest = sha256(f"{measuring_code(load_plugins(plugins))} {rows}".encode())
+    digest = sha256(f"{measuring_code(load_plugins(plugins))} {rows}{' codes' if codes else ''}".encode())
     for run in runs:
         digest.update(f"{run} {load_run(run).hashes}".encode())
     return digest.hexdigest()[:16]

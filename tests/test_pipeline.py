@@ -53,6 +53,13 @@ def test_key_value_lists_keep_their_commas():
     assert pipeline.spread_lists(args, {"--sweep"}) == ["--sweep", "temporal-weight=0,0.03", "--sweep", "seed=0,1"]
 
 
+def test_a_path_with_spaces_and_commas_is_one_value(tmp_path):
+    folder = tmp_path / "my runs, old"
+    folder.mkdir()
+    for written in (["--run", str(folder), "5"], [f"--run={folder}", "5"]):
+        assert pipeline.spread_lists(written, {"--run"}) == ["--run", str(folder), "--run", "5"]
+
+
 def test_negative_numbers_are_values_and_a_flag_without_one_is_left_for_the_parser():
     assert pipeline.spread_lists(["--layers", "-1", "2"], {"--layers"}) == ["--layers", "-1", "--layers", "2"]
     assert pipeline.spread_lists(["--layers", "--tokens", "5"], {"--layers"}) == ["--layers", "--tokens", "5"]

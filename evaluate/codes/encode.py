@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ... import options
+from ...cache.format.layout import PADDING, SPECIAL
 from ...cache.format.manifest import identity_difference
 from ...cache.storage.open_place import place_of
 from ...cache.store import ActivationStore
@@ -28,13 +29,13 @@ from ...train.run_folder.record import RunRecord, load_run
 from ...train.sae.protocol import RowTokens, SparseAutoencoder
 from .format import DEFAULT_NAME, OUTLIER, CodesManifest, read_manifest
 from .store import CodeStore
-from .writer import CodesWriter
+from .writer import CodesWriter, Encoded, joined, worth_a_commit
 
 ROWS = ("all", "unseen")
 _DENSE_BYTES = 64_000_000  # of the codes that are in memory before their zeros are dropped
-_PART_ENTRIES, _PART_TOKENS = 1 << 20, 1 << 17  # a part is committed when it has so many of either
 _SAMPLE_ROWS = 16  # of the estimate
-_SPARE = 1.1  # how much more disk is asked for than is expected to be needed
+SPARE = 1.1
+"""How much more disk is asked for than is expected to be needed."""
 
 
 @dataclass(frozen=True)
@@ -197,15 +198,11 @@ def _summary(path: str, started: float, *, already_complete: bool) -> EncodeSumm
 
 def _check_space(estimate: CodesEstimate) -> None:
     found = place_of(estimate.path).free_bytes()
-    if found is not None and estimate.n_bytes * _SPARE > found[1]:
+    if found is not None and estimate.n_bytes * SPARE > found[1]:
         needed, free = format_bytes(estimate.n_bytes), format_bytes(found[1])
         raise ResourceError(
             f"{estimate.path} needs about {needed} and {free} are free: free some space, or ask for fewer --tokens"
         )
-
-
-Encoded = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]
-"""Text by array [R, T], entries of every token [N], their features [E] and activations [E]."""
 
 
 class _Encoder:
@@ -274,18 +271,18 @@ class _Encoder:
         kept: list[Encoded] = []
         for at in range(start, self.n_rows, self._step):
             kept.append(self._encode(at, min(at + self._step, self.n_rows)))
-            tokens, entries = sum(len(each[1]) for each in kept), sum(len(each[2]) for each in kept)
-            if tokens >= _PART_TOKENS or entries >= _PART_ENTRIES:
-                yield _joined(kept)
+            if worth_a_commit(kept):
+                yield joined(kept)
                 kept = []
         if kept:
-            yield _joined(kept)
+            yield joined(kept)
 
     @torch.no_grad()
     def _encode(self, start: int, stop: int) -> Encoded:
         first, last = start + self._first, stop + self._first
         x_BTD = self._store.rows(first, last, dtype=torch.float32).to(self._device)
-        documents_BT, flags_BT = self._store.documents(first, last), self._store.flags(first, last).copy()
+        documents_BT = self._store.documents(first, last)
+        flags_BT = self._store.flags(first, last) & (SPECIAL | PADDING)  # whose message a token is of is left out
         outlier_BT = (x_BTD.norm(dim=2) > self._limit).cpu().numpy() & (flags_BT == 0)
         flags_BT[outlier_BT] |= OUTLIER
         valid_BT = torch.from_numpy(flags_BT == 0)
@@ -305,12 +302,6 @@ class _Encoder:
         text = {"tokens": self._store.tokens(first, last), "documents": documents_BT, "flags": flags_BT}
         count_N = torch.bincount(token_E, minlength=len(z_NF)).cpu().numpy()
         return text, count_N, feature_E.cpu().numpy().astype(np.int32), value_E
-
-
-def _joined(parts: list[Encoded]) -> Encoded:
-    text = {name: np.concatenate([each[0][name] for each in parts]) for name in parts[0][0]}
-    _, counts, features, values = zip(*parts, strict=True)
-    return text, np.concatenate(counts), np.concatenate(features), np.concatenate(values)
 
 
 def weights_hash(run: str | Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ...cache.format.manifest import StoreManifest, checksum, installed_versions
 from ...cache.storage.open_place import place_of
@@ -30,6 +30,7 @@ OUTLIER = 4
 """Flag of a token whose norm exceeds the store's limit; 1 and 2 are special tokens and padding, as in the store."""
 
 _ENTRIES, _BOUNDS, _TOKENS = 1 << 20, 1 << 18, 1 << 18  # values per chunk
+REMEDY = "write these codes again with --fresh"
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,20 @@ class CodesManifest(BaseModel):
     """Of the rows here, those at the beginning that the run was trained on."""
     norm_limit: float
     """Norm beyond which a token does not count."""
+    kept_by: Literal["encode", "evaluate"] = "encode"
+    """``evaluate``: an evaluation kept them, of its own rows; ``store`` is then empty, or that of held-out vectors.
+    """
+    seed: int = 0
+    """Of the samples that are drawn from them: the evaluation's."""
     finished: bool = False
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = Field(default_factory=installed_versions)
+
+    @model_serializer(mode="wrap")
+    def _as_before_of_stores(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written only where it says something, so that older versions read the codes of stores."""
+        by_default = {"kept_by": "encode", "seed": 0}
+        return {name: value for name, value in plain(self).items() if value != by_default.get(name, ...)}
 
     @property
     def of_store(self) -> StoreManifest:
@@ -159,7 +171,8 @@ def read_manifest(path: str | Path | Place) -> CodesManifest:
     try:
         document = parse_json(place.read("zarr.json"))
     except FileNotFoundError:
-        raise StoreError(f"there are no codes at {place}: `pipeline encode RUN` writes them") from None
+        how = "`pipeline encode RUN` writes them, or `pipeline evaluate --codes`"
+        raise StoreError(f"there are no codes at {place}: {how}") from None
     except ValueError as wrong:
         raise StoreError(f"{place}/zarr.json is damaged (no JSON: {reason(wrong)}): {REMEDY}") from None
     attributes = document.get("attributes") if isinstance(document, dict) else None
@@ -178,9 +191,6 @@ def read_manifest(path: str | Path | Place) -> CodesManifest:
         where = ".".join(map(str, wrong.errors()[0]["loc"])) or "its top level"
         raise StoreError(f"{place}/zarr.json is damaged at {where}: {REMEDY}") from None
     return manifest
-
-
-REMEDY = "encode again with --fresh"
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class CodeStore:
         rows = parts[-1].stop_row if parts else 0
         if not manifest.finished:
             what = f"{place} holds the codes of {rows} of {manifest.planned_rows} rows"
-            raise StoreError(f"{what}, not finished: finish it with the same `pipeline encode`")
+            again = f"pipeline {manifest.kept_by}" + (" --codes" if manifest.kept_by == "evaluate" else "")
+            raise StoreError(f"{what}, not finished: finish it with the same `{again}`")
         if rows != manifest.planned_rows:
             raise StoreError(f"{place}/{LOG} is damaged: {rows} of {manifest.planned_rows} rows can be read; {REMEDY}")
         return cls(place, manifest, parts)

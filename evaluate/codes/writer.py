@@ -7,7 +7,7 @@ is killed at any moment leaves exactly the parts of the log, and the next one go
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,24 @@ from ...cache.storage.places import Place
 from ...errors import StoreError
 from .format import LOCK, LOG, ArrayFormat, CodesManifest, Part, arrays, group_document, parse_log, read_manifest
 from .store import array_hash, read_chunk
+
+_PART_ENTRIES, _PART_TOKENS = 1 << 20, 1 << 17  # a part is committed when it has so many of either
+
+Encoded = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]
+"""Text by array [R, T], entries of every token [N], their features [E] and activations [E]."""
+
+
+def worth_a_commit(parts: Sequence[Encoded]) -> bool:
+    """Whether parts together have so many tokens or entries that they are written."""
+    tokens, entries = sum(len(each[1]) for each in parts), sum(len(each[2]) for each in parts)
+    return tokens >= _PART_TOKENS or entries >= _PART_ENTRIES
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The rows of all parts, in order."""
+    text = {name: np.concatenate([each[0][name] for each in parts]) for name in parts[0][0]}
+    _, counts, features, values = zip(*parts, strict=True)
+    return text, np.concatenate(counts), np.concatenate(features), np.concatenate(values)
 
 
 class _GrowingArray:

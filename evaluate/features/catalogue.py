@@ -12,6 +12,7 @@ import numpy as np
 
 from ...errors import UsageError
 from ...train.run_folder.record import RunRecord, load_run
+from ..codes.beside_report import kept_beside
 from ..codes.format import DEFAULT_NAME
 from ..codes.store import CodeStore
 from .known_labels import kept_labels
@@ -74,14 +75,15 @@ def _number(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def codes_of(run: str, codes: str | None = None) -> CodeStore:
-    """The codes of a run.
+def codes_of(run: str, codes: str | None = None, report: str | None = None) -> CodeStore:
+    """The codes of a run: those that are named, else those that the report keeps of it, else those in its folder.
 
     Raises:
         StoreError: there are none.
+        RunError: the report is missing or damaged.
 
     """
-    return CodeStore.open(codes or str(Path(run) / DEFAULT_NAME))
+    return CodeStore.open(codes or kept_beside(run, report) or Path(run) / DEFAULT_NAME)
 
 
 def open_run(run: str, *, codes: str | None = None, report: str | None = None) -> CodedRun:
@@ -92,5 +94,5 @@ def open_run(run: str, *, codes: str | None = None, report: str | None = None) -
         StoreError: it has no codes.
 
     """
-    record, found = load_run(run), codes_of(run, codes)
+    record, found = load_run(run), codes_of(run, codes, report)
     return CodedRun(run, record, found, survey(found, run), report)

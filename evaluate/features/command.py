@@ -25,14 +25,20 @@ def features(
     run: list[str] = typer.Argument(..., help="Folder of a run whose codes are written; several for --html."),
     feature: list[int] = _which([], "--feature", help="Show this feature; repeatable."),
     probe: str | None = _which(
-        None, "--probe", help="What 1, 5 and 20 features tell of: label (of passages), token_class or position."
+        None,
+        "--probe",
+        help="What 1, 5 and 20 features tell of: label (of passages), label_token, token_class or position.",
     ),
     search: str | None = _which(None, "--search", help="Features that fire on these words more than elsewhere."),
     sort: str = _which("density", "--sort", help="Order of the list: density, max_activation, eta_squared …"),
     ascending: bool = _which(False, "--ascending", help="Smallest first."),
     n: int = _which(20, "--n", help="Length of the list.", min=1),
-    codes: str | None = _which(None, "--codes", help="The store of codes. Default: RUN/codes.zarr."),
-    report: str | None = _which(None, "--report", help="Folder of an evaluation: logit effects, and home of the page."),
+    codes: str | None = _which(
+        None, "--codes", help="The store of codes. Default: what --report keeps, else RUN/codes.zarr."
+    ),
+    report: str | None = _which(
+        None, "--report", help="Folder of an evaluation: its codes and logit effects, and home of the page."
+    ),
     logit_effects: bool = _which(
         False, "--logit-effects", help="Load the language model once and keep every feature's logit effects."
     ),
@@ -56,7 +62,8 @@ def features(
 ) -> None:
     """Look at features: lists, single ones with their passages, words, and a page with all of them.
 
-    Reads the codes that `pipeline encode` wrote; of the language model only the tokenizer is needed.
+    Reads the codes that `pipeline encode` or `pipeline evaluate --codes` wrote; of the language model only the
+    tokenizer is needed.
 
     Examples:
         pipeline features runs/l12-topk64-none-s0 --sort eta_squared
@@ -66,6 +73,8 @@ def features(
         pipeline features runs/l12-topk64-none-s0 --search "federal government"
 
         pipeline features runs/l12-topk64-none-s0 --probe label
+
+        pipeline features runs/l12-topk64-none-s0 --report reports/gemma-2-2b --probe label
 
         pipeline features runs/l12-topk64-none-s0 --html --report reports/gemma-2-2b
 
@@ -95,7 +104,7 @@ def features(
         from .look import compute_effects
 
         for one in run:
-            compute_effects(codes_of(one, codes), one, device)
+            compute_effects(codes_of(one, codes, report), one, device)
     if neuronpedia:
         from .neuronpedia import write_neuronpedia
 
@@ -113,7 +122,7 @@ def features(
     if probe is not None:
         from .probe import probe as ask
 
-        told = ask(codes_of(run[0], codes), probe)
+        told = ask(codes_of(run[0], codes, report), probe)
         print(json.dumps(told.facts()) if json_output else _probe_text(told))
         return
     opened = open_run(run[0], codes=codes, report=report)

@@ -24,6 +24,7 @@ from ...errors import RunError, UsageError
 from ...system.atomic_files import PARTIAL, make_folder, plain_errors, remove_partials, write_file
 from ...train.run_folder.record import RECORD, load_run
 from ...train.sae.protocol import SparseAutoencoder
+from ..codes.beside_report import kept_beside
 from ..codes.format import DEFAULT_NAME
 from ..report.page import asset as report_asset
 from ..report.page import colours, page_environment, write_report
@@ -95,7 +96,7 @@ def write_features(
     if report is not None:
         read_results(home)  # before anything is written
     folder = Path(out) if out is not None else home / FOLDER
-    opened = [open_run(path, codes=codes, report=report) for path in _with_twins(runs, codes)]
+    opened = [open_run(path, codes=codes, report=report) for path in _with_twins(runs, codes, report)]
     _check_same_text(opened)
     _clear(folder)
     found = _Folder(folder, opened, rows).write()
@@ -104,17 +105,22 @@ def write_features(
     return found
 
 
-def _with_twins(runs: Sequence[str], codes: str | None) -> list[str]:
-    """The runs, and behind each the other run of its pair if that has codes."""
+def _with_twins(runs: Sequence[str], codes: str | None, report: str | None) -> list[str]:
+    """The runs, and behind each the other run of its pair if that has codes in the same kind of place."""
     out: dict[Path, str] = {}
     for path in runs:
         out.setdefault(Path(path).resolve(), str(path))
         twin = load_run(path).twin
         beside = Path(path).resolve().parent / twin if twin else None
-        needed = (DEFAULT_NAME + "/zarr.json", RECORD)
-        if codes is None and beside is not None and all((beside / name).is_file() for name in needed):
+        if codes is None and beside is not None and (beside / RECORD).is_file() and _coded(path, beside, report):
             out.setdefault(beside, str(Path(path).parent / beside.name))
     return list(out.values())
+
+
+def _coded(run: str, twin: Path, report: str | None) -> bool:
+    if kept_beside(run, report) is not None:
+        return kept_beside(twin, report) is not None
+    return (twin / DEFAULT_NAME / "zarr.json").is_file()
 
 
 def _check_same_text(opened: Sequence[CodedRun]) -> None:
@@ -124,7 +130,7 @@ def _check_same_text(opened: Sequence[CodedRun]) -> None:
         names = ("dataset", "fingerprint", "context", "packing", "seed")
         texts = [[getattr(each.of_store.text, name) for name in names] for each in (one, two)]
         places = [(each.first_row, each.planned_rows) for each in (one, two)]
-        if texts[0] != texts[1] or places[0] != places[1]:
+        if texts[0] != texts[1] or places[0] != places[1] or one.kept_by != two.kept_by:
             raise RunError(
                 f"{first.path} holds rows {places[0][0]} to {sum(places[0])} of {texts[0][0]}, {other.codes.path} rows "
                 f"{places[1][0]} to {sum(places[1])} of {texts[1][0]}: encode both over the same rows to see them side "

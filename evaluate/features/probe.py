@@ -21,12 +21,15 @@ from ...console import progress
 from ...errors import StoreError, UsageError, needs
 from ...extract.config import TextSource
 from ...extract.text.open import open_documents
+from ..codes.beside_report import document_labels
+from ..codes.format import OUTLIER
 from ..codes.store import CodeStore, RowCodes
 from ..intervals.bootstrap import Resampler
 from ..metrics.probing.one_vs_rest import FOLDS, Question, rank_features, sparse_columns
 from ..metrics.probing.passages import pooled
 from ..metrics.probing.sparse_probes import BUCKETS, KS, PASSAGES, TARGETS, TOKENS
 from ..metrics.token_sample import SampledTokens, TokenSample
+from ..model.heldout_text import number_units
 from ..model.stored_vectors import StoredVectors
 from ..model.token_text import TOKEN_CLASSES, token_class
 from ..protocol import TokenBatch
@@ -34,7 +37,12 @@ from ..results import Metric
 from .look import TokenTexts
 from .survey import entries_of, pieces_of
 
-QUESTIONS = {"label": "topic_passage", "token_class": "token_class", "position": "position"}
+QUESTIONS = {
+    "label": "topic_passage",
+    "label_token": "topic_token",
+    "token_class": "token_class",
+    "position": "position",
+}
 """What can be asked, and what the evaluation calls it."""
 FEATURES_SHOWN = 5
 
@@ -71,13 +79,13 @@ class ProbeFindings:
         }
 
 
-def probe(codes: CodeStore, asked: str, *, seed: int = 0) -> ProbeFindings:
+def probe(codes: CodeStore, asked: str, *, seed: int | None = None) -> ProbeFindings:
     """Ask k = 1, 5 and 20 features about each class against the rest, by cross-validation over documents.
 
     Args:
         codes: of a run.
-        asked: label (of passages), token_class or position.
-        seed: of the samples and of the permutation.
+        asked: label (of passages), label_token, token_class or position.
+        seed: of the samples and of the permutation; None: that of the evaluation that kept the codes, else 0.
 
     Raises:
         UsageError: no such question, or the text has too few documents or no labels.
@@ -89,14 +97,16 @@ def probe(codes: CodeStore, asked: str, *, seed: int = 0) -> ProbeFindings:
         raise UsageError(f"there is no probe '{asked}': choose one of {', '.join(QUESTIONS)}")
     needs("sklearn", extra="study", what="--probe")
     target = TARGETS[QUESTIONS[asked]]
-    sample, documents = _sample(codes, pooled_rows=target.pooled, seed=seed)
+    seed = codes.manifest.seed if seed is None else seed
+    sample, unit_documents = _sample(codes, pooled_rows=target.pooled, seed=seed)
     class_M, names = _classes(codes, asked, sample)
     known = torch.from_numpy(np.flatnonzero(class_M >= 0))
     question = Question.of(sample.keep(known), class_M[known.numpy()], target.by_document)
     if len(question.asked) < 2:
-        why = "its text has no labels, or too few documents of each" if asked == "label" else "there is too little text"
+        of_label = asked.startswith("label")
+        why = "its text has no labels, or too few documents of each" if of_label else "there is too little text"
         raise UsageError(f"{codes.path} cannot be asked for the {asked.replace('_', ' ')}: {why}")
-    resampler = Resampler.of(documents, seed)
+    resampler = Resampler.of(unit_documents, seed)
     ranking = rank_features(question.sample, question.class_M, question.fold_M, question.asked, max(KS))
     columns, accuracy = sparse_columns(question.sample, ranking), {}
     for k in KS:
@@ -125,18 +135,30 @@ def _chosen(ranking: Mapping[tuple[int, int], Tensor], one: int) -> list[tuple[i
 
 
 def _sample(codes: CodeStore, *, pooled_rows: bool, seed: int) -> tuple[SampledTokens, np.ndarray]:
-    """Tokens, or passages as if each were one token, and the document of every unit; units are documents."""
-    cpu = torch.device("cpu")
+    """Tokens, or passages as if each were one token, and the document of every unit.
+
+    Units are documents; of codes that an evaluation kept they are its own.
+    """
+    cpu, of_evaluation = torch.device("cpu"), codes.manifest.kept_by == "evaluate"
     sample = TokenSample(PASSAGES if pooled_rows else TOKENS, 0, seed, cpu)
+    documents: list[np.ndarray] = []
+    real: list[np.ndarray] = []
     with progress("probe", codes.n_rows * codes.context) as bar:
         for part in codes:
+            if of_evaluation:
+                documents.append(part.documents_RT.astype(np.int64))
+                real.append((part.flags_RT & ~np.uint8(OUTLIER)) == 0)
             for piece in pieces_of(part):
                 batch, active = _batch(piece), entries_of(piece, codes.n_features)
                 sample.update(*(pooled(batch, active) if pooled_rows else (batch, active)))
                 bar.advance(piece.tokens_RT.size)
     found = sample.taken()
-    documents, unit_M = np.unique(found.document_M.numpy(), return_inverse=True)
-    return replace(found, unit_M=torch.from_numpy(unit_M)), documents
+    if of_evaluation:
+        units_RT, unit_documents = number_units(np.concatenate(documents), np.concatenate(real))
+        unit_M = units_RT[found.row_M.numpy(), found.position_M.numpy()]
+    else:
+        unit_documents, unit_M = np.unique(found.document_M.numpy(), return_inverse=True)
+    return replace(found, unit_M=torch.from_numpy(unit_M)), unit_documents
 
 
 def _batch(part: RowCodes) -> TokenBatch:
@@ -173,7 +195,7 @@ def _classes(codes: CodeStore, asked: str, sample: SampledTokens) -> tuple[np.nd
 
 
 def labels_of(codes: CodeStore, documents: np.ndarray) -> dict[int, str | None]:
-    """The labels of documents, from the text that the codes are of, or from the store of vectors without text.
+    """The labels of documents: kept with the codes, from the text they are of, or from the store of vectors.
 
     Raises:
         TextError: the text cannot be read.
@@ -181,6 +203,9 @@ def labels_of(codes: CodeStore, documents: np.ndarray) -> dict[int, str | None]:
 
     """
     manifest = codes.manifest
+    if manifest.kept_by == "evaluate":
+        labels = document_labels(codes)
+        return {int(one): labels.get(int(one)) for one in documents}
     known = manifest.of_store.text
     if not manifest.of_store.of_language_model:
         vectors = StoredVectors(ActivationStore.open(manifest.store), torch.device("cpu"))

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...system.atomic_files import remove_partials, write_file
+from ..config import CODES_FOLDER
 from ..features.page_data import embedded, payload
 from ..results import EvaluationReport, Metric
 from .chart import DARK, LIGHT, STYLES, TERMS, Panel
@@ -96,6 +97,7 @@ def render_page(
         browser_json=embedded(browser),
         browser_note=_browser_note(browser),
         all_features=features,
+        kept_codes=CODES_FOLDER if any(record.codes for record in report.records) else None,
         contents=_contents(report, panels, browser, published_table is not None),
     )
 

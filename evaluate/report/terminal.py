@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...console import format_bytes, format_duration, summary
+from ..config import CODES_FOLDER
 from ..results import MADE_OF_ANOTHER, OUTLIERS, EvaluationReport, Paired, Record
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
             "most",
             "report": page,
         }
+        if any(record.codes for record in report.records):
+            facts["codes"] = f"{outcome.folder / CODES_FOLDER}: pipeline features RUN --report {outcome.folder}"
         if "ce" in _columns(report):
             facts["uniform guess"] = f"CE = ln V = {math.log(report.model.vocab_size):.2f}"
         if report.failures:
@@ -140,6 +143,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
         "name": report.name,
         "folder": str(outcome.folder),
         "page": str(outcome.page) if outcome.page else None,
+        "codes": {record.name: str(outcome.folder / record.codes) for record in report.records if record.codes},
         "model": report.model.id,
         "tokens": report.n_tokens,
         "documents": report.n_documents,

@@ -5,10 +5,12 @@ import os
 import pickle
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import distributed
+from tcsae.evaluate.codes.store import CodeStore
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.distributed import blocks_of
 from tcsae.evaluate.one_pass import Measurement
@@ -28,6 +30,7 @@ OPTIONS = {
     "device": "cpu",
     "dtype": "float32",
     "references": ("identity_bf16", "zero_all", "untrained"),
+    "codes": True,
 }
 METRICS = '''
 import os, signal
@@ -125,6 +128,13 @@ def assert_same(found, expected, where=""):
         assert found == expected or (found != found and expected != expected), where
 
 
+def assert_same_codes(found, expected):
+    for one, other in zip(CodeStore.open(found), CodeStore.open(expected), strict=True):
+        for name in ("tokens_RT", "documents_RT", "flags_RT", "indptr", "feature_E"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+        np.testing.assert_allclose(one.value_E, other.value_E, rtol=1e-4, atol=1e-6)
+
+
 def numbers_of(report):
     return report.model_dump(exclude={"created", "seconds", "peak_memory_bytes", "machine"})
 
@@ -135,6 +145,9 @@ def test_two_workers_give_the_report_of_one_process_though_one_is_killed(place, 
     (place / "killed.armed").unlink()
     assert int((place / "killed").read_text()) != os.getpid()
     assert_same(numbers_of(outcome.report), numbers_of(alone))
+    for record in alone.records:
+        if record.kind == "sae":
+            assert_same_codes(outcome.folder / record.codes, place / "alone" / "model" / record.codes)
     record = outcome.report.record("deep", 3)
     assert record.metrics["last_row"].value == outcome.report.n_rows - 1
     assert record.metrics["probe_topic_passage_k5"].value is not None

@@ -115,6 +115,17 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(file, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_codes_that_are_kept_are_in_the_disk_of_the_evaluation(file, tmp_path, capsys):
+    kept = tmp_path / "kept.toml"
+    kept.write_text(file.read_text().replace('scale = "small"', 'scale = "small"\ncodes = true'))
+    disk = []
+    for each in (file, kept):
+        status, said = asked(capsys, each, "--dry-run", "--scale", "one", "--out", tmp_path / "out", "--device", "cpu")
+        assert status == 0
+        disk.append(said["stages"][-1]["disk_bytes"])
+    assert disk[1] - disk[0] == 2 * 4 * 16 * (17 + 8 * 4)  # SAEs, rows, context, k
+
+
 def test_a_dry_run_is_a_table_for_people(file, tmp_path, capsys):
     assert main(["study", str(file), "--dry-run", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import house
 import pytest
 import tcsae
 from tcsae.errors import RunError, UsageError
+from tcsae.evaluate.features.catalogue import codes_of
 from tcsae.evaluate.results import read_results
 from tcsae.pipeline import main
 from tcsae.study import run as study_run
@@ -91,6 +92,24 @@ def test_a_finished_study_is_only_judged_again(whole, file, monkeypatch):
         monkeypatch.setattr(study_run, name, lambda *_, **__: pytest.fail("it is finished"))
     again = tcsae.study(file, out=whole.folder, device="cpu")
     assert again.analysis == whole.analysis
+
+
+def test_codes_are_kept_where_the_file_says_so_and_no_number_changes(whole, tiny_gemma2, text, tmp_path, monkeypatch):
+    file = write_study(tmp_path / "t.toml", tiny_gemma2, text, **{'scale = "small"': 'scale = "small"\ncodes = true'})
+    shutil.copytree(whole.folder, tmp_path / "out")
+    for name in ("extract", "train"):
+        monkeypatch.setattr(study_run, name, lambda *_, **__: pytest.fail("it is finished"))
+    done = tcsae.study(file, out=tmp_path / "out", device="cpu")
+    assert done.fingerprint == whole.fingerprint  # it may be asked for afterwards
+    assert numbers(done.folder) == numbers(whole.folder)
+    (folder,) = (path.parent for path in done.folder.glob("reports/*/results.json"))
+    report = read_results(folder)
+    saes = [record for record in report.records if record.kind == "sae"]
+    assert len(saes) == 12
+    for record in saes:
+        assert codes_of(record.sae.path, report=str(folder)).n_rows == report.n_rows
+    monkeypatch.setattr(study_run, "evaluate", lambda *_, **__: pytest.fail("it is finished"))
+    tcsae.study(file, out=done.folder, device="cpu")
 
 
 KILLS = {

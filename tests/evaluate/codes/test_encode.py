@@ -34,7 +34,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr("tcsae.evaluate.codes.format._ENTRIES", 100)
     monkeypatch.setattr("tcsae.evaluate.codes.format._BOUNDS", 64)
     monkeypatch.setattr("tcsae.evaluate.codes.format._TOKENS", 7 * 16)
-    monkeypatch.setattr(module, "_PART_TOKENS", 5 * 16)
+    monkeypatch.setattr("tcsae.evaluate.codes.writer._PART_TOKENS", 5 * 16)
     monkeypatch.setattr(module, "_DENSE_BYTES", 3 * 16 * 24 * 4)
 
 
@@ -109,7 +109,7 @@ KILLED = """
 import os, signal
 from tcsae.evaluate.codes import encode as module, format, writer
 format._ENTRIES, format._BOUNDS, format._TOKENS = 100, 64, 7 * 16
-module._PART_TOKENS, module._DENSE_BYTES = 5 * 16, 3 * 16 * 24 * 4
+writer._PART_TOKENS, module._DENSE_BYTES = 5 * 16, 3 * 16 * 24 * 4
 left = [int(arguments[1])]
 from tcsae.cache.storage.local import LocalPlace
 def dying(method):
@@ -165,7 +165,7 @@ def test_damage_is_noticed_on_reading(tmp_path):
     with pytest.raises(StoreError, match=r"values/c\.0 is damaged"):
         list(CodeStore.open(codes))
     first.write_bytes(second.read_bytes())  # sound by itself, in the wrong place
-    with pytest.raises(StoreError, match=r"values is damaged in rows 0 to 6: encode again with --fresh"):
+    with pytest.raises(StoreError, match=r"values is damaged in rows 0 to 6: write these codes again with --fresh"):
         list(CodeStore.open(codes))
     first.unlink()
     with pytest.raises(StoreError, match=r"values/c\.0 is missing"):
@@ -311,3 +311,14 @@ def test_ls_and_rm_know_codes(tmp_path, capsys):
     assert entry["state"] == "of run, layer 3, 40 rows"
     assert main(["rm", str(out), "--yes", "--within", str(tmp_path)]) == 0
     assert not out.exists()
+
+
+def test_tokens_of_conversations_count_whoever_says_them(tmp_path):
+    store = make_store(tmp_path, rows=20, turns=True)
+    run = random_run(tmp_path / "run", store)
+    encode_run(EncodeConfig(str(run)))
+    flags = ActivationStore.open(store).flags(0, 20)
+    found = zarr.open_group(str(run / "codes.zarr"), mode="r")["flags"][:]
+    np.testing.assert_array_equal(found & SPECIAL, flags & SPECIAL)
+    assert (found == 0).sum() > 0.9 * (flags & SPECIAL == 0).sum()
+    assert (dense(run / "codes.zarr")[found == 0] != 0).any(-1).all()
