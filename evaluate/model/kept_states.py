@@ -52,12 +52,15 @@ class KeptStates:
                     f"{format_bytes(limit)} of --keep-states: the next evaluation on it runs the model again"
                 )
             return None
-        others = [other for other in folder.parents[1].glob(f"*/{STATES_FOLDER}") if other != folder]
-        others.sort(key=lambda other: other.stat().st_mtime)
-        sizes = [sum(file.stat().st_size for file in other.iterdir()) for other in others]
-        while others and sum(sizes) + needed > limit:
-            shutil.rmtree(others.pop(0), ignore_errors=True)
-            sizes.pop(0)
+        if not folder.exists():
+            note(
+                f"the model's states on this text, {format_bytes(needed)}, are kept in {folder}: the next evaluation on "
+                "it reads them (--keep-states)"
+            )
+        others = sorted(_age_and_size(other) for other in folder.parents[1].glob(f"*/{STATES_FOLDER}"))
+        others = [other for other in others if other[2] != folder]
+        while others and sum(size for _, size, _ in others) + needed > limit:
+            shutil.rmtree(others.pop(0)[2], ignore_errors=True)
         return cls(folder)
 
     def get(self, rows: slice, names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
@@ -89,6 +92,14 @@ class KeptStates:
     @staticmethod
     def _path(folder: Path, rows: slice, name: str) -> Path:
         return folder / f"{rows.start:07d}-{name}.safetensors"
+
+
+def _age_and_size(folder: Path) -> tuple[float, int, Path]:
+    """When it was last used, and bytes; of a folder that another process has just removed, none."""
+    try:
+        return folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder
+    except FileNotFoundError:
+        return 0.0, 0, folder
 
 
 def _read(path: Path) -> Tensor | None:
