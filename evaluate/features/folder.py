@@ -409,12 +409,17 @@ def words_of(pieces: Sequence[str], values: np.ndarray, least: float = -np.inf) 
         least: words of a smaller one are left out.
 
     """
+    found = list(_WORD.finditer("".join(pieces)))
+    if not found:
+        return
     ends = np.cumsum([len(piece) for piece in pieces])
-    for match in _WORD.finditer("".join(pieces)):
-        first, last = np.searchsorted(ends, (match.start(), match.end() - 1), side="right")
-        most = float(values[first : last + 1].max())
-        if most >= least:
-            yield match[0].lower(), most
+    first_W = np.searchsorted(ends, [match.start() for match in found], side="right")
+    last_W = np.searchsorted(ends, [match.end() - 1 for match in found], side="right")
+    # The largest of every stretch first … last at once: of pairs of bounds, every second result is between two words.
+    bounds = np.stack([first_W, last_W + 1], axis=1).reshape(-1)
+    most_W = np.maximum.reduceat(np.append(values, -np.inf), bounds)[::2]
+    for at in np.flatnonzero(most_W >= least):
+        yield found[at][0].lower(), float(most_W[at])
 
 
 # Letters and digits, and what joins them inside a word: well-known, o'clock, 3.5.

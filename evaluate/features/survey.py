@@ -35,6 +35,7 @@ BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 64, 2, -12
 TOGETHER, NEIGHBOURS = 6, 6
 _PAIRS = 20_000_000  # of entries on one token that co-activation is counted from
 _ENTRIES_AT_ONCE = 200_000
+_PAIRS_AT_ONCE = 4_000_000
 _STRONGEST_OF_TOKEN = 128  # entries of a token that enter co-activation
 _LEAST = 1e-6  # correlation of being active
 _FEWEST = 3  # tokens that two features share, below which nothing is said
@@ -357,6 +358,7 @@ class _Together:
     def __init__(self, n_features: int, share: float):
         self._n, self._share = n_features, share
         self._key, self._both = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._new: list[np.ndarray] = []  # pairs that are not counted yet
         self._count_F = np.zeros(n_features)
         self.n_tokens = 0
 
@@ -375,13 +377,20 @@ class _Together:
             if not same.any():
                 break
             keys.append(feature[:-shift][same] * self._n + feature[shift:][same])
-        if keys:
-            key, both = np.unique(np.concatenate([*keys, self._key]), return_inverse=True)
-            weight = np.concatenate([np.ones(sum(map(len, keys)), np.int64), self._both])
-            self._key, self._both = key, np.bincount(both, weight).astype(np.int64)
+        self._new += keys
+        if sum(map(len, self._new)) > max(_PAIRS_AT_ONCE, len(self._key)):  # to sort the known ones again is the cost
+            self._count()
+
+    def _count(self) -> None:
+        """Count the new pairs among the known ones."""
+        if self._new:
+            key, both = np.unique(np.concatenate([*self._new, self._key]), return_inverse=True)
+            weight = np.concatenate([np.ones(sum(map(len, self._new)), np.int64), self._both])
+            self._key, self._both, self._new = key, np.bincount(both, weight).astype(np.int64), []
 
     def strongest(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The n features of the highest correlation (phi) of being active with each: numbers, values [F, n]."""
+        self._count()
         keep = self._both >= _FEWEST
         a, b, both = self._key[keep] // self._n, self._key[keep] % self._n, self._both[keep].astype(np.float64)
         total = max(self.n_tokens, 1)

@@ -82,9 +82,7 @@ def test_the_command_prints_and_names_features(run, labelled, capsys):
 
 def test_what_cannot_be_asked_is_a_sentence(run, monkeypatch, tmp_path):
     codes = CodeStore.open(run / "codes.zarr")
-    with pytest.raises(
-        UsageError, match="there is no probe 'mood': choose one of label, label_token, token_class, position"
-    ):
+    with pytest.raises(UsageError, match="no probe 'mood': choose one of label, label_token, token_class, position"):
         probe(codes, "mood")
     monkeypatch.setattr(module, "labels_of", lambda codes, documents: {int(one): None for one in documents})
     with pytest.raises(UsageError, match="cannot be asked for the label: its text has no labels, or too few documents"):
