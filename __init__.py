@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # the same names once more, for editors and type checkers
     from .evaluate.finetune.run import FinetuneSummary as FinetuneSummary
     from .evaluate.flat import Report as Report
     from .evaluate.metrics.registry import metric as metric
-    from .evaluate.report.panels.registry import panel as panel
     from .evaluate.prune.config import PruneConfig as PruneConfig
     from .evaluate.prune.run import PruneSummary as PruneSummary
+    from .evaluate.report.panels.registry import panel as panel
     from .evaluate.results import EvaluationReport as EvaluationReport
     from .evaluate.run import Outcome as Outcome
     from .extract.config import ExtractConfig as ExtractConfig

@@ -172,9 +172,7 @@ def finetune(
         return finetune_run(_either(given, options, lambda: finetune_config(folder, **options)))
 
 
-def prune(
-    run: str | Path | PruneConfig, *, progress: bool = False, **options: Unpack[PruneOptions]
-) -> PruneSummary:
+def prune(run: str | Path | PruneConfig, *, progress: bool = False, **options: Unpack[PruneOptions]) -> PruneSummary:
     """Merge near-duplicate features of a run and drop position-locked ones, as ``pipeline prune`` does.
 
     ``tcsae.prune("runs/l12-topk64-none-s0", min_cosine=0.95).merged``

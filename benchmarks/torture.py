@@ -9,7 +9,6 @@ the same bytes, damage is named, and every failure is one sentence. Stores have 
 device need root and are left out without it.
 """
 
-
 from __future__ import annotations
 
 import argparse

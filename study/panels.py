@@ -310,8 +310,8 @@ def alone_caption(analysis: Analysis) -> str:
     """How trainings in processes of their own were made."""
     each = analysis.alone[0]
     return (
-        f"Trained once more for {each.steps:,} steps, for this alone: each SAE in {in_processes(each.repeats)}. Memory is "
-        f"what the training added to the {each.held_bytes / 1e6:.0f} MB that Python and libraries held before it."
+        f"Trained once more for {each.steps:,} steps, for this alone: each SAE in {in_processes(each.repeats)}. Memory "
+        f"is what the training added to the {each.held_bytes / 1e6:.0f} MB that Python and libraries held before it."
     )
 
 

@@ -22,7 +22,7 @@ from tcsae.study.state import read_state
 from tcsae.study.status import study_status
 from tcsae.train.run_folder.record import load_run
 from tiny import tiny_corpus
-from tiny_study import without_figures, write_study
+from tiny_study import quickly, write_study
 
 MEMBERS = [
     f"l{layer}-{variant}-s{seed}" for layer in (1, 2) for variant in ("none", "next", "shuffled") for seed in (0, 1)
@@ -30,8 +30,8 @@ MEMBERS = [
 
 
 @pytest.fixture(autouse=True)
-def _without_figures(monkeypatch):
-    without_figures(monkeypatch)
+def _quickly(monkeypatch):
+    quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def whole(tmp_path_factory, file):
     """An uninterrupted study."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
+        quickly(patch)
         return tcsae.study(file, out=out, device="cpu")
 
 
@@ -230,7 +230,7 @@ def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_
         "none": 2.5e6, "next": 3.5e6, "shuffled": None
     }  # fmt: skip
     page = done.page.read_text()
-    assert "for this alone: each SAE in a process of its own. Memory is" in page
+    assert "for this alone: each SAE in a process of its own. Memory " in page
     assert "<td>2.5 MB</td>" in page
     assert "| variant, trained alone |" in document([done.analysis])
     assert read_state(done.folder).stage(name).units == 2, "the failed try told nothing"
