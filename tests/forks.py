@@ -18,6 +18,10 @@ torch.use_deterministic_algorithms(True)
 import tcsae.evaluate.codes.encode, tcsae.evaluate.run, tcsae.extract.run, tcsae.pipeline
 import tcsae.study.run, tcsae.train.run
 import transformers.modeling_utils
+sys.path.insert(0, os.environ["TESTS"])
+import pytest
+from quick_probes import quick_probes
+quick_probes(pytest.MonkeyPatch())
 for line in sys.stdin:
     code, arguments, said = json.loads(line)
     pid = os.fork()
@@ -60,6 +64,7 @@ class Forks:
         if self._server is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            environment["TESTS"] = str(Path(__file__).parent)
             self._server = subprocess.Popen([sys.executable, "-c", _SERVER], env=environment, **pipes)
         if self._last is not None:
             self._last.end()  # of a test that failed

@@ -7,6 +7,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+from quick_probes import quick_probes
 from tcsae.cache.format.layout import of_role
 from tcsae.errors import UsageError
 from tcsae.evaluate import run as run_module
@@ -40,6 +41,7 @@ CURVES = {"features": {"density"}, "temporal": {"lag_autocorrelation"}, "positio
 def _no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
+        quick_probes(patch)
         yield
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_probes import quick_probes
 from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, UNTRAINED_TWINS, EvaluateConfig
@@ -23,8 +24,9 @@ SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_figures():
-    """Their files take longer than everything else here and have tests of their own."""
+    """Neither figures nor fits of probes: they take longer than everything else here and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
+        quick_probes(patch)
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
         yield
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from quick_probes import quick_probes
 from tcsae.errors import UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, REFERENCES_FOLDER, EvaluateConfig, evaluate_config
@@ -30,6 +31,7 @@ SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32", "qu
 def _no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
+        quick_probes(patch)
         yield
 
 

@@ -23,7 +23,7 @@ from tcsae.study.state import check_free, read_state
 from tcsae.study.status import study_status
 from tcsae.train.run_folder.record import load_run
 from tiny import tiny_corpus
-from tiny_study import without_figures, write_study
+from tiny_study import quickly, write_study
 
 MEMBERS = [
     f"l{layer}-{variant}-s{seed}" for layer in (1, 2) for variant in ("none", "next", "shuffled") for seed in (0, 1)
@@ -31,8 +31,8 @@ MEMBERS = [
 
 
 @pytest.fixture(autouse=True)
-def _without_figures(monkeypatch):
-    without_figures(monkeypatch)
+def _quickly(monkeypatch):
+    quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def whole(tmp_path_factory, file):
     """An uninterrupted study."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        without_figures(patch)
+        quickly(patch)
         return tcsae.study(file, out=out, device="cpu")
 
 
