@@ -54,8 +54,8 @@ class KeptStates:
             return None
         if not folder.exists():
             note(
-                f"the model's states on this text, {format_bytes(needed)}, are kept in {folder}: the next evaluation on "
-                "it reads them (--keep-states)"
+                f"the model's states on this text, {format_bytes(needed)}, are kept in {folder}: the next evaluation "
+                "reads them (--keep-states)"
             )
         others = sorted(_age_and_size(other) for other in folder.parents[1].glob(f"*/{STATES_FOLDER}"))
         others = [other for other in others if other[2] != folder]
