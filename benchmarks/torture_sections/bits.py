@@ -10,7 +10,10 @@ from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 
+import torch
 from tcsae.errors import TcsaeError
+from tcsae.evaluate.config import REFERENCES_FOLDER
+from tcsae.evaluate.model.kept_states import KeptStates
 from tcsae.evaluate.results import read_results
 from tcsae.evaluate.table_row import MeasuredRow
 from tcsae.train.formats.locate import read_sae
@@ -55,7 +58,27 @@ def flips(scene: Scene) -> Iterator[Tally]:
         named = found is None and "measured again" in said.getvalue()
         tally.count(named or repr(found) == kept, f"try {number} is believed")
     yield tally
+    yield _flipped_states(scene, next((report.parent / REFERENCES_FOLDER).rglob("*.safetensors")))
     yield _flipped_checkpoints(scene)
+
+
+def _flipped_states(scene: Scene, kept: Path) -> Tally:
+    tally = Tally("flipped bit · kept state of the model", "computed again, with a warning, or without effect")
+    start, name = kept.stem.split("-", 1)
+
+    def read(folder: Path) -> torch.Tensor | None:
+        found = KeptStates(folder).get(slice(int(start), None), [name], torch.device("cpu"))
+        return None if found is None else found[name]
+
+    expected = read(kept.parent)
+    assert expected is not None
+    for number in range(scene.times(200)):
+        case = _flipped_copy(kept.parent, scene.base / "flip", kept.name, scene.dice("states", number))
+        with redirect_stderr(io.StringIO()) as said:
+            found = read(case)
+        named = found is None and "cannot be used" in said.getvalue()
+        tally.count(named or (found is not None and torch.equal(found, expected)), f"try {number} is believed")
+    return tally
 
 
 def _flipped_checkpoints(scene: Scene) -> Tally:
