@@ -10,7 +10,9 @@ from page import Page, data_of
 from tcsae.cache.arrays.config import import_config
 from tcsae.cache.arrays.run import import_array
 from tcsae.errors import RunError
+from tcsae.evaluate.codes.beside_report import document_labels
 from tcsae.evaluate.config import EvaluateConfig
+from tcsae.evaluate.features.catalogue import codes_of
 from tcsae.evaluate.results import read_results
 from tcsae.evaluate.run import evaluate
 from tcsae.on_disk import entries
@@ -161,3 +163,16 @@ def test_vectors_without_tokens_have_no_same_token(place, tmp_path):
     record = next(record for record in found.report.records if record.role == "tc")
     assert record.metrics["explained_variance"].value is not None
     assert record.metrics["same_token"].value is None
+
+
+def test_codes_of_held_out_vectors_are_kept_with_their_labels(place, outcome, tmp_path):
+    config = EvaluateConfig(runs_folder=str(place / "runs"), out=str(tmp_path), codes=True, **SMALL)
+    (found,) = evaluate(config)
+    for record in found.report.records:
+        if record.kind == "sae":
+            codes = codes_of(record.sae.path, report=str(found.folder))
+            l0 = record.metrics["l0_without_outliers"]
+            assert codes.n_entries / l0.n == pytest.approx(l0.value)
+            assert set(document_labels(codes).values()) == {"c0", "c1"}
+            assert (codes.manifest.trained_rows, codes.manifest.store) == (0, f"{place}/cache/net.held-out.zarr")
+            assert record.metrics == outcome.report.record(record.name, record.layer, record.site).metrics
