@@ -19,6 +19,7 @@ from measures import CONTEXT, batch_of
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
 from tcsae.evaluate.metrics.all import families
 from tcsae.evaluate.metrics.redundancy import BLOCK
+from tcsae.system.dense_product import linear
 from tcsae.train.sae.activation import Activation
 from tcsae.train.sae.temporal_sae import TemporalSAE
 from torch import Tensor
@@ -29,7 +30,7 @@ def products(W_dec: Tensor) -> float:
     start = time.process_time()
     for first in range(0, len(W_dec), BLOCK):
         for other in range(first, len(W_dec), BLOCK):
-            W_dec[first : first + BLOCK] @ W_dec[other : other + BLOCK].T
+            linear(W_dec[first : first + BLOCK], W_dec[other : other + BLOCK])
     return time.process_time() - start
 
 

@@ -128,8 +128,11 @@ class PoolReader:
     def _chunks(self, epoch: int, pool: int) -> list[int]:
         """The chunks of a pool. The order of an epoch is kept until another one is asked for."""
         if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._store.layout.chunks_for(self.rows))
-            self._order = epoch, order.astype(np.int32) if len(order) < 1 << 31 else order
+            n_chunks = self._store.layout.chunks_for(self.rows)
+            # As permutation() draws it, which would hold 8 bytes per chunk.
+            order = np.arange(n_chunks, dtype=np.int32 if n_chunks < 1 << 31 else np.int64)
+            np.random.default_rng([self._seed, epoch]).shuffle(order)
+            self._order = epoch, order
         order = self._order[1]
         size, longer = divmod(len(order), self.pools)  # as np.array_split divides: the first pools have one more
         start = pool * size + min(pool, longer)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...system.dense_product import linear
 from ...train.sae.protocol import SparseCoder
 from ..protocol import Findings, State, TokenBatch, held, plain_metric
 from ..results import NO_INTERVAL, Definition
@@ -185,7 +186,7 @@ def _unit_rows(W_dec: Tensor, alive_F: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _cosines_by_block(block_BD: Tensor, unit_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
     for other in range(0, len(unit_KD), BLOCK):
-        yield other, block_BD @ unit_KD[other : other + BLOCK].T
+        yield other, linear(block_BD, unit_KD[other : other + BLOCK])
 
 
 def duplicate_groups(W_dec: Tensor, energy_F: Tensor, *, min_cosine: float = NEAR_DUPLICATE) -> Tensor:
