@@ -89,23 +89,20 @@ def _scores(row: MeasuredRow, others: Sequence[MeasuredRow], floor: MeasuredRow 
             other = _reference(others, row.location, reference)
             if other is None:
                 continue
-            both_U = _both(own["ce"], other.sums["ce" + suffix])
-            counted = round(float(own["ce"].denominator_U.sum()))
-            shared = round(float(_within(own["ce"].denominator_U, both_U).sum()))
-            if not shared:
+            both_U, n_U = _both(own["ce"], other.sums["ce" + suffix]), own["ce"].denominator_U
+            if not both_U.any():
                 continue
+            n = round(float(n_U.sum()))
             ce_U, kl_U = (_within(other.sums[name + suffix].numerator_U, both_U) for name in ("ce", "kl"))
-            if counted == shared:
-                scores = (("ce", ce_U - own["ce"].numerator_U, ce_U - own["ce_clean"].numerator_U),)
-                scores += (("kl", kl_U - own["kl"].numerator_U, kl_U),)
-            else:  # the reference was spliced into a share of the rows: what it loses there stands for all rows
-                gap_U = (ce_U - _within(own["ce_clean"].numerator_U, both_U)) * (counted / shared)
-                kl_U *= counted / shared
-                lost_U = own["ce"].numerator_U - own["ce_clean"].numerator_U
-                scores = (("ce", gap_U - lost_U, gap_U), ("kl", kl_U - own["kl"].numerator_U, kl_U))
-            for name, above, below in scores:
+            gaps = {"ce": ce_U - _within(own["ce_clean"].numerator_U, both_U), "kl": kl_U}
+            lost = {"ce": own["ce"].numerator_U - own["ce_clean"].numerator_U, "kl": own["kl"].numerator_U}
+            for name, gap_U in gaps.items():
                 key = f"{name}_score_{reference}{suffix}"
-                sums[key] = UnitSums(above, below, "1", key, n=counted)
+                if both_U[n_U > 0].all():
+                    sums[key] = UnitSums(gap_U - lost[name], gap_U, "1", key, n=n)
+                elif gap := float(gap_U.sum() / n_U[both_U].sum()):
+                    # The reference was spliced into a share of the rows: what it loses per token there, as known.
+                    sums[key] = UnitSums(lost[name], n_U, "1", key, 1.0, -1 / gap, n)
         if floor is not None:
             key = "kl_noise_floor" + suffix
             sums[key] = replace(floor.sums["kl" + suffix], definition=key)
