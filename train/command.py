@@ -188,8 +188,9 @@ def train(
     swept = rivals or any(key.startswith("temporal") for key in grid)
     if chosen.temporal == TemporalConfig() and chosen.run.baseline and not swept:
         note(
-            "the default term is there to be compared with its twin: no study so far shows that it helps "
-            "(docs/RESULTS.md); to use an SAE, take the twin, or train with --temporal none"
+            "the default term is there to be compared with its twin: the studies so far find one thing that it does "
+            "better than all controls, seams between documents, and others that it does worse (docs/RESULTS.md); to "
+            "use an SAE for anything else, take the twin, or train with --temporal none"
         )
     if done.failures:
         raise typer.Exit(1)
