@@ -26,6 +26,7 @@ from .table_row import MADE_OF, MeasuredRow, row_of_zero_sae
 MEASURING = (
     *("evaluate/features", "evaluate/intervals", "evaluate/metrics", "evaluate/model"),
     *("evaluate/one_pass.py", "evaluate/protocol.py", "evaluate/table_row.py", "extract/model", "train/sae"),
+    "system/dense_product.py",
 )
 """The source that rows are made by: files, and folders with all their files."""
 _NOT_MEASURING = {"report panel", "temporal term", "partner"}

@@ -148,7 +148,9 @@ class _Evaluation:
         splices = config.splice_rows if self.text.spliced_R is not None else 0
         seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
         settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
-        arithmetic = (self.source.device.type, torch.__version__, measuring_code(self.plugins, of_saes=False))
+        # A folder of reports may be shared by machines whose libraries round in different ways.
+        kind = (self.source.device.type, torch.backends.cpu.get_cpu_capability(), torch.__version__)
+        arithmetic = (*kind, measuring_code(self.plugins, of_saes=False))
         self.shared = SharedReferences(Path(config.out), (*seen, *arithmetic), settings, quick=config.quick)
         facts = (*seen, *settings)
         self.codes = self._codes(identity, fingerprint_of(facts))

@@ -9,7 +9,7 @@ import torch
 from tcsae.extract.model import fast_linear
 from tcsae.extract.model.fast_linear import FastLinear, speed_up
 from tcsae.system import dense_product
-from tcsae.system.dense_product import linear, prefers_onednn
+from tcsae.system.dense_product import linear
 from torch import nn
 
 SHAPES = [(7, 5), (2, 3, 5), (1, 1, 5), (0, 5), (4, 0, 5), (5,)]
@@ -66,7 +66,3 @@ def test_gradients_are_there_where_they_are_wanted():
     weight = model[0].requires_grad_(True).weight
     (to_weight,) = torch.autograd.grad(model(x.detach()).square().sum(), weight)
     assert to_weight.shape == weight.shape
-
-
-def test_the_choice_is_fixed_for_a_machine():
-    assert prefers_onednn() is prefers_onednn()
