@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from .pipeline import command
 
-from .pipeline import main
-
-sys.exit(main())
+command()

@@ -7,11 +7,13 @@ they run, so that ``pipeline --help`` answers at once. This file holds what they
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -156,9 +158,10 @@ def _options(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; the console script ``pipeline`` calls this."""
+    """Run the command line and return its exit status."""
     # Asked for anywhere on the line, since that is where people type them: `pipeline extract … --debug`.
     args = list(sys.argv[1:] if argv is None else argv)
+    _look_seldom_for_garbage()
     _open_standard_streams()
     shared = [arg for arg in args if arg in ("--debug", "--quiet", "-q")]
     args = shared + [arg for arg in args if arg not in shared]
@@ -195,6 +198,13 @@ def _status(args: list[str], *, debug: bool) -> int:
         return 1
 
 
+def _look_seldom_for_garbage() -> None:
+    """Thousands of modules are imported and none is garbage: to look through them again and again takes a second of a
+    command that needs transformers.
+    """
+    gc.set_threshold(10_000)
+
+
 def _open_standard_streams() -> None:
     """Closed ones lead nowhere, so that no file of ours gets their number; what an encoding lacks becomes a ``?``."""
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
@@ -212,5 +222,17 @@ def _last_words(stopped: BaseException) -> str:
     return str(stopped) or "What was committed stays; the same command goes on from there."
 
 
+def command() -> NoReturn:
+    """What the console script ``pipeline`` calls: :func:`main`, then the end of the process."""
+    status = main()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.exit(status)  # the usual way, in which Python says what is wrong with them
+    os._exit(status)  # nothing is left but to take thousands of modules apart one by one, which takes a second
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -33,7 +33,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.console import parse_count
 from tcsae.extract.assets import demo_model
 
-CONTEXT, BATCH_ROWS = 128, 16
+CONTEXT, BATCH_ROWS = 128, 16  # of a batch; ours takes as many of them at once as it likes
 SIX = 6
 
 
@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("race"), help="emptied first")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--tokens", type=parse_count, default=131_072)
+    parser.add_argument("--peer-batch-rows", type=int, default=BATCH_ROWS, help="rows of a pass of SAELens'")
     parser.add_argument("--eval-rows", type=int, default=64)
     parser.add_argument("--layer", type=int, default=8)
     parser.add_argument("--width", type=int, default=4096)
@@ -139,7 +140,7 @@ def prepare(race: Race) -> dict[str, Any]:
         "hook": f"model.layers.{args.layer}",
         "d_in": store.d_model,
         "context": CONTEXT,
-        "batch_rows": BATCH_ROWS,
+        "batch_rows": args.peer_batch_rows,
         "rows": f"{folder}/parquet",
         "held_out": f"{folder}/eval.parquet",
         "rows_in_all": args.eval_rows,
@@ -162,7 +163,7 @@ def as_dataset(tokens_RT: np.ndarray) -> Dataset:
 
 def our_extraction(args: argparse.Namespace) -> list[str]:
     words = ["extract", "--model", "demo", "--dataset", "demo", "--layers", str(args.layer), "--dtype", "float32"]
-    words += ["--tokens", str(args.tokens), "--context", str(CONTEXT), "--batch-size", str(BATCH_ROWS)]
+    words += ["--tokens", str(args.tokens), "--context", str(CONTEXT)]
     return [*words, "--held-out", "0.15"]
 
 

@@ -49,6 +49,11 @@ class CandidateMaker:
     cards: int
     """Features of each SAE that the report describes."""
 
+    @property
+    def rows_at_once(self) -> int:
+        """Of a pass."""
+        return self.config.rows_at_once(self.device.type, self.context)
+
     def load(self, wanted: Wanted, survey: Survey) -> SparseCoder | None:
         """The SAE, on the device; None of a reference without features.
 
@@ -160,10 +165,10 @@ class ThisProcess:
 
     def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
         """As of any process."""
-        return survey(self.source.untouched(self.text), self.text, locations, self.maker.config.batch_rows)
+        return survey(self.source.untouched(self.text), self.text, locations, self.maker.rows_at_once)
 
     def measure(self, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         """As of any process."""
         measurement = self.source.measurement(self.text, list(candidates))
-        measurement.run(self.maker.config.batch_rows, bar)
+        measurement.run(self.maker.rows_at_once, bar)
         return measurement.failures

@@ -245,7 +245,7 @@ class Workers:
     def _each_block(self, task: Callable[[slice], tuple[Any, ...]]) -> Generator[tuple[slice, Any]]:
         """Hand out the task of every block of rows, a few ahead, and yield their results in the order of the text."""
         pending: deque[tuple[Any, slice]] = deque()
-        blocks = deque(blocks_of(len(self._text), self._job.config.batch_rows, self._threads))
+        blocks = deque(blocks_of(len(self._text), self._maker.rows_at_once, self._threads))
         try:
             while blocks or pending:
                 while blocks and len(pending) < self._threads * _AHEAD:
@@ -272,7 +272,7 @@ class Workers:
         measurement = self._source.measurement(self._text, list(beside.values()))
         measurement.splices = False
         with progress("evaluate in this process", len(self._text) * self._text.context) as bar:
-            measurement.run(self._maker.config.batch_rows, bar)
+            measurement.run(self._maker.rows_at_once, bar)
         for candidate in candidates:
             more = beside[candidate.key].accumulators if candidate.key in beside else {}
             candidate.accumulators |= {f"{name} here": each for name, each in more.items()}
@@ -344,7 +344,7 @@ class _Worker:
             candidates.append(self.maker.make(key, wanted, self._saes[key], survey, share_R))
         measurement = self.source.measurement(part, candidates)
         with progress("evaluate", len(part) * part.context) as bar:
-            measurement.run(job.config.batch_rows, bar)
+            measurement.run(self.maker.rows_at_once, bar)
         states = {candidate.key: _packed(candidate.state()) for candidate in measurement.candidates}
         return _Measured(states, measurement.failures)
 
@@ -368,7 +368,7 @@ def _look_at_rows(
 
     def look(worker: _Worker) -> dict[Location, bytes]:
         looks = {at: Look(norm) for at, norm in apart.items()}
-        look_at(worker.source.activations, part, looks, job.config.batch_rows)
+        look_at(worker.source.activations, part, looks, worker.maker.rows_at_once)
         return {at: _packed(one.state()) for at, one in looks.items()}
 
     return _returned(job, look)

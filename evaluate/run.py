@@ -146,7 +146,8 @@ class _Evaluation:
             self._say(f"a first look: references are spliced into {rows}, and their losses there stand for all")
         model = self.source.facts
         splices = config.splice_rows if self.text.spliced_R is not None else 0
-        seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
+        self.at_once = config.rows_at_once(self.source.device.type, self.text.context)
+        seen = (model.fingerprint, model.dtype, self.text.fingerprint, self.at_once, splices)
         settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
         # A folder of reports may be shared by machines whose libraries round in different ways.
         kind = (self.source.device.type, torch.backends.cpu.get_cpu_capability(), torch.__version__)
@@ -167,7 +168,7 @@ class _Evaluation:
             rows = f"{self.rows.without_codes} rows are" if many else "1 row is"
             note(f"{rows} measured again: {'their' if many else 'its'} codes were not kept")
         if self.rows.missing:
-            with within_memory(config.batch_rows):
+            with within_memory(self.at_once):
                 self._measure()
         report = compose(
             self.rows.finished,
@@ -209,7 +210,7 @@ class _Evaluation:
             for subject in self.group.subjects:
                 if subject.facts.source != "run":
                     self._say(f"the codes of {subject.name} are not kept: it is no run of this program")
-        execution = Execution(batch_size=config.batch_rows, threads=torch.get_num_threads(), device=source.device.type)
+        execution = Execution(batch_size=self.at_once, threads=torch.get_num_threads(), device=source.device.type)
         of_text = (self.text, identity, source.identity, fingerprint, config.seed, execution)
         measured = MeasuredText(*of_text, self.group.vectors or "", source.trained_on)
         return ReportCodes(self.folder, measured, wanted=config.codes)

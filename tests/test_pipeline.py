@@ -126,6 +126,23 @@ def test_the_package_runs_as_a_module_and_says_its_version():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
+def test_what_is_left_for_the_end_of_the_process_is_done():
+    code = """
+import atexit, sys
+from tcsae import pipeline
+atexit.register(print, "last")
+sys.argv = ["pipeline", sys.argv[1]]
+pipeline.command()
+"""
+
+    def ended(argument):
+        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    assert ended("--version") == (0, [__version__, "last"])
+    assert ended("--no-such-option") == (2, ["last"])
+
+
 def test_a_shell_completes_options_without_importing_torch():
     words = {"_PIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": "pipeline train --temporal-", "COMP_CWORD": "2"}
     done = asked(**words, PYTHONPROFILEIMPORTTIME="1")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife
@@ -77,7 +78,7 @@ class FeatureStatistics:
     def __init__(self, sae: SparseCoder, *, context: int, seed: int):  # noqa: ARG002 - every accumulator is made alike
         self._sae = sae
         size, device = sae.n_features, sae.W_dec.device
-        self._norm_F = sae.W_dec.detach().double().norm(dim=1)
+        self._norm_F = vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float64)
         self._tokens_G = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self._active_GF = torch.zeros(GROUPS, size, dtype=torch.float64, device=device)
         self._sum_F = torch.zeros(size, dtype=torch.float64, device=device)
@@ -152,12 +153,11 @@ class FeatureStatistics:
         sae, entries = self._sae, int(self._active_GF.sum())
         largest = float((self._max_F * self._norm_F).max())
         width = self._sae.n_features
+        encoder_F = vector_norm(sae.W_enc.detach(), dim=0, dtype=torch.float64)
         return {
             "max_activation": plain_metric(DEFINITIONS, "max_activation", largest if entries else None, entries),
             "decoder_norm": plain_metric(DEFINITIONS, "decoder_norm", float(self._norm_F.mean()), width),
-            "encoder_norm": plain_metric(
-                DEFINITIONS, "encoder_norm", float(sae.W_enc.detach().double().norm(dim=0).mean()), width
-            ),
+            "encoder_norm": plain_metric(DEFINITIONS, "encoder_norm", float(encoder_F.mean()), width),
             "decoder_bias_norm": plain_metric(
                 DEFINITIONS, "decoder_bias_norm", float(sae.b_dec.detach().double().norm()), 1
             ),

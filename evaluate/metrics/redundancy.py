@@ -7,8 +7,7 @@ features is compared with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -122,24 +121,28 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
     if len(kept_K) < 2:
         return neighbour, cosine
     best_K = torch.full((len(kept_K),), -2.0, device=device)
-    where_K = torch.zeros(len(kept_K), dtype=torch.int64, device=device)
+    block_K = torch.zeros(len(kept_K), dtype=torch.int64, device=device)
 
-    def update(start: int, value: Tensor, index: Callable[[Tensor], Tensor]) -> None:
-        mine = slice(start, start + len(value))
-        better = (value > best_K[mine]).nonzero().squeeze(1)
-        best_K[mine][better] = value[better]
-        where_K[mine][better] = index(better)
+    def update(mine: int, value: Tensor, other: int) -> None:
+        rows = slice(mine, mine + len(value))
+        block_K[rows].masked_fill_(value > best_K[rows], other)
+        torch.maximum(best_K[rows], value, out=best_K[rows])
 
     for start in range(0, len(kept_K), BLOCK):
         for other, similar in _cosines_by_block(unit_KD[start : start + BLOCK], unit_KD[start:]):
             if other == 0:
                 similar.fill_diagonal_(-2.0)
-            value, index = similar.max(dim=1)
-            update(start, value, lambda rows, index=index, first=start + other: index[rows] + first)
-            # The other half of a symmetric matrix that is computed but once. Down the columns the place of a maximum
-            # costs three times as much as the maximum: it is looked for only where it is needed.
-            at_column = partial(_largest_at, similar, start)
-            update(start + other, similar.amax(dim=0), at_column)
+            update(start, similar.amax(dim=1), start + other)
+            update(start + other, similar.amax(dim=0), start)  # the other half of a symmetric matrix
+    # Which row it is: a place costs several times as much as a maximum, so it is looked for in one block alone.
+    where_K = torch.zeros_like(block_K)
+    for first in range(0, len(kept_K), BLOCK):
+        mine = (block_K == first).nonzero().squeeze(1)
+        if len(mine):
+            similar = linear(unit_KD[mine], unit_KD[first : first + BLOCK])
+            itself = ((mine >= first) & (mine < first + BLOCK)).nonzero().squeeze(1)
+            similar[itself, mine[itself] - first] = -2.0
+            where_K[mine] = similar.argmax(dim=1) + first
     neighbour[kept_K], cosine[kept_K] = kept_K[where_K], best_K.clamp(-1, 1)
     return neighbour, cosine
 
@@ -170,10 +173,6 @@ def neighbours_of(chosen_S: Tensor, W_dec: Tensor, alive_F: Tensor | None = None
 def _nothing_found(W_dec: Tensor) -> tuple[Tensor, Tensor]:
     neighbour = torch.full((len(W_dec),), -1, dtype=torch.int64, device=W_dec.device)
     return neighbour, torch.full((len(W_dec),), torch.nan, device=W_dec.device)
-
-
-def _largest_at(similar: Tensor, first: int, columns: Tensor) -> Tensor:
-    return similar[:, columns].argmax(dim=0) + first
 
 
 def _unit_rows(W_dec: Tensor, alive_F: Tensor | None) -> tuple[Tensor, Tensor]:

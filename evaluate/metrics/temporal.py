@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ...train.sae.protocol import SparseCoder
 from ..intervals.jackknife import GROUPS, group_of, jackknife, jackknife_band, jackknife_over_features
@@ -342,7 +343,8 @@ class TemporalStatistics:
         """Temporal variation after refitting gains, and how large the gains are."""
         sae = self._sae
         gain_F = refit_gains(self._sample.taken(), sae.W_dec.detach(), sae.b_dec.detach())
-        weight_F = gain_F * sae.W_dec.detach().double().norm(dim=1)
+        norm_F, fitted = vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float64), torch.isfinite(gain_F)
+        weight_F = gain_F * norm_F
 
         def refitted(_: Tensor, sums_SFL: Tensor) -> float:
             top_F, bottom_F = variation(sums_SFL, weight_F)
@@ -351,7 +353,6 @@ class TemporalStatistics:
         lag1 = (self._sums.pairs_GL[:, 0], self._sums.sums_GSFL[..., :1])
         key = "temporal_variation_refit"
         findings.metrics[key] = jackknife(refitted, *lag1, unit="1", definition=key, n=self._pairs())
-        norm_F, fitted = sae.W_dec.detach().double().norm(dim=1), torch.isfinite(gain_F)
 
         def gain(_: Tensor, sums_SFL: Tensor) -> float:
             energy_F = variation(sums_SFL, norm_F)[1][fitted]
