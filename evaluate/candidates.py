@@ -49,11 +49,6 @@ class CandidateMaker:
     cards: int
     """Features of each SAE that the report describes."""
 
-    @property
-    def rows_at_once(self) -> int:
-        """Of a pass."""
-        return self.config.rows_at_once(self.device.type, self.context)
-
     def load(self, wanted: Wanted, survey: Survey) -> SparseCoder | None:
         """The SAE, on the device; None of a reference without features.
 
@@ -97,8 +92,7 @@ class CandidateMaker:
         return Candidate(
             *(row, sae, survey, self._accumulators(row, sae, scope, survey), key),
             in_model=self.splices,
-            # The activations of all rows are the ceiling of all codes; a first look has few rows anyway.
-            seen_R=share_R if what == "untrained" and not self.config.quick else None,
+            seen_R=share_R if what == "untrained" else None,  # the activations of all rows are the ceiling of all codes
             spliced_R=share_R,
             fidelity=self.config.measures(FIDELITY),
         )
@@ -165,10 +159,10 @@ class ThisProcess:
 
     def survey(self, locations: Sequence[Location]) -> dict[Location, Survey]:
         """As of any process."""
-        return survey(self.source.untouched(self.text), self.text, locations, self.maker.rows_at_once)
+        return survey(self.source.untouched(self.text), self.text, locations, self.maker.config.batch_rows)
 
     def measure(self, candidates: list[Candidate], bar: Progress) -> dict[str, Failure]:
         """As of any process."""
         measurement = self.source.measurement(self.text, list(candidates))
-        measurement.run(self.maker.rows_at_once, bar)
+        measurement.run(self.maker.config.batch_rows, bar)
         return measurement.failures

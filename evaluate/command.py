@@ -185,9 +185,7 @@ def evaluate(
     runs: str = _main(EvaluateConfig.runs_folder, "--runs", help="Where finished runs are looked for."),
     quick: bool = _amount(False, "--quick", help="Ten batches, no feature browser: a first look."),
     batches: int = _amount(EvaluateConfig.batches, "--batches", help="Batches of text."),
-    batch_size: int = _amount(
-        EvaluateConfig.batch_rows, "--batch-size", help="Rows per batch; fewer at once on a CPU."
-    ),
+    batch_size: int = _amount(EvaluateConfig.batch_rows, "--batch-size", help="Rows (model contexts) per batch."),
     splice_rows: int = _amount(
         EvaluateConfig.splice_rows, "--splice-rows", help="Rows in which SAEs are spliced for CE and KL; 0: all."
     ),

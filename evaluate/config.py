@@ -11,7 +11,6 @@ from typing import Literal, TypedDict, Unpack
 from .. import options
 from ..cache.format.layout import ROLES
 from ..errors import UsageError
-from ..extract.config import CPU_TOKENS
 from ..system.untrusted_files import folder_name, seed_number
 
 UNTRAINED_TWINS = "untrained_twins"
@@ -66,7 +65,7 @@ class EvaluateConfig:
     batches: int = 200
     """How many batches of text."""
     batch_rows: int = 16
-    """Rows (model contexts) per batch; on a CPU a pass takes fewer where that is faster."""
+    """Rows (model contexts) per batch."""
     splice_rows: int = 0
     """Rows in which SAEs are spliced into the model for CE and KL, which costs most; 0: all."""
     references: tuple[str, ...] = REFERENCES
@@ -172,10 +171,6 @@ class EvaluateConfig:
         """How many rows of text are wanted."""
         return (min(self.batches, QUICK_BATCHES) if self.quick else self.batches) * self.batch_rows
 
-    def rows_at_once(self, device: str, context: int) -> int:
-        """How many rows of ``context`` positions a pass takes: a batch, or on a CPU fewer where that is faster."""
-        return min(self.batch_rows, max(1, CPU_TOKENS // context)) if device == "cpu" else self.batch_rows
-
 
 class EvaluateOptions(TypedDict, total=False):
     """The options of ``pipeline evaluate`` under their names in Python; one that is None is left at its default."""
@@ -200,7 +195,7 @@ class EvaluateOptions(TypedDict, total=False):
     """Whether the column holds messages, which the tokenizer's chat template puts into words."""
     batches: int | None
     batch_size: int | None
-    """Rows (model contexts) per batch; on a CPU a pass takes fewer where that is faster."""
+    """Rows (model contexts) per batch."""
     splice_rows: int | None
     """Rows in which SAEs are spliced into the model; 0: all."""
     references: str | Sequence[str] | None

@@ -29,6 +29,7 @@ from ..console import Progress, note, progress, speaking
 from ..errors import ModelError, ResourceError, TcsaeError
 from ..plugins import load_plugins
 from ..sites import Location
+from ..system.allocator import keeping_freed_memory
 from ..system.free_memory import is_out_of_memory
 from ..train.sae.protocol import SparseCoder
 from .candidates import CandidateMaker, Wanted
@@ -245,7 +246,7 @@ class Workers:
     def _each_block(self, task: Callable[[slice], tuple[Any, ...]]) -> Generator[tuple[slice, Any]]:
         """Hand out the task of every block of rows, a few ahead, and yield their results in the order of the text."""
         pending: deque[tuple[Any, slice]] = deque()
-        blocks = deque(blocks_of(len(self._text), self._maker.rows_at_once, self._threads))
+        blocks = deque(blocks_of(len(self._text), self._job.config.batch_rows, self._threads))
         try:
             while blocks or pending:
                 while blocks and len(pending) < self._threads * _AHEAD:
@@ -272,7 +273,7 @@ class Workers:
         measurement = self._source.measurement(self._text, list(beside.values()))
         measurement.splices = False
         with progress("evaluate in this process", len(self._text) * self._text.context) as bar:
-            measurement.run(self._maker.rows_at_once, bar)
+            measurement.run(self._maker.config.batch_rows, bar)
         for candidate in candidates:
             more = beside[candidate.key].accumulators if candidate.key in beside else {}
             candidate.accumulators |= {f"{name} here": each for name, each in more.items()}
@@ -344,7 +345,7 @@ class _Worker:
             candidates.append(self.maker.make(key, wanted, self._saes[key], survey, share_R))
         measurement = self.source.measurement(part, candidates)
         with progress("evaluate", len(part) * part.context) as bar:
-            measurement.run(self.maker.rows_at_once, bar)
+            measurement.run(job.config.batch_rows, bar)
         states = {candidate.key: _packed(candidate.state()) for candidate in measurement.candidates}
         return _Measured(states, measurement.failures)
 
@@ -368,7 +369,7 @@ def _look_at_rows(
 
     def look(worker: _Worker) -> dict[Location, bytes]:
         looks = {at: Look(norm) for at, norm in apart.items()}
-        look_at(worker.source.activations, part, looks, worker.maker.rows_at_once)
+        look_at(worker.source.activations, part, looks, job.config.batch_rows)
         return {at: _packed(one.state()) for at, one in looks.items()}
 
     return _returned(job, look)
@@ -377,7 +378,7 @@ def _look_at_rows(
 def _returned(job: Job, work: Callable[[_Worker], T]) -> T | Exception:
     """What comes of some work; a failure that another try would repeat is returned, not raised."""
     try:
-        with _one_at_a_time, speaking(False):
+        with _one_at_a_time, speaking(False), keeping_freed_memory():
             if not _known or _known[0].evaluation != job.evaluation:
                 _known.clear()
                 _known.append(_Worker(job))

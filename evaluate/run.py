@@ -146,8 +146,7 @@ class _Evaluation:
             self._say(f"a first look: references are spliced into {rows}, and their losses there stand for all")
         model = self.source.facts
         splices = config.splice_rows if self.text.spliced_R is not None else 0
-        self.at_once = config.rows_at_once(self.source.device.type, self.text.context)
-        seen = (model.fingerprint, model.dtype, self.text.fingerprint, self.at_once, splices)
+        seen = (model.fingerprint, model.dtype, self.text.fingerprint, config.batch_rows, splices)
         settings = (config.seed, config.quick, tuple(self.families), config.parts, measuring_code(self.plugins))
         # A folder of reports may be shared by machines whose libraries round in different ways.
         kind = (self.source.device.type, torch.backends.cpu.get_cpu_capability(), torch.__version__)
@@ -168,7 +167,7 @@ class _Evaluation:
             rows = f"{self.rows.without_codes} rows are" if many else "1 row is"
             note(f"{rows} measured again: {'their' if many else 'its'} codes were not kept")
         if self.rows.missing:
-            with within_memory(self.at_once):
+            with within_memory(config.batch_rows):
                 self._measure()
         report = compose(
             self.rows.finished,
@@ -210,7 +209,7 @@ class _Evaluation:
             for subject in self.group.subjects:
                 if subject.facts.source != "run":
                     self._say(f"the codes of {subject.name} are not kept: it is no run of this program")
-        execution = Execution(batch_size=self.at_once, threads=torch.get_num_threads(), device=source.device.type)
+        execution = Execution(batch_size=config.batch_rows, threads=torch.get_num_threads(), device=source.device.type)
         of_text = (self.text, identity, source.identity, fingerprint, config.seed, execution)
         measured = MeasuredText(*of_text, self.group.vectors or "", source.trained_on)
         return ReportCodes(self.folder, measured, wanted=config.codes)
@@ -239,7 +238,7 @@ class _Evaluation:
         kept = len(self.rows.finished)
         if kept:
             note(f"{kept} of {len(self.rows.wanted)} rows were measured before and are kept")
-        with ExitStack() as stack:
+        with keeping_freed_memory(), ExitStack() as stack:
             self.process = self._process(stack)
             for message in self.source.prepare(self.text, self.locations):
                 self._say(message)
@@ -265,7 +264,7 @@ class _Evaluation:
         if device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory / 4
         passes = deque(self.rows.passes(limit))
-        with keeping_freed_memory(), progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
+        with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
             while passes:
                 part = passes.popleft()
                 if not self._fits(part, surveys, bar):

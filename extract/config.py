@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..cache.format.manifest import ModelIdentity, TextIdentity
 
 Packing = Literal["document", "concat"]
-CPU_TOKENS = 512
-"""Of a forward pass on a CPU, at most: with more, what one layer hands to the next no longer fits into its caches."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 

@@ -32,6 +32,7 @@ from ..console import Progress, format_bytes, note, progress, warn
 from ..errors import ModelError, ResourceError, StaleRunError, TcsaeError
 from ..plugins import load_plugins
 from ..sites import HOOK_POINTS, Location
+from ..system.allocator import keeping_freed_memory
 from ..system.device import resolve_device, resolve_dtype
 from .config import ExtractConfig, ModelSource
 from .model.forward import ForwardPass, check_finite, choose_batch_size, until_it_fits
@@ -223,7 +224,7 @@ def _extract_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> Sha
 def _write_shard(job: Job, shard: int, block: RowBlock, kept_rows: int) -> ShardRecord:
     load_plugins(job.plugins)
     locations = [at for at, _ in job.paths]
-    with _one_at_a_time:
+    with _one_at_a_time, keeping_freed_memory():
         torch.set_num_threads(job.execution.threads)
         lm = _model(job.source, job.identity, deepest_block(locations))  # type: ignore[arg-type]
         passes = _passes(lm, locations, job, block, shard * job.layout.shard_rows)

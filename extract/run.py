@@ -16,6 +16,7 @@ from ..cache.format.manifest import Execution
 from ..cache.writer import StoreSetWriter
 from ..console import Progress, format_bytes, format_duration, note, progress
 from ..errors import TcsaeError
+from ..system.allocator import keeping_freed_memory
 from ..system.stop_signals import stop_signals
 from .config import ExtractConfig, command_line
 from .model.forward import ForwardPass, PendingBatch, check_finite, choose_batch_size, until_it_fits
@@ -78,6 +79,7 @@ class StoreSetRun:
         self._tokens = self._uncommitted = 0
         self._estimated = False
 
+    @keeping_freed_memory()
     def run(self, execution: Execution) -> None:
         """Extract until the plan is complete or the text ends."""
         config, context = self.plan.config, self.plan.config.text.context

@@ -22,6 +22,7 @@ from ...cache.store import ActivationStore
 from ...console import format_bytes, format_count, format_duration, note, parse_count, progress
 from ...errors import ResourceError, RunError, UsageError
 from ...plugins import changed_plugin, load_plugins
+from ...system.allocator import keeping_freed_memory
 from ...system.checksums import file_hash
 from ...system.device import resolve_device
 from ...train.formats.saelens import WEIGHTS
@@ -148,6 +149,7 @@ class EncodeSummary:
         return plain | shown | {"time": format_duration(self.seconds)}
 
 
+@keeping_freed_memory()
 def encode_run(config: EncodeConfig) -> EncodeSummary:
     """Write the codes; go on with what was begun.
 

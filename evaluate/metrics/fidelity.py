@@ -22,6 +22,7 @@ from ..protocol import State, SumsByUnit, TokenBatch, UnitSums
 from ..results import OUTLIERS, Definition
 
 LOGIT_BYTES = 1 << 30  # for the four [tokens, V] fp32 tensors together
+CPU_TOKENS = 128  # at a time on a CPU: enough for its products, and their logits are still near when they are read
 CACHED_LOGITS = 1 << 18  # 1 MB in fp32
 OF_THE_SPLICE = ("ce", "ce_clean", "kl")
 SPARSITY = ("l0", "l1")
@@ -124,8 +125,8 @@ class LogitBuffers:
         self._buffers: Tensor | None = None
 
     def of(self, n: int, V: int, device: torch.device) -> Tensor:
-        """[4, tokens, V] in fp32 with as many tokens as the limit and ``n`` allow, one at least."""
-        tokens = max(1, min(n, self._limit // (16 * V)))
+        """[4, tokens, V] in fp32 with as many tokens as the limit, the device and ``n`` allow, one at least."""
+        tokens = max(1, min(n, self._limit // (16 * V), CPU_TOKENS if device.type == "cpu" else n))
         if self._buffers is None or self._buffers.shape[1] < tokens or self._buffers.device != device:
             self._buffers = torch.empty(4, tokens, V, dtype=torch.float32, device=device)
         return self._buffers

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...cache.store import ActivationStore
 from ...console import progress
 from ...errors import RunError
+from ...system.allocator import keeping_freed_memory
 from ...system.atomic_files import PARTIAL, remove_partials, write_json
 from ...system.device import resolve_device
 from ...train.run_folder.record import RECORD, RunRecord, load_run
@@ -60,6 +61,7 @@ class PruneSummary:
     """Position-locked features, old numbers."""
 
 
+@keeping_freed_memory()
 def prune_run(config: PruneConfig) -> PruneSummary:
     """Write the pruned run and say what it cost; see :mod:`elimination` for the rules.
 

@@ -19,11 +19,10 @@ from ...cache.format.manifest import Execution
 from ...console import warn
 from ...errors import ModelError, ResourceError
 from ...sites import Location
-from ..config import CPU_TOKENS
 from .hooks import capture
 from .load import LanguageModel
 
-_GPU_TOKENS = 32_768  # per pass: more is no faster on a GPU
+_CPU_TOKENS, _GPU_TOKENS = 1024, 32_768  # per pass: more is slower on a CPU, no faster on a GPU
 _GPU_SHARE = 0.5  # of the free memory that a pass may fill
 
 
@@ -137,7 +136,7 @@ def until_it_fits(
 
 def choose_batch_size(lm: LanguageModel, layout: StoreLayout, planned_rows: int) -> int:
     """Rows per pass: a power of two by the device's appetite, capped by its memory, the shard and the plan."""
-    tokens = CPU_TOKENS
+    tokens = _CPU_TOKENS
     if lm.device.type == "cuda":
         tokens = min(
             _GPU_TOKENS, int(_GPU_SHARE * torch.cuda.mem_get_info(lm.device)[0] / _bytes_per_token(lm, layout.context))

@@ -74,23 +74,6 @@ def test_the_same_is_said_and_the_model_runs_once(place, tmp_path, passes, more)
         assert again.record(name, 1).curves == apart.record(name, 1).curves
 
 
-def test_a_pass_on_a_cpu_has_as_many_rows_as_its_caches_like(place, tmp_path, passes, monkeypatch):
-    whole = report_of(place, tmp_path / "whole", "one")
-    assert max(passes) == ROWS
-    monkeypatch.setattr("tcsae.evaluate.config.CPU_TOKENS", 3 * whole.text.context)
-    passes.clear()
-    parts = report_of(place, tmp_path, "one")
-    assert passes[2:] == [3, 3, 3, 3], "twelve rows, as --batches and --batch-size say"
-    for name in ("one", "mean"):
-        ours, theirs = (
-            {key: one.value for key, one in each.record(name, 1).metrics.items() if one.value is not None}
-            for each in (parts, whole)
-        )
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    config = EvaluateConfig(batch_rows=16)
-    assert [config.rows_at_once(*facts) for facts in (("cuda", 128), ("cpu", 10**6))] == [16, 1]
-
-
 def test_a_place_inside_a_block_is_kept_with_what_comes_before_it(place, tmp_path, passes):
     apart = report_of(place, tmp_path / "apart", "deeper", keep_states=0.0)
     report_of(place, tmp_path, "one")

@@ -350,9 +350,9 @@ def test_batch_size_is_a_power_of_two_within_shard_and_plan(tiny_gpt2):
     from tcsae.extract.model.load import load_language_model
 
     lm = load_language_model(ModelSource(str(tiny_gpt2), device="cpu"), deepest_layer=0)
-    assert choose_batch_size(lm, StoreLayout(24, 128, 16, 512), 10**6) == 4  # 512 tokens
+    assert choose_batch_size(lm, StoreLayout(24, 128, 16, 512), 10**6) == 8
     assert choose_batch_size(lm, StoreLayout(24, 128, 4, 4), 10**6) == 4
-    assert choose_batch_size(lm, StoreLayout(24, 128, 16, 512), 2) == 2
+    assert choose_batch_size(lm, StoreLayout(24, 128, 16, 512), 3) == 4
     assert choose_batch_size(lm, StoreLayout(24, 100_000, 1, 1), 9) == 1
 
 
