@@ -32,7 +32,7 @@ from .codes.beside_report import MeasuredText, ReportCodes
 from .config import FIDELITY, EvaluateConfig
 from .finished import Asked, Outcome
 from .flat import write_tables
-from .metrics.all import families, installed, probes
+from .metrics.all import families, installed, memory_over_weights, probes
 from .model.heldout_text import Survey
 from .model.probes import ProbeContext
 from .model.reference_rows import share_of
@@ -45,7 +45,7 @@ from .subjects import Group, Subject, gather_subjects
 from .table_row import Candidate
 
 PASS_BYTES = 4e9
-"""Weights of SAEs held at once on a CPU; on a GPU a quarter of its memory."""
+"""Of SAEs that are measured at once on a CPU, with what the metrics hold of them; on a GPU a quarter of its memory."""
 BROWSER_CARDS = 200
 """Cards over all SAEs of a report, at least a tenth of it each."""
 
@@ -263,7 +263,8 @@ class _Evaluation:
         limit, device = PASS_BYTES, self.source.device
         if device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory / 4
-        passes = deque(self.rows.passes(limit))
+        over = memory_over_weights(self.families, self.text.context, self.source.facts.d_model)
+        passes = deque(self.rows.passes(limit / over))
         with progress("evaluate", len(self.text) * self.text.context * len(passes)) as bar:
             while passes:
                 part = passes.popleft()

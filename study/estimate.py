@@ -17,6 +17,7 @@ from ..console import format_bytes, format_duration
 from ..errors import ModelError, TextError
 from ..evaluate.codes.beside_report import bytes_of
 from ..evaluate.config import REFERENCES
+from ..evaluate.metrics.all import families, memory_over_weights
 from ..evaluate.run import PASS_BYTES, describe_machine
 from ..extract.model.files import weights_in
 from ..extract.plan import Estimate, Plan, estimate, make_plan
@@ -170,6 +171,7 @@ def _of_evaluation(
     about = planned.outline.d_model, 1, planned.config.text.context
     plans = [plan for t in text.trainings for plan in member_plans(t, *about)]
     of_saes = sum(4 * plan.n_parameters for plan in plans)
+    over = memory_over_weights(families(), about[2], about[0])
     of_codes = sum(bytes_of(config.rows * about[2], _most_codes(plan)) for plan in plans) if config.codes else 0
     return StageEstimate(
         f"evaluate {text.name}",
@@ -177,7 +179,7 @@ def _of_evaluation(
         seconds,
         _UNKNOWN if seconds is None else _said(measured is not None, "the rate of the forward passes"),
         rows * 1_000_000 + round(of_codes),
-        None if of_model is None else of_model + min(round(PASS_BYTES), of_saes),
+        None if of_model is None else of_model + min(round(PASS_BYTES), round(of_saes * over)),
     )
 
 

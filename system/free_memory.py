@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TcsaeError
 
@@ -48,6 +50,29 @@ def held_memory(device: torch.device) -> int:
 
         return torch.cuda.memory_allocated(device)
     return _of_process("VmRSS")
+
+
+def tensor_bytes(holder: object) -> int:
+    """Bytes of the tensors and arrays in an object's attributes, and in theirs; each is counted once."""
+    known: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [holder]
+    while waiting:
+        one: Any = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if hasattr(one, "untyped_storage"):
+            known[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif hasattr(one, "__array_interface__"):
+            known[one.__array_interface__["data"][0]] = one.nbytes
+        elif isinstance(one, Mapping):
+            waiting += one.values()
+        elif isinstance(one, list | tuple | set | deque):
+            waiting += one
+        elif not isinstance(one, type):
+            waiting += vars(one).values() if hasattr(one, "__dict__") else ()
+    return sum(known.values())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ...errors import MissingPackageError, NoLanguageModelError, UsageError, needs
 from ...plugins import plugin_at_work
+from ...system.free_memory import tensor_bytes
+from ...train.sae.activation import Activation
 from ...train.sae.protocol import SparseCoder
+from ...train.sae.temporal_sae import TemporalSAE
 from .. import cost
 from ..protocol import Findings, RawActivations, State, TokenBatch
 from ..results import Definition
@@ -124,6 +128,19 @@ class AllMetrics:
             _check_defined(name, more, part.definitions)
             found.add(more)
         return found
+
+
+def memory_over_weights(chosen: Mapping[str, MetricFamily], context: int, d_model: int) -> float:
+    """By how much more memory than its float32 weights an SAE takes while it is measured.
+
+    With the weights of a feature: what the metrics hold of it from the beginning on, and as much again for what they
+    gather from the text.
+    """
+    few, many = (
+        tensor_bytes(AllMetrics(TemporalSAE(1, n, Activation("relu")).eval(), chosen, context=context, seed=0))
+        for n in (64, 192)
+    )
+    return 1 + 2 * (many - few) / 128 / (2 * d_model * torch.float32.itemsize)
 
 
 def probes(context: ProbeContext, chosen: Mapping[str, MetricFamily]) -> Findings:

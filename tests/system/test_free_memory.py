@@ -1,11 +1,14 @@
-"""What a process holds is what it holds itself."""
+"""What a process holds is what it holds itself, and what an object holds is counted once."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from tcsae.system.free_memory import tensor_bytes
 
 CHILD = """
 from types import SimpleNamespace
@@ -32,3 +35,16 @@ def test_a_process_does_not_inherit_what_its_parent_held():
     assert held_after < held_with - 0.9 * 2**26, "what was given back is not held"
     # The kernel counts in batches of pages.
     assert most_after + 2**20 > most_with > held_after + 0.9 * 2**26, "and the most stays"
+
+
+def test_tensors_and_arrays_are_counted_wherever_they_lie_and_once():
+    class Holder:
+        def __init__(self) -> None:
+            self.weights = torch.zeros(10, 4)
+            self.view = self.weights[2:]
+            self.kept = {"a": [np.zeros(3)], "b": (torch.zeros(5, dtype=torch.int16), "text")}
+            self.again = self
+            self.kind = Holder
+
+    assert tensor_bytes(Holder()) == 10 * 4 * 4 + 3 * 8 + 5 * 2
+    assert tensor_bytes("text") == 0

@@ -10,7 +10,7 @@ from tcsae.evaluate import cost
 from tcsae.evaluate.intervals.bootstrap import Resampler
 from tcsae.evaluate.metrics import fidelity
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
-from tcsae.evaluate.metrics.all import AllMetrics, definitions, families
+from tcsae.evaluate.metrics.all import AllMetrics, definitions, families, memory_over_weights
 from tcsae.evaluate.metrics.by_scope import ByScope
 from tcsae.evaluate.metrics.registry import METRICS, metric
 from tcsae.evaluate.protocol import Findings
@@ -215,3 +215,10 @@ def test_one_evaluation_does_not_see_the_plugins_of_another(registered):
         assert Registry.kinds("theirs.py") == {"metric"}
     finally:
         del METRICS._owners["theirs"]
+
+
+def test_what_metrics_hold_of_a_feature_is_counted_beside_its_weights():
+    of_all = families()
+    short, long, wide = (memory_over_weights(of_all, *facts) for facts in ((128, 576), (1024, 576), (128, 2304)))
+    assert 1 < wide < short < long
+    assert memory_over_weights({}, 128, 576) == 1
