@@ -12,6 +12,7 @@ import gc
 import io
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -225,6 +226,7 @@ def _last_words(stopped: BaseException) -> str:
 def command() -> NoReturn:
     """What the console script ``pipeline`` calls: :func:`main`, then the end of the process."""
     status = main()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as at any end: threads and pools are waited for
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -7,7 +7,6 @@ import json
 import datasets
 import numpy as np
 import pytest
-from quick_probes import quick_probes
 from tcsae.cache.format.layout import of_role
 from tcsae.errors import UsageError
 from tcsae.evaluate import run as run_module
@@ -37,12 +36,7 @@ SIGNS = {
 CURVES = {"features": {"density"}, "temporal": {"lag_autocorrelation"}, "position": {"position_profile"}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        quick_probes(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from quick_probes import quick_probes
 from tcsae.evaluate.results import read_results
 from tcsae.pipeline import main
 from tcsae.train.run_folder.record import load_run
@@ -39,10 +38,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
+pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
 
 
 def evaluate(place: Path, out: Path, capsys, *words: object, expect: int = 0):

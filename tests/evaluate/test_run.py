@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quick_probes import quick_probes
 from tcsae.errors import ModelError, ResourceError, RunError, UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, UNTRAINED_TWINS, EvaluateConfig
@@ -22,13 +21,7 @@ MADE = set(MADE_OF)  # without a pass
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    """Neither figures nor fits of probes: they take longer than everything else here and have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick_probes(patch)
-        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
 
 
 @pytest.fixture(scope="module")

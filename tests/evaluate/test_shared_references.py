@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from quick_probes import quick_probes
 from tcsae.errors import UsageError
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import REFERENCES, REFERENCES_FOLDER, EvaluateConfig, evaluate_config
@@ -27,12 +26,7 @@ from tiny_runs import make_manifest, make_run, random_sae
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32", "quick": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        quick_probes(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,7 @@ ROWS = 4
 SMALL = {"batches": 3, "batch_rows": ROWS, "device": "cpu", "dtype": "float32", "quick": True, "references": ("mean",)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,7 @@ SMALL = {"batches": 10, "batch_rows": 8, "device": "cpu", "dtype": "float32", "r
 COMMAND = ["--batches", "10", "--batch-size", "8", "--device", "cpu", "--dtype", "float32", "--references", "mean"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
