@@ -92,7 +92,7 @@ class CandidateMaker:
         return Candidate(
             *(row, sae, survey, self._accumulators(row, sae, scope, survey), key),
             in_model=self.splices,
-            seen_R=share_R if what == "untrained" else None,  # the activations of all rows are the ceiling of all codes
+            seen_R=share_R if what == "untrained" else None,  # not the activations: they are the ceiling of all codes
             spliced_R=share_R,
             fidelity=self.config.measures(FIDELITY),
         )

@@ -133,11 +133,12 @@ class AllMetrics:
 def memory_over_weights(chosen: Mapping[str, MetricFamily], context: int, d_model: int) -> float:
     """By how much more memory than its float32 weights an SAE takes while it is measured.
 
-    With the weights of a feature: what the metrics hold of it from the beginning on, and as much again for what they
-    gather from the text.
+    With the weights of a feature: what this program's metrics hold of it from the beginning on, and as much again for
+    what they gather from the text.
     """
+    own = {name: family for name, family in chosen.items() if METRICS.is_own(name)}
     few, many = (
-        tensor_bytes(AllMetrics(TemporalSAE(1, n, Activation("relu")).eval(), chosen, context=context, seed=0))
+        tensor_bytes(AllMetrics(TemporalSAE(1, n, Activation("relu")).eval(), own, context=context, seed=0))
         for n in (64, 192)
     )
     return 1 + 2 * (many - few) / 128 / (2 * d_model * torch.float32.itemsize)

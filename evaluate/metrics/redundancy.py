@@ -137,8 +137,7 @@ def decoder_neighbours(W_dec: Tensor, alive_F: Tensor | None = None) -> tuple[Te
     # Which row it is: a place costs several times as much as a maximum, so it is looked for in one block alone.
     where_K = torch.zeros_like(block_K)
     for first in range(0, len(kept_K), BLOCK):
-        mine = (block_K == first).nonzero().squeeze(1)
-        if len(mine):
+        for mine in (block_K == first).nonzero().squeeze(1).split(BLOCK):
             similar = linear(unit_KD[mine], unit_KD[first : first + BLOCK])
             itself = ((mine >= first) & (mine < first + BLOCK)).nonzero().squeeze(1)
             similar[itself, mine[itself] - first] = -2.0
