@@ -92,7 +92,8 @@ class CandidateMaker:
         return Candidate(
             *(row, sae, survey, self._accumulators(row, sae, scope, survey), key),
             in_model=self.splices,
-            seen_R=share_R if what == "untrained" else None,  # not the activations: they are the ceiling of all codes
+            # The activations of all rows are the ceiling of all codes; a first look has few rows anyway.
+            seen_R=share_R if what == "untrained" and not self.config.quick else None,
             spliced_R=share_R,
             fidelity=self.config.measures(FIDELITY),
         )
