@@ -384,6 +384,10 @@ def _limits(
             f"{n} seeds: what seeds add to an interval is Student's t with {n - 1} degrees of freedom, so an effect "
             "must be large against its spread over seeds; the values of every seed are shown beside it."
         )
+    if alone := [one.name for one in study.comparisons if not one.controls]:
+        found.append(
+            f"No control stands beside {listed(alone)}: what is found there may have another reason than the name says."
+        )
     if few := [text for text in texts if not re.fullmatch(r"\d+ documents", text.resampling)]:
         found.append(f"Few documents: the text is resampled over {few[0].resampling}.")
     models = list(dict.fromkeys(model for model, _ in observations.places))

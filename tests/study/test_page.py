@@ -100,6 +100,10 @@ def test_failed_members_and_limits_are_told(tmp_path):
     assert "out of disk" in page
     assert "One seed: no interval over seeds exists" in page
     assert "fewer than 30 documents" in page
+    assert "No control stands beside" not in page
+    alone = [{"name": "the term", "treatment": "next", "baseline": "none"}]
+    page = render_page(analyse(study_file(world, comparisons=alone), members))
+    assert "No control stands beside the term: what is found there may have another reason" in page
 
 
 def test_a_study_of_one_failed_side_has_a_page(tmp_path):
