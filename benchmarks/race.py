@@ -33,7 +33,7 @@ from tcsae.cache.store import ActivationStore
 from tcsae.console import parse_count
 from tcsae.extract.assets import demo_model
 
-CONTEXT, BATCH_ROWS = 128, 16  # of a batch; ours takes as many of them at once as it likes
+CONTEXT, BATCH_ROWS = 128, 16  # of a batch of an evaluation; our extraction chooses its own
 SIX = 6
 
 
