@@ -40,7 +40,8 @@ from .results import ModelFacts
 from .subjects import Group, Subject
 from .table_row import Candidate
 
-VERIFY_ROWS = 2
+VERIFY_ROWS, VERIFY_TOKENS = 2, 64
+"""Of the text, on which splices are compared with hooks before anything is measured."""
 """Rows on which the shared prefix is tried."""
 
 
@@ -187,7 +188,7 @@ class InModel:
     def prepare(self, text: HeldOutText, locations: Sequence[Location]) -> list[str]:
         """Compare splices with hooks and the head with the model's own logits."""
         model = self.activations
-        tokens = text.tokens(slice(0, VERIFY_ROWS), self.device)
+        tokens = text.tokens(slice(0, VERIFY_ROWS), self.device)[:, :VERIFY_TOKENS]
         said = model.verify(tokens, locations)
         clean = model.clean(tokens[:1], locations)
         self.head.verify(tokens[:1], clean.final_BTD)

@@ -319,7 +319,7 @@ class TemporalStatistics:
                 found, _ = jackknife_over_features(
                     of_lag,
                     sums.pairs_GL[:, at],  # says which groups have pairs
-                    [sums.sums_GSFL[:, :, enough, lag].transpose(1, 2)],
+                    [sums.sums(lag, enough).transpose(1, 2)],
                     [sums.pairs_GL[:, lag]],
                     unit="1",
                     definition=f"lag_autocorrelation{suffix}",
@@ -336,7 +336,7 @@ class TemporalStatistics:
                 y_label="autocorrelation, mean over features",
                 definition=f"lag_autocorrelation{suffix}",
             )
-        every = autocorrelation(sums.pairs_GL.sum(0), sums.sums_GSFL.sum(0), centred=True)
+        every = sums.autocorrelations(centred=True)
         findings.per_feature["lag_autocorrelation"] = every.cpu().numpy()
 
     def _refitted(self, findings: Findings) -> None:
@@ -350,7 +350,7 @@ class TemporalStatistics:
             top_F, bottom_F = variation(sums_SFL, weight_F)
             return float(top_F.sum() / bottom_F.sum())
 
-        lag1 = (self._sums.pairs_GL[:, 0], self._sums.sums_GSFL[..., :1])
+        lag1 = (self._sums.pairs_GL[:, 0], self._sums.sums(slice(0, 1)))
         key = "temporal_variation_refit"
         findings.metrics[key] = jackknife(refitted, *lag1, unit="1", definition=key, n=self._pairs())
 

@@ -16,7 +16,7 @@ from tcsae.evaluate.features.search import search
 from tcsae.evaluate.features.survey import Survey, nearest_rows, survey
 from tcsae.evaluate.metrics.active_entries import ActiveEntries, matches, pair_masks
 from tcsae.evaluate.metrics.features import FeatureStatistics
-from tcsae.evaluate.metrics.lag_correlation import LagSums, autocorrelation
+from tcsae.evaluate.metrics.lag_correlation import LagSums
 from tcsae.evaluate.metrics.position import PositionStatistics
 from tcsae.evaluate.protocol import TokenBatch
 from tcsae.pipeline import main
@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_the_evaluation(run, found):
     for name in ("density", "max_activation", "mean_activation", "eta_squared"):
         np.testing.assert_allclose(found.numbers()[name], known[name], rtol=1e-4, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(found.position_mean_FT[:, 1:], known["position_mean"][:, 1:], rtol=1e-4, atol=1e-6)
-    expected = autocorrelation(lags.pairs_GL.sum(0), lags.sums_GSFL.sum(0), centred=True)
+    expected = lags.autocorrelations(centred=True)
     np.testing.assert_allclose(found.lag_autocorrelation_FL, expected, rtol=1e-3, atol=1e-6)
 
 
