@@ -27,7 +27,6 @@ from browser import tab  # noqa: F401 - a fixture
 from forks import Forks
 from hub_server import HubOfTests, hub_of_tests
 from hypothesis import settings
-from quick_probes import quick_probes
 from tcsae import plugins
 from tcsae.cache.store import ActivationStore
 from tcsae.cache.stream import TokenStream
@@ -93,14 +92,6 @@ def no_figures() -> Iterator[None]:
     """Reports without charts: they take longer than everything else in a tiny one, and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        yield
-
-
-@pytest.fixture(scope="module")
-def nearest_means() -> Iterator[None]:
-    """Probes without scikit-learn."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick_probes(patch)
         yield
 
 

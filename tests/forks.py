@@ -19,9 +19,6 @@ import tcsae.evaluate.codes.encode, tcsae.evaluate.run, tcsae.extract.run, tcsae
 import tcsae.study.run, tcsae.train.run
 import transformers.modeling_utils
 sys.path.insert(0, os.environ["TESTS"])
-import pytest
-from quick_probes import quick_probes
-quick_probes(pytest.MonkeyPatch())
 for line in sys.stdin:
     code, arguments, said = json.loads(line)
     pid = os.fork()

@@ -5,7 +5,6 @@ import math
 import os
 
 import pytest
-from quick_probes import quick_probes
 from tcsae import pipeline
 from tcsae.demo import DemoConfig, run_demo
 from tcsae.extract.assets import MODEL, TEXT, cache_folder, demo_model, demo_text
@@ -13,7 +12,6 @@ from tcsae.extract.assets import MODEL, TEXT, cache_folder, demo_model, demo_tex
 
 def test_the_demo_runs_from_text_to_page_and_a_second_run_reuses_all(tiny_llama, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quick_probes(monkeypatch)
     args = [
         "demo",
         "--model",

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from quick_probes import quick_probes
 from tcsae.evaluate.results import read_results
 from tcsae.pipeline import main
 from tcsae.train.sae.activation import Activation
@@ -57,7 +56,6 @@ def evaluate(place: Path, plugin: Path, capsys, *more: str) -> Path:
 
 def test_a_metric(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
     plugin = example("A metric", tmp_path)
     folder = evaluate(place, plugin, capsys, "--quick")
     report, page = read_results(folder), (folder / "index.html").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from quick_probes import quick_probes
 
 FILE = """
 name = "tiny"
@@ -94,9 +93,3 @@ def without_figures(patch: pytest.MonkeyPatch) -> None:
     """Their files take longer than everything else here and have tests of their own."""
     for place in ("evaluate.report.page", "study.page", "study.document"):
         patch.setattr(f"tcsae.{place}.write_figures", lambda panels, folder: [])
-
-
-def quickly(patch: pytest.MonkeyPatch) -> None:
-    """Neither figures nor fits of probes, which take longest next to them."""
-    without_figures(patch)
-    quick_probes(patch)

@@ -19,6 +19,7 @@ values a gamma tail fitted to it is used.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ class RotationSample:
         offsets = generator.integers(self._positions, size=(rotations + 1, len(self._row_level)), dtype=np.int16)
         offsets[0] = 0
         found = np.empty((len(features), rotations + 1))
+        parts = []
         by_feature = np.argsort(self._kept[0], kind="stable")
         first_F = np.searchsorted(self._kept[0][by_feature], np.arange(len(self.level_F) + 1))
         for level in np.unique(self.level_F[features]):
@@ -128,7 +130,10 @@ class RotationSample:
                 first_C, last_C = first_F[features[chunk]], first_F[features[chunk] + 1]
                 column, place = _ranges(first_C, last_C)
                 _, row, position, value = (kept[by_feature[place]] for kept in self._kept)
-                found[chunk] = _statistics(column, row, position, value, offsets, counted, len(chunk))
+                parts.append((chunk, (column, row, position, value, offsets, counted, len(chunk))))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for (chunk, _), one in zip(parts, pool.map(lambda part: _statistics(*part[1]), parts), strict=True):
+                found[chunk] = one
         return found
 
     def _counted(self, level: int, offsets: np.ndarray) -> np.ndarray:
@@ -178,18 +183,19 @@ def _statistics(
     thread has been woken, and much sooner where another program has the processor.
     """
     positions = counted.shape[1]
-    position, start = position.astype(np.int64), column * positions
     values = torch.from_numpy(value.astype(np.float64))
-    mean_C = torch.from_numpy(np.bincount(column, weights=values.numpy(), minlength=n_columns) / counted[0].sum())
-    deviation_CP = torch.empty(n_columns, positions, dtype=torch.float64)
-    found = np.empty((n_columns, len(offsets)))
-    for at, (offset, counted_P) in enumerate(zip(offsets, counted, strict=True)):
-        moved = position + offset[row]
-        moved -= positions * (moved >= positions)
-        torch.outer(mean_C, torch.from_numpy(-counted_P), out=deviation_CP)
-        deviation_CP.view(-1).index_add_(0, torch.from_numpy(moved + start), values)
-        D_CP = deviation_CP.numpy()
-        found[:, at] = np.einsum("cp,cp,p->c", D_CP, D_CP, 1 / np.maximum(counted_P, 1))
+    # Σ (S_p − z̄ n_p)² / n_p = Σ S_p² / n_p − z̄ Σ S_p, S_p the sums of z: the second term is that of every rotation.
+    total_C = np.bincount(column, weights=values.numpy(), minlength=n_columns)
+    constant_C = total_C**2 / counted[0].sum()
+    # Twice as many places as positions: what is moved past the last one is added to the first ones afterwards.
+    place = column * (2 * positions) + position
+    moved, sums_C2P = np.empty_like(place), torch.empty(n_columns, 2 * positions, dtype=torch.float64)
+    S_CP, found = np.empty((n_columns, positions)), np.empty((n_columns, len(offsets)))
+    for at, (offset, counted_P) in enumerate(zip(offsets.astype(place.dtype), counted, strict=True)):
+        np.add(place, offset[row], out=moved)
+        sums_C2P.zero_().view(-1).index_add_(0, torch.from_numpy(moved), values)
+        np.add(sums_C2P.numpy()[:, :positions], sums_C2P.numpy()[:, positions:], out=S_CP)
+        found[:, at] = np.square(S_CP, out=S_CP) @ (1 / np.maximum(counted_P, 1)) - constant_C
     return found
 
 

@@ -5,7 +5,6 @@ import math
 
 import jsonschema
 import pytest
-from quick_probes import quick_probes
 from tcsae.evaluate.results import json_schema, read_results
 from tcsae.pipeline import main
 from tiny import KINDS, tiny_corpus
@@ -21,8 +20,7 @@ def say(capsys, *words: object) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extract_train_evaluate(kind, request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if kind != "gemma2":  # drawing and fits of probes take longer than everything else; once is enough
-        quick_probes(monkeypatch)
+    if kind != "gemma2":  # drawing takes longer than everything else; once is enough
         monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
     model, text = request.getfixturevalue(f"tiny_{kind}"), tiny_corpus(tmp_path / "text", documents=80, words=50)
     say(

@@ -10,7 +10,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from quick_probes import quick_probes
 from synthetic import synthetic_report
 from tcsae.errors import RunError
 from tcsae.evaluate import run as evaluation
@@ -164,7 +163,6 @@ def test_a_bad_ae_pt_is_one_sentence(tmp_path, name):
 
 def test_bad_saes_do_not_stop_the_good_one(place, manifest, tmp_path, monkeypatch):
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
     good = make_run(tmp_path / "runs", "good", manifest)
     damaged = make_run(tmp_path / "runs", "damaged", manifest, seed=1)
     file = damaged / "sae_weights.safetensors"

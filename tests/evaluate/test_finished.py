@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from quick_probes import quick_probes
 from tcsae.evaluate import finished
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
@@ -24,7 +23,6 @@ CONFIG = {"batches": 2, "batch_rows": 4, "device": "cpu", "dtype": "float32", "q
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
     model, text = tiny_model("llama", tmp_path / "model"), tiny_corpus(tmp_path / "text", documents=40, words=40)
     make_run(tmp_path / "runs", "tc", make_manifest(model, text, 1))
     monkeypatch.chdir(tmp_path)

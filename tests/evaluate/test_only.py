@@ -36,7 +36,7 @@ SIGNS = {
 CURVES = {"features": {"density"}, "temporal": {"lag_autocorrelation"}, "position": {"position_profile"}}
 
 
-pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module", autouse=True)

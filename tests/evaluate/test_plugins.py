@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     return folder
 
 
-pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def evaluate(place: Path, out: Path, capsys, *words: object, expect: int = 0):

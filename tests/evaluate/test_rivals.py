@@ -6,7 +6,6 @@ import numpy as np
 import published
 import pytest
 import torch
-from quick_probes import quick_probes
 from stores import make_store
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
@@ -38,7 +37,6 @@ def coder(architecture, **more):
 def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        quick_probes(patch)
         folder = tmp_path_factory.mktemp("rivals")
         model, text = tiny_model("llama", folder / "model"), tiny_corpus(folder / "text", documents=60, words=40)
         manifest = make_manifest(model, text, 1)

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from quick_probes import quick_probes
 from tcsae.errors import UsageError
 from tcsae.evaluate import row_cache
 from tcsae.evaluate import run as run_module
@@ -92,7 +91,6 @@ def test_a_metric_without_a_file_is_known_by_its_source_or_refused(monkeypatch):
 
 def test_rows_that_other_code_measured_are_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
     model, text = tiny_model("llama", tmp_path / "model"), tiny_corpus(tmp_path / "text", documents=40, words=40)
     run = make_run(tmp_path / "runs", "tc", make_manifest(model, text, 1))
     plugin = tmp_path / "mine.py"

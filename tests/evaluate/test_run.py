@@ -21,7 +21,7 @@ MADE = set(MADE_OF)  # without a pass
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
 
 
-pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tiny_runs import make_manifest, make_run, random_sae
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32", "quick": True}
 
 
-pytestmark = pytest.mark.usefixtures("no_figures", "nearest_means")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quick_probes import quick_probes
 from tcsae.cache.store import ActivationStore
 from tcsae.errors import RunError, StoreError
 from tcsae.evaluate import run as run_module
@@ -28,13 +27,6 @@ from tiny import tiny_corpus, tiny_model
 
 SITES = ("resid_post", "mlp_out")
 SMALL = {"batches": 3, "batch_rows": 4, "device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_fits():
-    with pytest.MonkeyPatch.context() as patch:
-        quick_probes(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

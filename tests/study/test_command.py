@@ -18,7 +18,7 @@ from tcsae.study.estimate import estimate_study, total
 from tcsae.study.file import read_study
 from tcsae.study.plan import plan_study
 from tiny import tiny_corpus
-from tiny_study import quickly, write_study
+from tiny_study import without_figures, write_study
 
 FILES = sorted((house.ROOT / "studies").glob("*.toml"))
 MODELS = {"demo": (576, 30), "demo-gemma3": (640, 18), "google/gemma-2-2b": (2304, 26)}
@@ -40,7 +40,7 @@ def done(tmp_path_factory, tiny_gemma2, text):
     folder = tmp_path_factory.mktemp("done")
     path = write_study(folder / "tiny.toml", tiny_gemma2, text)
     with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
+        without_figures(patch)
         assert main(["study", str(path), "--scale", "one", "--out", str(folder / "out"), "--device", "cpu", "-q"]) == 0
     return path, folder / "out"
 

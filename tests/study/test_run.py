@@ -23,7 +23,7 @@ from tcsae.study.state import check_free, read_state
 from tcsae.study.status import study_status
 from tcsae.train.run_folder.record import load_run
 from tiny import tiny_corpus
-from tiny_study import quickly, write_study
+from tiny_study import without_figures, write_study
 
 MEMBERS = [
     f"l{layer}-{variant}-s{seed}" for layer in (1, 2) for variant in ("none", "next", "shuffled") for seed in (0, 1)
@@ -32,7 +32,7 @@ MEMBERS = [
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch):
-    quickly(monkeypatch)
+    without_figures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def whole(tmp_path_factory, file):
     """An uninterrupted study."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
+        without_figures(patch)
         return tcsae.study(file, out=out, device="cpu")
 
 

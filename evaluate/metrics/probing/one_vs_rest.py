@@ -4,8 +4,9 @@ documents.
 Every class is asked for against the rest. In each of three folds the k features are chosen on the training documents
 alone, by |mean of the class − mean of the rest| / σ, σ over all training samples: the order of the ANOVA F-statistic,
 one of the selections of Gurnee et al. (arXiv 2305.01610); without σ it is the mean difference that SAEBench (arXiv
-2503.09532) ranks by, which depends on how a dictionary scales its features. Then scikit-learn's LogisticRegression,
-class_weight "balanced", on the standardised features. No document is in both parts of a fold, and each is tested once.
+2503.09532) ranks by, which depends on how a dictionary scales its features. Then a logistic regression on the
+standardised features, as scikit-learn's with class_weight "balanced". No document is in both parts of a fold, and each
+is tested once.
 
 Shapes: M samples, F features, C classes, G folds, D columns of dense inputs.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ from torch import Tensor
 from ...protocol import SumsByUnit, UnitSums
 from ..active_entries import uniform_hash
 from ..token_sample import SampledTokens
+from .logistic import predictions
 
 FOLDS = 3
 MIN_POSITIVES = 5
 """Samples of a class that the training part of every fold must hold; classes with fewer are not asked for."""
+NARROW = 32
+"""Columns up to which all classes of a fold are fitted together; scikit-learn is as fast with more of them."""
 DENSE_C = 0.01
 """Inverse strength of the penalty where all dimensions are used, which a few hundred samples would else overfit."""
 
@@ -68,41 +71,50 @@ class Question:
         A sample of a class weighs 1 / (2 · the class's samples), one of the rest 1 / (2 · the rest's), and every class
         the same.
         """
-        from sklearn import config_context
-        from threadpoolctl import threadpool_limits
-
         if len(self.asked) < 2:
             return {}
         above_M, below_M = np.zeros(len(self.class_M)), np.zeros(len(self.class_M))
-        # So small a problem is solved ten times as fast without threads, and checking it takes a fifth of the time.
-        with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
-            for one in self.asked:
-                is_M = self.class_M == one
-                weight_M = np.where(is_M, 0.5 / is_M.sum(), 0.5 / (~is_M).sum()) / len(self.asked)
-                above_M += weight_M * (says(is_M, self.fold_M, partial(columns, one), penalty) == is_M)
-                below_M += weight_M
+        is_CM = self.class_M == np.array(self.asked)[:, None]
+        for is_M, says_M in zip(is_CM, self._says(is_CM, columns, penalty), strict=True):
+            weight_M = np.where(is_M, 0.5 / is_M.sum(), 0.5 / (~is_M).sum()) / len(self.asked)
+            above_M += weight_M * (says_M == is_M)
+            below_M += weight_M
         by_unit = SumsByUnit()
         by_unit.add(self.sample.unit_M, above=torch.from_numpy(above_M), below=torch.from_numpy(below_M))
         return {key: replace(by_unit.ratio("above", "below", "share"), definition=key, n=len(self.class_M))}
 
+    def _says(self, is_CM: np.ndarray, columns: Columns, penalty: float) -> np.ndarray:
+        """What the probe of every class, trained on the other folds, says of every sample: bool [C, M]."""
+        says_CM = np.zeros_like(is_CM)
+        for fold in range(FOLDS):
+            test_M = self.fold_M == fold
+            seen = {at: x_MK for at, one in enumerate(self.asked) if (x_MK := columns(one, fold)) is not None}
+            if not seen or not test_M.any():
+                continue
+            classes, width = list(seen), max(x_MK.shape[1] for x_MK in seen.values())
+            if width > NARROW:
+                for at, x_MK in seen.items():
+                    says_CM[at, test_M] = _fit_wide(x_MK[~test_M], is_CM[at, ~test_M], x_MK[test_M], penalty)
+                continue
+            x_CMK = np.stack([np.pad(x_MK, ((0, 0), (0, width - x_MK.shape[1]))) for x_MK in seen.values()])
+            answers_CM = predictions(x_CMK[:, ~test_M], is_CM[classes][:, ~test_M], x_CMK[:, test_M], penalty)
+            says_CM[np.ix_(classes, test_M)] = answers_CM
+        return says_CM
 
-def says(
-    is_M: np.ndarray, fold_M: np.ndarray, columns: Callable[[int], np.ndarray | None], penalty: float = 1.0
-) -> np.ndarray:
-    """What a probe, trained on the other folds, says of every sample: bool [M]."""
+
+def _fit_wide(train_MK: np.ndarray, is_M: np.ndarray, test_MK: np.ndarray, penalty: float) -> np.ndarray:
+    """As :func:`.logistic.predictions`, of one class and many columns."""
+    from sklearn import config_context
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
-    says_M = np.zeros(len(is_M), dtype=bool)
-    for fold in range(FOLDS):
-        test_M, x_MK = fold_M == fold, columns(fold)
-        if x_MK is None or not test_M.any():
-            continue
+    # So small a problem is solved ten times as fast without threads, and checking it takes a fifth of the time.
+    with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
         regression = LogisticRegression(C=penalty, class_weight="balanced", max_iter=1000)
-        scaler = StandardScaler().fit(x_MK[~test_M])  # no pipeline, which takes as long as so small a fit
-        regression.fit(scaler.transform(x_MK[~test_M]), is_M[~test_M])
-        says_M[test_M] = regression.predict(scaler.transform(x_MK[test_M]))
-    return says_M
+        scaler = StandardScaler().fit(train_MK)  # no pipeline, which takes as long as so small a fit
+        regression.fit(scaler.transform(train_MK), is_M)
+        return np.asarray(regression.predict(scaler.transform(test_MK)))
 
 
 def folds_of(document_M: np.ndarray, class_M: np.ndarray, *, by_class: bool) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Who is compared with whom: a TC-SAE with its twin, a pruned run with its original, on the same tokens."""
 
 import pytest
-from quick_probes import quick_probes
 from synthetic import paired, synthetic_report
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
@@ -34,7 +33,6 @@ def report(tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-        quick_probes(patch)
         (outcome,) = run_module.evaluate(
             EvaluateConfig(runs=tuple(map(str, paths)), out=str(folder / "reports"), **SMALL)
         )

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from quick_probes import quick_probes
 from tcsae.evaluate import run as run_module
 from tcsae.evaluate.config import EvaluateConfig
 from tcsae.evaluate.metrics.active_entries import ActiveEntries
@@ -49,7 +48,6 @@ def test_each_part_is_measured_as_if_the_other_were_not_there():
 
 def test_a_twin_is_split_where_its_tc_sae_is_and_nobody_else(tmp_path, monkeypatch):
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda panels, folder: [])
-    quick_probes(monkeypatch)
     model, text = tiny_model("llama", tmp_path / "model"), tiny_corpus(tmp_path / "text", documents=40, words=40)
     manifest = make_manifest(model, text, 1)
     names = {"tc": {"twin": "twin"}, "twin": {"role": "twin", "twin": "tc", "seed": 1}, "alone": {"seed": 2}}
