@@ -177,9 +177,16 @@ def rank_features(
             variance_F = square_F / n - (total_F / n) ** 2
             gap_F = (inside_F / n_in - (total_F - inside_F) / (n - n_in)).abs()
             score_F = torch.where(variance_F > 1e-12 * square_F / n, gap_F / variance_F.clamp(min=1e-300).sqrt(), 0.0)
-            order_F = torch.argsort((score_F * 1e6).round(), descending=True, stable=True)[:k]
-            best[one, fold] = features_F[order_F[score_F[order_F] > 0]]
+            best[one, fold] = features_F[_best(score_F, k)]
     return best
+
+
+def _best(score_F: Tensor, k: int) -> Tensor:
+    """The places of the ``k`` highest scores above zero, best first; without sorting all of them."""
+    rounded_F = (score_F * 1e6).round()
+    least = rounded_F.topk(min(k, len(rounded_F))).values.min() if len(rounded_F) else 0.0
+    place = ((rounded_F >= least) & (score_F > 0)).nonzero().squeeze(1)
+    return place[torch.argsort(rounded_F[place], descending=True, stable=True)][:k]
 
 
 def sparse_columns(sample: SampledTokens, ranking: Ranking) -> Callable[..., np.ndarray | None]:
