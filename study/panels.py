@@ -160,6 +160,8 @@ def metric_name(key: str, analysis: Analysis) -> str:
     return next(named, "") or (definition.label if definition else "") or key.replace("_", " ")
 
 
+_WIDE = 4
+"""How many times the smallest L0 the largest is, from which their axis is logarithmic."""
 _NAMES = {"tc": "treatment", "twin": "baseline", "external": "other"}
 
 
@@ -183,7 +185,9 @@ def _plane(rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
             marks.append(Mark(x.value, y.value, _role(row.variant, analysis), row.label, said, _ends(x), _ends(y)))
     if not marks:
         return None
-    axes = Axis("L0: active features per token"), Axis("CE recovered")
+    sizes = [mark.x for mark in marks]
+    wide = min(sizes) > 0 and max(sizes) > _WIDE * min(sizes)
+    axes = Axis("L0: active features per token", log=wide), Axis("CE recovered")
     caption = f"At {rows[0].place} of {rows[0].model}."
     return Panel("level-plane", "Fidelity against sparsity", *axes, tuple(marks), caption=caption, names=_NAMES)
 

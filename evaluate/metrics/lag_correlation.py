@@ -15,7 +15,7 @@ from ..protocol import State, add_held, held
 from .active_entries import ActiveEntries, Matches, PairMasks
 
 XY, X, Y, XX, YY = range(5)
-_HELD = ("_sums_GSFL", "_first_2GF", "_second_2GF", "pairs_GL")
+_HELD = ("_sums_GSFL", "_first_G2F", "_second_G2F", "pairs_GL")
 
 
 class LagSums:

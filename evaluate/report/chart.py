@@ -67,6 +67,9 @@ _RAMP = (  # from dark violet to light green on a light ground, the other way ro
 RAMP = {f"step{n}": RoleStyle(f"step {n}", *look) for n, look in enumerate(_RAMP, 1)}
 """Values in order, such as λ2: the higher the value, the longer the dashes."""
 STYLES = ROLES | TERMS | SERIES | RAMP
+APART = 0.032
+"""Of an axis' length, between marks that would hide one another."""
+_MARGIN = 0.015  # of the other axis, half a marker
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,29 @@ class Panel:
             ys += [mark.y, *(mark.y_interval or ())]
         return self.x.range(xs), self.y.range(ys)
 
+    def abscissae(self) -> list[float]:
+        """The x at which every mark is drawn: its own, but for marks with intervals that would hide one another.
+
+        Those are spread along the axis in the same order, none further than ``APART``: where many coincide they overlap
+        rather than be drawn where they are not.
+        """
+        x_ends, y_ends = self.ends()
+        drawn = [mark.x for mark in self.marks]
+        if self.y.categories:
+            return drawn
+        where = {i: self.x.fraction(mark.x, x_ends) for i, mark in enumerate(self.marks) if mark.y_interval}
+        reach = {
+            i: (self.y.fraction(min(low, y), y_ends) - _MARGIN, self.y.fraction(max(high, y), y_ends) + _MARGIN)
+            for i, y, (low, high) in ((i, self.marks[i].y, self.marks[i].y_interval or (0, 0)) for i in where)
+        }
+        for run in _hiding(where, reach):
+            middle = sum(where[i] for i in run) / len(run)
+            for rank, i in enumerate(run):
+                wanted = middle + (rank - (len(run) - 1) / 2) * APART
+                place = min(max(wanted, where[i] - APART), where[i] + APART)
+                drawn[i] = self.x.value(place, x_ends) if len(run) > 1 else drawn[i]
+        return drawn
+
     def legend(self) -> list[tuple[str, str]]:
         """(role, name) of the roles that occur; a series goes by its line's label."""
         named = {line.role: line.label for line in self.lines if line.role in SERIES | RAMP} | dict(self.names)
@@ -206,6 +232,20 @@ class Panel:
         """The roles that occur, in the order of the styles."""
         seen = {item.role for item in (*self.marks, *self.lines)}
         return [role for role in STYLES if role in seen]
+
+
+def _hiding(where: Mapping[int, float], reach: Mapping[int, tuple[float, float]]) -> list[list[int]]:
+    """Marks by place along the axis, those together of which each hides another; in order."""
+    runs: list[list[int]] = []
+    for i in sorted(where, key=lambda i: (where[i], i)):
+
+        def hides(j: int, i: int = i) -> bool:
+            above, below = reach[i][0] < reach[j][1], reach[j][0] < reach[i][1]
+            return above and below and where[i] - where[j] < 0.8 * APART
+
+        near = [run for run in runs if any(map(hides, run))]
+        runs = [run for run in runs if run not in near] + [[*(j for run in near for j in run), i]]
+    return [sorted(run, key=lambda i: (where[i], i)) for run in runs]
 
 
 def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
@@ -226,26 +266,6 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     keep = max(1, math.ceil(span / 6)) if span > 2.2 else 1
     values = [m * 10.0**d for d in decades for m in steps if d % keep == 0]
     return [(v, power_label(v)) for v in values if low <= v <= high]
-
-
-def set_apart(places: Mapping[int, float], gap: float) -> dict[int, float]:
-    """Places (of marks, by index) along a line; those closer than 0.8 gaps are spread a gap apart, in the same order.
-
-    None moves further than a gap: where many coincide they overlap rather than be drawn where they are not.
-    """
-    runs: list[list[int]] = []
-    for i in sorted(places, key=lambda i: (places[i], i)):
-        if runs and places[i] - places[runs[-1][-1]] < 0.8 * gap:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    moved = {}
-    for run in runs:
-        middle = sum(places[i] for i in run) / len(run)
-        for rank, i in enumerate(run):
-            wanted = middle + (rank - (len(run) - 1) / 2) * gap
-            moved[i] = min(max(wanted, places[i] - gap), places[i] + gap)
-    return moved
 
 
 def power_label(value: float) -> str:

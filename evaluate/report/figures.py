@@ -21,7 +21,7 @@ from ...system.atomic_files import plain_errors, write_file, write_json
 from ...system.checksums import content_hash, file_hash
 from ...system.untrusted_files import read_json
 from . import chart
-from .chart import STYLES, Axis, Line, Mark, Panel, Rule, set_apart
+from .chart import STYLES, Axis, Line, Mark, Panel, Rule
 
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
@@ -100,7 +100,7 @@ def draw(ax: Any, panel: Panel) -> None:
     x_ends, y_ends = panel.ends()
     for rule in panel.rules:
         _rule(ax, rule, above=bool(panel.y.categories))
-    xs = _abscissae(panel, x_ends)
+    xs = panel.abscissae()
     for a, b in panel.links:
         ax.plot([xs[a], xs[b]], [panel.marks[a].y, panel.marks[b].y], color="#5c5f66", linewidth=0.7, zorder=1)
     for line in panel.lines:
@@ -116,15 +116,6 @@ def draw(ax: Any, panel: Panel) -> None:
     else:
         ax.set_title(fill(f"{panel.title}: {panel.part}" if panel.part else panel.title, TITLE))
     _legend(ax, panel)
-
-
-def _abscissae(panel: Panel, ends: tuple[float, float]) -> list[float]:
-    """Where the marks are drawn, those that would hide one another set apart as on the page."""
-    free = {
-        i: panel.x.fraction(m.x, ends) for i, m in enumerate(panel.marks) if m.y_interval and not panel.y.categories
-    }
-    moved = set_apart(free, 0.025)
-    return [panel.x.value(moved[i], ends) if i in moved else mark.x for i, mark in enumerate(panel.marks)]
 
 
 def _rule(ax: Any, rule: Rule, *, above: bool) -> None:

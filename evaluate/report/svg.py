@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .chart import STYLES, Line, Mark, Panel, number, set_apart
+from .chart import STYLES, Line, Mark, Panel, number
 
 WIDTH, HEIGHT = 320, 236
 ROW, TALL_ROW = 22, 34  # height of one named category, and of one whose name stands above its line
 LONG_NAME = 20  # characters of a category's name; with a longer one all names stand above their lines
 GLYPH = 6.0  # mean width of a character at the 11.5-unit label size
-SET_APART = 9  # units between points that would lie on one another
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -147,11 +146,9 @@ def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:
 
 
 def _places(frame: _Frame) -> list[tuple[float, float]]:
-    """Where each mark is drawn; marks with intervals at one abscissa are set apart."""
-    marks = frame.panel.marks
-    free = {i: frame.x(mark.x) for i, mark in enumerate(marks) if mark.y_interval and not frame.panel.y.categories}
-    moved = set_apart(free, SET_APART)
-    return [(moved.get(i, frame.x(mark.x)), frame.y(mark.y)) for i, mark in enumerate(marks)]
+    """Where each mark is drawn."""
+    panel = frame.panel
+    return [(frame.x(x), frame.y(mark.y)) for x, mark in zip(panel.abscissae(), panel.marks, strict=True)]
 
 
 def _links(frame: _Frame, places: Sequence[tuple[float, float]]) -> Iterator[str]:

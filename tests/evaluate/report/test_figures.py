@@ -9,6 +9,7 @@ from markupsafe import Markup
 from synthetic import metric, synthetic_report
 from tcsae.evaluate.report import figures
 from tcsae.evaluate.report.chart import (
+    APART,
     DARK,
     LIGHT,
     STYLES,
@@ -19,7 +20,6 @@ from tcsae.evaluate.report.chart import (
     Rule,
     number,
     power_label,
-    set_apart,
 )
 from tcsae.evaluate.report.figures import write_figures
 from tcsae.evaluate.report.page import render_page
@@ -88,19 +88,40 @@ def test_log_axis_puts_zero_at_its_edge():
     assert axis.fraction(0.0, axis.range([0.0, 0.1, 1.0])) == 0.0
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(st.lists(st.floats(0, 300), max_size=8))
-def test_marks_set_apart_stay_in_order_and_near(xs):
-    places = dict(enumerate(xs))
-    moved = set_apart(places, 9.0)
-    assert set(moved) == set(places)
-    for i, x in places.items():
-        assert abs(moved[i] - x) <= 9.0 * len(xs)
-    order = sorted(places, key=lambda i: (places[i], i))
-    if all(b - a < 7 or b - a > 9.0 * len(xs) + 7 for a, b in zip(sorted(xs), sorted(xs)[1:], strict=False)):
-        assert order == sorted(moved, key=lambda i: moved[i])
-    if len(xs) == 2 and abs(xs[0] - xs[1]) < 7:
-        assert abs(moved[0] - moved[1]) == pytest.approx(9.0)
+def levels(*xs: float, y: float = 1.0, interval: tuple[float, float] | None = (0.9, 1.1)) -> tuple[Mark, ...]:
+    return tuple(Mark(x, y, "tc", y_interval=interval) for x in xs)
+
+
+def placed(*marks: Mark, log: bool = False) -> list[float]:
+    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (*marks, *levels(1.0, 100.0, y=5.0)))
+    return panel.abscissae()[: len(marks)]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.floats(1, 100), max_size=8), st.booleans())
+def test_marks_set_apart_stay_in_order_and_near(xs, log):
+    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), levels(*xs))
+    ends, _ = panel.ends()
+    true = [panel.x.fraction(x, ends) for x in xs]
+    drawn = [panel.x.fraction(x, ends) for x in panel.abscissae()]
+    assert all(abs(a - b) <= APART * 1.001 for a, b in zip(true, drawn, strict=True))
+    order = sorted(range(len(xs)), key=lambda i: (true[i], i))
+    near = [(a, b) for a, b in itertools.pairwise(order) if true[b] - true[a] < 0.8 * APART]
+    assert all(drawn[a] <= drawn[b] + 1e-9 for a, b in near)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_two_marks_in_one_place_are_drawn_beside_each_other(log):
+    one, other = placed(*levels(32.0, 32.0), log=log)
+    axis = Axis("x", log=log)
+    ends = axis.range([1.0, 100.0])
+    assert axis.fraction(other, ends) - axis.fraction(one, ends) == pytest.approx(APART)
+
+
+def test_a_mark_that_hides_no_other_is_drawn_where_it_is():
+    assert placed(*levels(32.0), *levels(32.0, y=3.0, interval=(2.9, 3.1))) == [32.0, 32.0]  # one above the other
+    assert placed(*levels(32.0, interval=None), *levels(32.0)) == [32.0, 32.0]  # no interval that is hidden
+    assert placed(*levels(30.0, 50.0)) == [30.0, 50.0]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +253,7 @@ def test_coinciding_points_are_both_seen():
     out = render(Panel("k", "t", Axis("x"), Axis("y"), marks))
     centre = float(out.split('cx="')[1].split('"')[0])
     square = float(out.split("<rect")[1].split('x="')[1].split('"')[0]) + 3.7
-    assert abs(centre - square) == pytest.approx(9, abs=0.2)
+    assert 7.4 < abs(centre - square) < 10  # a marker is 7.4 wide
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(0.0, None, None), (-2.0, -3.0, -1.0), (0.5, -0.5, 1.5)])
