@@ -26,6 +26,7 @@ from .chart import STYLES, Axis, Line, Mark, Panel, Rule
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
 TITLE = 46  # characters of a line of it
+_GLYPH = 0.0175  # of an axis' length: a character of a label beside a mark
 DRAWN = "drawn.json"
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
 _HOLLOW = {"square", "diamond"}
@@ -180,8 +181,9 @@ def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
         near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
         if not mark.label or (any(near) and not panel.y.categories):
             continue
-        left = spots[i][0] > 0.75
-        edge = mark.x_interval[0 if left else 1] if mark.x_interval and panel.y.categories else x
+        free = 1 - spots[i][0]
+        left = free < min(0.5, _GLYPH * len(mark.label))  # no room on the right, and more on the left
+        edge = mark.x_interval[0 if left else 1] + x - mark.x if mark.x_interval else x
         where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
         ink = STYLES[mark.role].light
         words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
