@@ -41,8 +41,7 @@ from .subjects import Group, Subject
 from .table_row import Candidate
 
 VERIFY_ROWS, VERIFY_TOKENS = 2, 64
-"""Of the text, on which splices are compared with hooks before anything is measured."""
-"""Rows on which the shared prefix is tried."""
+"""Of the text: where splices are compared with hooks before anything is measured."""
 
 
 class Source(Protocol):

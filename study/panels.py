@@ -187,7 +187,7 @@ def _plane(rows: Sequence[VariantRow], analysis: Analysis) -> Panel | None:
         return None
     sizes = [mark.x for mark in marks]
     wide = min(sizes) > 0 and max(sizes) > _WIDE * min(sizes)
-    axes = Axis("L0: active features per token", log=wide), Axis("CE recovered")
+    axes = Axis("L0: active features per token" + " (log scale)" * wide, log=wide), Axis("CE recovered")
     caption = f"At {rows[0].place} of {rows[0].model}."
     return Panel("level-plane", "Fidelity against sparsity", *axes, tuple(marks), caption=caption, names=_NAMES)
 

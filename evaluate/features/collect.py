@@ -101,7 +101,7 @@ class FeatureBrowser:
         self._sae, self._seed, self._n_cards, self._max_rows = sae, seed, n_cards, max_rows
         self._seen: _Seen | None = None
 
-    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in: per row and feature only the strongest valid activation matters."""
         z_BTF = active.z_BTF
         if self._seen is None:

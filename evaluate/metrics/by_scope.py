@@ -112,7 +112,7 @@ class ByPart:
         }
 
     @torch.no_grad()
-    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in. Each part's reconstruction is what its features alone, and the bias, would give."""
         for name, part in self._parts.items():
             x_part_BTD = self._sae.decode(part.alone(active))

@@ -96,7 +96,7 @@ class PositionStatistics:
         self._tokens_GT = torch.zeros(_GROUPS, context, dtype=torch.float64, device=device)
         self._rotation = RotationSample(size, context, seed)
 
-    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - every accumulator is called alike
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in."""
         group_N, position_E = group_of(batch.units_BT) % _GROUPS, active.positions()
         position_N = torch.arange(active.n_tokens, device=group_N.device) % active.context

@@ -120,20 +120,21 @@ class RotationSample:
         offsets = generator.integers(self._positions, size=(rotations + 1, len(self._row_level)), dtype=np.int16)
         offsets[0] = 0
         found = np.empty((len(features), rotations + 1))
-        parts = []
         by_feature = np.argsort(self._kept[0], kind="stable")
         first_F = np.searchsorted(self._kept[0][by_feature], np.arange(len(self.level_F) + 1))
+        chunks: list[tuple[np.ndarray, np.ndarray]] = []
         for level in np.unique(self.level_F[features]):
             mine = np.flatnonzero(self.level_F[features] == level)
             counted = self._counted(int(level), offsets)
-            for chunk in np.array_split(mine, -(-len(mine) * self._positions // _CHUNK)):
-                first_C, last_C = first_F[features[chunk]], first_F[features[chunk] + 1]
-                column, place = _ranges(first_C, last_C)
-                _, row, position, value = (kept[by_feature[place]] for kept in self._kept)
-                parts.append((chunk, (column, row, position, value, offsets, counted, len(chunk))))
+            chunks += [(chunk, counted) for chunk in np.array_split(mine, -(-len(mine) * self._positions // _CHUNK))]
+
+        def of_chunk(chunk: np.ndarray, counted: np.ndarray) -> None:
+            column, place = _ranges(first_F[features[chunk]], first_F[features[chunk] + 1])
+            _, row, position, value = (kept[by_feature[place]] for kept in self._kept)
+            found[chunk] = _statistics(column, row, position, value, offsets, counted, len(chunk))
+
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for (chunk, _), one in zip(parts, pool.map(lambda part: _statistics(*part[1]), parts), strict=True):
-                found[chunk] = one
+            list(pool.map(of_chunk, *zip(*chunks, strict=True)))
         return found
 
     def _counted(self, level: int, offsets: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class WindowMetrics:
         self._by_unit = SumsByUnit()
 
     @torch.no_grad()
-    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in."""
         valid_BT, parts = batch.valid_BT, active.parts
         complete_BT = valid_BT & parts["complete"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...sites import RESIDUAL
 
@@ -200,28 +200,34 @@ class Panel:
             ys += [mark.y, *(mark.y_interval or ())]
         return self.x.range(xs), self.y.range(ys)
 
-    def abscissae(self) -> list[float]:
-        """The x at which every mark is drawn: its own, but for marks with intervals that would hide one another.
+    def drawn(self) -> tuple[Mark, ...]:
+        """The marks where they are drawn: where they are, but for those with intervals that would hide one another.
 
-        Those are spread along the axis in the same order, none further than ``APART``: where many coincide they overlap
-        rather than be drawn where they are not.
+        Those are spread along x in the same order, with their intervals, and none further than ``APART``: where many
+        coincide they overlap rather than be drawn where they are not.
         """
         x_ends, y_ends = self.ends()
-        drawn = [mark.x for mark in self.marks]
         if self.y.categories:
-            return drawn
+            return self.marks
         where = {i: self.x.fraction(mark.x, x_ends) for i, mark in enumerate(self.marks) if mark.y_interval}
         reach = {
-            i: (self.y.fraction(min(low, y), y_ends) - _MARGIN, self.y.fraction(max(high, y), y_ends) + _MARGIN)
-            for i, y, (low, high) in ((i, self.marks[i].y, self.marks[i].y_interval or (0, 0)) for i in where)
+            i: tuple(self.y.fraction(y, y_ends) for y in (self.marks[i].y, *(self.marks[i].y_interval or ())))
+            for i in where
         }
-        for run in _hiding(where, reach):
-            middle = sum(where[i] for i in run) / len(run)
-            for rank, i in enumerate(run):
-                wanted = middle + (rank - (len(run) - 1) / 2) * APART
-                place = min(max(wanted, where[i] - APART), where[i] + APART)
-                drawn[i] = self.x.value(place, x_ends) if len(run) > 1 else drawn[i]
-        return drawn
+        place = _spread(where, {i: (min(ys) - _MARGIN, max(ys) + _MARGIN) for i, ys in reach.items()})
+
+        def moved(i: int, mark: Mark) -> Mark:
+            shift = place.get(i, 0.0) - where.get(i, 0.0)
+            if not shift:
+                return mark
+
+            def along(x: float) -> float:
+                return self.x.value(min(1.0, max(0.0, self.x.fraction(x, x_ends) + shift)), x_ends)
+
+            interval = mark.x_interval and (along(mark.x_interval[0]), along(mark.x_interval[1]))
+            return replace(mark, x=along(mark.x), x_interval=interval)
+
+        return tuple(moved(i, mark) for i, mark in enumerate(self.marks))
 
     def legend(self) -> list[tuple[str, str]]:
         """(role, name) of the roles that occur; a series goes by its line's label."""
@@ -234,18 +240,34 @@ class Panel:
         return [role for role in STYLES if role in seen]
 
 
-def _hiding(where: Mapping[int, float], reach: Mapping[int, tuple[float, float]]) -> list[list[int]]:
-    """Marks by place along the axis, those together of which each hides another; in order."""
-    runs: list[list[int]] = []
-    for i in sorted(where, key=lambda i: (where[i], i)):
+def _spread(where: Mapping[int, float], reach: Mapping[int, tuple[float, float]]) -> dict[int, float]:
+    """Places along an axis 0 … 1 at which no mark hides another, as far as ``APART`` from its own allows.
 
-        def hides(j: int, i: int = i) -> bool:
-            above, below = reach[i][0] < reach[j][1], reach[j][0] < reach[i][1]
-            return above and below and where[i] - where[j] < 0.8 * APART
+    ``reach``: what each covers of the other axis.
+    """
 
-        near = [run for run in runs if any(map(hides, run))]
-        runs = [run for run in runs if run not in near] + [[*(j for run in near for j in run), i]]
-    return [sorted(run, key=lambda i: (where[i], i)) for run in runs]
+    def hide(i: int, j: int) -> bool:
+        beside = reach[i][0] < reach[j][1] and reach[j][0] < reach[i][1]
+        return beside and abs(place[i] - place[j]) < 0.8 * APART
+
+    runs = [[i] for i in sorted(where, key=lambda i: (where[i], i))]
+    place = dict(where)
+    while True:
+        joined: list[list[int]] = []
+        for run in runs:
+            near = [one for one in joined if any(hide(i, j) for i in one for j in run)]
+            joined = [one for one in joined if one not in near] + [[*(i for one in near for i in one), *run]]
+        if len(joined) == len(runs):
+            return place
+        runs = joined  # a run that was spread may have come near another
+        for run in runs:
+            run.sort(key=lambda i: (where[i], i))
+            room = (len(run) - 1) / 2 * APART
+            middle = sum(where[i] for i in run) / len(run)
+            middle = min(max(middle, room), 1 - room) if room < 0.5 else middle
+            for rank, i in enumerate(run):
+                wanted = middle - room + rank * APART
+                place[i] = min(max(wanted, where[i] - APART, 0.0), where[i] + APART, 1.0)
 
 
 def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:

@@ -101,14 +101,15 @@ def draw(ax: Any, panel: Panel) -> None:
     x_ends, y_ends = panel.ends()
     for rule in panel.rules:
         _rule(ax, rule, above=bool(panel.y.categories))
-    xs = panel.abscissae()
+    marks = panel.drawn()
     for a, b in panel.links:
-        ax.plot([xs[a], xs[b]], [panel.marks[a].y, panel.marks[b].y], color="#5c5f66", linewidth=0.7, zorder=1)
+        ends = (marks[a], marks[b])
+        ax.plot([mark.x for mark in ends], [mark.y for mark in ends], color="#5c5f66", linewidth=0.7, zorder=1)
     for line in panel.lines:
         _line(ax, line)
-    for mark, x in zip(panel.marks, xs, strict=True):
-        _mark(ax, mark, x)
-    _labels(ax, panel, xs)
+    for mark in marks:
+        _mark(ax, mark)
+    _labels(ax, panel, marks)
     _axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x, x_ends)
     _axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y, (y_ends[1], y_ends[0]) if panel.y.categories else y_ends)
     ax.set(xlabel=panel.x.label, ylabel=panel.y.label)
@@ -149,41 +150,36 @@ def _line(ax: Any, line: Line) -> None:
     ax.plot(line.x, line.y, color=style.light, linewidth=1.5, marker=marker, markersize=4.5, **dashes)
 
 
-def _mark(ax: Any, mark: Mark, x: float) -> None:
+def _mark(ax: Any, mark: Mark) -> None:
     style = STYLES[mark.role]
     if mark.x_interval:
-        # drawn about the point, which may have been moved a little
-        ax.plot(
-            [v + x - mark.x for v in mark.x_interval],
-            [mark.y] * 2,
-            color=style.light,
-            linewidth=1.1,
-            marker="|",
-            markersize=5,
-        )
+        ax.plot(mark.x_interval, [mark.y] * 2, color=style.light, linewidth=1.1, marker="|", markersize=5)
     if mark.y_interval:
-        ax.plot([x] * 2, mark.y_interval, color=style.light, linewidth=1.1, marker="_", markersize=5)
+        ax.plot([mark.x] * 2, mark.y_interval, color=style.light, linewidth=1.1, marker="_", markersize=5)
     look: dict[str, Any] = {
         "markerfacecolor": "white" if style.marker in _HOLLOW else style.light,
         "markeredgewidth": 1.4,
     }
     if mark.small:
-        ax.plot(x, mark.y, "o", color=style.light, markersize=2.2, clip_on=False, zorder=3)
+        ax.plot(mark.x, mark.y, "o", color=style.light, markersize=2.2, clip_on=False, zorder=3)
         return
-    ax.plot(x, mark.y, _MARKERS[style.marker], color=style.light, markersize=5.5, clip_on=False, zorder=3, **look)
+    ax.plot(mark.x, mark.y, _MARKERS[style.marker], color=style.light, markersize=5.5, clip_on=False, zorder=3, **look)
 
 
-def _labels(ax: Any, panel: Panel, xs: Sequence[float]) -> None:
-    """Words beside the points; where points crowd, the legend must do."""
+def _labels(ax: Any, panel: Panel, marks: Sequence[Mark]) -> None:
+    """Words beside the points, on the side that has room; where points crowd, the legend must do."""
     x_ends, y_ends = panel.ends()
-    spots = [(panel.x.fraction(x, x_ends), panel.y.fraction(m.y, y_ends)) for m, x in zip(panel.marks, xs, strict=True)]
-    for i, (mark, x) in enumerate(zip(panel.marks, xs, strict=True)):
+    spots = [(panel.x.fraction(mark.x, x_ends), panel.y.fraction(mark.y, y_ends)) for mark in marks]
+    for i, mark in enumerate(marks):
         near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
         if not mark.label or (any(near) and not panel.y.categories):
             continue
-        free = 1 - spots[i][0]
-        left = free < min(0.5, _GLYPH * len(mark.label))  # no room on the right, and more on the left
-        edge = mark.x_interval[0 if left else 1] + x - mark.x if mark.x_interval else x
+        here, need = spots[i][0], _GLYPH * len(mark.label)
+        low, high = (panel.x.fraction(x, x_ends) for x in mark.x_interval or (mark.x, mark.x))
+        if max(low, 1 - high) < need:  # no room beside the interval: over it, beside the mark
+            low = high = here
+        left = 1 - high < need and low > 1 - high
+        edge = panel.x.value(low if left else high, x_ends)
         where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
         ink = STYLES[mark.role].light
         words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)

@@ -44,13 +44,14 @@ def render(panel: Panel) -> Markup:
     """The panel as an ``<svg>`` element, with its title and a description for screen readers."""
     frame = _frame(panel)
     height = frame.bottom + 40
-    places = _places(frame)
+    marks = panel.drawn()
+    places = [(frame.x(mark.x), frame.y(mark.y)) for mark in marks]
     boxes = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    boxes += [box for mark, place in zip(panel.marks, places, strict=True) for box in _reach(frame, mark, *place)]
+    boxes += [box for mark, place in zip(marks, places, strict=True) for box in _reach(frame, mark, *place)]
     body = [*_grid(frame), *_rules(frame, boxes), *_links(frame, places)]
     for line in panel.lines:
         body += _line(frame, line)
-    body += _marks(frame, places, boxes)
+    body += _marks(frame, marks, places, boxes)
     name, title = escape(f"chart-{panel.key}"), escape(panel.title)
     head = (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-labelledby="{name}-t {name}-d">'
@@ -145,12 +146,6 @@ def _rules(frame: _Frame, boxes: list[Box]) -> Iterator[str]:
             yield f'<text class="note" x="{spot[0]:.1f}" y="{spot[1]:.1f}">{escape(rule.label)}</text>'
 
 
-def _places(frame: _Frame) -> list[tuple[float, float]]:
-    """Where each mark is drawn."""
-    panel = frame.panel
-    return [(frame.x(x), frame.y(mark.y)) for x, mark in zip(panel.abscissae(), panel.marks, strict=True)]
-
-
 def _links(frame: _Frame, places: Sequence[tuple[float, float]]) -> Iterator[str]:
     for a, b in frame.panel.links:
         yield f'<path class="link" d="M{places[a][0]:.1f} {places[a][1]:.1f}L{places[b][0]:.1f} {places[b][1]:.1f}"/>'
@@ -184,10 +179,10 @@ def _steps(frame: _Frame, line: Line) -> str:
     return "M" + "L".join(points)
 
 
-def _marks(frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box]) -> list[str]:
+def _marks(frame: _Frame, marks: Sequence[Mark], places: Sequence[tuple[float, float]], boxes: list[Box]) -> list[str]:
     labels = _labels(frame, places, boxes) if not frame.panel.y.categories else {}
     out = []
-    for i, (mark, (x, y)) in enumerate(zip(frame.panel.marks, places, strict=True)):
+    for i, (mark, (x, y)) in enumerate(zip(marks, places, strict=True)):
         out.append(f'<g class="ink-{mark.role}"><title>{escape(mark.title or mark.label)}</title>')
         out += [*_whiskers(frame, mark, x, y), _dot(x, y) if mark.small else _marker(mark.role, x, y)]
         if i in labels:
@@ -201,7 +196,7 @@ def _marks(frame: _Frame, places: Sequence[tuple[float, float]], boxes: list[Box
 
 def _whiskers(frame: _Frame, mark: Mark, x: float, y: float) -> Iterator[str]:
     if mark.x_interval:
-        low, high = (frame.x(v) + x - frame.x(mark.x) for v in mark.x_interval)
+        low, high = (frame.x(v) for v in mark.x_interval)
         ends = f"M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8"
         yield f'<path class="whisker" d="M{low:.1f} {y:.1f}H{high:.1f}{ends}"/>'
     if mark.y_interval:
@@ -213,8 +208,7 @@ def _whiskers(frame: _Frame, mark: Mark, x: float, y: float) -> Iterator[str]:
 def _reach(frame: _Frame, mark: Mark, x: float, y: float) -> Iterator[Box]:
     """Where a mark's whiskers lie, so that no words go there."""
     if mark.x_interval:
-        shift = x - frame.x(mark.x)
-        yield (frame.x(mark.x_interval[0]) + shift - 1, y - 3, frame.x(mark.x_interval[1]) + shift + 1, y + 3)
+        yield (frame.x(mark.x_interval[0]) - 1, y - 3, frame.x(mark.x_interval[1]) + 1, y + 3)
     if mark.y_interval:
         yield (x - 3, frame.y(mark.y_interval[1]), x + 3, frame.y(mark.y_interval[0]))
 

@@ -13,7 +13,7 @@ Shapes: M samples, F features, C classes, G folds, D columns of dense inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,8 @@ MIN_POSITIVES = 5
 """Samples of a class that the training part of every fold must hold; classes with fewer are not asked for."""
 NARROW = 32
 """Columns up to which all classes of a fold are fitted together; scikit-learn is as fast with more of them."""
+TOGETHER = 32
+"""Classes at most whose columns are in memory together."""
 DENSE_C = 0.01
 """Inverse strength of the penalty where all dimensions are used, which a few hundred samples would else overfit."""
 
@@ -88,33 +90,40 @@ class Question:
         says_CM = np.zeros_like(is_CM)
         for fold in range(FOLDS):
             test_M = self.fold_M == fold
-            seen = {at: x_MK for at, one in enumerate(self.asked) if (x_MK := columns(one, fold)) is not None}
-            if not seen or not test_M.any():
+            if not test_M.any():
                 continue
-            classes, width = list(seen), max(x_MK.shape[1] for x_MK in seen.values())
-            if width > NARROW:
-                for at, x_MK in seen.items():
-                    says_CM[at, test_M] = _fit_wide(x_MK[~test_M], is_CM[at, ~test_M], x_MK[test_M], penalty)
-                continue
-            x_CMK = np.stack([np.pad(x_MK, ((0, 0), (0, width - x_MK.shape[1]))) for x_MK in seen.values()])
-            answers_CM = predictions(x_CMK[:, ~test_M], is_CM[classes][:, ~test_M], x_CMK[:, test_M], penalty)
-            says_CM[np.ix_(classes, test_M)] = answers_CM
+            for first in range(0, len(self.asked), TOGETHER):
+                some = enumerate(self.asked[first : first + TOGETHER], first)
+                seen = {at: x_MK for at, one in some if (x_MK := columns(one, fold)) is not None}
+                if seen:
+                    fitted = _narrow if max(x_MK.shape[1] for x_MK in seen.values()) <= NARROW else _wide
+                    says_CM[np.ix_(list(seen), test_M)] = fitted(seen, is_CM, test_M, penalty)
         return says_CM
 
 
-def _fit_wide(train_MK: np.ndarray, is_M: np.ndarray, test_MK: np.ndarray, penalty: float) -> np.ndarray:
-    """As :func:`.logistic.predictions`, of one class and many columns."""
+def _narrow(seen: Mapping[int, np.ndarray], is_CM: np.ndarray, test_M: np.ndarray, penalty: float) -> np.ndarray:
+    """What probes of few columns say of the test samples: bool [classes seen, M of the test]."""
+    width = max(x_MK.shape[1] for x_MK in seen.values())
+    x_CMK = np.stack([np.pad(x_MK, ((0, 0), (0, width - x_MK.shape[1]))) for x_MK in seen.values()])
+    return predictions(x_CMK[:, ~test_M], is_CM[list(seen)][:, ~test_M], x_CMK[:, test_M], penalty)
+
+
+def _wide(seen: Mapping[int, np.ndarray], is_CM: np.ndarray, test_M: np.ndarray, penalty: float) -> np.ndarray:
+    """The same of many columns, class by class."""
     from sklearn import config_context
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
+    found = []
     # So small a problem is solved ten times as fast without threads, and checking it takes a fifth of the time.
     with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
-        regression = LogisticRegression(C=penalty, class_weight="balanced", max_iter=1000)
-        scaler = StandardScaler().fit(train_MK)  # no pipeline, which takes as long as so small a fit
-        regression.fit(scaler.transform(train_MK), is_M)
-        return np.asarray(regression.predict(scaler.transform(test_MK)))
+        for at, x_MK in seen.items():
+            regression = LogisticRegression(C=penalty, class_weight="balanced", max_iter=1000)
+            scaler = StandardScaler().fit(x_MK[~test_M])  # no pipeline, which takes as long as so small a fit
+            regression.fit(scaler.transform(x_MK[~test_M]), is_CM[at, ~test_M])
+            found.append(regression.predict(scaler.transform(x_MK[test_M])))
+    return np.stack(found)
 
 
 def folds_of(document_M: np.ndarray, class_M: np.ndarray, *, by_class: bool) -> np.ndarray:

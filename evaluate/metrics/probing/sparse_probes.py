@@ -125,7 +125,7 @@ class _Probes:
         self._tokens = TokenSample(TOKENS, d_model, seed, device)
         self._passages = TokenSample(PASSAGES, d_model, seed, device)
 
-    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002 - an accumulator
+    def update(self, batch: TokenBatch, active: ActiveEntries, x_hat_BTD: Tensor) -> None:  # noqa: ARG002
         """Take one batch in."""
         self._tokens.update(batch, active)
         self._passages.update(*pooled(batch, active))

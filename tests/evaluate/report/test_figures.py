@@ -93,35 +93,83 @@ def levels(*xs: float, y: float = 1.0, interval: tuple[float, float] | None = (0
 
 
 def placed(*marks: Mark, log: bool = False) -> list[float]:
-    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (*marks, *levels(1.0, 100.0, y=5.0)))
-    return panel.abscissae()[: len(marks)]
+    """Where they are drawn between 1 and 100, in shares of the axis."""
+    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (*marks, *levels(1.0, 100.0, y=5.0, interval=(4.9, 5.1))))
+    ends, _ = panel.ends()
+    return [panel.x.fraction(mark.x, ends) for mark in panel.drawn()[: len(marks)]]
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(st.lists(st.floats(1, 100), max_size=8), st.booleans())
 def test_marks_set_apart_stay_in_order_and_near(xs, log):
     panel = Panel("k", "t", Axis("x", log=log), Axis("y"), levels(*xs))
     ends, _ = panel.ends()
-    true = [panel.x.fraction(x, ends) for x in xs]
-    drawn = [panel.x.fraction(x, ends) for x in panel.abscissae()]
+    true, drawn = ([panel.x.fraction(mark.x, ends) for mark in marks] for marks in (panel.marks, panel.drawn()))
     assert all(abs(a - b) <= APART * 1.001 for a, b in zip(true, drawn, strict=True))
     order = sorted(range(len(xs)), key=lambda i: (true[i], i))
-    near = [(a, b) for a, b in itertools.pairwise(order) if true[b] - true[a] < 0.8 * APART]
-    assert all(drawn[a] <= drawn[b] + 1e-9 for a, b in near)
+    assert all(drawn[a] <= drawn[b] + 1e-9 for a, b in itertools.pairwise(order))
 
 
 @pytest.mark.parametrize("log", [False, True])
 def test_two_marks_in_one_place_are_drawn_beside_each_other(log):
     one, other = placed(*levels(32.0, 32.0), log=log)
-    axis = Axis("x", log=log)
-    ends = axis.range([1.0, 100.0])
-    assert axis.fraction(other, ends) - axis.fraction(one, ends) == pytest.approx(APART)
+    assert other - one == pytest.approx(APART)
 
 
 def test_a_mark_that_hides_no_other_is_drawn_where_it_is():
-    assert placed(*levels(32.0), *levels(32.0, y=3.0, interval=(2.9, 3.1))) == [32.0, 32.0]  # one above the other
-    assert placed(*levels(32.0, interval=None), *levels(32.0)) == [32.0, 32.0]  # no interval that is hidden
-    assert placed(*levels(30.0, 50.0)) == [30.0, 50.0]
+    for marks in (
+        (*levels(32.0), *levels(32.0, y=3.0, interval=(2.9, 3.1))),  # one above the other
+        (*levels(32.0, interval=None), *levels(32.0)),  # no interval that is hidden
+        levels(30.0, 50.0),
+    ):
+        panel = Panel("k", "t", Axis("x", log=True), Axis("y"), marks)
+        assert panel.drawn() == marks
+
+
+def test_marks_that_are_spread_hide_no_neighbour_either():
+    one, two, three = placed(*levels(50.0, 50.0, 53.0))
+    assert two - one > 0.8 * APART
+    assert three - two > 0.8 * APART
+
+
+def test_marks_at_the_end_of_an_axis_stay_on_it():
+    axis = Axis("x", low=0.0, high=1.0)
+    drawn = Panel("k", "t", axis, Axis("y"), levels(0.0, 0.0)).drawn()
+    assert [mark.x for mark in drawn] == pytest.approx([0.0, APART])
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_interval_moves_with_its_mark(log):
+    marks = tuple(Mark(x, 0.9, "tc", x_interval=(20.0, 180.0), y_interval=(0.8, 1.0)) for x in (100.0, 100.5))
+    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (*marks, Mark(2.0, 0.9, "tc"), Mark(4000.0, 0.9, "tc")))
+    ends, _ = panel.ends()
+    for before, after in zip(marks, panel.drawn(), strict=False):
+        values = ((before.x, after.x), *zip(before.x_interval, after.x_interval, strict=True))
+        shifts = [panel.x.fraction(b, ends) - panel.x.fraction(a, ends) for a, b in values]
+        assert shifts == pytest.approx([shifts[0]] * 3)
+        assert abs(shifts[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("mark", "log"),
+    [
+        (Mark(40.0, 0.9, "tc", "topk, λ2 = 0.01, wide", "", (10.0, 90.0), (0.85, 0.95)), False),
+        (Mark(70.0, 0.9, "tc", "crosscoder of 5 tokens, 160 a window", "", None, (0.85, 0.95)), True),
+        (Mark(90.0, 0.9, "tc", "an interval down to zero", "", (0.0, 95.0), (0.85, 0.95)), True),
+    ],
+)
+def test_a_label_beside_a_mark_lies_within_the_axes_if_there_is_room(mark, log):
+    others = (Mark(1.0, 0.1, "twin"), Mark(95.0, 0.1, "twin"))
+    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (mark, *others))
+    with figures._figure(1, 3.3) as (figure, axes):
+        figures.draw(axes[0], panel)
+        figure.canvas.draw()
+        box = axes[0].texts[0].get_window_extent()
+        left, right = (axes[0].transAxes.inverted().transform((x, 0))[0] for x in (box.x0, box.x1))
+    room = right - left < 0.6
+    assert not room or (left > -0.2 and right < 1.2)
+    assert right > 0.05  # seen
+    assert left < 0.95
 
 
 @pytest.mark.parametrize(
