@@ -188,15 +188,13 @@ def _statistics(
     # Σ (S_p − z̄ n_p)² / n_p = Σ S_p² / n_p − z̄ Σ S_p, S_p the sums of z: the second term is that of every rotation.
     total_C = np.bincount(column, weights=values.numpy(), minlength=n_columns)
     constant_C = total_C**2 / counted[0].sum()
-    # Twice as many places as positions: what is moved past the last one is added to the first ones afterwards.
-    place = column * (2 * positions) + position
-    moved, sums_C2P = np.empty_like(place), torch.empty(n_columns, 2 * positions, dtype=torch.float64)
-    S_CP, found = np.empty((n_columns, positions)), np.empty((n_columns, len(offsets)))
-    for at, (offset, counted_P) in enumerate(zip(offsets.astype(place.dtype), counted, strict=True)):
-        np.add(place, offset[row], out=moved)
-        sums_C2P.zero_().view(-1).index_add_(0, torch.from_numpy(moved), values)
-        np.add(sums_C2P.numpy()[:, :positions], sums_C2P.numpy()[:, positions:], out=S_CP)
-        found[:, at] = np.square(S_CP, out=S_CP) @ (1 / np.maximum(counted_P, 1)) - constant_C
+    position, start = position.astype(np.int64), column * positions
+    S_CP, found = torch.empty(n_columns, positions, dtype=torch.float64), np.empty((n_columns, len(offsets)))
+    for at, (offset, counted_P) in enumerate(zip(offsets, counted, strict=True)):
+        moved = position + offset[row]
+        moved -= positions * (moved >= positions)
+        S_CP.zero_().view(-1).index_add_(0, torch.from_numpy(moved + start), values)
+        found[:, at] = np.square(S_CP.numpy()) @ (1 / np.maximum(counted_P, 1)) - constant_C
     return found
 
 
