@@ -35,8 +35,9 @@ class LagSums:
     def sums(self, lags: slice, features: Tensor | slice = slice(None)) -> Tensor:
         """The five sums for some lags (the first is 1, at place 0) and features: [G, 5, F, L]."""
         found_GSFL = self._sums_GSFL[:, :, features, lags].clone()
-        found_GSFL[:, [X, XX]] += self._first_G2F[:, :, features, None]
-        found_GSFL[:, [Y, YY]] += self._second_G2F[:, :, features, None]
+        for which, (first, second) in enumerate(((X, Y), (XX, YY))):
+            found_GSFL[:, first] += self._first_G2F[:, which, features, None]
+            found_GSFL[:, second] += self._second_G2F[:, which, features, None]
         return found_GSFL
 
     def autocorrelations(self, *, centred: bool) -> Tensor:
