@@ -26,7 +26,8 @@ from .chart import STYLES, Axis, Line, Mark, Panel, Rule
 SIZE = (4.4, 3.3)  # inches
 DPI = 160
 TITLE = 46  # characters of a line of it
-_GLYPH = 0.0175  # of an axis' length: a character of a label beside a mark
+_LETTER, _BESIDE = 4.2, 9.0  # points: a letter of a label beside a mark, and its distance from it
+_AXIS, _AXIS_BESIDE_NAMES = 0.75, 0.55  # of the figure's width, about; the second where named rows stand on the left
 DRAWN = "drawn.json"
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "x"}
 _HOLLOW = {"square", "diamond"}
@@ -170,11 +171,12 @@ def _labels(ax: Any, panel: Panel, marks: Sequence[Mark]) -> None:
     """Words beside the points, on the side that has room; where points crowd, the legend must do."""
     x_ends, y_ends = panel.ends()
     spots = [(panel.x.fraction(mark.x, x_ends), panel.y.fraction(mark.y, y_ends)) for mark in marks]
+    axis = 72 * SIZE[0] * (_AXIS_BESIDE_NAMES if panel.y.categories else _AXIS)
     for i, mark in enumerate(marks):
         near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
         if not mark.label or (any(near) and not panel.y.categories):
             continue
-        here, need = spots[i][0], _GLYPH * len(mark.label)
+        here, need = spots[i][0], (_LETTER * len(mark.label) + _BESIDE) / axis
         low, high = (panel.x.fraction(x, x_ends) for x in mark.x_interval or (mark.x, mark.x))
         if max(low, 1 - high) < need:  # no room beside the interval: over it, beside the mark
             low = high = here

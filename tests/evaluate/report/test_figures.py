@@ -150,26 +150,38 @@ def test_an_interval_moves_with_its_mark(log):
         assert abs(shifts[0]) > 0.01
 
 
+def reach_of_first_label(panel: Panel) -> tuple[float, float]:
+    """From where to where it goes as drawn, in shares of the axis."""
+    with figures._figure(1, 3.3) as (figure, axes):
+        figures.draw(axes[0], panel)
+        figure.canvas.draw()
+        box = axes[0].texts[0].get_window_extent()
+        left, right = (axes[0].transAxes.inverted().transform((x, 0))[0] for x in (box.x0, box.x1))
+    return left, right
+
+
 @pytest.mark.parametrize(
     ("mark", "log"),
     [
         (Mark(40.0, 0.9, "tc", "topk, λ2 = 0.01, wide", "", (10.0, 90.0), (0.85, 0.95)), False),
         (Mark(70.0, 0.9, "tc", "crosscoder of 5 tokens, 160 a window", "", None, (0.85, 0.95)), True),
         (Mark(90.0, 0.9, "tc", "an interval down to zero", "", (0.0, 95.0), (0.85, 0.95)), True),
+        (Mark(93.0, 0.9, "tc", "TFA", "", (88.0, 95.0), (0.85, 0.95)), False),
     ],
 )
-def test_a_label_beside_a_mark_lies_within_the_axes_if_there_is_room(mark, log):
+def test_a_label_beside_a_mark_lies_within_the_axes(mark, log):
     others = (Mark(1.0, 0.1, "twin"), Mark(95.0, 0.1, "twin"))
-    panel = Panel("k", "t", Axis("x", log=log), Axis("y"), (mark, *others))
-    with figures._figure(1, 3.3) as (figure, axes):
-        figures.draw(axes[0], panel)
-        figure.canvas.draw()
-        box = axes[0].texts[0].get_window_extent()
-        left, right = (axes[0].transAxes.inverted().transform((x, 0))[0] for x in (box.x0, box.x1))
-    room = right - left < 0.6
-    assert not room or (left > -0.2 and right < 1.2)
-    assert right > 0.05  # seen
-    assert left < 0.95
+    left, right = reach_of_first_label(Panel("k", "t", Axis("x", log=log), Axis("y"), (mark, *others)))
+    assert left > -0.02
+    assert right < 1.02
+
+
+def test_a_label_of_a_named_row_lies_within_the_axes():
+    names = Axis("", categories=("crosscoder of 5 tokens, 32 a window", "TopK"))
+    marks = Mark(165.0, 0.0, "tc", "165"), Mark(0.0, 1.0, "tc", "0")
+    left, right = reach_of_first_label(Panel("k", "t", Axis("µs per token"), names, marks))
+    assert left > 0.5
+    assert right < 1.02
 
 
 @pytest.mark.parametrize(
