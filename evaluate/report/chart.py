@@ -204,15 +204,24 @@ class Panel:
         """The marks where they are drawn: where they are, but for those with intervals that would hide one another.
 
         Those are spread along x in the same order, with their intervals, and none further than ``APART``: where many
-        coincide they overlap rather than be drawn where they are not.
+        coincide they overlap rather than be drawn where they are not. Zero, which no log axis has, is at its low end.
         """
         x_ends, y_ends = self.ends()
+        marks = self.marks
+        if self.x.log:
+
+            def shown(x: float) -> float:
+                return x if x > 0 else x_ends[0]
+
+            spans = [mark.x_interval and (shown(mark.x_interval[0]), shown(mark.x_interval[1])) for mark in marks]
+            marks = tuple(
+                replace(mark, x=shown(mark.x), x_interval=span) for mark, span in zip(marks, spans, strict=True)
+            )
         if self.y.categories:
-            return self.marks
-        where = {i: self.x.fraction(mark.x, x_ends) for i, mark in enumerate(self.marks) if mark.y_interval}
+            return marks
+        where = {i: self.x.fraction(mark.x, x_ends) for i, mark in enumerate(marks) if mark.y_interval}
         reach = {
-            i: tuple(self.y.fraction(y, y_ends) for y in (self.marks[i].y, *(self.marks[i].y_interval or ())))
-            for i in where
+            i: tuple(self.y.fraction(y, y_ends) for y in (marks[i].y, *(marks[i].y_interval or ()))) for i in where
         }
         place = _spread(where, {i: (min(ys) - _MARGIN, max(ys) + _MARGIN) for i, ys in reach.items()})
 
@@ -227,7 +236,7 @@ class Panel:
             interval = mark.x_interval and (along(mark.x_interval[0]), along(mark.x_interval[1]))
             return replace(mark, x=along(mark.x), x_interval=interval)
 
-        return tuple(moved(i, mark) for i, mark in enumerate(self.marks))
+        return tuple(moved(i, mark) for i, mark in enumerate(marks))
 
     def legend(self) -> list[tuple[str, str]]:
         """(role, name) of the roles that occur; a series goes by its line's label."""

@@ -176,6 +176,24 @@ def test_a_label_beside_a_mark_lies_within_the_axes(mark, log):
     assert right < 1.02
 
 
+def test_zero_on_a_log_axis_is_drawn_at_its_low_end_and_the_layout_holds():
+    names = Axis("", categories=("TopK", "the activation itself, rounded"))
+    marks = Mark(0.3, 0.0, "tc", "0.3", "", (0.0, 0.4)), Mark(0.0, 1.0, "reference", "0.0")
+    for panel in (
+        Panel("k", "t", Axis("KL (log scale)", log=True), names, marks),
+        Panel("k", "t", Axis("KL (log scale)", log=True), Axis("y"), marks),
+    ):
+        low = panel.ends()[0][0]
+        assert [mark.x for mark in panel.drawn()] == pytest.approx([0.3, low])
+        assert panel.drawn()[0].x_interval == pytest.approx((low, 0.4))
+        with figures._figure(1, 3.3) as (figure, axes):
+            figures.draw(axes[0], panel)
+            figure.canvas.draw()
+            whole = axes[0].get_tightbbox()
+        assert whole.x0 >= 0
+        assert whole.y0 >= 0
+
+
 def test_a_label_of_a_named_row_lies_within_the_axes():
     names = Axis("", categories=("crosscoder of 5 tokens, 32 a window", "TopK"))
     marks = Mark(165.0, 0.0, "tc", "165"), Mark(0.0, 1.0, "tc", "0")
