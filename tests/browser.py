@@ -45,6 +45,13 @@ class Tab:
                 return answer["result"]
             self.events.append(answer)
 
+    def wait_for(self, event):
+        self._loop.run_until_complete(asyncio.wait_for(self._wait_for(event), 30))
+
+    async def _wait_for(self, event):
+        while not self.said(event):
+            self.events.append(json.loads(await self._socket.read_message()))
+
     def js(self, expression):
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found

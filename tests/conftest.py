@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def _deterministic() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _popular_port_is_taken() -> Iterator[None]:
+    """Dask's default port is in use during all tests, as on many machines: none of its clusters may need it."""
+    with socket.socket() as other:
+        with suppress(OSError):  # it is in use
+            other.bind(("", 8787))
+            other.listen()
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_plugins_of_other_tests() -> Iterator[None]:
     """What a test's plug-ins register ends with the test."""
@@ -110,12 +121,12 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 _S3_SERVER = """
-import time
+import sys
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
 
 
@@ -125,7 +136,8 @@ def s3_server() -> Iterator[str]:
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     command, quiet = [sys.executable, "-c", _S3_SERVER], subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as server:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": quiet}  # it ends when stdin does
+    with subprocess.Popen(command, **pipes, text=True) as server:
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
         server.kill()
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from clusters import LOCAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_statistics
@@ -146,9 +147,7 @@ def test_a_cluster_gives_the_same_and_a_missing_one_a_sentence(tmp_path):
 
     store = ActivationStore.open(make_store(tmp_path, rows=64))
     one = module._compute(store, "synchronous")
-    options = {"processes": False, "dashboard_address": None, "host": "127.0.0.1", "protocol": "tcp"}
-    options |= {"scheduler_kwargs": {"dashboard": False}}  # a port that another process may have
-    with LocalCluster(n_workers=1, threads_per_worker=2, **options) as cluster:
+    with LocalCluster(n_workers=1, processes=False, **LOCAL | {"threads_per_worker": 2}) as cluster:
         assert module._compute(store, cluster.scheduler_address).to_json() == one.to_json()
     with pytest.raises(TcsaeError, match="no Dask scheduler answers at nonsense"):
         module._compute(store, "nonsense://127.0.0.1:1")

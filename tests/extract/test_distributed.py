@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusters import cluster_elsewhere
+from clusters import LOCAL, cluster_elsewhere
 from tcsae.cache.format.layout import StoreLayout
 from tcsae.cache.format.manifest import Execution
 from tcsae.cache.store import ActivationStore
@@ -78,11 +78,7 @@ def test_workers_write_the_same_store_though_one_is_killed(config, tmp_path):
     from distributed import Client, LocalCluster
 
     extract(config)
-    options = {"scheduler_kwargs": {"dashboard": False}, "memory_limit": 0, "silence_logs": 60}
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as cluster,
-        Client(cluster) as client,
-    ):
+    with LocalCluster(n_workers=2, processes=True, **LOCAL) as cluster, Client(cluster) as client:
         pids = list(client.run(os.getpid).values())
         client.run(exec, SLOW, {})  # a shard takes long enough for the kill to fall inside one
         other = replace(config, out=str(tmp_path / "b"), scheduler=cluster.scheduler_address)
@@ -129,8 +125,7 @@ def test_our_own_failures_are_not_tried_again(config, monkeypatch):
         raise ResourceError("the disk is full: free some space")
 
     monkeypatch.setattr(distributed, "write_shard", full)
-    here = {"processes": False, "dashboard_address": None, "host": "127.0.0.1", "protocol": "tcp"}
-    with LocalCluster(n_workers=1, threads_per_worker=1, **here) as cluster:
+    with LocalCluster(n_workers=1, processes=False, **LOCAL) as cluster:
         one = replace(config, tokens=8 * CONTEXT, scheduler=cluster.scheduler_address)
         with pytest.raises(ResourceError, match="the disk is full: free some space"):
             extract(one)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -573,12 +575,18 @@ def outcomes(*agents: subprocess.Popen) -> list[tuple[int, str]]:
     return [(agent.returncode, words) for agent, words in zip(agents, said, strict=True)]
 
 
+def free_port() -> int:
+    """One that is free, and below those that Linux gives to whoever asks for any: nobody gets it before its use."""
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port among a hundred")
+
+
 def two_machines(*configs) -> list[tuple[int, str]]:
     """One agent with one process on each of two machines, both of them this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}")
+    meet = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
     return outcomes(*(torchrun(each, *meet, f"--node-rank={rank}") for rank, each in enumerate(configs)))
 
 

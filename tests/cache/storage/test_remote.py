@@ -136,7 +136,7 @@ def test_a_lease_is_renewed_while_its_owner_lives(memory, monkeypatch):
     monkeypatch.setattr(lock_module, "HEARTBEAT", 0.01)
     with StoreSetWriter.open({3: f"{memory}/l3.zarr"}, {3: manifests()[3]}):
         first = fsspec.filesystem("memory").cat_file(f"/bucket/stores/l3.zarr/{lock_module.LOCK}")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while fsspec.filesystem("memory").cat_file(f"/bucket/stores/l3.zarr/{lock_module.LOCK}") == first:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -152,7 +152,7 @@ def test_a_lease_outlives_a_store_that_is_out_of_reach_for_a_moment(memory, monk
         raise StoreError("no connection")
 
     monkeypatch.setattr(lease._place, "read", cut_off)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(asked) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -2,8 +2,6 @@
 installed.
 """
 
-import time
-
 import pytest
 from browser import Tab, needs_browser
 from synthetic import synthetic_report
@@ -151,8 +149,9 @@ def test_every_table_fits_an_a4_page_in_print(opened):
 def test_without_script_everything_but_the_browser_is_there(tab, address):
     tab.send("Emulation.setScriptExecutionDisabled", value=True)
     try:
+        tab.events.clear()
         tab.send("Page.navigate", url=address)
-        time.sleep(0.5)
+        tab.wait_for("Page.loadEventFired")
         root = tab.send("DOM.getDocument", depth=0)["root"]["nodeId"]
         html = tab.send("DOM.getOuterHTML", nodeId=root)["outerHTML"]
     finally:
