@@ -100,8 +100,8 @@ def _code() -> str:
 def draw(ax: Any, panel: Panel) -> None:
     """Draw a panel into matplotlib axes."""
     x_ends, y_ends = panel.ends()
-    for rule in panel.rules:
-        _rule(ax, rule, above=bool(panel.y.categories))
+    for rule, words in zip(panel.rules, _rule_words(panel, x_ends), strict=True):
+        _rule(ax, rule, words)
     marks = panel.drawn()
     for a, b in panel.links:
         ends = (marks[a], marks[b])
@@ -121,18 +121,37 @@ def draw(ax: Any, panel: Panel) -> None:
     _legend(ax, panel)
 
 
-def _rule(ax: Any, rule: Rule, *, above: bool) -> None:
+def _rule_words(panel: Panel, ends: tuple[float, float]) -> Iterator[dict[str, Any]]:
+    """Where each rule's words stand: at a level, along a vertical rule or, over named rows, above it.
+
+    Above means: on the outer side of the rule, unless they run out of the axes by more than an eighth (the layout makes
+    room for less), and higher where the words of another rule are.
+    """
+    axis, taken = 72 * SIZE[0] * _AXIS_BESIDE_NAMES, list[tuple[float, float, int]]()
+    for rule in panel.rules:
+        if rule.x is None:
+            yield {"xytext": (-2, 2), "ha": "right"}
+            continue
+        if not panel.y.categories:
+            yield {"xytext": (-2, 3), "ha": "right", "va": "bottom", "rotation": 90}
+            continue
+        here, wide = axis * panel.x.fraction(rule.x, ends), _LETTER * len(rule.label)
+        left = rule.x < 0 or here + wide > 1.125 * axis
+        low, high = (here - wide, here) if left else (here, here + wide)
+        others = {line for a, b, line in taken if low < b and a < high}
+        line = next(line for line in range(len(panel.rules)) if line not in others)
+        taken.append((low, high, line))
+        yield {"xytext": (0, 2 + 10 * line), "ha": "right" if left else "left", "va": "bottom"}
+
+
+def _rule(ax: Any, rule: Rule, words: dict[str, Any]) -> None:
     if rule.y is not None:
         ax.axhline(rule.y, color="#5c5f66", linewidth=0.8, linestyle=":")
-        ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right", **_NOTE)
+        ax.annotate(rule.label, (1, rule.y), xycoords=("axes fraction", "data"), **words, **_NOTE)
     if rule.x is not None:
         ax.axvline(rule.x, color="#5c5f66", linewidth=0.8, linestyle=":")
-        if above:
-            side: dict[str, Any] = {"ha": "right" if rule.x < 0 else "left", "va": "bottom"}
-            ax.annotate(rule.label, (rule.x, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), **side, **_NOTE)
-            return
-        up: dict[str, Any] = {"ha": "right", "va": "bottom", "rotation": 90}
-        ax.annotate(rule.label, (rule.x, 0), xycoords=("data", "axes fraction"), xytext=(-2, 3), **up, **_NOTE)
+        end = 0 if "rotation" in words else 1
+        ax.annotate(rule.label, (rule.x, end), xycoords=("data", "axes fraction"), **words, **_NOTE)
 
 
 _NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": "#5c5f66", "style": "italic"}

@@ -202,6 +202,23 @@ def test_a_label_of_a_named_row_lies_within_the_axes():
     assert right < 1.02
 
 
+@pytest.mark.parametrize("clean", [0.5, 3.64, 8.0, 9.8, 10.4, 12.0, 13.0, 13.5])
+@pytest.mark.parametrize("names", [("a", "b"), ("untrained, a fifth of the features", "identity, as bf16")])
+def test_the_words_of_rules_are_whole_and_apart(clean, names):
+    rules = Rule(f"clean model {clean}", x=clean), Rule("uniform guess, ln V = 10.80", x=10.8)
+    marks = Mark(0.4, 0.0, "tc"), Mark(13.81, 1.0, "tc")
+    panel = Panel("k", "t", Axis("CE"), Axis("", categories=names), marks, rules=rules)
+    with figures._figure(1, 3.3) as (figure, axes):
+        figures.draw(axes[0], panel)
+        figure.canvas.draw()
+        a, b = (words.get_window_extent() for words in axes[0].texts)
+        whole = figure.bbox
+    for box in a, b:
+        assert 0 <= box.x0 < box.x1 <= whole.x1
+        assert 0 <= box.y0 < box.y1 <= whole.y1
+    assert a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
+
+
 @pytest.mark.parametrize(
     ("value", "label"), [(0.01, "0.01"), (1e-4, "10⁻⁴"), (3e-5, "3·10⁻⁵"), (1000.0, "1000"), (1e5, "10⁵"), (0.5, "0.5")]
 )
