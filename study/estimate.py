@@ -1,14 +1,13 @@
 """What a study will take: time, disk and memory of every stage, before it runs.
 
-Times are rates measured by an earlier stage of the same kind on this machine where there is one, else estimates from a
-few batches and steps made now; either is said. What depends on weights that are not here yet is not guessed.
+Times follow from a batch and a few steps made now, on this machine and under its present load: rates of earlier studies
+depend on their layers and sizes. What depends on weights that are not here yet is not guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ..errors import ModelError, TextError
 from ..evaluate.codes.beside_report import bytes_of
 from ..evaluate.config import REFERENCES
 from ..evaluate.metrics.all import families, memory_over_weights
-from ..evaluate.run import PASS_BYTES, describe_machine
+from ..evaluate.run import PASS_BYTES
 from ..extract.model.files import weights_in
-from ..extract.plan import Estimate, Plan, estimate, make_plan
+from ..extract.plan import Plan, estimate, make_plan
 from ..system.device import DTYPES, resolve_device, resolve_dtype
 from ..train.loop.memory_plan import available_bytes, member_bytes, split_passes, step_bytes
 from ..train.loop.step_time import seconds_per_step
@@ -29,7 +28,6 @@ from ..train.sae.registry import ARCHITECTURES
 from .alone import in_processes
 from .checks import check_outcomes, member_plans
 from .plan import AloneStage, PlannedText, StudyPlan, Training
-from .state import STATE, StudyState, read_state
 
 _CHECKPOINTS = 3  # two are kept, and one is being written
 _STATES = 3  # weight and two moments in a checkpoint, float32
@@ -40,7 +38,7 @@ _PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over toke
 _PER_ROW = 700_000.0  # null distributions, probes, passages for the feature browser
 _START = 8.0
 """Seconds until a new process has loaded torch and opened a store, on two slow cores."""
-_UNKNOWN = "unknown until the model's weights are here"
+_UNKNOWN, _STEPS = "unknown until the model's weights are here", "two steps of each kind"
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,12 @@ def estimate_study(plan: StudyPlan, done: Sequence[str] = ()) -> list[StageEstim
     """
     check_outcomes(plan)
     device = torch.device("cpu") if plan.texts[0].extraction.scheduler else resolve_device(_device(plan))
-    known = _Rates(plan.out, describe_machine(device))
     found: list[StageEstimate] = []
     for text in plan.texts:
         if all(stage in done for stage in text.stages):
             continue
         try:
-            stages = list(_of_text(text, device, known))
+            stages = list(_of_text(text, device))
         except (ModelError, TextError) as failure:
             if not plan.study.sizes.estimate:
                 raise
@@ -93,16 +90,12 @@ def _device(plan: StudyPlan) -> str:
     return plan.texts[0].evaluation.device
 
 
-def _of_text(text: PlannedText, device: torch.device, known: _Rates) -> Iterator[StageEstimate]:
+def _of_text(text: PlannedText, device: torch.device) -> Iterator[StageEstimate]:
     planned = make_plan(text.extraction)
     outline, context, rows = planned.outline, planned.config.text.context, planned.config.rows
     weights = weights_in(outline.files.folder)
     of_model = sum(path.stat().st_size for path in weights) if weights else None
-    measured: Estimate | None = None
-    rate = known.of(f"extract {text.name}")
-    if rate is None and (weights or outline.files.gguf_file):
-        measured = estimate(text.extraction)
-        rate = measured.tokens_per_second
+    rate = estimate(text.extraction).tokens_per_second if weights or outline.files.gguf_file else None
     stored = planned.stored.rows if planned.stored else 0
     left = max(0, rows - stored) * context
     stores = len(text.extraction.paths)
@@ -110,15 +103,15 @@ def _of_text(text: PlannedText, device: torch.device, known: _Rates) -> Iterator
         f"extract {text.name}",
         f"{rows:,} rows of {context} tokens, {stores} store{'s' if stores > 1 else ''}",
         None if rate is None else left / rate,
-        _UNKNOWN if rate is None else _said(measured is None, "one batch"),
+        _UNKNOWN if rate is None else "one batch",
         planned.store_bytes * stores,
         None if of_model is None else of_model + text.extraction.shard_bytes * stores,
     )
     for training in text.trainings:
         yield _of_training(training, planned, device)
     if text.alone is not None:
-        yield _of_alone(text.alone, planned, device, known)
-    yield _of_evaluation(text, planned, rate, of_model, known)
+        yield _of_alone(text.alone, planned, device)
+    yield _of_evaluation(text, planned, rate, of_model)
 
 
 def _of_training(training: Training, planned: Plan, device: torch.device) -> StageEstimate:
@@ -134,40 +127,32 @@ def _of_training(training: Training, planned: Plan, device: torch.device) -> Sta
         training.key,
         f"{len(plans)} SAEs, {steps} steps, {len(passes)} pass{'es' if len(passes) > 1 else ''}",
         each * steps,
-        _said(False, "two steps of each kind"),
+        _STEPS,
         4 * parameters * (1 + _STATES * _CHECKPOINTS),
         memory,
     )
 
 
-def _of_alone(stage: AloneStage, planned: Plan, device: torch.device, known: _Rates) -> StageEstimate:
+def _of_alone(stage: AloneStage, planned: Plan, device: torch.device) -> StageEstimate:
     context = planned.config.text.context
     plans = member_plans(stage, planned.outline.d_model, planned.config.rows * context, context)
     dtype = DTYPES[resolve_dtype(plans[0].config.run.dtype, device)]
-    n, steps, rate = len(plans), plans[0].config.run.steps, known.of(stage.key)
-    each = 0.0 if rate else steps * seconds_per_step(plans, context, device, dtype)
-    seconds = n / rate if rate else stage.repeats * (n * _START + each)
+    n, steps = len(plans), plans[0].config.run.steps
+    seconds = stage.repeats * (n * _START + steps * seconds_per_step(plans, context, device, dtype))
     return StageEstimate(
         stage.key,
         f"{n} SAEs, {steps} steps, each in {in_processes(stage.repeats)}",
         seconds,
-        _said(rate is not None, "two steps of each kind"),
+        _STEPS,
         max(4 * plan.n_parameters for plan in plans),
         max(member_bytes(plan) + step_bytes(plan) for plan in plans),
     )
 
 
-def _of_evaluation(
-    text: PlannedText, planned: Plan, rate: float | None, of_model: int | None, known: _Rates
-) -> StageEstimate:
+def _of_evaluation(text: PlannedText, planned: Plan, rate: float | None, of_model: int | None) -> StageEstimate:
     config = text.evaluation
     kinds = {(m.config.sae.architecture, m.config.sae.activation) for m in text.members}
     rows = len(text.members) + len(text.trainings) * (len(REFERENCES) - 1 + len(kinds))
-    tokens = config.rows * planned.config.text.context * rows
-    measured = known.of(f"evaluate {text.name}")
-    seconds = (
-        tokens / measured if measured else None if rate is None else _evaluation_seconds(text, planned, rate, rows)
-    )
     about = planned.outline.d_model, 1, planned.config.text.context
     plans = [plan for t in text.trainings for plan in member_plans(t, *about)]
     of_saes = sum(4 * plan.n_parameters for plan in plans)
@@ -176,8 +161,8 @@ def _of_evaluation(
     return StageEstimate(
         f"evaluate {text.name}",
         f"{len(text.members)} SAEs and {rows - len(text.members)} references on {config.rows:,} rows",
-        seconds,
-        _UNKNOWN if seconds is None else _said(measured is not None, "the rate of the forward passes"),
+        None if rate is None else _evaluation_seconds(text, planned, rate, rows),
+        _UNKNOWN if rate is None else "the rate of the forward passes",
         rows * 1_000_000 + round(of_codes),
         None if of_model is None else of_model + min(round(PASS_BYTES), round(of_saes * over)),
     )
@@ -198,26 +183,6 @@ def _evaluation_seconds(text: PlannedText, planned: Plan, rate: float, rows: int
     above = outline.n_layers - 1 - sum(layers) / len(layers) + _OF_HEAD * outline.vocab_size / (12 * outline.d_model)
     each = (config.splice_rows or config.rows) * context * above + config.rows * context * _PER_TOKEN + _PER_ROW
     return rows * each / (rate * (max(layers) + 1))
-
-
-def _said(measured: bool, otherwise: str) -> str:
-    return "rate of an earlier study here" if measured else f"estimate from {otherwise}"
-
-
-class _Rates:
-    """Units per second of finished stages, of this study and of those beside it on the same machine."""
-
-    def __init__(self, out: Path, machine: dict[str, Any]):
-        found = [read_state(path.parent) for path in sorted(out.parent.glob(f"*/{STATE}"))]
-        self._states: list[StudyState] = [state for state in found if state is not None and state.machine == machine]
-
-    def of(self, stage: str) -> float | None:
-        """Of the last such stage; None where there is none."""
-        for state in reversed(self._states):
-            each = state.stage(stage)
-            if each.done and each.units and each.seconds:
-                return each.units / each.seconds
-        return None
 
 
 def total(stages: Sequence[StageEstimate]) -> dict[str, Any]:

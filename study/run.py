@@ -31,7 +31,7 @@ from ..system.atomic_files import plain_errors
 from ..system.device import resolve_device
 from ..system.stop_signals import stop_signals
 from ..train.config import SAEConfig
-from ..train.run import TrainSummary, train
+from ..train.run import train
 from ..train.run_folder.record import RECORD, SAE_WEIGHTS, load_run
 from .alone import AloneCost, alone_costs, measure_alone
 from .checks import check_outcomes, member_plans
@@ -208,8 +208,8 @@ class _Run:
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def _extract(self, text: PlannedText) -> None:
-        with self._stage(f"extract {text.name}") as stage:
-            stage.units = extract(text.extraction).tokens
+        with self._stage(f"extract {text.name}"):
+            extract(text.extraction)
 
     def _is_trained(self, training: Training) -> bool:
         """Whether this study finished it and every run is still there: then the store is no longer needed."""
@@ -219,34 +219,34 @@ class _Run:
         return all(path.is_file() and _settled(path.parent) for path in records)
 
     def _train(self, training: Training) -> None:
-        with self._stage(training.key) as stage, keeping_freed_memory():
-            done = self._train_on_workers(training) if self.client is not None else [_train_here(training, None)]
-            stage.units = sum(len(each.metrics) * each.tokens for each in done)
+        with self._stage(training.key), keeping_freed_memory():
+            if self.client is not None:
+                self._train_on_workers(training)
+            else:
+                _train_here(training, None)
 
     def _is_measured(self, stage: AloneStage) -> bool:
         return self.state.stage(stage.key).done and all(stage.file(each).is_file() for each in stage.members)
 
     def _measure(self, stage: AloneStage) -> None:
-        with self._stage(stage.key) as begun:
+        with self._stage(stage.key):
             if self.client is not None:
-                (begun.units,) = self._on_workers([(_measure_there, stage, self.state.machine)])
+                self._on_workers([(_measure_there, stage, self.state.machine)])
             else:
-                begun.units = measure_alone(stage, self.state.machine)
+                measure_alone(stage, self.state.machine)
 
-    def _train_on_workers(self, training: Training) -> list[TrainSummary]:
+    def _train_on_workers(self, training: Training) -> None:
         """The members in as many parts as there are workers; each worker reads the store by itself."""
         assert self.client is not None  # noqa: S101 - for the type checker
         parts = min(len(self.client.nthreads()), len(training.members))
         names = [[each.name for each in training.members[part::parts]] for part in range(parts)]
-        return self._on_workers([(_train_there, training, part) for part in names])
+        self._on_workers([(_train_there, training, part) for part in names])
 
-    def _on_workers(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _on_workers(self, calls: Sequence[tuple[Any, ...]]) -> None:
         futures = [self.client.submit(*call, pure=False) for call in calls]
-        found = self.client.gather(futures)
-        for each in found:
-            if isinstance(each, TcsaeError):
-                raise each
-        return found
+        for failure in self.client.gather(futures):
+            if failure is not None:
+                raise failure
 
     def _note_failure(self, each: PlannedMember) -> None:
         if failure := load_run(each.folder).failure:
@@ -266,10 +266,8 @@ class _Run:
                     self._on_workers([(_evaluate_there, config, self.client.scheduler.address if many else None)])
                 else:
                     evaluate(config)
-                report = read_results(text.report)
-                if not known.done:  # else most rows were there
-                    stage.units = float(report.n_rows * report.text.context * len(report.records))
-                stage.code = "" if report.failures else code  # what failed is tried again by the next command
+                # What failed is tried again by the next command.
+                stage.code = "" if read_results(text.report).failures else code
         of_path = {str(each.folder): each.key for each in text.members}
         for failure in read_results(text.report).failures:
             self.failures[of_path.get(failure.path, failure.path)] = failure.message
@@ -289,7 +287,6 @@ class _Run:
             raise
         finally:
             now["seconds"] = before.seconds + time.perf_counter() - began
-            now["units"] = before.units + stage.units
             stages = self.state.stages | {name: StageState(**(before.model_dump() | now))}
             self.state = self.state.model_copy(update={"stages": stages, "finished": False})
             self.state.save(self.plan.out)
@@ -363,9 +360,8 @@ class _Run:
 
 @dataclass
 class _Open:
-    """A stage that is running, and how much it has done."""
+    """A stage that is running, and what will identify it."""
 
-    units: float = 0.0
     code: str = ""
 
 
@@ -406,40 +402,40 @@ def _untrained(each: PlannedMember, report: EvaluationReport) -> str | None:
     return name if report.record(name, *each.at) is not None else None
 
 
-def _train_here(training: Training, only: Sequence[str] | None) -> TrainSummary:
-    """All members of a store, or some of them; those that fail are in the summary, also if all do."""
+def _train_here(training: Training, only: Sequence[str] | None) -> None:
+    """All members of a store, or some of them. Those that fail have it in their records, also if all do."""
     try:
-        return train([each.config for each in training.members], only=only)
+        train([each.config for each in training.members], only=only)
     except RunError:
         folders = [each.folder for each in training.members if only is None or each.name in only]
         failures = {path.name: load_run(path).failure for path in folders if (path / RECORD).is_file()}
         if len(failures) < len(folders) or not all(failures.values()):
             raise
-        return TrainSummary([], [], 0, 0, 0.0, {}, failures)
 
 
 # --- on a worker; a failure that another try would repeat is returned, not raised
 
 
-def _returned(work: Callable[[], Any]) -> Any:
+def _failure_of(work: Callable[[], Any]) -> TcsaeError | None:
     try:
-        return work()
+        work()
     except TcsaeError as failure:
         return failure
+    return None
 
 
-def _train_there(training: Training, only: Sequence[str]) -> TrainSummary | TcsaeError:
-    return _returned(lambda: _train_here(training, only))
+def _train_there(training: Training, only: Sequence[str]) -> TcsaeError | None:
+    return _failure_of(lambda: _train_here(training, only))
 
 
-def _measure_there(stage: AloneStage, machine: Mapping[str, Any]) -> int | TcsaeError:
-    return _returned(lambda: measure_alone(stage, machine))
+def _measure_there(stage: AloneStage, machine: Mapping[str, Any]) -> TcsaeError | None:
+    return _failure_of(lambda: measure_alone(stage, machine))
 
 
-def _evaluate_there(config: EvaluateConfig, scheduler: str | None) -> int | TcsaeError:
+def _evaluate_there(config: EvaluateConfig, scheduler: str | None) -> TcsaeError | None:
     """One worker evaluates and hands rows of the text out to all, itself among them."""
     if scheduler is not None:
         from distributed import secede
 
         secede()  # which frees its thread for such rows
-    return _returned(lambda: len(evaluate(replace(config, scheduler=scheduler))))
+    return _failure_of(lambda: evaluate(replace(config, scheduler=scheduler)))

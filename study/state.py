@@ -32,13 +32,11 @@ _REMEDY = "give another --out, or begin anew with --fresh"
 class StageState(BaseModel):
     """What is known of a stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # until 2026-11 a stage also had ``units``, of its work
 
     done: bool = False
     seconds: float = 0.0
     """Over all sittings that ended by themselves or were stopped; what a killed one took is not known."""
-    units: float = 0.0
-    """Tokens extracted, tokens times SAEs trained, tokens times rows evaluated, in these seconds."""
     failure: str = ""
     """Why it could not be done, one sentence. It is tried again by the next command."""
     code: str = ""

@@ -77,7 +77,7 @@ def test_a_study_runs_from_its_file_to_its_verdict(whole):
     state = read_state(whole.folder)
     assert state is not None
     assert state.finished
-    assert all(stage.done and stage.seconds > 0 and stage.units > 0 for stage in state.stages.values())
+    assert all(stage.done and stage.seconds > 0 for stage in state.stages.values())
     assert sorted(path.name for path in whole.folder.glob("runs/*/*")) == sorted(MEMBERS)
 
 
@@ -252,7 +252,6 @@ def test_stores_and_runs_that_were_taken_along_are_used_and_only_what_is_new_is_
     assert "for this alone: each SAE in a process of its own. Memory " in page
     assert "<td>2.5 MB</td>" in page
     assert "| variant, trained alone |" in document([done.analysis])
-    assert read_state(done.folder).stage(name).units == 2, "the failed try told nothing"
     assert "| variant, trained alone |" not in document([whole.analysis])
 
 
