@@ -43,7 +43,8 @@ DEFINITIONS = {
         label="seam found, no seam",
     ),
     "boundary_activation": Definition(
-        text="boundary of the raw activations, centred on their mean: the ceiling",
+        text="boundary of the raw activations, centred on their mean: for comparison, no ceiling (cosines of sparse "
+        "codes may show a seam better)",
         unit="share",
         better="higher",
         label="seam found, raw activations",
