@@ -33,9 +33,9 @@ _CHECKPOINTS = 3  # two are kept, and one is being written
 _STATES = 3  # weight and two moments in a checkpoint, float32
 # What a row of an evaluation's table costs, in passes of a token through one layer. Measured on the CPU with
 # SmolLM2-135M and 1024 features; a layer has about 12 d² weights, the head V d.
-_OF_HEAD = 5.0  # times its weights: in float32, with softmax and KL
+_OF_HEAD = 3.0  # times its weights: in float32, with softmax and KL
 _PER_TOKEN = 2.0  # code, reconstruction and everything that is summed over tokens
-_PER_ROW = 700_000.0  # null distributions, probes, passages for the feature browser
+_PER_ROW = 60_000.0  # null distributions, probes, passages for the feature browser
 _START = 8.0
 """Seconds until a new process has loaded torch and opened a store, on two slow cores."""
 _UNKNOWN, _STEPS = "unknown until the model's weights are here", "two steps of each kind"

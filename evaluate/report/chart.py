@@ -70,6 +70,7 @@ STYLES = ROLES | TERMS | SERIES | RAMP
 APART = 0.032
 """Of an axis' length, between marks that would hide one another."""
 _MARGIN = 0.015  # of the other axis, half a marker
+_ALIKE = 1e-5  # of the larger of two values: what is no difference on an axis
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Axis:
             pad = max(0.06 * (math.log(high) - math.log(low)), 0.3)  # wide enough for a tick
             low, high = low * math.exp(-pad), high * math.exp(pad)
         else:
-            pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            size = max(abs(low), abs(high))
+            alike = high - low <= _ALIKE * size  # the same but for rounding, such as the L0 of TopK
+            pad = (0.05 * size or 1.0) if alike else 0.06 * (high - low)
             low, high = low - pad, high + pad
         low = low if self.low is None else self.low
         high = high if self.high is None else self.high

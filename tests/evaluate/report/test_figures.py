@@ -83,6 +83,15 @@ def test_axis_holds_its_values_and_its_ticks(values, log):
     assert 1 <= len(ticks) <= 14
 
 
+@pytest.mark.parametrize("values", [[32.0], [31.99996, 32.00003], [-2.0, -2.0], [0.0, 0.0]])
+def test_values_that_differ_by_rounding_alone_are_not_spread_over_an_axis(values):
+    low, high = Axis("x").range(values)
+    size = max(map(abs, values))
+    assert low <= min(values) - 0.04 * size
+    assert high >= max(values) + 0.04 * size
+    assert low < high
+
+
 def test_log_axis_puts_zero_at_its_edge():
     axis = Axis("x", log=True)
     assert axis.fraction(0.0, axis.range([0.0, 0.1, 1.0])) == 0.0
