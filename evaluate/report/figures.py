@@ -195,15 +195,19 @@ def _labels(ax: Any, panel: Panel, marks: Sequence[Mark]) -> None:
         near = (abs(spots[i][0] - a) < 0.3 and abs(spots[i][1] - b) < 0.05 for j, (a, b) in enumerate(spots) if j != i)
         if not mark.label or (any(near) and not panel.y.categories):
             continue
-        here, need = spots[i][0], (_LETTER * len(mark.label) + _BESIDE) / axis
+        label, here, need = mark.label, spots[i][0], (_LETTER * len(mark.label) + _BESIDE) / axis
         low, high = (panel.x.fraction(x, x_ends) for x in mark.x_interval or (mark.x, mark.x))
         if max(low, 1 - high) < need:  # no room beside the interval: over it, beside the mark
             low = high = here
+            if max(here, 1 - here) < need:  # not there either: two lines
+                label = fill(label, len(label) // 2 + 3)
         left = 1 - high < need and low > 1 - high
         edge = panel.x.value(low if left else high, x_ends)
         where: dict[str, Any] = {"xytext": (-7 if left else 7, -2.5), "ha": "right" if left else "left"}
+        if label != mark.label:
+            where |= {"xytext": (where["xytext"][0], 0), "va": "center"}
         ink = STYLES[mark.role].light
-        words = ax.annotate(mark.label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
+        words = ax.annotate(label, (edge, mark.y), textcoords="offset points", fontsize=7.5, color=ink, **where)
         words.set_path_effects(_halo())
 
 

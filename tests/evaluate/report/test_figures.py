@@ -176,6 +176,7 @@ def reach_of_first_label(panel: Panel) -> tuple[float, float]:
         (Mark(70.0, 0.9, "tc", "crosscoder of 5 tokens, 160 a window", "", None, (0.85, 0.95)), True),
         (Mark(90.0, 0.9, "tc", "an interval down to zero", "", (0.0, 95.0), (0.85, 0.95)), True),
         (Mark(93.0, 0.9, "tc", "TFA", "", (88.0, 95.0), (0.85, 0.95)), False),
+        (Mark(50.0, 0.9, "tc", "any earlier token of its row, λ2 = 0.03 and more", "", None, (0.85, 0.95)), False),
     ],
 )
 def test_a_label_beside_a_mark_lies_within_the_axes(mark, log):
