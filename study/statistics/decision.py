@@ -122,10 +122,12 @@ def _judged(one: OutcomeEffect, rule: Rule, label: _Labels) -> tuple[Word, str]:
         if advantage is None or advantage.value is None or advantage.low is None:
             return "open", f"{said} is better, but control {label(control.control)} has no numbers to beat"
         if not _above(advantage, one.sign):
-            return "not more than a control", (
-                f"{said} is better, but control {label(control.control)} does as well: "
-                f"the difference from it is {figures(advantage, one.unit)}"
-            )
+            name, difference = label(control.control), figures(advantage, one.unit)
+            if _above(advantage, -one.sign):
+                why = f"control {name} does better: the difference from it is {difference}"
+            else:
+                why = f"its difference from control {name} may be zero: {difference}"
+            return "not more than a control", f"{said} is better, but {why}"
     if one.wants_untrained:
         if one.untrained is None or one.untrained.low is None:
             return "open", f"{said} is better, but an untrained twin was not measured on it"
